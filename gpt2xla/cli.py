@@ -1,0 +1,165 @@
+"""The command line, made from the dataclasses of `config.py`, and what every program's `main` shares.
+
+Presets and YAML files are read as flags written down elsewhere: they go through the same parser, in the order
+file's preset, file, command line's preset, command line; the later wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from gpt2xla.config import GROUPS, PRESETS, RunConfig, flag
+from gpt2xla.errors import InputError
+
+Options = TypeVar("Options")
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run `main` and give the process's exit code: 0 done, 2 the input is wrong, 130 interrupted.
+
+    A user's mistake becomes one line on stderr, printed once per host however many processes meet it; every other
+    exception keeps its traceback (exit code 1).
+    """
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def parse_run(runtime_group: type[Options], argv: Sequence[str] | None = None) -> tuple[RunConfig, Options]:
+    """The run and the runner's own options, as `argv` (default: the process's arguments) asks for them.
+
+    Raises:
+        InputError: a flag, preset or file is wrong.
+    """
+    parser = _parser(runtime_group)
+    given = vars(parser.parse_args(argv))
+    options: dict[str, Any] = {}
+    if file := given.pop("config", None):
+        try:
+            options = _expand_preset(vars(parser.parse_args(_file_as_flags(Path(file)))))
+        except InputError as error:
+            raise InputError(f"--config {file}: {error}") from None
+    options |= _expand_preset(given)
+    runtime_names = {f.name for f in dataclasses.fields(runtime_group)}  # type: ignore[arg-type]
+    runtime = runtime_group(**{name: options.pop(name) for name in runtime_names & options.keys()})
+    return RunConfig.from_flat(options), runtime
+
+
+def _expand_preset(given: dict[str, Any]) -> dict[str, Any]:
+    return PRESETS.get(given.pop("preset", ""), {}) | given
+
+
+def _file_as_flags(file: Path) -> list[str]:
+    """`train_dir: x` -> `--train-dir x`; keys may be spelled with dashes; an empty value leaves the default."""
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict):
+        raise InputError("holds no options; write lines such as 'seq_length: 1024'")
+    argv: list[str] = []
+    for key, value in options.items():
+        name = flag(str(key))
+        if name == "--config":
+            raise InputError("a config file cannot name another one")
+        if value is True or value is False:
+            argv.append(name if value else name.replace("--", "--no-", 1))
+        elif value is not None:
+            argv += [name, *map(str, value)] if isinstance(value, list) else [f"{name}={value}"]
+    return argv
+
+
+def parse_options(group: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
+    """A program's options when they are one dataclass. Raises InputError for a wrong flag."""
+    parser = OneLineParser(description=description)
+    add_group(parser, group)
+    return group(**vars(parser.parse_args(argv)))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line and an InputError instead of the usage text and an exit."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110), **kwargs
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+
+
+def add_group(parser: argparse.ArgumentParser, group: type) -> None:
+    """Add one dataclass as one titled group of flags. Flags not given stay out of the namespace; a field without a
+    default is a required flag."""
+    target = parser.add_argument_group((group.__doc__ or "").strip())
+    types_by_name = typing.get_type_hints(group)
+    for f in dataclasses.fields(group):
+        target.add_argument(
+            flag(f.name),
+            dest=f.name,
+            default=argparse.SUPPRESS,
+            required=f.default is dataclasses.MISSING,
+            help=f.metadata["help"] + _show_default(f.default),
+            **_argument(types_by_name[f.name]),
+        )
+
+
+def _parser(runtime_group: type) -> OneLineParser:
+    parser = OneLineParser(description="Pre-train GPT-2, go on with a run, or (--do-test) validate a checkpoint.")
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS,
+        help="YAML or JSON file of options by flag name; flags on the command line override it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
+        help="model options of one of OpenAI's four sizes; other flags override it",
+    )  # fmt: skip
+    for group in (*GROUPS.values(), runtime_group):
+        add_group(parser, group)
+    return parser
+
+
+def _argument(kind: Any) -> dict[str, Any]:
+    """What argparse needs to read one value of type `kind`."""
+    if typing.get_origin(kind) is types.UnionType:  # X | None: the flag is either given or absent
+        (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is tuple:
+        element, *rest = typing.get_args(kind)
+        count = {"nargs": "+"} if rest == [...] else {"nargs": 1 + len(rest), "metavar": ("B1", "B2")}
+        return {"type": element, "action": _StoreTuple, **count}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": list(typing.get_args(kind))}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _show_default(default: Any) -> str:
+    if default is None or default is dataclasses.MISSING:
+        return ""
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    return f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"

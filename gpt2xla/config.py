@@ -1,0 +1,264 @@
+"""Every option of a run, as frozen dataclasses. `cli.py` turns them into flags; nothing else lists options.
+
+One dataclass is one group of `--help`, one field is one flag: `train_dir` is `--train-dir`. Field names are unique over
+all groups, so a run is also a flat dictionary, which is what YAML files and `run_config.json` hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gpt2xla.errors import InputError
+
+Preset = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+
+# The four sizes OpenAI published: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {
+        "vocab_size": 50257, "seq_length": 1024, "d_model": d_model, "num_layers": num_layers, "num_heads": num_heads,
+        "d_ff": 4 * d_model, "activation": "gelu-tanh", "tie_weights": True, "bias": True, "layer_norm_eps": 1e-5,
+    }
+    for name, d_model, num_layers, num_heads in (
+        ("gpt2", 768, 12, 12),
+        ("gpt2-medium", 1024, 24, 16),
+        ("gpt2-large", 1280, 36, 20),
+        ("gpt2-xl", 1600, 48, 25),
+    )
+}  # fmt: skip
+
+
+def option(default: Any, help: str) -> Any:
+    """A field that is a flag; `default=MISSING` makes it a required one."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class GeneralConfig:
+    """General"""
+
+    checkpoints_dir: str = option("./checkpoints", "folder for checkpoints, metrics.jsonl and run_config.json")
+    seed: int = option(1061109567, "seed of the initial weights, of dropout and of --shuffle")
+    from_checkpoint: str | None = option(
+        None,
+        "start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a .pt file, or a "
+        "checkpoint folder of ours (which goes on where it stopped, unless --resume never)",
+    )
+    resume: str = option(
+        "auto",
+        "auto: go on from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of one",
+    )
+    do_test: bool = option(False, "only validate on --valid-dir, then stop")
+
+    def check(self) -> None:
+        _require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Data"""
+
+    train_dir: str = option("./fineweb_10BT/train", "folder of token shards to train on")
+    valid_dir: str = option("./fineweb_10BT/test", "folder of token shards to validate on")
+    tokenizer: str | None = option(
+        None,
+        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', or a tokenizer.json or its folder (default: the "
+        "one beside the shards)",
+    )
+    shuffle: bool = option(False, "read the windows of each epoch in an order drawn from --seed")
+    drop_last: bool = option(
+        False, "end each epoch before its last incomplete batch; else that batch runs into the next"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model"""
+
+    vocab_size: int = option(50304, "number of token ids; 50304 is GPT-2's 50257 rounded up to a multiple of 128")
+    seq_length: int = option(1024, "longest sequence, in tokens")
+    d_model: int = option(768, "width of the residual stream")
+    num_layers: int = option(12, "number of transformer blocks")
+    num_heads: int = option(12, "attention heads per block; divides --d-model")
+    d_ff: int = option(0, "width of the feed-forward layers; 0 means 4 x --d-model")
+    dropout: float = option(0.0, "probability, for embeddings, attention and residual branches")
+    activation: Literal["gelu-tanh", "gelu", "relu"] = option(
+        "gelu-tanh", "gelu-tanh is GPT-2's; gelu is the exact one"
+    )
+    tie_weights: bool = option(True, "use the token embedding as the output head, as GPT-2 does")
+    bias: bool = option(True, "biases in linear layers and layer norms, as GPT-2 has")
+    layer_norm_eps: float = option(1e-5, "epsilon inside layer norms")
+
+    def __post_init__(self) -> None:
+        if self.d_ff == 0:
+            object.__setattr__(self, "d_ff", 4 * self.d_model)
+
+    def check(self) -> None:
+        _require_positive(self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
+        _require(
+            self.d_model % self.num_heads == 0,
+            f"--num-heads {self.num_heads} does not divide --d-model {self.d_model}; choose one that does",
+        )
+        _require(0 <= self.dropout < 1, f"--dropout {self.dropout}: choose a probability from 0 up to, but not, 1")
+        _require(0 < self.layer_norm_eps < 1, f"--layer-norm-eps {self.layer_norm_eps}: choose a small number above 0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer"""
+
+    optim_type: Literal["adam", "adamw"] = option(
+        "adamw", "adam adds --weight-decay to the gradient, adamw decays weights"
+    )
+    learning_rate: float = option(6e-4, "peak learning rate (noam: the factor of the formula)")
+    betas: tuple[float, float] = option((0.9, 0.95), "decay rates of Adam's two averages")
+    weight_decay: float = option(0.1, "for matrices and embeddings; biases and layer norms have none")
+    decay_method: Literal["cosine", "noam"] = option("cosine", "shape of the schedule after the warm-up")
+    warmup_steps: int = option(750, "steps of linear warm-up")
+    min_lr: float = option(6e-5, "cosine: the learning rate from --decay-steps on")
+    decay_steps: int = option(20_000, "cosine: the step at which --min-lr is reached, warm-up included")
+    max_grad_norm: float = option(1.0, "clip the norm of the whole gradient to this; 0 means no clipping")
+
+    def check(self) -> None:
+        for name in ("learning_rate", "weight_decay", "min_lr", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
+        for beta in self.betas:
+            _require(0 <= beta < 1, f"--betas {self.betas[0]} {self.betas[1]}: each lies from 0 up to, but not, 1")
+        _require(self.warmup_steps >= 0, f"--warmup-steps {self.warmup_steps}: choose a number of at least 0")
+        if self.decay_method == "cosine":
+            _require(
+                self.decay_steps > self.warmup_steps,
+                f"--decay-steps {self.decay_steps} must lie beyond --warmup-steps {self.warmup_steps}",
+            )
+            _require(
+                self.min_lr <= self.learning_rate,
+                f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}; lower it",
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training"""
+
+    train_steps: int = option(20_000, "optimizer updates in the whole run")
+    train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
+    gradient_accum_step: int = option(8, "micro-steps per optimizer update")
+    mixed_precision: Literal["fp16", "bf16"] | None = option(
+        None, "compute type over fp32 weights (default: fp32 throughout); fp16 scales the loss"
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = option(
+        "highest", "fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
+    )
+    compile: bool = option(False, "torch.compile the model; XLA always compiles and needs no flag")
+    eval_batch_size: int = option(32, "sequences per validation step, over all devices together")
+    valid_steps: int = option(100, "validation batches; stops early where the split ends")
+    valid_interval: int = option(500, "updates between validations; 0 means only at the end")
+    save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
+    saved_checkpoint_limit: int = option(6, "newest checkpoints to keep; 0 keeps all")
+    max_hours: float | None = option(
+        None, "stop with a checkpoint after this many hours, for sessions with a time limit"
+    )
+
+    def check(self) -> None:
+        _require_positive(
+            self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size", "valid_steps"
+        )
+        for name in ("valid_interval", "save_interval", "saved_checkpoint_limit"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
+        if self.max_hours is not None:
+            _require(0 < self.max_hours < math.inf, f"--max-hours {self.max_hours}: choose a number above 0")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases"""
+
+    wandb_logging: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
+    wandb_project: str = option("gpt2xla", "project name")
+    wandb_name: str | None = option(None, "run name")
+    wandb_logging_interval: int = option(100, "updates between uploads; every update is in each upload")
+    wandb_resume_id: str | None = option(None, "id of the run to continue (default: the one in the checkpoint)")
+    wandb_notes: str | None = option(None, "notes")
+    wandb_tags: str | None = option(None, "tags, separated by commas")
+
+    def check(self) -> None:
+        _require_positive(self, "wandb_logging_interval")
+
+
+@dataclass(frozen=True)
+class TorchConfig:
+    """Torch runner (run_pretrain.py)"""
+
+    ddp_backend: Literal["nccl", "gloo"] | None = option(None, "under torchrun (default: nccl on CUDA, else gloo)")
+
+
+@dataclass(frozen=True)
+class XlaConfig:
+    """XLA runner (run_pretrain_xla.py)"""
+
+    mp_start_method: Literal["spawn", "fork"] = option("spawn", "how worker processes start; notebooks need fork")
+    ddp: bool = option(False, "reduce gradients by DistributedDataParallel instead of one all-reduce after backward")
+    use_syncfree_optim: bool = option(False, "torch_xla's sync-free optimizer: less host time per step")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, whole. `given` names the options that the user set, by flag, preset or file: a checkpoint fills the rest."""
+
+    general: GeneralConfig = field(default_factory=GeneralConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    given: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_flat(cls, options: dict[str, Any]) -> RunConfig:
+        """The run in which `options` are set and all others have their defaults. Raises InputError if it cannot work."""
+        groups = {
+            name: group(**{f.name: options[f.name] for f in dataclasses.fields(group) if f.name in options})
+            for name, group in GROUPS.items()
+        }
+        config = cls(**groups, given=frozenset(options))
+        config.check()
+        return config
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every option by name: what `run_config.json` holds and `--config` reads back."""
+        return {k: v for name in GROUPS for k, v in dataclasses.asdict(getattr(self, name)).items()}
+
+    def check(self) -> None:
+        """Raises InputError for values that no run could work with; what needs data or devices is checked where they are."""
+        for group in (self.general, self.model, self.optim, self.train, self.wandb):
+            group.check()
+
+
+GROUPS: dict[str, type] = {
+    "general": GeneralConfig,
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "wandb": WandbConfig,
+}
+
+
+def flag(name: str) -> str:
+    """`train_dir` -> `--train-dir`."""
+    return "--" + name.replace("_", "-")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _require_positive(group: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        _require(value > 0, f"{flag(name)} {value}: choose a number of at least 1")

@@ -1,0 +1,183 @@
+"""A split on disk: a folder of token shards, read as one stream of tokens without loading it.
+
+Formats: 1-D `.npy` (ours, with `manifest.json`; or plain), llm.c `.bin` (header of 256 int32, magic 20240520, then
+uint16) and nanoGPT `.bin` (uint16 only). Shards follow one another in the order of their names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt2xla.errors import InputError
+
+MANIFEST = "manifest.json"
+LLMC_MAGIC = 20240520
+LLMC_HEADER_BYTES = 256 * 4
+_SAMPLE_BLOCKS, _SAMPLE_TOKENS = 16, 4096
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says of a split: enough to detect any change of it and to match a model to it."""
+
+    tokenizer: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eot_id: int | None
+    dtype: str
+    tokens: int
+    documents: int
+    bytes: int
+    shards: tuple[ShardEntry, ...]
+
+    def save(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest | None:
+        """The folder's manifest, or None where there is none. Raises InputError for one that is not ours."""
+        file = folder / MANIFEST
+        if not file.exists():
+            return None
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
+            manifest = cls(**values, shards=shards)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{file} is not a manifest of token shards ({error}); prepare the data again") from None
+        if any(Path(shard.file).name != shard.file for shard in shards):
+            raise InputError(f"{file} names a shard outside of its folder; prepare the data again")
+        return manifest
+
+
+class TokenStream:
+    """All tokens of a split as one memory-mapped sequence.
+
+    Attributes:
+        length: number of tokens.
+        manifest: the split's manifest, or None for a plain folder.
+        fingerprint: changes when the tokens do (by manifest), or at least their number (plain folders).
+
+    Raises:
+        InputError: the folder is missing or empty, a shard is damaged or does not agree with the manifest.
+    """
+
+    def __init__(self, folder: str | Path, option: str = "--train-dir") -> None:
+        self.folder = Path(folder)
+        self.option = option
+        if not self.folder.is_dir():
+            raise InputError(f"{option} {folder}: no such folder; make one with scripts/prepare_text.py")
+        self.manifest = Manifest.load(self.folder)
+        if self.manifest:
+            self.files = [self.folder / shard.file for shard in self.manifest.shards]
+        else:
+            self.files = sorted([*self.folder.glob("*.npy"), *self.folder.glob("*.bin")])
+        if not self.files:
+            raise InputError(f"{option} {folder}: holds no .npy or .bin shards; make some with scripts/prepare_text.py")
+        self._shards = [_map_shard(file) for file in self.files]
+        if self.manifest:
+            self._check_against(self.manifest)
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        self.length = int(self._ends[-1])
+        self.fingerprint = self._fingerprint()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count - 1, as int64, across shard borders."""
+        assert start >= 0 and start + count <= self.length, (start, count, self.length)
+        out = np.empty(count, dtype=np.int64)
+        filled = 0
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while filled < count:
+            offset = start + filled - (int(self._ends[shard]) - len(self._shards[shard]))
+            part = self._shards[shard][offset : offset + count - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        return out
+
+    def file_of(self, position: int) -> Path:
+        return self.files[int(np.searchsorted(self._ends, position, side="right"))]
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuse a split whose ids do not fit the model: by the manifest, else by a sample of each shard (the rest is
+        checked as it is read). Raises InputError."""
+        if self.manifest:
+            largest, file = self.manifest.vocab_size - 1, self.folder / MANIFEST
+            if largest < vocab_size:
+                return
+        else:
+            largest, file = max(
+                (int(_sample(shard).max(initial=0)), file) for shard, file in zip(self._shards, self.files, strict=True)
+            )
+        if largest >= vocab_size:
+            raise InputError(
+                f"--vocab-size {vocab_size} is too small for {file}, which holds ids up to {largest}; "
+                f"use at least {largest + 1}"
+            )
+
+    def _check_against(self, manifest: Manifest) -> None:
+        for file, shard, entry in zip(self.files, self._shards, manifest.shards, strict=True):
+            if len(shard) != entry.tokens or shard.dtype != np.dtype(manifest.dtype):
+                raise InputError(
+                    f"{file} holds {len(shard)} {shard.dtype} tokens but {MANIFEST} says {entry.tokens} "
+                    f"{manifest.dtype}; prepare the data again"
+                )
+
+    def _fingerprint(self) -> str:
+        if self.manifest:
+            parts: list = [shard.sha256 for shard in self.manifest.shards]
+        else:
+            parts = [(file.name, len(shard)) for file, shard in zip(self.files, self._shards, strict=True)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _map_shard(file: Path) -> np.ndarray:
+    try:
+        shard = np.load(file, mmap_mode="r", allow_pickle=False) if file.suffix == ".npy" else _map_bin(file)
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing although {MANIFEST} names it; prepare the data again") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{file} cannot be read as a shard ({error}); it may be cut short: copy or prepare it again"
+        ) from None
+    if shard.ndim != 1 or shard.dtype.kind not in "ui":
+        raise InputError(f"{file} holds {shard.dtype} of shape {shard.shape}; a shard is one row of integer ids")
+    return shard
+
+
+def _map_bin(file: Path) -> np.ndarray:
+    size = file.stat().st_size
+    header = np.fromfile(file, dtype="<i4", count=3)
+    if len(header) == 3 and header[0] == LLMC_MAGIC:
+        shard = np.memmap(file, dtype="<u2", mode="r", offset=LLMC_HEADER_BYTES)
+        if len(shard) != header[2]:
+            raise ValueError(f"its header promises {header[2]} tokens but {len(shard)} follow")
+        return shard
+    if size == 0 or size % 2:
+        raise ValueError(f"{size} bytes are not whole uint16 ids")
+    return np.memmap(file, dtype="<u2", mode="r")
+
+
+def _sample(shard: np.ndarray) -> np.ndarray:
+    starts = np.linspace(0, max(0, len(shard) - _SAMPLE_TOKENS), _SAMPLE_BLOCKS, dtype=np.int64)
+    return np.concatenate([shard[start : start + _SAMPLE_TOKENS] for start in np.unique(starts)])

@@ -1,0 +1,177 @@
+"""Where a run's numbers go: `metrics.jsonl` is the truth; the console and Weights & Biases are views of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from gpt2xla.config import RunConfig
+from gpt2xla.errors import InputError
+
+METRICS_FILE = "metrics.jsonl"
+_SECONDS_BETWEEN_LINES = 10
+
+
+class Sink(Protocol):
+    """Takes lines: training lines have "loss", validation lines "valid_loss", both "step", counted from 1."""
+
+    def write(self, line: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """Appends to `metrics.jsonl`, one object a line, floats in full precision.
+
+    A resumed run first drops what a crashed one wrote after its last checkpoint, so that no step appears twice.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        file = folder / METRICS_FILE
+        if file.exists():
+            _truncate_after(file, resumed_step)
+        self._stream = file.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        # NaN and infinities are not JSON: they are written as null.
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._stream.write(json.dumps(values) + "\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class ConsoleSink:
+    """A progress bar on a terminal; elsewhere a line of text now and then, for log files."""
+
+    def __init__(self, first_step: int, last_step: int) -> None:
+        self._first, self._last = first_step, last_step
+        self._start = self._last_line = time.monotonic()
+        self._bar = tqdm(
+            total=last_step, initial=first_step, desc="training", unit="step", dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def write(self, line: dict[str, Any]) -> None:
+        step = line["step"]
+        if "valid_loss" in line:
+            loss = line["valid_loss"]
+            text = f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f} on {line['valid_tokens']:,} tokens"
+            tqdm.write(f"step {step:>6}: {text}", file=sys.stdout)
+            return
+        mfu = "" if line["mfu"] is None else f", mfu {line['mfu']:.1%}"
+        text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {line['tokens_per_second']:,.0f} tokens/s{mfu}"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        is_due = step in (self._first + 1, self._last) or now - self._last_line >= _SECONDS_BETWEEN_LINES
+        if self._bar.disable and is_due:
+            self._last_line = now
+            left = (now - self._start) / (step - self._first) * (self._last - step)
+            print(f"step {step:>6}/{self._last}: {text}, {tqdm.format_interval(left)} left", flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class WandbSink:
+    """Uploads every line, in batches of the logging interval. A failing wandb never disturbs the run."""
+
+    def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
+        import wandb
+
+        options = config.wandb
+        run_id = options.wandb_resume_id or run_id
+        self._interval = options.wandb_logging_interval
+        self._waiting: list[dict[str, Any]] = []
+        self._run = None
+        try:
+            self._run = wandb.init(
+                project=options.wandb_project,
+                name=options.wandb_name,
+                notes=options.wandb_notes,
+                tags=[tag.strip() for tag in options.wandb_tags.split(",")] if options.wandb_tags else None,
+                id=run_id,
+                resume="allow" if run_id else None,
+                config=config.to_flat(),
+                dir=folder,
+            )
+        except Exception as error:  # wandb raises its own, requests' and protobuf's errors
+            print(f"wandb could not start ({error}); the run goes on, {METRICS_FILE} has everything", file=sys.stderr)
+
+    @property
+    def run_id(self) -> str | None:
+        return self._run.id if self._run else None
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._waiting.append(line)
+        if "valid_loss" in line or line["step"] % self._interval == 0:
+            self._upload()
+
+    def close(self) -> None:
+        self._upload()
+        if self._run:
+            self._run.finish()
+
+    def _upload(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if self._run:
+            for line in waiting:
+                self._run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+
+class Throughput:
+    """Tokens per second and model FLOPs utilisation of each step, from the times at which steps finish.
+
+    MFU is the share of the devices' peak that goes into the model's own arithmetic (`GPT2.flops_per_token`).
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
+        self._tokens = tokens_per_step
+        self._flops = flops_per_token
+        self._peak = peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        """Do not count the time since the last step: it went into validating or saving."""
+        self._last = time.perf_counter()
+
+    def step(self) -> dict[str, float | None]:
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._last, 1e-9)
+        self._last = now
+        return {"tokens_per_second": rate, "mfu": self._flops * rate / self._peak if self._peak else None}
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _truncate_after(file: Path, step: int) -> None:
+    kept = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(text)["step"] <= step:
+                kept.append(text + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the line that a crash cut short
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, file)
+
+
+def make_folder(path: str) -> Path:
+    """`--checkpoints-dir`, created if need be. Raises InputError if that cannot be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--checkpoints-dir {path} cannot be made: {error.strerror}") from None
+    return folder

@@ -1,0 +1,158 @@
+"""GPT-2 (Radford et al. 2019), device-free, in Hugging Face's parameter names.
+
+Shape suffixes: B sequences, T tokens, S tokens a query may see (T, or more with a cache), D d_model, H heads, K = D / H,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2xla.config import ModelConfig
+
+IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
+
+
+class GPT2(nn.Module):
+    """The language model. Its output head is `wte` unless `config.tie_weights` is off, by use instead of by a shared
+    attribute: `F.linear(x, wte.weight)` stays tied on every device, where a shared attribute comes apart on XLA.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.seq_length, config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+        if not config.tie_weights:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed token loss (nats, fp32) and the number of tokens it sums over, both 0-d.
+
+        `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
+        """
+        logits_BTV = self.head(self.hidden(ids_BT))
+        loss = F.cross_entropy(
+            logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+        )
+        return loss, (labels_BT != IGNORED_LABEL).sum()
+
+    def logits(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Next-token logits (B, T, V). With a cache, `ids_BT` go on where the cache ends and are added to it."""
+        return self.head(self.hidden(ids_BT, cache))
+
+    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        past = cache.length if cache else 0
+        positions_T = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device)
+        x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions_T))
+        for layer, block in enumerate(self.h):
+            x_BTD = block(x_BTD, cache, layer)
+        if cache:
+            cache.length += ids_BT.shape[1]
+        return self.ln_f(x_BTD)
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        return F.linear(x_BTD, self.wte.weight if self.config.tie_weights else self.lm_head.weight)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """GPT-2's initialisation: N(0, 0.02) for matrices and embeddings, projections into the residual stream divided
+        by sqrt(2 * layers) so that its variance does not grow with depth, zero biases.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                depth = 2 * self.config.num_layers if name.endswith("c_proj.weight") else 1
+                parameter.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per trained token: 6 N + 12 L D T, N without the position
+        embedding, which is only looked up (Chowdhery et al. 2022, PaLM, appendix B).
+        """
+        c = self.config
+        matrices = self.num_parameters() - self.wpe.weight.numel() - (0 if c.tie_weights else self.wte.weight.numel())
+        return 6 * matrices + 12 * c.num_layers * c.d_model * c.seq_length
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), cache, layer)
+        return x_BTD + self.mlp(self.ln_2(x_BTD))
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        q_BHTK, k_BHSK, v_BHSK = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.c_attn(x_BTD).chunk(3, dim=-1)
+        )
+        if cache:
+            k_BHSK, v_BHSK = cache.append(layer, k_BHSK, v_BHSK)
+        # One new token may see everything before it; several with a past do not occur (the cache starts with the prompt).
+        causal = q_BHTK.shape[2] > 1
+        assert not causal or q_BHTK.shape[2] == k_BHSK.shape[2]
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BHSK, v_BHSK, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
+        )
+        return F.dropout(self.c_proj(y_BHTK.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x = self.c_fc(x_BTD)
+        if self.activation == "relu":
+            x = F.relu(x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu-tanh" else "none")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers allocated once for `seq_length` tokens."""
+
+    def __init__(self, model: GPT2, batch_size: int) -> None:
+        c, like = model.config, model.wte.weight
+        shape = (c.num_layers, 2, batch_size, c.num_heads, c.seq_length, c.d_model // c.num_heads)
+        self.buffers = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; return all of them so far. `length` moves on after the last layer."""
+        end = self.length + k_BHTK.shape[2]
+        keys, values = self.buffers[layer]
+        keys[:, :, self.length : end] = k_BHTK
+        values[:, :, self.length : end] = v_BHTK
+        return keys[:, :, :end], values[:, :, :end]

@@ -1,0 +1,86 @@
+"""Parameter groups, Adam and AdamW, the learning-rate schedule, and optimizer state by parameter name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt2xla.config import OptimConfig
+
+ADAM_EPS = 1e-8
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and embeddings decay; biases and layer norms do not."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def adam_arguments(config: OptimConfig) -> dict[str, Any]:
+    return {"lr": config.learning_rate, "betas": config.betas, "eps": ADAM_EPS}
+
+
+def learning_rate(config: OptimConfig, d_model: int, step: int) -> float:
+    """The rate of update `step`, counted from 0.
+
+    cosine: linear warm-up to `learning_rate` at step `warmup_steps` - 1, then half a cosine down to `min_lr` at step
+    `decay_steps`, constant from there (Loshchilov and Hutter 2017, SGDR, without restarts).
+    noam: `learning_rate` * d_model^-0.5 * min(n^-0.5, n * warmup_steps^-1.5) with n = step + 1 (Vaswani et al. 2017,
+    equation 3).
+    """
+    n = step + 1
+    if config.decay_method == "noam":
+        ramp = n * max(config.warmup_steps, 1) ** -1.5
+        return config.learning_rate * d_model**-0.5 * min(n**-0.5, ramp)
+    if n <= config.warmup_steps:
+        return config.learning_rate * n / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / (config.decay_steps - config.warmup_steps))
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """The norm of the whole gradient before clipping (0-d); scale the gradient down to `max_norm` if that is above 0.
+
+    Never reads the value on the host.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def init_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None = None) -> None:
+    """Give every parameter its Adam state before the first step: zeros, or what `export_state` returned.
+
+    Made on the host and copied over, so that the first step is no other graph than the ones after it. `saved` may come
+    from any runtime; `step` is one number there and a tensor per parameter here, on the device unless the optimizer
+    keeps it on the host.
+    """
+    for name, parameter in model.named_parameters():
+        zeros = torch.zeros(parameter.shape)
+        step = torch.tensor(float(saved["step"] if saved else 0))
+        group = optimizer.param_groups[0]
+        on_device = group.get("capturable") or group.get("fused") or parameter.device.type == "xla"
+        optimizer.state[parameter] = {
+            "step": step.to(parameter.device) if on_device else step,
+            "exp_avg": (saved["exp_avg"][name] if saved else zeros).to(parameter.device, copy=True),
+            "exp_avg_sq": (saved["exp_avg_sq"][name] if saved else zeros).to(parameter.device, copy=True),
+        }
+
+
+def export_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Adam's state by parameter name, still on the device: {"step": tensor, "exp_avg": {...}, "exp_avg_sq": {...}}."""
+    named = [(name, optimizer.state[parameter]) for name, parameter in model.named_parameters()]
+    return {
+        "step": named[0][1]["step"],
+        "exp_avg": {name: state["exp_avg"] for name, state in named},
+        "exp_avg_sq": {name: state["exp_avg_sq"] for name, state in named},
+    }

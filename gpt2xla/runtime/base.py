@@ -1,0 +1,151 @@
+"""The seam between the trainer and the devices it runs on, and what both runtimes share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gpt2xla.config import OptimConfig
+from gpt2xla.data.windows import Batch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Runtime(Protocol):
+    """One process's view of the devices. Methods marked *collective* are called by all processes alike.
+
+    Attributes:
+        device: where this process's model lives.
+        rank: which data-feeding process this is, from 0.
+        world_size: how many there are.
+        is_main: whether this is the one process that prints, logs and writes.
+        description: the devices in words, for the summary at start.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+    is_main: bool
+    description: str
+
+    def seed(self, seed: int) -> None:
+        """Seed this process's random numbers, dropout's among them."""
+        ...
+
+    def setup_model(self, model: nn.Module) -> nn.Module:
+        """Move `model` to the device and return what forwards in training; build the optimizer after this. Collective."""
+        ...
+
+    def build_optimizer(self, model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+        """The device's best Adam or AdamW; its state is made by `optim.init_state`."""
+        ...
+
+    def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches on the device, the next one on its way while the device works on this one."""
+        ...
+
+    def compile_step(self, step: Callable[P, T]) -> Callable[P, T]:
+        """`step` as one unit of device work: on XLA one graph, executed once per call."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
+
+    def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-step; gradients are reduced over processes only where `sync` is set."""
+        ...
+
+    def backward(self, loss: Tensor) -> None: ...
+
+    def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
+        """Reduce, unscale, clip, step, zero: one method, so that the order cannot be wrong. The norm before clipping."""
+        ...
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over all processes, on the device. Collective."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so, on the host. Collective."""
+        ...
+
+    def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
+        """Call `callback(*values)`, the 1-d tensor's values as floats, once the device has them; the loop does not wait.
+
+        Callbacks run one at a time, in order; what one raises is raised by a later call here or by `wait`.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Return when every callback has run."""
+        ...
+
+    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the CPU. Collective."""
+        ...
+
+    def barrier(self, name: str) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the runtime itself must carry over a resume, such as a gradient scaler: plain values only."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def compiles(self) -> int:
+        """Device programs compiled by this process so far; 0 where nothing is compiled."""
+        ...
+
+    def peak_flops(self) -> float | None:
+        """Peak floating-point operations per second of all devices together in the run's precision; None if unknown."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def prefetch(batches: Iterable[Batch], to_device: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    """`to_device` of each batch, one ahead of the caller, in a thread; an error in it is raised here."""
+    source = iter(batches)
+
+    def next_batch() -> Batch | None:
+        batch = next(source, None)
+        return None if batch is None else to_device(batch)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as thread:
+        pending = thread.submit(next_batch)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(next_batch)
+            yield batch
+
+
+def measured_cpu_flops(dtype: torch.dtype) -> float:
+    """This process's rate of a large matrix product on the CPU, in floating-point operations per second: the best of a
+    few short ones, about a tenth of a second together."""
+    a = torch.ones(768, 768, dtype=dtype)
+    a @ a
+    seconds = []
+    while sum(seconds) < 0.1:
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * 768**3 / min(seconds)
+
+
+# Dense bf16 (fp16 where a device has no bf16) peaks in FLOP/s per device, from the makers' data sheets; the names are what
+# the device calls itself, a name that begins like another one first.
+DEVICE_PEAK_FLOPS = {
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12,
+    "TPU v6 lite": 918e12, "V100": 125e12, "T4": 65e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "H100": 989e12,
+    "H200": 989e12, "B200": 2250e12,
+}  # fmt: skip
+
+
+def named_peak_flops(device_name: str) -> float | None:
+    """The peak of the first table entry whose name occurs in `device_name`."""
+    return next((peak for name, peak in DEVICE_PEAK_FLOPS.items() if name in device_name), None)

@@ -1,0 +1,160 @@
+"""Plain PyTorch: one process, or DistributedDataParallel under torchrun; CUDA, MPS or CPU."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
+from gpt2xla.data.windows import Batch
+from gpt2xla.errors import InputError
+from gpt2xla.optim import adam_arguments, clip_gradients, parameter_groups
+from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
+
+
+class TorchRuntime:
+    """Implements `runtime.base.Runtime`. Joins torchrun's process group if there is one."""
+
+    def __init__(self, options: TorchConfig, config: TrainConfig) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.device = _pick_device(int(os.environ.get("LOCAL_RANK", 0)))
+        self.distributed = "RANK" in os.environ
+        if self.distributed:
+            dist.init_process_group(_backend(options.ddp_backend, self.device))
+        torch.set_float32_matmul_precision(config.matmul_precision)
+        self.dtype = DTYPES[config.mixed_precision]
+        self.compile = config.compile
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        self.description = f"{self.world_size} x {self.name} (torch {torch.__version__})"
+        self._pending: deque[tuple[Callable[..., None], Tensor, torch.cuda.Event | None]] = deque()
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def setup_model(self, model: nn.Module) -> nn.Module:
+        model.to(self.device)
+        if self.compile:
+            model.compile()
+        if not self.distributed:
+            return model
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def build_optimizer(self, model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+        optimizer_class = torch.optim.AdamW if config.optim_type == "adamw" else torch.optim.Adam
+        fused = self.device.type in ("cuda", "cpu")
+        return optimizer_class(parameter_groups(model, config.weight_decay), fused=fused, **adam_arguments(config))
+
+    def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        pin = self.device.type == "cuda"
+
+        def to_device(batch: Batch) -> Batch:
+            return Batch(*((t.pin_memory() if pin else t).to(self.device, non_blocking=pin) for t in batch))
+
+        return prefetch(batches, to_device)
+
+    def compile_step(self, step: Callable[P, T]) -> Callable[P, T]:
+        return step
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext()
+
+    def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
+        self.scaler.unscale_(optimizer)
+        grad_norm = clip_gradients(model, max_grad_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def sum(self, value: Tensor) -> Tensor:
+        if self.distributed:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
+        # On CUDA the values of this step are read when the next one asks: the device is never left without work.
+        event = None
+        if self.device.type == "cuda":
+            values = values.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._run_pending()
+        self._pending.append((callback, values, event))
+        if event is None:
+            self._run_pending()
+
+    def wait(self) -> None:
+        self._run_pending()
+
+    def _run_pending(self) -> None:
+        while self._pending:
+            callback, values, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            callback(*values.tolist())
+
+    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def barrier(self, name: str) -> None:
+        if self.distributed:
+            dist.barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler.is_enabled() and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def compiles(self) -> int:
+        return 0
+
+    def peak_flops(self) -> float | None:
+        peak = measured_cpu_flops(self.dtype) if self.device.type == "cpu" else named_peak_flops(self.name)
+        return None if peak is None else peak * self.world_size
+
+    def close(self) -> None:
+        if self.distributed and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _pick_device(local_rank: int) -> torch.device:
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(f"--nproc_per_node asks for more processes than the {torch.cuda.device_count()} GPUs here")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _backend(asked: str | None, device: torch.device) -> str:
+    backend = asked or ("nccl" if device.type == "cuda" else "gloo")
+    if backend == "nccl" and device.type != "cuda":
+        raise InputError("--ddp-backend nccl needs CUDA devices, and there are none here; use gloo")
+    return backend

@@ -1,0 +1,158 @@
+"""PyTorch/XLA through PJRT: TPUs, and `PJRT_DEVICE=CPU`, which takes the same path on any machine.
+
+Nothing here runs before the caller is inside a launched process; importing this file loads torch_xla.
+The loop never reads the device: one graph per step, executed by one sync, metrics through step closures.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as met
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+from torch_xla.amp import syncfree
+
+from gpt2xla.config import OptimConfig, TrainConfig, XlaConfig
+from gpt2xla.data.windows import Batch
+from gpt2xla.errors import InputError
+from gpt2xla.optim import adam_arguments, clip_gradients, parameter_groups
+from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch
+
+
+class XlaRuntime:
+    """Implements `runtime.base.Runtime` for one process, or one thread, of `torch_xla.launch`."""
+
+    def __init__(self, options: XlaConfig, config: TrainConfig) -> None:
+        if config.mixed_precision == "fp16":
+            raise InputError("--mixed-precision fp16 is for CUDA; on XLA use bf16, which TPUs compute in")
+        self.device = torch_xla.device()
+        self.rank = xr.global_ordinal()
+        self.world_size = xr.world_size()
+        self.is_main = self.rank == 0
+        self.options = options
+        self.bf16 = config.mixed_precision == "bf16"
+        torch.set_float32_matmul_precision(config.matmul_precision)
+        self.name = f"XLA:{xr.device_type()}"
+        self.description = f"{self.world_size} x {self.name} (torch_xla {torch_xla.__version__})"
+        # A constant on the device: the sync-free optimizers stay off the host only when they are given one.
+        self.found_inf = torch.zeros(()).to(self.device)
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
+        self._unread: deque[Future[None]] = deque()
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        torch_xla.manual_seed(seed, self.device)
+
+    def setup_model(self, model: nn.Module) -> nn.Module:
+        model.to(self.device)
+        if self.world_size > 1:
+            xm.broadcast_master_param(model)
+        if not self.options.ddp:
+            return model
+        import torch.distributed as dist
+        import torch_xla.distributed.xla_backend  # noqa: F401  registers the backend
+        from torch.nn.parallel import DistributedDataParallel
+
+        if not dist.is_initialized():
+            dist.init_process_group("xla", init_method="xla://")
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def build_optimizer(self, model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+        groups, arguments = parameter_groups(model, config.weight_decay), adam_arguments(config)
+        adamw = config.optim_type == "adamw"
+        if self.options.use_syncfree_optim:
+            return (syncfree.AdamW if adamw else syncfree.Adam)(groups, **arguments)
+        # capturable keeps Adam's step count on the device. On the host its bias corrections would be scalars that one
+        # day round to exactly 1.0, which XLA compiles anew.
+        return (torch.optim.AdamW if adamw else torch.optim.Adam)(groups, capturable=True, foreach=False, **arguments)
+
+    def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        return prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
+
+    def compile_step(self, step: Callable[P, T]) -> Callable[P, T]:
+        @wraps(step)
+        def executed(*args: P.args, **kwargs: P.kwargs) -> T:
+            result = step(*args, **kwargs)
+            torch_xla.sync()
+            return result
+
+        return executed
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast("xla", dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
+        return model.no_sync() if self.options.ddp and not sync else nullcontext()  # type: ignore[operator]
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
+        if not self.options.ddp:
+            xm.reduce_gradients(optimizer)
+        grad_norm = clip_gradients(model, max_grad_norm)
+        if self.options.use_syncfree_optim:
+            optimizer.step(found_inf=self.found_inf)  # type: ignore[call-arg]
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+    def sum(self, value: Tensor) -> Tensor:
+        return xm.all_reduce(xm.REDUCE_SUM, value) if self.world_size > 1 else value
+
+    def any(self, flag: bool) -> bool:
+        if self.world_size == 1:
+            return flag
+        return b"1" in xm.rendezvous("any", b"1" if flag else b"0")
+
+    def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
+        while self._unread and self._unread[0].done():
+            self._unread.popleft().result()
+
+        def read() -> None:
+            callback(*values.tolist())
+
+        xm.add_step_closure(lambda: self._unread.append(self._reader.submit(read)))
+
+    def wait(self) -> None:
+        torch_xla.sync()  # hands over the closures of the last step
+        while self._unread:
+            self._unread.popleft().result()
+
+    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
+        on_host = torch_xla._XLAC._xla_get_cpu_tensors([tensors[name].detach() for name in names])
+        return {**tensors, **dict(zip(names, on_host, strict=True))}
+
+    def barrier(self, name: str) -> None:
+        if self.world_size > 1:
+            xm.rendezvous(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def compiles(self) -> int:
+        compiled = met.metric_data("CompileTime")
+        return compiled[0] if compiled else 0
+
+    def peak_flops(self) -> float | None:
+        if xr.device_type() == "CPU":
+            return measured_cpu_flops(torch.bfloat16 if self.bf16 else torch.float32)
+        peak = named_peak_flops(torch_xla._XLAC._xla_device_kind(str(self.device)))
+        return None if peak is None else peak * self.world_size
+
+    def close(self) -> None:
+        self._reader.shutdown()

@@ -1,0 +1,304 @@
+"""The training loop, the same on every device. What differs between devices is behind `runtime.base.Runtime`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2xla import checkpoint, optim
+from gpt2xla.checkpoint import Start, find_start
+from gpt2xla.config import RunConfig
+from gpt2xla.data.shards import TokenStream
+from gpt2xla.data.windows import Batch, TrainingOrder, Windows, share_of, validation_batches
+from gpt2xla.errors import InputError
+from gpt2xla.evals.validation import Validation, Validator
+from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, make_folder, perplexity
+from gpt2xla.model import GPT2
+from gpt2xla.runtime.base import Runtime
+from gpt2xla.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+
+
+def pretrain(config: RunConfig, runtime: Runtime) -> None:
+    """Train, or with --do-test only validate, as `config` says. Every process calls it.
+
+    Raises:
+        InputError: before the first step, when data, checkpoint and options do not fit together.
+    """
+    start = find_start(config)
+    config = dataclasses.replace(config, model=start.model)
+    if config.general.do_test:
+        test(config, start, runtime)
+    else:
+        Trainer(config, start, runtime).run()
+
+
+def test(config: RunConfig, start: Start, runtime: Runtime) -> None:
+    """Print loss and perplexity of the checkpoint on the validation split."""
+    if start.weights is None:
+        raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
+    windows = _validation_windows(config, runtime)
+    model = _build_model(config, start)
+    runtime.setup_model(model)
+    result = Validator(model, runtime).run(_validation_share(config, windows, runtime))
+    if runtime.is_main:
+        print(
+            f"{start.source}: loss {result.loss:.6f}, perplexity {perplexity(result.loss):.4f} on {result.tokens:,} tokens"
+        )
+
+
+class Trainer:
+    """One training run on one process."""
+
+    def __init__(self, config: RunConfig, start: Start, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        train = config.train
+        self.train_stream = TokenStream(config.data.train_dir, "--train-dir")
+        self.order = TrainingOrder(
+            Windows(self.train_stream, config.model.seq_length, config.model.vocab_size),
+            batch_size=train.train_batch_size,
+            accum=train.gradient_accum_step,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            drop_last=config.data.drop_last,
+            shuffle_seed=config.general.seed if config.data.shuffle else None,
+        )
+        self.valid_windows = _validation_windows(config, runtime)
+        self.tokenizer = _find_tokenizer(config, self.train_stream, start)
+        self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
+        self.tokens_per_step = self.sequences_per_step * config.model.seq_length
+        self._check_continues_same_data(start)
+        self.folder = make_folder(config.general.checkpoints_dir)
+        self._check_processes_agree(start.step)
+
+        self.model = _build_model(config, start)
+        self.parallel_model = runtime.setup_model(self.model)
+        self.optimizer = runtime.build_optimizer(self.model, config.optim)
+        saved = start.training
+        optim.init_state(self.model, self.optimizer, saved["optimizer"] if saved else None)
+        runtime.load_state_dict(saved["runtime"] if saved else {})
+        self.validator = Validator(self.model, runtime)
+        self.first_step = start.step
+        self.throughput = Throughput(self.tokens_per_step, self.model.flops_per_token(), runtime.peak_flops())
+        self.wandb: WandbSink | None = None
+        self.sinks: list[Sink] = []
+        if runtime.is_main:
+            self._print_summary(start)
+            self._open_sinks(start)
+
+    def run(self) -> None:
+        config, runtime = self.config.train, self.runtime
+        train_step = runtime.compile_step(self._train_step)
+        batches = runtime.device_batches(self.order.batches(self.first_step))
+        deadline = time.monotonic() + config.max_hours * 3600 if config.max_hours else None
+        validated: Validation | None = None
+        step = self.first_step
+        self.model.train()
+        self.throughput.restart()
+        while step < config.train_steps:
+            lr = optim.learning_rate(self.config.optim, self.config.model.d_model, step)
+            values = train_step(batches, step, lr)
+            step += 1
+            runtime.when_ready(self._log_training(step, lr), values)
+
+            is_last = step == config.train_steps
+            out_of_time = deadline is not None and runtime.any(time.monotonic() > deadline)
+            validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
+            save = is_last or out_of_time or (config.save_interval and step % config.save_interval == 0)
+            if validate:
+                validated = self._validate(step)
+            if save:
+                self._save(step)
+            if validate or save:
+                self.throughput.restart()
+            if out_of_time:
+                break
+        runtime.wait()
+        self._close(step, validated)
+
+    def _train_step(self, batches: Iterator[Batch], step: int, lr: float) -> Tensor:
+        """One update. Returns (mean token loss over all processes, gradient norm before clipping), on the device."""
+        runtime = self.runtime
+        accum = self.config.train.gradient_accum_step
+        # Dropout depends on seed, step and process alone, so a resumed run needs no stored generator state.
+        runtime.seed(int(np.random.SeedSequence([self.config.general.seed, step, runtime.rank]).generate_state(1)[0]))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = None
+        for micro_step in range(accum):
+            with runtime.accumulate(self.parallel_model, sync=micro_step == accum - 1):
+                with runtime.autocast():
+                    loss, _ = self.parallel_model(*next(batches))
+                # Processes' gradients are averaged, so each divides by its own share of the tokens.
+                runtime.backward(loss * (runtime.world_size / self.tokens_per_step))
+            loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+        assert loss_sum is not None
+        grad_norm = runtime.optimizer_step(self.model, self.optimizer, max_grad_norm=self.config.optim.max_grad_norm)
+        return torch.stack([runtime.sum(loss_sum) / self.tokens_per_step, grad_norm])
+
+    def _log_training(self, step: int, lr: float) -> Callable[[float, float], None]:
+        def log(loss: float, grad_norm: float) -> None:
+            self._log(
+                {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+                | self.throughput.step()
+                | {"compiles": self.runtime.compiles(), "time": time.time()}
+            )
+
+        return log
+
+    def _validate(self, step: int) -> Validation:
+        self.runtime.wait()
+        result = self.validator.run(_validation_share(self.config, self.valid_windows, self.runtime))
+        self._log(
+            {
+                "step": step,
+                "tokens": step * self.tokens_per_step,
+                "valid_loss": result.loss,
+                "valid_tokens": result.tokens,
+            }
+        )
+        return result
+
+    def _save(self, step: int) -> None:
+        self.runtime.wait()
+        optimizer = optim.export_state(self.model, self.optimizer)
+        weights = self.runtime.to_host(self.model.state_dict())
+        moments = {key: self.runtime.to_host(optimizer[key]) for key in ("exp_avg", "exp_avg_sq")}
+        if self.runtime.is_main:
+            training = {
+                "step": step,
+                "optimizer": {"step": int(optimizer["step"].item()), **moments},
+                "runtime": self.runtime.state_dict(),
+                "data": self._data_position(),
+                "wandb_id": self.wandb.run_id if self.wandb else None,
+            }
+            folder = checkpoint.save(
+                self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer
+            )
+            checkpoint.prune(self.folder, folder, self.config.train.saved_checkpoint_limit)
+        self.runtime.barrier("saved")
+
+    def _log(self, line: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(line)
+
+    def _open_sinks(self, start: Start) -> None:
+        checkpoint.write_run_config(self.folder, self.config)
+        self.sinks = [JsonlSink(self.folder, start.step), ConsoleSink(start.step, self.config.train.train_steps)]
+        if self.config.wandb.wandb_logging:
+            self.wandb = WandbSink(self.config, self.folder, start.training["wandb_id"] if start.training else None)
+            self.sinks.append(self.wandb)
+
+    def _close(self, step: int, validated: Validation | None) -> None:
+        for sink in self.sinks:
+            sink.close()
+        if not self.runtime.is_main:
+            return
+        if step < self.config.train.train_steps:
+            print(f"stopped by --max-hours after step {step}; the same command goes on from there")
+        elif validated:
+            print(f"done: validation loss {validated.loss:.4f}, perplexity {perplexity(validated.loss):.2f}")
+        print(f"checkpoint: {self.folder / f'step-{step:08d}'}")
+
+    def _print_summary(self, start: Start) -> None:
+        train, model, runtime = self.config.train, self.config.model, self.runtime
+        for problem in start.skipped:
+            print(f"passed over a checkpoint: {problem}")
+        if start.training:
+            print(f"going on from {start.source} after step {start.step}")
+        elif start.source:
+            print(f"weights from {start.source}; the run starts at step 0")
+        per_device = train.train_batch_size // runtime.world_size
+        epochs = train.train_steps * self.sequences_per_step / self.order.windows_per_epoch
+        rows = {
+            "model": f"{self.model.num_parameters():,} parameters: {model.num_layers} layers, d_model {model.d_model}, "
+            f"{model.num_heads} heads, vocabulary {model.vocab_size:,}, sequences of {model.seq_length}",
+            "devices": runtime.description,
+            "precision": f"{train.mixed_precision or 'fp32'}, matmul {train.matmul_precision}",
+            "batch": f"{per_device} sequences x {runtime.world_size} devices x {train.gradient_accum_step} micro-steps "
+            f"= {self.sequences_per_step} sequences = {self.tokens_per_step:,} tokens per step",
+            "data": f"{self.train_stream.length:,} tokens to train on, {self.valid_windows.stream.length:,} to validate on",
+            "run": f"steps {start.step + 1} to {train.train_steps}: {train.train_steps * self.tokens_per_step:,} tokens in "
+            f"all, {epochs:.2f} epochs",
+            "tokenizer": self.tokenizer.name
+            if self.tokenizer
+            else "none found: checkpoints will lack one (--tokenizer)",
+            "output": str(self.folder),
+        }
+        for name, text in rows.items():
+            print(f"{name:>10}: {text}", flush=True)
+
+    def _data_position(self) -> dict[str, Any]:
+        """What decides which windows a step reads: all of it must stay the same for a resumed run to go on exactly."""
+        return {
+            "--train-dir": self.train_stream.fingerprint,
+            "--seq-length": self.config.model.seq_length,
+            "--train-batch-size x --gradient-accum-step": self.sequences_per_step,
+            "--drop-last": self.order.windows_per_epoch,
+            "--shuffle": self.config.data.shuffle,
+            "--seed": self.config.general.seed,
+        }
+
+    def _check_continues_same_data(self, start: Start) -> None:
+        saved = start.training["data"] if start.training else {}
+        for option, value in self._data_position().items():
+            if saved.get(option, value) != value:
+                raise InputError(
+                    f"{option} is not what {start.source} was trained with ({saved[option]}, now {value}): the run would "
+                    "lose or repeat data; restore it, or start anew with --from-checkpoint and --resume never"
+                )
+        if start.step >= self.config.train.train_steps:
+            raise InputError(
+                f"--train-steps {self.config.train.train_steps}: {start.source} is already at step {start.step}; raise it"
+            )
+
+    def _check_processes_agree(self, step: int) -> None:
+        steps = self.runtime.sum(torch.tensor(float(step)).to(self.runtime.device)).item()
+        if self.runtime.any(steps != step * self.runtime.world_size):
+            raise InputError(
+                f"--checkpoints-dir {self.folder}: processes see different checkpoints; on several hosts it must be one "
+                "shared folder"
+            )
+
+
+def _build_model(config: RunConfig, start: Start) -> GPT2:
+    if start.source is not None and start.weights is not None:
+        return checkpoint.build_model(config.model, start.weights, start.source)
+    model = GPT2(config.model)
+    model.init_weights(torch.Generator().manual_seed(config.general.seed))
+    return model
+
+
+def _validation_windows(config: RunConfig, runtime: Runtime) -> Windows:
+    share_of("--eval-batch-size", config.train.eval_batch_size, runtime.world_size)
+    stream = TokenStream(config.data.valid_dir, "--valid-dir")
+    return Windows(stream, config.model.seq_length, config.model.vocab_size)
+
+
+def _validation_share(config: RunConfig, windows: Windows, runtime: Runtime) -> Iterator[Batch]:
+    return validation_batches(
+        windows, config.train.eval_batch_size, config.train.valid_steps, runtime.rank, runtime.world_size
+    )
+
+
+def _find_tokenizer(config: RunConfig, stream: TokenStream, start: Start) -> Tokenizer | None:
+    """The one asked for, else the one beside the shards, else the checkpoint's; it must be the one that made the shards."""
+    if config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+    else:
+        folders = [stream.folder, *([start.source] if start.source else [])]
+        found = next((folder for folder in folders if has_tokenizer(folder)), None)
+        if found is None:
+            return None
+        tokenizer = load_tokenizer(str(found))
+    if stream.manifest and stream.manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise InputError(
+            f"tokenizer {tokenizer.name} is not the one that {stream.folder} was made with ({stream.manifest.tokenizer})"
+        )
+    return tokenizer

@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+"""Pre-train GPT-2 with plain PyTorch: `python run_pretrain.py ...`, or several GPUs through `torchrun`."""
+
+import sys
+
+from gpt2xla.cli import exit_code, parse_run
+from gpt2xla.config import TorchConfig
+
+
+def main() -> None:
+    config, options = parse_run(TorchConfig)
+    # Imported after parsing, so that --help and wrong flags answer at once.
+    from gpt2xla.runtime.torch import TorchRuntime
+    from gpt2xla.trainer import pretrain
+
+    runtime = TorchRuntime(options, config.train)
+    try:
+        pretrain(config, runtime)
+    finally:
+        runtime.close()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

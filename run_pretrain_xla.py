@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Pre-train GPT-2 on TPUs through PyTorch/XLA: `PJRT_DEVICE=TPU python run_pretrain_xla.py ...`.
+
+`PJRT_DEVICE=CPU` takes the same path on any machine.
+"""
+
+import os
+import sys
+
+from gpt2xla.cli import exit_code, parse_run
+from gpt2xla.config import RunConfig, XlaConfig
+from gpt2xla.errors import InputError
+
+
+def main() -> None:
+    config, options = parse_run(XlaConfig)
+    if "PJRT_DEVICE" not in os.environ:
+        raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")
+    try:
+        import torch_xla
+    except ImportError as error:
+        raise InputError(f"torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt") from None
+
+    # Nothing may touch a device before this: the workers could not have it then.
+    torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
+
+
+def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
+    from gpt2xla.runtime.xla import XlaRuntime
+    from gpt2xla.trainer import pretrain
+
+    runtime = XlaRuntime(options, config.train)
+    try:
+        pretrain(config, runtime)
+    finally:
+        runtime.close()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
