@@ -60,7 +60,8 @@ def find_start(config: RunConfig) -> Start:
     Raises:
         InputError: what was asked for is missing, damaged, or contradicts the flags.
     """
-    general, skipped = config.general, []
+    general = config.general
+    skipped: list[str] = []
     source, continues = None, False
     if general.resume not in ("auto", "never"):
         source, continues = Path(general.resume), True
@@ -184,7 +185,7 @@ def write_run_config(folder: Path, config: RunConfig) -> None:
 
 
 def _newest_good(root: Path) -> tuple[Path | None, list[str]]:
-    skipped = []
+    skipped: list[str] = []
     for folder in reversed(list_checkpoints(root)):
         damage = find_damage(folder)
         if damage is None:

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,7 +138,7 @@ def _parser(runtime_group: type) -> OneLineParser:
 
 def _argument(kind: Any) -> dict[str, Any]:
     """What argparse needs to read one value of type `kind`."""
-    if typing.get_origin(kind) is types.UnionType:  # X | None: the flag is either given or absent
+    if type(None) in typing.get_args(kind):  # the flag is either given or absent
         (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def save_model(folder: Path, config: ModelConfig, state: dict[str, Tensor], eot_
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     save_file(to_hf_state(config, state), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors shuts out other users
 
 
 def load_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

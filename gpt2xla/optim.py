@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from gpt2xla.config import OptimConfig
 
 ADAM_EPS = 1e-8
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -57,30 +58,30 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
-def init_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None = None) -> None:
-    """Give every parameter its Adam state before the first step: zeros, or what `export_state` returned.
+def init_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any] | None,
+    to_device: Callable[[Tensor], Tensor],
+    *,
+    count_on_device: bool = True,
+    **extra: Tensor,
+) -> None:
+    """Give every parameter its Adam state before the first step: zeros, or what `export_state` returned on any runtime.
 
-    Made on the host and copied over, so that the first step is no other graph than the ones after it. `saved` may come
-    from any runtime; `step` is one number there and a tensor per parameter here, on the device unless the optimizer
-    keeps it on the host.
+    With the state there from the start, the first step is no other graph than the ones after it. `count_on_device` says
+    where the optimizer expects its step count, `extra` what else it expects beside the two moments.
     """
     for name, parameter in model.named_parameters():
-        zeros = torch.zeros(parameter.shape)
         step = torch.tensor(float(saved["step"] if saved else 0))
-        group = optimizer.param_groups[0]
-        on_device = group.get("capturable") or group.get("fused") or parameter.device.type == "xla"
+        moments = {key: saved[key][name] if saved else torch.zeros(parameter.shape) for key in MOMENTS}
         optimizer.state[parameter] = {
-            "step": step.to(parameter.device) if on_device else step,
-            "exp_avg": (saved["exp_avg"][name] if saved else zeros).to(parameter.device, copy=True),
-            "exp_avg_sq": (saved["exp_avg_sq"][name] if saved else zeros).to(parameter.device, copy=True),
+            "step": to_device(step) if count_on_device else step,
+            **{key: to_device(tensor) for key, tensor in (moments | extra).items()},
         }
 
 
 def export_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Adam's state by parameter name, still on the device: {"step": tensor, "exp_avg": {...}, "exp_avg_sq": {...}}."""
     named = [(name, optimizer.state[parameter]) for name, parameter in model.named_parameters()]
-    return {
-        "step": named[0][1]["step"],
-        "exp_avg": {name: state["exp_avg"] for name, state in named},
-        "exp_avg_sq": {name: state["exp_avg_sq"] for name, state in named},
-    }
+    return {"step": named[0][1]["step"], **{key: {name: state[key] for name, state in named} for key in MOMENTS}}

@@ -6,6 +6,7 @@ Every tokenizer can be written as `tokenizer.json`, so shards and checkpoints ca
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
     """The two parts whose merge makes `token`: byte-pair encode it with only the merges that came before it."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        candidates = (ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:], strict=False))
+        candidates = (ranks.get(a + b, ranks[token]) for a, b in itertools.pairwise(parts))
         i = min(enumerate(candidates), key=lambda pair: pair[1])[0]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]

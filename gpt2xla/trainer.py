@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gpt2xla import checkpoint, optim
 from gpt2xla.checkpoint import Start, find_start
@@ -79,9 +78,8 @@ class Trainer:
 
         self.model = _build_model(config, start)
         self.parallel_model = runtime.setup_model(self.model)
-        self.optimizer = runtime.build_optimizer(self.model, config.optim)
         saved = start.training
-        optim.init_state(self.model, self.optimizer, saved["optimizer"] if saved else None)
+        self.optimizer = runtime.build_optimizer(self.model, config.optim, saved["optimizer"] if saved else None)
         runtime.load_state_dict(saved["runtime"] if saved else {})
         self.validator = Validator(self.model, runtime)
         self.first_step = start.step
@@ -103,12 +101,11 @@ class Trainer:
         self.throughput.restart()
         while step < config.train_steps:
             lr = optim.learning_rate(self.config.optim, self.config.model.d_model, step)
-            values = train_step(batches, step, lr)
+            train_step(batches, step, lr)
             step += 1
-            runtime.when_ready(self._log_training(step, lr), values)
 
             is_last = step == config.train_steps
-            out_of_time = deadline is not None and runtime.any(time.monotonic() > deadline)
+            out_of_time = deadline is not None and any(runtime.gather(time.monotonic() > deadline))
             validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
             save = is_last or out_of_time or (config.save_interval and step % config.save_interval == 0)
             if validate:
@@ -122,8 +119,8 @@ class Trainer:
         runtime.wait()
         self._close(step, validated)
 
-    def _train_step(self, batches: Iterator[Batch], step: int, lr: float) -> Tensor:
-        """One update. Returns (mean token loss over all processes, gradient norm before clipping), on the device."""
+    def _train_step(self, batches: Iterator[Batch], step: int, lr: float) -> None:
+        """Update number `step`, counted from 0. Its numbers are logged when the device has them."""
         runtime = self.runtime
         accum = self.config.train.gradient_accum_step
         # Dropout depends on seed, step and process alone, so a resumed run needs no stored generator state.
@@ -140,7 +137,8 @@ class Trainer:
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         assert loss_sum is not None
         grad_norm = runtime.optimizer_step(self.model, self.optimizer, max_grad_norm=self.config.optim.max_grad_norm)
-        return torch.stack([runtime.sum(loss_sum) / self.tokens_per_step, grad_norm])
+        loss = runtime.sum(loss_sum) / self.tokens_per_step
+        runtime.when_ready(self._log_training(step + 1, lr), torch.stack([loss, grad_norm]))
 
     def _log_training(self, step: int, lr: float) -> Callable[[float, float], None]:
         def log(loss: float, grad_norm: float) -> None:
@@ -169,7 +167,7 @@ class Trainer:
         self.runtime.wait()
         optimizer = optim.export_state(self.model, self.optimizer)
         weights = self.runtime.to_host(self.model.state_dict())
-        moments = {key: self.runtime.to_host(optimizer[key]) for key in ("exp_avg", "exp_avg_sq")}
+        moments = {key: self.runtime.to_host(optimizer[key]) for key in optim.MOMENTS}
         if self.runtime.is_main:
             training = {
                 "step": step,
@@ -259,8 +257,7 @@ class Trainer:
             )
 
     def _check_processes_agree(self, step: int) -> None:
-        steps = self.runtime.sum(torch.tensor(float(step)).to(self.runtime.device)).item()
-        if self.runtime.any(steps != step * self.runtime.world_size):
+        if len(set(self.runtime.gather(step))) > 1:
             raise InputError(
                 f"--checkpoints-dir {self.folder}: processes see different checkpoints; on several hosts it must be one "
                 "shared folder"

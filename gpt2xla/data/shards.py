@@ -95,7 +95,7 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1, as int64, across shard borders."""
-        assert start >= 0 and start + count <= self.length, (start, count, self.length)
+        assert 0 <= start <= self.length - count, (start, count, self.length)
         out = np.empty(count, dtype=np.int64)
         filled = 0
         shard = int(np.searchsorted(self._ends, start, side="right"))

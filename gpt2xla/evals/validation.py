@@ -29,8 +29,7 @@ class Validator:
     def run(self, batches: Iterable[Batch]) -> Validation:
         """Loss over this process's `batches` and all others' together. Collective."""
         self.model.eval()
-        # The totals start as data from the host, not as a device constant, so that all batches share one graph.
-        totals = torch.zeros(2).to(self.runtime.device)
+        totals = self.runtime.to_device(torch.zeros(2))
         for batch in self.runtime.device_batches(batches):
             totals = self._step(totals, batch)
         loss, tokens = self.runtime.sum(totals).tolist()

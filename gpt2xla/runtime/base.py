@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -43,8 +44,10 @@ class Runtime(Protocol):
         """Move `model` to the device and return what forwards in training; build the optimizer after this. Collective."""
         ...
 
-    def build_optimizer(self, model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-        """The device's best Adam or AdamW; its state is made by `optim.init_state`."""
+    def build_optimizer(
+        self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
+    ) -> torch.optim.Optimizer:
+        """The device's best Adam or AdamW, with state: zeros, or `saved` as `optim.export_state` gave it."""
         ...
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -71,19 +74,24 @@ class Runtime(Protocol):
         """The sum of `value` over all processes, on the device. Collective."""
         ...
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so, on the host. Collective."""
+    def gather(self, value: int) -> list[int]:
+        """Every process's value, by rank, on the host. Collective; makes the host wait for the other processes."""
         ...
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         """Call `callback(*values)`, the 1-d tensor's values as floats, once the device has them; the loop does not wait.
 
-        Callbacks run one at a time, in order; what one raises is raised by a later call here or by `wait`.
+        Called inside a compiled step. Callbacks run one at a time, in order; what one raises is raised by a later call
+        here or by `wait`.
         """
         ...
 
     def wait(self) -> None:
         """Return when every callback has run."""
+        ...
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A host tensor on the device, as data: never as a constant of a compiled program."""
         ...
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +117,13 @@ class Runtime(Protocol):
     def close(self) -> None: ...
 
 
+def set_matmul_precision(precision: str) -> None:
+    """torch.set_float32_matmul_precision, without the warning that torch 2.9 prints about its own implementation."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please use the new API settings")
+        torch.set_float32_matmul_precision(precision)
+
+
 def prefetch(batches: Iterable[Batch], to_device: Callable[[Batch], Batch]) -> Iterator[Batch]:
     """`to_device` of each batch, one ahead of the caller, in a thread; an error in it is raised here."""
     source = iter(batches)
@@ -129,7 +144,7 @@ def measured_cpu_flops(dtype: torch.dtype) -> float:
     few short ones, about a tenth of a second together."""
     a = torch.ones(768, 768, dtype=dtype)
     a @ a
-    seconds = []
+    seconds: list[float] = []
     while sum(seconds) < 0.1:
         start = time.perf_counter()
         a @ a

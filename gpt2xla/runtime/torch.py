@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
-from gpt2xla.optim import adam_arguments, clip_gradients, parameter_groups
-from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch
+from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
 
@@ -33,7 +33,7 @@ class TorchRuntime:
         self.distributed = "RANK" in os.environ
         if self.distributed:
             dist.init_process_group(_backend(options.ddp_backend, self.device))
-        torch.set_float32_matmul_precision(config.matmul_precision)
+        set_matmul_precision(config.matmul_precision)
         self.dtype = DTYPES[config.mixed_precision]
         self.compile = config.compile
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
@@ -53,10 +53,14 @@ class TorchRuntime:
         device_ids = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    def build_optimizer(self, model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    def build_optimizer(
+        self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
+    ) -> torch.optim.Optimizer:
         optimizer_class = torch.optim.AdamW if config.optim_type == "adamw" else torch.optim.Adam
         fused = self.device.type in ("cuda", "cpu")
-        return optimizer_class(parameter_groups(model, config.weight_decay), fused=fused, **adam_arguments(config))
+        optimizer = optimizer_class(parameter_groups(model, config.weight_decay), fused=fused, **adam_arguments(config))
+        init_state(model, optimizer, saved, self.to_device, count_on_device=fused)
+        return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         pin = self.device.type == "cuda"
@@ -92,8 +96,10 @@ class TorchRuntime:
             dist.all_reduce(value)
         return value
 
-    def any(self, flag: bool) -> bool:
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+    def gather(self, value: int) -> list[int]:
+        values = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        return self.sum(values).tolist()
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         # On CUDA the values of this step are read when the next one asks: the device is never left without work.
@@ -116,6 +122,9 @@ class TorchRuntime:
             if event is not None:
                 event.synchronize()
             callback(*values.tolist())
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

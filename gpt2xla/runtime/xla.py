@@ -14,18 +14,20 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.runtime as xr
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch_xla.amp import syncfree
 
 from gpt2xla.config import OptimConfig, TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
-from gpt2xla.optim import adam_arguments, clip_gradients, parameter_groups
-from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch
+from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
 
 
 class XlaRuntime:
@@ -40,7 +42,7 @@ class XlaRuntime:
         self.is_main = self.rank == 0
         self.options = options
         self.bf16 = config.mixed_precision == "bf16"
-        torch.set_float32_matmul_precision(config.matmul_precision)
+        set_matmul_precision(config.matmul_precision)
         self.name = f"XLA:{xr.device_type()}"
         self.description = f"{self.world_size} x {self.name} (torch_xla {torch_xla.__version__})"
         # A constant on the device: the sync-free optimizers stay off the host only when they are given one.
@@ -58,22 +60,27 @@ class XlaRuntime:
             xm.broadcast_master_param(model)
         if not self.options.ddp:
             return model
-        import torch.distributed as dist
         import torch_xla.distributed.xla_backend  # noqa: F401  registers the backend
-        from torch.nn.parallel import DistributedDataParallel
 
         if not dist.is_initialized():
             dist.init_process_group("xla", init_method="xla://")
         return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    def build_optimizer(self, model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    def build_optimizer(
+        self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
+    ) -> torch.optim.Optimizer:
         groups, arguments = parameter_groups(model, config.weight_decay), adam_arguments(config)
         adamw = config.optim_type == "adamw"
         if self.options.use_syncfree_optim:
-            return (syncfree.AdamW if adamw else syncfree.Adam)(groups, **arguments)
-        # capturable keeps Adam's step count on the device. On the host its bias corrections would be scalars that one
-        # day round to exactly 1.0, which XLA compiles anew.
-        return (torch.optim.AdamW if adamw else torch.optim.Adam)(groups, capturable=True, foreach=False, **arguments)
+            optimizer = (syncfree.AdamW if adamw else syncfree.Adam)(groups, **arguments)
+            init_state(model, optimizer, saved, self.to_device, max_exp_avg_sq=torch.empty(0))
+            return optimizer
+        # capturable keeps the step count on the device. On the host its bias corrections would be scalars that one day
+        # round to exactly 1.0, which XLA compiles anew.
+        adam_class = torch.optim.AdamW if adamw else torch.optim.Adam
+        optimizer = adam_class(groups, capturable=True, foreach=False, **arguments)
+        init_state(model, optimizer, saved, self.to_device)
+        return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         return prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
@@ -91,7 +98,7 @@ class XlaRuntime:
         return torch.autocast("xla", dtype=torch.bfloat16) if self.bf16 else nullcontext()
 
     def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
-        return model.no_sync() if self.options.ddp and not sync else nullcontext()  # type: ignore[operator]
+        return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -101,7 +108,7 @@ class XlaRuntime:
             xm.reduce_gradients(optimizer)
         grad_norm = clip_gradients(model, max_grad_norm)
         if self.options.use_syncfree_optim:
-            optimizer.step(found_inf=self.found_inf)  # type: ignore[call-arg]
+            optimizer.step(found_inf=self.found_inf)  # type: ignore[call-overload]
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -110,10 +117,10 @@ class XlaRuntime:
     def sum(self, value: Tensor) -> Tensor:
         return xm.all_reduce(xm.REDUCE_SUM, value) if self.world_size > 1 else value
 
-    def any(self, flag: bool) -> bool:
+    def gather(self, value: int) -> list[int]:
         if self.world_size == 1:
-            return flag
-        return b"1" in xm.rendezvous("any", b"1" if flag else b"0")
+            return [value]
+        return [int(payload) for payload in xm.rendezvous("gather", str(value).encode())]
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         while self._unread and self._unread[0].done():
@@ -128,6 +135,10 @@ class XlaRuntime:
         torch_xla.sync()  # hands over the closures of the last step
         while self._unread:
             self._unread.popleft().result()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        # tensor.to() would make the scalars 0 and 1 constants of the graph, and the step another graph once they change.
+        return xm.send_cpu_data_to_device([tensor], self.device)[0]
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         names = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
