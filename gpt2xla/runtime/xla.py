@@ -45,8 +45,8 @@ class XlaRuntime:
         set_matmul_precision(config.matmul_precision)
         self.name = f"XLA:{xr.device_type()}"
         self.description = f"{self.world_size} x {self.name} (torch_xla {torch_xla.__version__})"
-        # A constant on the device: the sync-free optimizers stay off the host only when they are given one.
-        self.found_inf = torch.zeros(()).to(self.device)
+        # The sync-free optimizers stay off the host only when they are told whether a gradient overflowed: never, here.
+        self.found_inf = self.to_device(torch.zeros(())) if options.use_syncfree_optim else None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._unread: deque[Future[None]] = deque()
 
@@ -55,7 +55,13 @@ class XlaRuntime:
         torch_xla.manual_seed(seed, self.device)
 
     def setup_model(self, model: nn.Module) -> nn.Module:
+        on_host = [parameter.detach() for parameter in model.parameters()]
         model.to(self.device)
+        # A parameter that was never written in place is traced otherwise than one that was: without this second copy the
+        # first step would be a graph of its own, and the whole step be compiled twice.
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), on_host, strict=True):
+                parameter.copy_(value)
         if self.world_size > 1:
             xm.broadcast_master_param(model)
         if not self.options.ddp:
