@@ -81,6 +81,8 @@ def _file_as_flags(file: Path) -> list[str]:
             raise InputError("a config file cannot name another one")
         if value is True or value is False:
             argv.append(name if value else name.replace("--", "--no-", 1))
+        elif isinstance(value, dict):
+            raise InputError(f"{name} has options below it; write all options side by side")
         elif value is not None:
             argv += [name, *map(str, value)] if isinstance(value, list) else [f"{name}={value}"]
     return argv

@@ -53,7 +53,8 @@ class ConsoleSink:
 
     def __init__(self, first_step: int, last_step: int) -> None:
         self._first, self._last = first_step, last_step
-        self._start = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._first_done: float | None = None
         self._bar = tqdm(
             total=last_step, initial=first_step, desc="training", unit="step", dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
@@ -71,11 +72,15 @@ class ConsoleSink:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
+        self._first_done = self._first_done or now  # the first step compiles: it says nothing about the others
         is_due = step in (self._first + 1, self._last) or now - self._last_line >= _SECONDS_BETWEEN_LINES
         if self._bar.disable and is_due:
             self._last_line = now
-            left = (now - self._start) / (step - self._first) * (self._last - step)
-            print(f"step {step:>6}/{self._last}: {text}, {tqdm.format_interval(left)} left", flush=True)
+            done = step - self._first - 1
+            left = (
+                f", {tqdm.format_interval((now - self._first_done) / done * (self._last - step))} left" if done else ""
+            )
+            print(f"step {step:>6}/{self._last}: {text}{left}", flush=True)
 
     def close(self) -> None:
         self._bar.close()

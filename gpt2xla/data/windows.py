@@ -89,6 +89,7 @@ class TrainingOrder:
     shuffle_seed: int | None
 
     def __post_init__(self) -> None:
+        share_of("--train-batch-size", self.batch_size, self.world_size)
         if self.windows_per_epoch == 0:
             raise InputError(
                 f"--drop-last leaves nothing: {self.windows.stream.folder} has {self.windows.count} windows, fewer than "
@@ -108,7 +109,7 @@ class TrainingOrder:
 
     def window_ids(self, micro_step: int) -> np.ndarray:
         """This process's windows in micro-step number `micro_step` since the start of the run."""
-        share = share_of("--train-batch-size", self.batch_size, self.world_size)
+        share = self.batch_size // self.world_size
         first = micro_step * self.batch_size + self.rank * share
         sequences = np.arange(first, first + share, dtype=np.int64)
         epochs, positions = np.divmod(sequences, self.windows_per_epoch)

@@ -1,0 +1,105 @@
+"""Shared by all tests: a small data set on disk, and running the programs as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB_SIZE = 97
+
+# What GPT-2's own encoding needs; the tests that use it are skipped by name where it is neither here nor cached.
+if "TIKTOKEN_CACHE_DIR" not in os.environ and (ROOT.parent / "shared" / "tiktoken").is_dir():
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(ROOT.parent / "shared" / "tiktoken")
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+
+# A model small enough to compile in seconds, with accumulation, clipping, validation and saving.
+SMALL_RUN = [
+    "--vocab-size", "97", "--seq-length", "16", "--d-model", "32", "--num-layers", "2", "--num-heads", "2",
+    "--train-batch-size", "4", "--gradient-accum-step", "3", "--eval-batch-size", "4", "--valid-steps", "3",
+    "--learning-rate", "0.01", "--min-lr", "0.001", "--warmup-steps", "4", "--decay-steps", "20", "--max-grad-norm", "0.5",
+    "--train-steps", "20", "--valid-interval", "10", "--save-interval", "10",
+]  # fmt: skip
+
+
+def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the repository from its root, as the README's commands do."""
+    return subprocess.run(
+        [sys.executable, program, *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, check=False,
+        timeout=500,
+    )  # fmt: skip
+
+
+def run_xla(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("run_pretrain_xla.py", *arguments, PJRT_DEVICE="CPU", **environment)
+
+
+def torchrun(processes: int, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "run_pretrain.py"]
+    return run("-m", *launcher, *arguments, **environment)
+
+
+def succeed(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+def write_split(folder: Path, tokens: np.ndarray, shards: int = 3) -> None:
+    folder.mkdir(parents=True)
+    for number, part in enumerate(np.array_split(tokens.astype(np.uint16), shards)):
+        np.save(folder / f"{number:03d}.npy", part)
+
+
+def learnable_tokens(count: int, seed: int) -> np.ndarray:
+    """Tokens in which each mostly follows from the one before, so that a loss can fall."""
+    rng = np.random.default_rng(seed)
+    jumps = np.where(rng.random(count) < 0.8, 1, rng.integers(0, VOCAB_SIZE, count))
+    return np.cumsum(jumps) % VOCAB_SIZE
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and test/: plain .npy shards, 5,000 and 500 tokens, ids below 97."""
+    folder = tmp_path_factory.mktemp("data")
+    write_split(folder / "train", learnable_tokens(5000, seed=1))
+    write_split(folder / "test", learnable_tokens(500, seed=2), shards=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_flags(data: Path) -> list[str]:
+    return ["--train-dir", str(data / "train"), "--valid-dir", str(data / "test")]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
+    """The checkpoints folder of a finished small run on the torch runtime, with checkpoints at steps 10 and 20."""
+    folder = tmp_path_factory.mktemp("trained")
+    succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_encoding() -> str:
+    import tiktoken
+
+    try:
+        tiktoken.get_encoding("gpt2")
+    except OSError:
+        pytest.skip("needs GPT-2's encoding: go online, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+    return "gpt2"

@@ -1,0 +1,79 @@
+"""Tokenizers against tiktoken and transformers, and text that survives the way there and back."""
+
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from gpt2xla.errors import InputError
+from gpt2xla.tokenizer import TextStream, load_tokenizer, train_bpe
+
+SAMPLES = [
+    "Hello, world!", "  two  spaces\n\n\ttabs", "naïve café 北京 🙂🙃 e\u0301", "def f(x):\n    return x + 1\n", "I'm you'll",
+    "1234567", "<|endoftext|> written out", "", " ", "\r\n\x00\x7f",
+]  # fmt: skip
+
+
+def test_gpt2_equals_tiktoken_and_its_saved_form_in_transformers(gpt2_encoding: str, tmp_path: Path) -> None:
+    ours, truth = load_tokenizer(gpt2_encoding), tiktoken.get_encoding("gpt2")
+    assert (ours.vocab_size, ours.eot_id) == (50257, 50256)
+    ours.save(tmp_path)
+    theirs, again = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    assert theirs.eos_token_id == 50256
+    assert (again.name, again.sha256) == ("gpt2", ours.sha256)
+    sources = [file.read_text() for file in Path(__file__).parent.glob("*.py")]
+    for text in SAMPLES + sources:
+        ids = truth.encode_ordinary(text)
+        assert ours.encode(text) == ids
+        assert again.encode(text) == ids
+        assert ours.decode(ids) == text
+        if "<|" not in text:
+            assert theirs(text)["input_ids"] == ids
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_bytes_are_utf8(text: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    assert tokenizer.encode(text) == list(text.encode("utf-8", errors="replace"))
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (257, 256)
+
+
+def test_text_survives_a_trained_tokenizer_and_its_file(tmp_path: Path) -> None:
+    documents = [file.read_text() for file in Path(__file__).parent.glob("*.py")]
+    tokenizer = train_bpe(documents, "mine", vocab_size=600, min_frequency=2)
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (600, 599)
+    tokenizer.save(tmp_path)
+    again, theirs = load_tokenizer(str(tmp_path / "tokenizer.json")), AutoTokenizer.from_pretrained(tmp_path)
+    assert (again.name, again.sha256) == ("mine", tokenizer.sha256)
+    for text in SAMPLES + documents:
+        ids = tokenizer.encode(text)
+        assert 599 not in ids, "end of text written out in a document is text"
+        assert tokenizer.decode(ids) == text
+        assert again.encode(text) == ids
+        if "<|" not in text:
+            assert theirs(text)["input_ids"] == ids
+
+
+def test_a_stream_never_breaks_a_character() -> None:
+    tokenizer = load_tokenizer("bytes")
+    text = "a é 北 🙂 end"
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer, ids[:1])
+    parts = [stream.text] + [stream.add(token) for token in ids[1:]]
+    assert "".join(parts) == text
+    assert not any("\ufffd" in part for part in parts)
+    stream = TextStream(tokenizer, [])
+    assert stream.add(0xE5) == ""
+    assert stream.rest() == "\ufffd"
+
+
+def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a file"):
+        load_tokenizer("no-such-encoding")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is not a tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
