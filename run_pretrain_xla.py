@@ -14,8 +14,11 @@ from gpt2xla.errors import InputError
 
 def main() -> None:
     config, options = parse_run(XlaConfig)
-    if "PJRT_DEVICE" not in os.environ:
+    device = os.environ.get("PJRT_DEVICE")
+    if not device:
         raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")
+    if device == "CUDA":  # torch_xla aborts on it
+        raise InputError("PJRT_DEVICE=CUDA: torch_xla 2.9 has no CUDA build; on GPUs use run_pretrain.py")
     try:
         import torch_xla
     except ImportError as error:

@@ -74,6 +74,7 @@ def find_start(config: RunConfig) -> Start:
     if source is None and general.from_checkpoint is not None:
         source, continues = _named_source(general)
     if source is None:
+        config.model.check()
         return Start(None, config.model, skipped=tuple(skipped))
     saved_model, weights = load_weights(source)
     training = _load_training_state(source) if continues else None

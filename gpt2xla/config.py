@@ -233,8 +233,9 @@ class RunConfig:
         return {k: v for name in GROUPS for k, v in dataclasses.asdict(getattr(self, name)).items()}
 
     def check(self) -> None:
-        """Raises InputError for values that no run could work with; what needs data or devices is checked where they are."""
-        for group in (self.general, self.model, self.optim, self.train, self.wandb):
+        """Raises InputError for values that no run could work with. The model is checked when its checkpoint, if there is
+        one, has filled in what was not given; what needs data or devices is checked where they are."""
+        for group in (self.general, self.optim, self.train, self.wandb):
             group.check()
 
 

@@ -129,9 +129,11 @@ def from_hf_config(values: dict[str, Any]) -> ModelConfig:
             bias=values.get("gpt2xla_bias", True),
             layer_norm_eps=values.get("layer_norm_epsilon", 1e-5),
         )
+        config.check()
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is missing") from None
-    config.check()
+    except TypeError as error:
+        raise ValueError(f"a size is not a number ({error})") from None
     return config
 
 

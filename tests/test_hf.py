@@ -23,10 +23,11 @@ CONFIGS = {
 
 def random_model(config: ModelConfig) -> GPT2:
     model = GPT2(config).eval()
-    model.init_weights(torch.Generator().manual_seed(0))
-    with torch.no_grad():
+    generator = torch.Generator().manual_seed(0)
+    model.init_weights(generator)
+    with torch.no_grad():  # so that no bias is 0 and no norm 1
         for parameter in model.parameters():
-            parameter.add_(0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     return model
 
 

@@ -12,7 +12,8 @@ from gpt2xla.errors import InputError
 from gpt2xla.tokenizer import TextStream, load_tokenizer, train_bpe
 
 SAMPLES = [
-    "Hello, world!", "  two  spaces\n\n\ttabs", "naïve café 北京 🙂🙃 e\u0301", "def f(x):\n    return x + 1\n", "I'm you'll",
+    "Hello, world!", "  two  spaces\n\n\ttabs", "naïve café 北京 🙂🙃 e\u0301",
+    "def f(x):\n    return x + 1\n", "I'm you'll",
     "1234567", "<|endoftext|> written out", "", " ", "\r\n\x00\x7f",
 ]  # fmt: skip
 

@@ -1,0 +1,194 @@
+"""Checkpoint folders: found, verified, pruned, refused, and never left half-written."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_RUN
+from transformers import AutoModelForCausalLM
+
+from gpt2xla import checkpoint
+from gpt2xla.cli import parse_run
+from gpt2xla.config import RunConfig, TorchConfig
+from gpt2xla.errors import InputError
+from gpt2xla.pt_file import load_pt_model
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def options(root: Path, *flags: str) -> RunConfig:
+    return parse_run(TorchConfig, ["--checkpoints-dir", str(root), *flags])[0]
+
+
+def flip_a_bit(file: Path) -> None:
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+
+
+def test_a_run_leaves_whole_checkpoints_and_no_litter(trained: Path) -> None:
+    assert sorted(file.name for file in trained.iterdir()) == [
+        "metrics.jsonl", "run_config.json", "step-00000010", "step-00000020"
+    ]  # fmt: skip
+    assert [folder.name for folder in checkpoint.list_checkpoints(trained)] == ["step-00000010", "step-00000020"]
+    assert all(checkpoint.find_damage(folder) is None for folder in checkpoint.list_checkpoints(trained))
+
+
+def test_auto_takes_the_newest_and_flags_not_given_come_from_it(root: Path) -> None:
+    start = checkpoint.find_start(options(root))
+    assert start.step == 20
+    assert (start.model.d_model, start.model.num_layers, start.model.vocab_size) == (32, 2, 97)
+    assert start.training is not None
+    assert start.training["optimizer"]["step"] == 20
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "training_state.pt", "config.json", "run_config.json", "COMPLETE"]
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_auto_passes_over_a_damaged_one_and_names_the_file(root: Path, name: str, damage: str) -> None:
+    file = root / "step-00000020" / name
+    if damage == "flip":
+        flip_a_bit(file)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-10])
+    else:
+        file.unlink()
+    start = checkpoint.find_start(options(root))
+    assert start.step == 10
+    with pytest.raises(InputError) as error:
+        checkpoint.find_start(options(root, "--resume", str(root / "step-00000020")))
+    assert name in str(error.value)
+    if name != "COMPLETE":
+        assert str(file) in start.skipped[0]
+
+
+def test_auto_does_not_start_anew_over_nothing_but_damage(root: Path) -> None:
+    for folder in checkpoint.list_checkpoints(root):
+        flip_a_bit(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
+        checkpoint.find_start(options(root))
+
+
+def test_never_does_not_mix_two_runs(root: Path) -> None:
+    with pytest.raises(InputError, match="already holds step-00000020"):
+        checkpoint.find_start(options(root, "--resume", "never"))
+
+
+def test_from_checkpoint_continues_or_with_never_takes_only_weights(root: Path, tmp_path: Path) -> None:
+    source = str(root / "step-00000010")
+    assert checkpoint.find_start(options(tmp_path / "new", "--from-checkpoint", source)).step == 10
+    start = checkpoint.find_start(options(tmp_path / "new", "--from-checkpoint", source, "--resume", "never"))
+    assert (start.step, start.training) == (0, None)
+    assert start.weights is not None
+    start = checkpoint.find_start(options(tmp_path / "new", "--from-checkpoint", str(root)))
+    assert start.step == 20, "a folder of checkpoints means its newest"
+
+
+def test_a_contradicting_flag_is_refused_with_both_values(root: Path) -> None:
+    with pytest.raises(InputError, match=r"--d-model 64 contradicts .*step-00000020, where it is 32"):
+        checkpoint.find_start(options(root, "--d-model", "64"))
+    assert checkpoint.find_start(options(root, "--d-model", "32", "--dropout", "0.3")).model.dropout == 0.3
+
+
+def test_pruning_keeps_the_newest(root: Path) -> None:
+    for step in (30, 40):
+        shutil.copytree(root / "step-00000020", root / f"step-{step:08d}")
+    checkpoint.prune(root, root / "step-00000040", 0)
+    assert len(checkpoint.list_checkpoints(root)) == 4
+    checkpoint.prune(root, root / "step-00000040", 2)
+    assert [folder.name for folder in checkpoint.list_checkpoints(root)] == ["step-00000030", "step-00000040"]
+
+
+def test_nothing_is_pruned_while_the_newest_is_damaged(root: Path) -> None:
+    flip_a_bit(root / "step-00000020" / "model.safetensors")
+    with pytest.raises(OSError, match="no older one was deleted"):
+        checkpoint.prune(root, root / "step-00000020", 1)
+    assert checkpoint.find_damage(root / "step-00000010") is None
+
+
+def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = checkpoint.find_start(options(root))
+    assert start.weights is not None
+    assert start.training is not None
+    saved = {"weights": start.weights, "training": start.training | {"step": 30}, "tokenizer": None}
+    config = options(root, *SMALL_RUN)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(root, config=config, **saved)
+    assert checkpoint.find_start(options(root)).step == 20
+    checkpoint.save(root, config=config, **saved)
+    assert checkpoint.find_start(options(root)).step == 30
+    assert not list(root.glob(".*"))
+
+
+def test_hugging_face_loads_the_folder_with_equal_logits(trained: Path) -> None:
+    folder = trained / "step-00000020"
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    config, weights = checkpoint.load_weights(folder)
+    ours = checkpoint.build_model(config, weights, folder).eval()
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(theirs(ids).logits, ours.logits(ids), rtol=0, atol=1e-5)
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+
+
+class Sentinel:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("/tmp/gpt2xla-was-unpickled"),))
+
+
+def test_a_strangers_pt_file_is_not_unpickled(tmp_path: Path) -> None:
+    for file in (tmp_path / "torch.pt", tmp_path / "plain.pt"):
+        with file.open("wb") as stream:
+            (torch.save if file.stem == "torch" else pickle.dump)({"model": Sentinel()}, stream)
+        with pytest.raises(InputError, match="nothing in it was run"):
+            load_pt_model(file)
+    assert not Path("/tmp/gpt2xla-was-unpickled").exists()
+
+
+def test_the_common_pt_layout_is_read(tmp_path: Path, trained: Path) -> None:
+    """Names and config keys of that layout, against the same weights in ours."""
+    config, weights = checkpoint.load_weights(trained / "step-00000020")
+    rename = {
+        "wte.": "token_embedding.", "wpe.": "positional_embedding.", "ln_f.": "layer_norm.", "h.": "decoder_blocks.",
+        "attn.c_attn.": "causal_self_attention.w_qkv.", "attn.c_proj.": "causal_self_attention.rl_projection.",
+        "mlp.c_fc.": "position_wise_ffn.linear.", "mlp.c_proj.": "position_wise_ffn.rl_projection.",
+        "ln_1.": "layer_norm_1.", "ln_2.": "layer_norm_2.",
+    }  # fmt: skip
+    theirs = {}
+    for name, tensor in weights.items():
+        for ours, other in rename.items():
+            if name.startswith(ours) or ours not in ("h.", "wte.", "wpe."):
+                name = name.replace(ours, other, 1)
+        theirs[f"_orig_mod.{name}"] = tensor
+    theirs["_orig_mod.lm_head.weight"] = weights["wte.weight"]
+    theirs["_orig_mod.decoder_blocks.0.causal_self_attention.causal_mask"] = torch.ones(1, 1, 16, 16)
+    values = {
+        "vocab_size": 97, "seq_length": 16, "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 128, "dropout": 0.0,
+        "activation": "gelu", "tie_weights": True, "eps": 1e-5,
+    }  # fmt: skip
+    file = tmp_path / "gpt2-20.pt"
+    torch.save({"model": theirs, "optimizer": {}, "lr_scheduler": {}, "config": values, "global_step": 20}, file)
+    read_config, read = load_pt_model(file)
+    assert read_config == config
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+def test_run_config_records_every_option(trained: Path) -> None:
+    values = json.loads((trained / "step-00000020" / "run_config.json").read_text())
+    assert values["gradient_accum_step"] == 3
+    assert values.keys() == RunConfig().to_flat().keys()

@@ -1,0 +1,222 @@
+"""The programs as a user runs them: wrong input ends in one clear line and exit code 2, with nothing written."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL_RUN, metrics, run, run_xla, succeed, torchrun, training_losses
+
+
+def refused(result: subprocess.CompletedProcess[str], *culprits: str) -> None:
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if "Gloo" not in line]
+    assert len(lines) == 1, result.stderr
+    assert "error: " in lines[0]
+    for culprit in culprits:
+        assert culprit in lines[0]
+
+
+# Flags added to a run that works -> what the one line must name.
+WRONG_FLAGS = {
+    "unknown flag": (["--learning-rat", "0.1"], ["--learning-rat"]),
+    "not a number": (["--train-steps", "many"], ["--train-steps", "'many'"]),
+    "not a choice": (["--mixed-precision", "int8"], ["--mixed-precision", "fp16", "bf16"]),
+    "heads do not divide": (["--num-heads", "5"], ["--num-heads 5", "--d-model 32"]),
+    "no steps": (["--train-steps", "0"], ["--train-steps 0"]),
+    "impossible dropout": (["--dropout", "1.5"], ["--dropout 1.5"]),
+    "impossible beta": (["--betas", "0.9", "1.0"], ["--betas 0.9 1.0"]),
+    "learning rate not a number": (["--learning-rate", "nan"], ["--learning-rate"]),
+    "decay ends in warm-up": (["--warmup-steps", "50"], ["--decay-steps 20", "--warmup-steps 50"]),
+    "missing shard folder": (["--train-dir", "/no/such/folder"], ["--train-dir /no/such/folder", "prepare_text.py"]),
+    "folder without shards": (["--valid-dir", "gpt2xla"], ["--valid-dir gpt2xla", ".npy"]),
+    "vocabulary too small": (["--vocab-size", "90"], ["--vocab-size 90", "use at least 97"]),
+    "sequence longer than the data": (
+        ["--valid-dir", "{data}/test", "--seq-length", "501"],
+        ["--seq-length 501", "500 tokens"],
+    ),
+    "missing config file": (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    "unknown checkpoint": (["--from-checkpoint", "./nowhere/at/all"], ["./nowhere/at/all"]),
+    "resume from a foreign folder": (["--resume", "gpt2xla"], ["--resume gpt2xla", "COMPLETE"]),
+    "resume from nothing": (["--resume", "./step-5"], ["--resume step-5", "no such"]),
+    "nothing to test": (["--do-test"], ["--do-test", "--from-checkpoint"]),
+    "output is a file": (["--checkpoints-dir", "README.md"], ["--checkpoints-dir README.md"]),
+    "unknown tokenizer": (["--tokenizer", "klingon"], ["klingon"]),
+    "backend without its devices": (["--ddp-backend", "nccl2"], ["--ddp-backend", "nccl", "gloo"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "culprits"), WRONG_FLAGS.values(), ids=WRONG_FLAGS)
+def test_a_wrong_flag_is_one_line(
+    flags: list[str], culprits: list[str], data: Path, data_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [flag.format(data=data) for flag in flags]
+    output = tmp_path / "checkpoints"
+    refused(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", output, *flags), *culprits)
+    assert not output.exists(), "nothing is written before the first step"
+
+
+def test_wrong_flags_on_xla_are_one_line_too(data_flags: list[str], tmp_path: Path) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path / "c"]
+    refused(run_xla(*flags, "--vocab-size", 90), "--vocab-size 90")
+    refused(run_xla(*flags, "--mixed-precision", "fp16"), "fp16", "bf16")
+    refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE="CUDA"), "PJRT_DEVICE=CUDA", "run_pretrain.py")
+    refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE=""), "PJRT_DEVICE")
+
+
+def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[str], tmp_path: Path) -> None:
+    result = torchrun(2, *data_flags, *SMALL_RUN, "--train-batch-size", 3, "--checkpoints-dir", tmp_path)
+    assert result.returncode != 0
+    assert (
+        result.stderr.count("--train-batch-size 3 does not divide over 2 devices; use a multiple of 2, such as 4") == 1
+    )
+
+
+def test_a_resume_that_would_lose_or_repeat_data_is_refused(trained: Path, data_flags: list[str]) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", trained, "--train-steps", 40]
+    refused(
+        run("run_pretrain.py", *flags, "--train-batch-size", 8), "--gradient-accum-step", "12, now 24", "--resume never"
+    )
+    refused(run("run_pretrain.py", *flags, "--seed", 1), "--seed", "1061109567, now 1")
+    refused(run("run_pretrain.py", *flags, "--d-model", 64), "--d-model 64", "where it is 32")
+    refused(run("run_pretrain.py", *flags, "--train-steps", 20), "--train-steps 20", "already at step 20")
+    refused(run("run_pretrain.py", *flags, "--resume", "never"), "--resume never", "step-00000020")
+
+
+def test_the_same_batch_may_be_cut_otherwise_on_resume(data_flags: list[str], trained: Path, tmp_path: Path) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path, "--resume", trained / "step-00000010"]
+    succeed(run("run_pretrain.py", *flags, "--train-batch-size", 6, "--gradient-accum-step", 2))
+    assert training_losses(tmp_path) == pytest.approx(training_losses(trained)[10:], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_fp32(precision: str, trained: Path, data_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--mixed-precision", precision, "--checkpoints-dir", tmp_path]
+    succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, *flags))
+    assert training_losses(tmp_path)[0] == pytest.approx(training_losses(trained)[0], rel=1e-2)
+    assert training_losses(tmp_path)[-1] == pytest.approx(training_losses(trained)[-1], abs=0.3)
+
+
+def test_bf16_on_xla_follows_fp32(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--mixed-precision", "bf16", "--use-syncfree-optim", "--checkpoints-dir", tmp_path]
+    succeed(run_xla(*data_flags, *SMALL_RUN, *flags))
+    assert training_losses(tmp_path)[-1] == pytest.approx(training_losses(trained)[-1], abs=0.3)
+
+
+def test_compile_gives_the_same_losses(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
+    succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--compile", "--checkpoints-dir", tmp_path))
+    assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=1e-4)
+
+
+def test_do_test_prints_the_checkpoints_loss_and_writes_nothing(
+    trained: Path, data_flags: list[str], tmp_path: Path
+) -> None:
+    last = [line["valid_loss"] for line in metrics(trained) if "valid_loss" in line][-1]
+    flags = [
+        *data_flags,
+        "--do-test",
+        "--from-checkpoint",
+        trained / "step-00000020",
+        "--checkpoints-dir",
+        tmp_path / "c",
+    ]
+    text = succeed(run("run_pretrain.py", *flags, "--eval-batch-size", 4, "--valid-steps", 3))
+    assert f"loss {last:.6f}" in text
+    assert f"perplexity {np.exp(last):.4f} on 192 tokens" in text
+    assert not (tmp_path / "c").exists()
+
+
+def test_max_hours_stops_with_a_checkpoint_and_the_run_goes_on(
+    trained: Path, data_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
+    assert "stopped by --max-hours after step 1" in succeed(run("run_pretrain.py", *flags, "--max-hours", 1e-9))
+    succeed(run("run_pretrain.py", *flags))
+    assert training_losses(tmp_path) == training_losses(trained)
+
+
+def test_a_killed_run_goes_on_and_logs_no_step_twice(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", str(tmp_path)]
+    slow = [*flags, "--train-steps", "100000", "--decay-steps", "20"]
+    process = subprocess.Popen(
+        [sys.executable, "run_pretrain.py", *slow], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (tmp_path / "step-00000010").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(line["step"] for line in metrics(tmp_path) if "loss" in line)
+    succeed(run("run_pretrain.py", *slow, "--train-steps", reached + 20))
+    steps = [line["step"] for line in metrics(tmp_path) if "loss" in line]
+    assert steps == list(range(1, reached + 21))
+    assert training_losses(tmp_path)[:20] == training_losses(trained)
+
+
+def test_the_summary_adds_up(data_flags: list[str], tmp_path: Path) -> None:
+    text = succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path, "--train-steps", 2))
+    assert "4 sequences x 1 devices x 3 micro-steps = 12 sequences = 192 tokens per step" in text
+    assert "5,000 tokens to train on, 500 to validate on" in text
+    lines = metrics(tmp_path)
+    assert [line["tokens"] for line in lines if "loss" in line] == [192, 384]
+    needed = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "compiles", "time"}
+    assert all(line.keys() == needed for line in lines if "loss" in line)
+
+
+def test_on_a_terminal_there_is_a_progress_bar(data_flags: list[str], tmp_path: Path) -> None:
+    terminal, slave = pty.openpty()
+    result = subprocess.run(
+        [sys.executable, "run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=slave, text=True, check=True,
+    )  # fmt: skip
+    os.close(slave)
+    text = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        text += part
+    os.close(terminal)
+    shown = text.decode(errors="replace")
+    assert "training:" in shown
+    for word in ("20/20", "loss", "lr", "tokens/s", "mfu"):
+        assert word in shown
+    assert "step     20: validation loss" in result.stdout
+
+
+def test_wandb_offline_gets_every_step_and_the_resumed_run_keeps_its_id(data_flags: list[str], tmp_path: Path) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path, "--wandb-logging", "--wandb-logging-interval", 4]
+    flags += ["--wandb-tags", "a, b", "--wandb-name", "test"]
+    succeed(run("run_pretrain.py", *flags, "--train-steps", 10))
+    succeed(run("run_pretrain.py", *flags))
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert len({folder.name.rsplit("-")[-1] for folder in runs}) == 1
+    assert logged_steps(runs[0]) == list(range(1, 11))
+    assert logged_steps(runs[1]) == list(range(11, 21))
+
+
+def logged_steps(folder: Path) -> list[int]:
+    """The steps with a loss in wandb's own file, read by wandb's own reader."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(next(folder.glob("*.wandb"))))
+    steps = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        if "loss" in items:
+            steps.append(items["_step"])
+    return steps
