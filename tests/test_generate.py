@@ -1,0 +1,101 @@
+"""generate.py as a user runs it."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run, succeed
+
+from gpt2xla import hf
+from gpt2xla.config import ModelConfig
+from gpt2xla.model import GPT2
+from gpt2xla.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model over bytes, in Hugging Face's layout, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bytes-model")
+    config = ModelConfig(vocab_size=320, seq_length=64, d_model=32, num_layers=2, num_heads=2)
+    gpt2 = GPT2(config)
+    gpt2.init_weights()
+    hf.save_model(folder, config, gpt2.state_dict(), eot_id=256)
+    load_tokenizer("bytes").save(folder)
+    return folder
+
+
+def test_text_goes_on_and_the_seed_decides(model: Path) -> None:
+    arguments = ["--model", model, "--prompt", "Hello 🙂", "--max-new-tokens", 100, "--top-k", 30, "--top-p", 0.9]
+    first = succeed(run("generate.py", *arguments, "--seed", 1))
+    assert first.startswith("Hello 🙂")
+    assert len(first) > 30
+    assert succeed(run("generate.py", *arguments, "--seed", 1)) == first
+    assert succeed(run("generate.py", *arguments, "--seed", 2)) != first
+
+
+def test_prompts_are_asked_for_until_the_end_of_input(model: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "generate.py", "--model", str(model), "--max-new-tokens", "5"],
+        cwd=ROOT, input="one\n\ntwo", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count(">> ") == 4
+    assert ">> one" in result.stdout
+    assert ">> two" in result.stdout
+
+
+def test_ctrl_c_stops_a_text_and_asks_anew(model: Path) -> None:
+    terminal, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "generate.py", "--model", str(model), "--max-new-tokens", "1000000"],
+        cwd=ROOT, stdin=slave, stdout=slave, stderr=slave,
+    )  # fmt: skip
+    os.close(slave)
+
+    def read_until(text: bytes) -> bytes:
+        seen, deadline = b"", time.monotonic() + 60
+        while text not in seen and time.monotonic() < deadline:
+            seen += os.read(terminal, 4096)
+        assert text in seen, seen
+        return seen
+
+    read_until(b">> ")
+    os.write(terminal, b"abcdef\n")
+    read_until(b"abcdef\r\nabcdef")
+    process.send_signal(signal.SIGINT)
+    read_until(b">> ")
+    process.send_signal(signal.SIGINT)  # at the prompt
+    read_until(b">> ")
+    os.write(terminal, b"\x04")  # Ctrl-D
+    assert process.wait(timeout=30) == 0
+    os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        (["--model", "no/such/folder/here"], "no/such/folder/here"),
+        (["--model", "README.md"], "README.md"),
+        (["--temperature", "-1"], "--temperature -1"),
+        (["--top-p", "0"], "--top-p 0"),
+        (["--top-k", "-1"], "--top-k -1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0"),
+        (["--tokenizer", "klingon"], "klingon"),
+    ],
+)
+def test_wrong_input_is_one_line(model: Path, flags: list[str], culprit: str) -> None:
+    result = run("generate.py", "--model", model, "--prompt", "x", *flags)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert culprit in result.stderr
+
+
+def test_a_model_is_required() -> None:
+    result = run("generate.py")
+    assert result.returncode == 2
+    assert "--model" in result.stderr
