@@ -36,7 +36,8 @@ def main() -> None:
     tokenizer = train_bpe(documents, output_dir.name, options.vocab_size, options.min_frequency)
     output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(output_dir)
-    print(f"{output_dir}: {tokenizer.vocab_size:,} ids")
+    fewer = " (fewer than asked: the text has no more pairs that occur often enough)"
+    print(f"{output_dir}: {tokenizer.vocab_size:,} ids{fewer if tokenizer.vocab_size < options.vocab_size else ''}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run, succeed
 
 from gpt2xla import hf
@@ -19,11 +20,14 @@ from gpt2xla.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model over bytes, in Hugging Face's layout, with its tokenizer."""
+    """An untrained model over bytes, in Hugging Face's layout, with its tokenizer; it never ends a text of its own."""
     folder = tmp_path_factory.mktemp("bytes-model")
     config = ModelConfig(vocab_size=320, seq_length=64, d_model=32, num_layers=2, num_heads=2)
     gpt2 = GPT2(config)
     gpt2.init_weights()
+    with torch.no_grad():
+        end_of_text = gpt2.wte.weight[256]
+        gpt2.ln_f.bias.copy_(-20 * end_of_text / end_of_text.square().sum())  # its logit is lower by 20
     hf.save_model(folder, config, gpt2.state_dict(), eot_id=256)
     load_tokenizer("bytes").save(folder)
     return folder
