@@ -19,6 +19,8 @@ def main() -> None:
         raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")
     if device == "CUDA":  # torch_xla aborts on it
         raise InputError("PJRT_DEVICE=CUDA: torch_xla 2.9 has no CUDA build; on GPUs use run_pretrain.py")
+    if device == "CPU" and os.environ.get("CPU_NUM_DEVICES", "1") != "1":  # its collectives hang
+        raise InputError("CPU_NUM_DEVICES: on PJRT_DEVICE=CPU only one device works; leave it out, or use torchrun")
     try:
         import torch_xla
     except ImportError as error:

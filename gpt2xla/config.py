@@ -201,7 +201,10 @@ class XlaConfig:
     """XLA runner (run_pretrain_xla.py)"""
 
     mp_start_method: Literal["spawn", "fork"] = option("spawn", "how worker processes start; notebooks need fork")
-    ddp: bool = option(False, "reduce gradients by DistributedDataParallel instead of one all-reduce after backward")
+    ddp: bool = option(
+        False,
+        "reduce gradients by DistributedDataParallel instead of one all-reduce after backward; compiles more graphs",
+    )
     use_syncfree_optim: bool = option(False, "torch_xla's sync-free optimizer: less host time per step")
 
 

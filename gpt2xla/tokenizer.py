@@ -15,7 +15,6 @@ import numpy as np
 import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gpt2xla.errors import InputError
 
@@ -100,7 +99,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return Tokenizer(
-            name, _byte_level_bpe({char: byte for byte, char in bytes_to_unicode().items()}, [], {END_OF_TEXT: 256})
+            name, _byte_level_bpe({char: byte for byte, char in _byte_alphabet().items()}, [], {END_OF_TEXT: 256})
         )
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -175,6 +174,13 @@ def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
         i = min(enumerate(candidates), key=lambda pair: pair[1])[0]
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, which byte-level tokenizers are spelled in."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # here, because it takes most of a second
+
+    return bytes_to_unicode()
 
 
 def _byte_level_bpe(

@@ -34,7 +34,9 @@ def pretrain(config: RunConfig, runtime: Runtime) -> None:
     if config.general.do_test:
         test(config, start, runtime)
     else:
-        Trainer(config, start, runtime).run()
+        trainer = Trainer(config, start, runtime)
+        del start  # host copies of weights and optimizer state, which would stay for the whole run
+        trainer.run()
 
 
 def test(config: RunConfig, start: Start, runtime: Runtime) -> None:
@@ -69,6 +71,7 @@ class Trainer:
             shuffle_seed=config.general.seed if config.data.shuffle else None,
         )
         self.valid_windows = _validation_windows(config, runtime)
+        _check_same_tokenizer(self.train_stream, self.valid_windows.stream)
         self.tokenizer = _find_tokenizer(config, self.train_stream, start)
         self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
@@ -284,8 +287,17 @@ def _validation_share(config: RunConfig, windows: Windows, runtime: Runtime) -> 
     )
 
 
+def _check_same_tokenizer(train: TokenStream, valid: TokenStream) -> None:
+    if train.manifest and valid.manifest and train.manifest.tokenizer_sha256 != valid.manifest.tokenizer_sha256:
+        raise InputError(
+            f"--valid-dir {valid.folder} was made with tokenizer {valid.manifest.tokenizer}, --train-dir {train.folder} with "
+            f"{train.manifest.tokenizer}; prepare both with one"
+        )
+
+
 def _find_tokenizer(config: RunConfig, stream: TokenStream, start: Start) -> Tokenizer | None:
-    """The one asked for, else the one beside the shards, else the checkpoint's; it must be the one that made the shards."""
+    """The one asked for, else the one beside the shards, else the checkpoint's; it must be the one that made the shards
+    and fit the model."""
     if config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer)
     else:
@@ -296,6 +308,12 @@ def _find_tokenizer(config: RunConfig, stream: TokenStream, start: Start) -> Tok
         tokenizer = load_tokenizer(str(found))
     if stream.manifest and stream.manifest.tokenizer_sha256 != tokenizer.sha256:
         raise InputError(
-            f"tokenizer {tokenizer.name} is not the one that {stream.folder} was made with ({stream.manifest.tokenizer})"
+            f"tokenizer {tokenizer.name} is not the one that {stream.folder} was made with ({stream.manifest.tokenizer}); "
+            "leave --tokenizer out or prepare the data with it"
+        )
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"--vocab-size {config.model.vocab_size} is too small for tokenizer {tokenizer.name}; use at least "
+            f"{tokenizer.vocab_size}"
         )
     return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -38,6 +39,8 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 
 def run_xla(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    if importlib.util.find_spec("torch_xla") is None:
+        pytest.skip("needs torch_xla: pip install -e '.[xla]'")
     return run("run_pretrain_xla.py", *arguments, PJRT_DEVICE="CPU", **environment)
 
 

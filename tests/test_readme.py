@@ -3,6 +3,8 @@
 The comment before each block says which: `test: run`, `test: check flags. REASON` or `test: this is what CI runs`.
 """
 
+import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -55,6 +57,8 @@ def test_flags_exist(block: str) -> None:
 
 def test_the_commands_run_one_after_another(tmp_path: Path) -> None:
     """A newcomer's path through the README, in a folder with the repository's programs and some text."""
+    if importlib.util.find_spec("torch_xla") is None:
+        pytest.skip("needs torch_xla: pip install -e '.[xla]'")
     for name in ("run_pretrain.py", "run_pretrain_xla.py", "generate.py", "scripts", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my-texts").mkdir()
@@ -90,8 +94,6 @@ def test_the_commands_run_one_after_another(tmp_path: Path) -> None:
 
 
 def run(words: list[str], folder: Path, environment: dict[str, str] | None = None) -> str:
-    import os
-
     result = subprocess.run(
         words, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}), capture_output=True, text=True,
         check=False,
