@@ -16,6 +16,7 @@ import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from gpt2xla.data.shards import Manifest
 from gpt2xla.errors import InputError
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -98,9 +99,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         InputError: there is no such tokenizer, or tiktoken cannot download it.
     """
     if name == "bytes":
-        return Tokenizer(
-            name, _byte_level_bpe({char: byte for byte, char in _byte_alphabet().items()}, [], {END_OF_TEXT: 256})
-        )
+        vocab = {char: byte for byte, char in _byte_alphabet().items()}
+        return Tokenizer(name, _byte_level_bpe(vocab, [], {END_OF_TEXT: 256}))
     path = Path(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
@@ -141,6 +141,31 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file()
 
 
+def match_tokenizer(
+    asked: str | None, folders: Sequence[Path], manifests: Sequence[Manifest], vocab_size: int
+) -> Tokenizer | None:
+    """The tokenizer of a run: the one asked for, else the one in the first of `folders` that has one, else None.
+
+    Raises:
+        InputError: it is not the one that made all the data, or it has ids beyond the model's `vocab_size`.
+    """
+    found = asked or next((str(folder) for folder in folders if has_tokenizer(folder)), None)
+    if found is None:
+        return None
+    tokenizer = load_tokenizer(found)
+    for manifest in manifests:
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
+            raise InputError(
+                f"tokenizer {tokenizer.name} is not the one that all shards were made with ({manifest.tokenizer}); leave "
+                "--tokenizer out, or prepare --train-dir and --valid-dir with one"
+            )
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"--vocab-size {vocab_size} is too small for tokenizer {tokenizer.name}; use at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
 def _load_file(file: Path) -> Tokenizer:
     try:
         backend = HFTokenizer.from_file(str(file))
@@ -156,9 +181,7 @@ def _load_file(file: Path) -> Tokenizer:
 def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
     """tiktoken does the encoding; the same vocabulary as byte-level BPE goes into `tokenizer.json`."""
     ranks = encoding._mergeable_ranks
-    alphabet = (
-        bytes_to_unicode()
-    )  # GPT-2's printable stand-in for each byte, which byte-level tokenizers are spelled in
+    alphabet = _byte_alphabet()
     spell = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     vocab = {spell[token]: rank for token, rank in ranks.items()}
     merges = [tuple(map(spell.__getitem__, _last_merge(ranks, token))) for token in ranks if len(token) > 1]

@@ -20,7 +20,7 @@ from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, make_folder, perplexity
 from gpt2xla.model import GPT2
 from gpt2xla.runtime.base import Runtime
-from gpt2xla.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from gpt2xla.tokenizer import match_tokenizer
 
 
 def pretrain(config: RunConfig, runtime: Runtime) -> None:
@@ -33,6 +33,9 @@ def pretrain(config: RunConfig, runtime: Runtime) -> None:
     config = dataclasses.replace(config, model=start.model)
     if config.general.do_test:
         test(config, start, runtime)
+    elif start.step == config.train.train_steps:
+        if runtime.is_main:
+            print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to go on")
     else:
         trainer = Trainer(config, start, runtime)
         del start  # host copies of weights and optimizer state, which would stay for the whole run
@@ -71,8 +74,12 @@ class Trainer:
             shuffle_seed=config.general.seed if config.data.shuffle else None,
         )
         self.valid_windows = _validation_windows(config, runtime)
-        _check_same_tokenizer(self.train_stream, self.valid_windows.stream)
-        self.tokenizer = _find_tokenizer(config, self.train_stream, start)
+        self.tokenizer = match_tokenizer(
+            config.data.tokenizer,
+            folders=[self.train_stream.folder, *([start.source] if start.source else [])],
+            manifests=[m for m in (self.train_stream.manifest, self.valid_windows.stream.manifest) if m],
+            vocab_size=config.model.vocab_size,
+        )
         self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
         self._check_continues_same_data(start)
@@ -254,7 +261,7 @@ class Trainer:
                     f"{option} is not what {start.source} was trained with ({saved[option]}, now {value}): the run would "
                     "lose or repeat data; restore it, or start anew with --from-checkpoint and --resume never"
                 )
-        if start.step >= self.config.train.train_steps:
+        if start.step > self.config.train.train_steps:
             raise InputError(
                 f"--train-steps {self.config.train.train_steps}: {start.source} is already at step {start.step}; raise it"
             )
@@ -285,35 +292,3 @@ def _validation_share(config: RunConfig, windows: Windows, runtime: Runtime) -> 
     return validation_batches(
         windows, config.train.eval_batch_size, config.train.valid_steps, runtime.rank, runtime.world_size
     )
-
-
-def _check_same_tokenizer(train: TokenStream, valid: TokenStream) -> None:
-    if train.manifest and valid.manifest and train.manifest.tokenizer_sha256 != valid.manifest.tokenizer_sha256:
-        raise InputError(
-            f"--valid-dir {valid.folder} was made with tokenizer {valid.manifest.tokenizer}, --train-dir {train.folder} with "
-            f"{train.manifest.tokenizer}; prepare both with one"
-        )
-
-
-def _find_tokenizer(config: RunConfig, stream: TokenStream, start: Start) -> Tokenizer | None:
-    """The one asked for, else the one beside the shards, else the checkpoint's; it must be the one that made the shards
-    and fit the model."""
-    if config.data.tokenizer:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-    else:
-        folders = [stream.folder, *([start.source] if start.source else [])]
-        found = next((folder for folder in folders if has_tokenizer(folder)), None)
-        if found is None:
-            return None
-        tokenizer = load_tokenizer(str(found))
-    if stream.manifest and stream.manifest.tokenizer_sha256 != tokenizer.sha256:
-        raise InputError(
-            f"tokenizer {tokenizer.name} is not the one that {stream.folder} was made with ({stream.manifest.tokenizer}); "
-            "leave --tokenizer out or prepare the data with it"
-        )
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(
-            f"--vocab-size {config.model.vocab_size} is too small for tokenizer {tokenizer.name}; use at least "
-            f"{tokenizer.vocab_size}"
-        )
-    return tokenizer

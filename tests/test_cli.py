@@ -89,8 +89,14 @@ def test_a_resume_that_would_lose_or_repeat_data_is_refused(trained: Path, data_
     )
     refused(run("run_pretrain.py", *flags, "--seed", 1), "--seed", "1061109567, now 1")
     refused(run("run_pretrain.py", *flags, "--d-model", 64), "--d-model 64", "where it is 32")
-    refused(run("run_pretrain.py", *flags, "--train-steps", 20), "--train-steps 20", "already at step 20")
+    refused(run("run_pretrain.py", *flags, "--train-steps", 19), "--train-steps 19", "already at step 20")
     refused(run("run_pretrain.py", *flags, "--resume", "never"), "--resume never", "step-00000020")
+
+
+def test_a_finished_run_has_nothing_to_do(trained: Path, data_flags: list[str]) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    assert "nothing to do" in succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", trained))
+    assert (trained / "metrics.jsonl").read_bytes() == before
 
 
 def test_the_same_batch_may_be_cut_otherwise_on_resume(data_flags: list[str], trained: Path, tmp_path: Path) -> None:

@@ -50,4 +50,4 @@ def test_the_loop_never_reads_the_device(counts: dict) -> None:
     saves, validations = STEPS // SAVE_INTERVAL, STEPS // VALID_INTERVAL
     assert counts["end"]["fallbacks"] == saves, "the step count that a save stores"
     reads_per_save = 4  # weights, two moments, the step count
-    assert counts["end"]["reads"] == STEPS + validations + saves * reads_per_save
+    assert counts["end"]["reads"] == STEPS + validations * VALID_BATCHES + saves * reads_per_save

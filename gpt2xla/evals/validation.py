@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from gpt2xla.data.windows import Batch
 from gpt2xla.model import GPT2
@@ -24,20 +23,25 @@ class Validator:
     def __init__(self, model: GPT2, runtime: Runtime) -> None:
         self.model = model
         self.runtime = runtime
-        self._step: Callable[[Tensor, Batch], Tensor] = runtime.compile_step(self._accumulate)
+        self._step = runtime.compile_step(self._add_batch)
 
     def run(self, batches: Iterable[Batch]) -> Validation:
-        """Loss over this process's `batches` and all others' together. Collective."""
+        """Loss over this process's `batches` and all others' together, added up in float64 on the host. Collective."""
         self.model.eval()
-        totals = self.runtime.to_device(torch.zeros(2))
+        self._loss = self._tokens = 0.0
         for batch in self.runtime.device_batches(batches):
-            totals = self._step(totals, batch)
-        loss, tokens = self.runtime.sum(totals).tolist()
+            self._step(batch)
+        self.runtime.wait()
         self.model.train()
+        loss, tokens = sum(self.runtime.gather(self._loss)), sum(self.runtime.gather(self._tokens))
         return Validation(loss / tokens, int(tokens))
 
     @torch.no_grad()
-    def _accumulate(self, totals: Tensor, batch: Batch) -> Tensor:
+    def _add_batch(self, batch: Batch) -> None:
         with self.runtime.autocast():
             loss, count = self.model(*batch)
-        return totals + torch.stack([loss, count])
+        self.runtime.when_ready(self._add, torch.stack([loss, count]))
+
+    def _add(self, loss: float, count: float) -> None:
+        self._loss += loss
+        self._tokens += count

@@ -74,8 +74,9 @@ class Runtime(Protocol):
         """The sum of `value` over all processes, on the device. Collective."""
         ...
 
-    def gather(self, value: int) -> list[int]:
-        """Every process's value, by rank, on the host. Collective; makes the host wait for the other processes."""
+    def gather(self, value: float) -> list[float]:
+        """Every process's value (in float64, so integers up to 2^53 are exact), by rank, on the host. Collective; makes the
+        host wait for the other processes."""
         ...
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:

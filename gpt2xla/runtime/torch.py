@@ -96,8 +96,10 @@ class TorchRuntime:
             dist.all_reduce(value)
         return value
 
-    def gather(self, value: int) -> list[int]:
-        values = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+    def gather(self, value: float) -> list[float]:
+        if not self.distributed:
+            return [value]
+        values = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
         values[self.rank] = value
         return self.sum(values).tolist()
 

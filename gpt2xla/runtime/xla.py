@@ -123,10 +123,10 @@ class XlaRuntime:
     def sum(self, value: Tensor) -> Tensor:
         return xm.all_reduce(xm.REDUCE_SUM, value) if self.world_size > 1 else value
 
-    def gather(self, value: int) -> list[int]:
+    def gather(self, value: float) -> list[float]:
         if self.world_size == 1:
             return [value]
-        return [int(payload) for payload in xm.rendezvous("gather", str(value).encode())]
+        return [float(payload) for payload in xm.rendezvous("gather", repr(float(value)).encode())]
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         while self._unread and self._unread[0].done():
