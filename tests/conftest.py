@@ -38,10 +38,16 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
     )  # fmt: skip
 
 
-def run_xla(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def require_xla() -> None:
     if importlib.util.find_spec("torch_xla") is None:
         pytest.skip("needs torch_xla: pip install -e '.[xla]'")
-    return run("run_pretrain_xla.py", *arguments, PJRT_DEVICE="CPU", **environment)
+
+
+def run_xla(
+    *arguments: object, program: str = "run_pretrain_xla.py", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    require_xla()
+    return run(program, *arguments, PJRT_DEVICE="CPU", **environment)
 
 
 def torchrun(processes: int, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

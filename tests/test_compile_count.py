@@ -4,28 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RUN, run, succeed
+from conftest import SMALL_RUN, run_xla, succeed
 
 STEPS, VALID_INTERVAL, SAVE_INTERVAL, VALID_BATCHES = 60, 15, 20, 3
 
 
 @pytest.fixture(scope="module")
 def counts(data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
-    flags = [
-        "--train-steps",
-        STEPS,
-        "--decay-steps",
-        STEPS,
-        "--valid-interval",
-        VALID_INTERVAL,
-        "--save-interval",
-        SAVE_INTERVAL,
-    ]
     folder = tmp_path_factory.mktemp("counted")
-    result = run(
-        "tests/compile_count_worker.py", *data_flags, *SMALL_RUN, *flags, "--use-syncfree-optim", "--min-lr", 0,
-        "--checkpoints-dir", folder, PJRT_DEVICE="CPU",
-    )  # fmt: skip
+    flags = [
+        "--train-steps", STEPS, "--decay-steps", STEPS, "--valid-interval", VALID_INTERVAL, "--save-interval", SAVE_INTERVAL,
+        "--use-syncfree-optim", "--min-lr", 0, "--checkpoints-dir", folder,
+    ]  # fmt: skip
+    result = run_xla(*data_flags, *SMALL_RUN, *flags, program="tests/compile_count_worker.py")
     return json.loads(succeed(result).splitlines()[-1]) | {"folder": str(folder)}
 
 

@@ -3,7 +3,6 @@
 The comment before each block says which: `test: run`, `test: check flags. REASON` or `test: this is what CI runs`.
 """
 
-import importlib.util
 import os
 import re
 import shlex
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, require_xla
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"(<!-- test: ([^>]*?) -->\n)?```(bash|python)\n(.*?)```", README, re.DOTALL)
@@ -57,8 +56,7 @@ def test_flags_exist(block: str) -> None:
 
 def test_the_commands_run_one_after_another(tmp_path: Path) -> None:
     """A newcomer's path through the README, in a folder with the repository's programs and some text."""
-    if importlib.util.find_spec("torch_xla") is None:
-        pytest.skip("needs torch_xla: pip install -e '.[xla]'")
+    require_xla()
     for name in ("run_pretrain.py", "run_pretrain_xla.py", "generate.py", "scripts", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my-texts").mkdir()
