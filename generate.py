@@ -28,9 +28,9 @@ def main() -> None:
     options = parse_options(GenerateConfig, "Continue text with a GPT-2.")
     import torch
 
-    from gpt2xla.checkpoint import build_model, load_weights, locate
     from gpt2xla.errors import InputError
     from gpt2xla.sampling import SamplingConfig, generate
+    from gpt2xla.start import build_model, load_weights, locate
     from gpt2xla.tokenizer import TextStream, has_tokenizer, load_tokenizer
 
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p)

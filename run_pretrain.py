@@ -3,7 +3,7 @@
 
 import sys
 
-from gpt2xla.cli import exit_code, parse_run
+from gpt2xla.cli import exit_code, leaving_together, parse_run
 from gpt2xla.config import TorchConfig
 
 
@@ -14,10 +14,8 @@ def main() -> None:
     from gpt2xla.trainer import pretrain
 
     runtime = TorchRuntime(options, config.train)
-    try:
+    with leaving_together(runtime):
         pretrain(config, runtime)
-    finally:
-        runtime.close()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@
 
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
-from gpt2xla.cli import exit_code, parse_run
+from gpt2xla.cli import exit_code, leaving_together, parse_run
 from gpt2xla.config import RunConfig, XlaConfig
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, RunFailed
 
 
 def main() -> None:
@@ -26,8 +27,11 @@ def main() -> None:
     except ImportError as error:
         raise InputError(f"torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt") from None
 
-    # Nothing may touch a device before this: the workers could not have it then.
-    torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
+    try:
+        # Nothing may touch a device before this: the workers could not have it then.
+        torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
+    except BrokenProcessPool:
+        raise RunFailed("a worker process ended early, and with it the run; its own message stands above") from None
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
@@ -35,10 +39,8 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
     from gpt2xla.trainer import pretrain
 
     runtime = XlaRuntime(options, config.train)
-    try:
+    with leaving_together(runtime):
         pretrain(config, runtime)
-    finally:
-        runtime.close()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The one exception that means: the input is wrong, not the program."""
+"""Errors whose message is for the user: one line, no traceback."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message is one line that names the flag or file and the mend.
+    """What the user gave cannot work; the message names the flag or file and the mend. Exit code 2."""
 
-    Command lines print the message and exit with code 2; every other exception is a failure of the run (code 1).
-    """
+
+class RunFailed(RuntimeError):
+    """The run cannot go on, through no fault of the program; the message says why and what to do. Exit code 1."""

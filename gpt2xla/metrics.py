@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,17 +89,18 @@ class ConsoleSink:
 
 
 class WandbSink:
-    """Uploads every line, in batches of the logging interval. A failing wandb never disturbs the run."""
+    """Uploads every line, in batches of the logging interval. A failing wandb never disturbs the run: it is reported and
+    left alone from then on."""
 
     def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
-        import wandb
-
         options = config.wandb
         run_id = options.wandb_resume_id or run_id
         self._interval = options.wandb_logging_interval
         self._waiting: list[dict[str, Any]] = []
-        self._run = None
-        try:
+        self._run: Any = None
+        with self._guard():
+            import wandb
+
             self._run = wandb.init(
                 project=options.wandb_project,
                 name=options.wandb_name,
@@ -108,8 +111,6 @@ class WandbSink:
                 config=config.to_flat(),
                 dir=folder,
             )
-        except Exception as error:  # wandb raises its own, requests' and protobuf's errors
-            print(f"wandb could not start ({error}); the run goes on, {METRICS_FILE} has everything", file=sys.stderr)
 
     @property
     def run_id(self) -> str | None:
@@ -122,14 +123,23 @@ class WandbSink:
 
     def close(self) -> None:
         self._upload()
-        if self._run:
-            self._run.finish()
+        with self._guard():
+            if self._run:
+                self._run.finish()
 
     def _upload(self) -> None:
         waiting, self._waiting = self._waiting, []
-        if self._run:
-            for line in waiting:
+        with self._guard():
+            for line in waiting if self._run else []:
                 self._run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # wandb raises its own, requests' and protobuf's errors
+            self._run = None
+            print(f"wandb failed ({error}); the run goes on, {METRICS_FILE} has everything", file=sys.stderr)
 
 
 class Throughput:

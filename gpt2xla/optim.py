@@ -35,13 +35,7 @@ def learning_rate(config: OptimConfig, d_model: int, step: int) -> float:
     `decay_steps`, constant from there (Loshchilov and Hutter 2017, SGDR, without restarts).
     noam: `learning_rate` * d_model^-0.5 * min(n^-0.5, n * warmup_steps^-1.5) with n = step + 1 (Vaswani et al. 2017,
     equation 3).
-
-    Never exactly 0: XLA takes that for a constant and would compile the step anew; 1e-30 changes no weight either.
     """
-    return max(_schedule(config, d_model, step), 1e-30)
-
-
-def _schedule(config: OptimConfig, d_model: int, step: int) -> float:
     n = step + 1
     if config.decay_method == "noam":
         ramp = n * max(config.warmup_steps, 1) ** -1.5

@@ -30,7 +30,7 @@ class Tokenizer:
         name: how the user names it: a tiktoken encoding, "bytes", or a path.
         vocab_size: one more than the largest id.
         eot_id: id of the end-of-text token that separates documents, or None if the tokenizer has none.
-        sha256: hash of what decides the ids; tokenizers with equal hashes give equal ids for every text.
+        sha256: hash of vocabulary and merges: the same for the same tokenizer from another library or file.
     """
 
     def __init__(self, name: str, backend: HFTokenizer, encode_batch: Callable[[Sequence[str]], list] | None = None):
@@ -42,9 +42,7 @@ class Tokenizer:
         )
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eot_id: int | None = backend.token_to_id(END_OF_TEXT)
-        parts = json.loads(backend.to_str())
-        decisive = [parts["normalizer"], parts["pre_tokenizer"], parts["model"], self.eot_id]
-        self.sha256 = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        self.sha256 = _hash_of_vocabulary(backend)
 
     def encode(self, text: str) -> list[int]:
         return list(self.encode_batch([text])[0])
@@ -67,6 +65,13 @@ class Tokenizer:
         }
         (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _hash_of_vocabulary(backend: HFTokenizer) -> str:
+    model = json.loads(backend.to_str())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    vocab = backend.get_vocab(with_added_tokens=True)
+    return hashlib.sha256(json.dumps([vocab, merges], sort_keys=True).encode()).hexdigest()
 
 
 class TextStream:
@@ -173,9 +178,11 @@ def _load_file(file: Path) -> Tokenizer:
         raise InputError(f"{file} is not a tokenizer.json: {error}") from None
     backend.no_padding()
     backend.no_truncation()
-    config = file.parent / "tokenizer_config.json"
-    name = json.loads(config.read_text()).get("name_or_path") if config.is_file() else None
-    return Tokenizer(name or str(file), backend)
+    try:
+        name = json.loads((file.parent / "tokenizer_config.json").read_text(encoding="utf-8"))["name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):  # it only gives the tokenizer a nicer name
+        name = str(file)
+    return Tokenizer(name, backend)
 
 
 def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from gpt2xla import checkpoint, optim
-from gpt2xla.checkpoint import Start, find_start
 from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import Batch, TrainingOrder, Windows, share_of, validation_batches
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, make_folder, perplexity
-from gpt2xla.model import GPT2
 from gpt2xla.runtime.base import Runtime
-from gpt2xla.tokenizer import match_tokenizer
+from gpt2xla.start import Start, find_start
+from gpt2xla.tokenizer import Tokenizer, match_tokenizer
+
+_STEPS_BETWEEN_CLOCK_CHECKS = 10  # processes must agree on the time, which costs them a wait for each other
 
 
 def pretrain(config: RunConfig, runtime: Runtime) -> None:
@@ -28,26 +30,33 @@ def pretrain(config: RunConfig, runtime: Runtime) -> None:
 
     Raises:
         InputError: before the first step, when data, checkpoint and options do not fit together.
+        RunFailed: the loss is no longer a number.
     """
     start = find_start(config)
-    config = dataclasses.replace(config, model=start.model)
+    if len(set(runtime.gather(start.step))) > 1:
+        raise InputError(
+            f"--checkpoints-dir {config.general.checkpoints_dir}: processes see different checkpoints; on several hosts it "
+            "must be one shared folder"
+        )
     if config.general.do_test:
-        test(config, start, runtime)
-    elif start.step == config.train.train_steps:
+        test(start, runtime)
+    elif start.step and start.step == start.config.train.train_steps:
         if runtime.is_main:
             print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to go on")
     else:
-        trainer = Trainer(config, start, runtime)
+        trainer = Trainer(start, runtime)
         del start  # host copies of weights and optimizer state, which would stay for the whole run
         trainer.run()
 
 
-def test(config: RunConfig, start: Start, runtime: Runtime) -> None:
+def test(start: Start, runtime: Runtime) -> None:
     """Print loss and perplexity of the checkpoint on the validation split."""
-    if start.weights is None:
+    if start.source is None:
         raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
+    config = start.config
     windows = _validation_windows(config, runtime)
-    model = _build_model(config, start)
+    _match_tokenizer(config, [start.source], [windows])
+    model = start.build_model()
     runtime.setup_model(model)
     result = Validator(model, runtime).run(_validation_share(config, windows, runtime))
     if runtime.is_main:
@@ -59,13 +68,16 @@ def test(config: RunConfig, start: Start, runtime: Runtime) -> None:
 class Trainer:
     """One training run on one process."""
 
-    def __init__(self, config: RunConfig, start: Start, runtime: Runtime) -> None:
-        self.config = config
+    def __init__(self, start: Start, runtime: Runtime) -> None:
+        self.config = config = start.config
         self.runtime = runtime
         train = config.train
-        self.train_stream = TokenStream(config.data.train_dir, "--train-dir")
+        self.train_windows = Windows(
+            TokenStream(config.data.train_dir, "--train-dir"), config.model.seq_length, config.model.vocab_size
+        )
+        self.valid_windows = _validation_windows(config, runtime)
         self.order = TrainingOrder(
-            Windows(self.train_stream, config.model.seq_length, config.model.vocab_size),
+            self.train_windows,
             batch_size=train.train_batch_size,
             accum=train.gradient_accum_step,
             rank=runtime.rank,
@@ -73,20 +85,14 @@ class Trainer:
             drop_last=config.data.drop_last,
             shuffle_seed=config.general.seed if config.data.shuffle else None,
         )
-        self.valid_windows = _validation_windows(config, runtime)
-        self.tokenizer = match_tokenizer(
-            config.data.tokenizer,
-            folders=[self.train_stream.folder, *([start.source] if start.source else [])],
-            manifests=[m for m in (self.train_stream.manifest, self.valid_windows.stream.manifest) if m],
-            vocab_size=config.model.vocab_size,
-        )
+        folders = [self.train_windows.stream.folder, *([start.source] if start.source else [])]
+        self.tokenizer = _match_tokenizer(config, folders, [self.train_windows, self.valid_windows])
         self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
         self._check_continues_same_data(start)
         self.folder = make_folder(config.general.checkpoints_dir)
-        self._check_processes_agree(start.step)
 
-        self.model = _build_model(config, start)
+        self.model = start.build_model()
         self.parallel_model = runtime.setup_model(self.model)
         saved = start.training
         self.optimizer = runtime.build_optimizer(self.model, config.optim, saved["optimizer"] if saved else None)
@@ -101,49 +107,55 @@ class Trainer:
             self._open_sinks(start)
 
     def run(self) -> None:
+        try:
+            step, validated = self._loop()
+        finally:
+            for sink in self.sinks:
+                sink.close()
+        if self.runtime.is_main:
+            self._print_end(step, validated)
+
+    def _loop(self) -> tuple[int, Validation | None]:
+        """Train until the last step or the deadline: (the step reached, the last validation if it was of that step)."""
         config, runtime = self.config.train, self.runtime
         train_step = runtime.compile_step(self._train_step)
         batches = runtime.device_batches(self.order.batches(self.first_step))
         deadline = time.monotonic() + config.max_hours * 3600 if config.max_hours else None
         validated: Validation | None = None
-        step = self.first_step
+        step, out_of_time = self.first_step, False
         self.model.train()
         self.throughput.restart()
-        while step < config.train_steps:
-            lr = optim.learning_rate(self.config.optim, self.config.model.d_model, step)
-            train_step(batches, step, lr)
+        while step < config.train_steps and not out_of_time:
+            train_step(batches, step)
             step += 1
 
+            if deadline is not None and step % _STEPS_BETWEEN_CLOCK_CHECKS == 0:
+                out_of_time = any(runtime.gather(time.monotonic() > deadline))
             is_last = step == config.train_steps
-            out_of_time = deadline is not None and any(runtime.gather(time.monotonic() > deadline))
             validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
             save = is_last or out_of_time or (config.save_interval and step % config.save_interval == 0)
-            if validate:
-                validated = self._validate(step)
+            validated = self._validate(step) if validate else None
             if save:
                 self._save(step)
             if validate or save:
                 self.throughput.restart()
-            if out_of_time:
-                break
         runtime.wait()
-        self._close(step, validated)
+        return step, validated
 
-    def _train_step(self, batches: Iterator[Batch], step: int, lr: float) -> None:
+    def _train_step(self, batches: Iterator[Batch], step: int) -> None:
         """Update number `step`, counted from 0. Its numbers are logged when the device has them."""
         runtime = self.runtime
         accum = self.config.train.gradient_accum_step
         # Dropout depends on seed, step and process alone, so a resumed run needs no stored generator state.
         runtime.seed(int(np.random.SeedSequence([self.config.general.seed, step, runtime.rank]).generate_state(1)[0]))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = optim.learning_rate(self.config.optim, self.config.model.d_model, step)
+        runtime.set_learning_rate(self.optimizer, lr)
         loss_sum = None
         for micro_step in range(accum):
             with runtime.accumulate(self.parallel_model, sync=micro_step == accum - 1):
                 with runtime.autocast():
                     loss, _ = self.parallel_model(*next(batches))
-                # Processes' gradients are averaged, so each divides by its own share of the tokens.
-                runtime.backward(loss * (runtime.world_size / self.tokens_per_step))
+                runtime.backward(loss / self.tokens_per_step)
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         assert loss_sum is not None
         grad_norm = runtime.optimizer_step(self.model, self.optimizer, max_grad_norm=self.config.optim.max_grad_norm)
@@ -152,6 +164,7 @@ class Trainer:
 
     def _log_training(self, step: int, lr: float) -> Callable[[float, float], None]:
         def log(loss: float, grad_norm: float) -> None:
+            self._check_finite(step, loss, grad_norm)
             self._log(
                 {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
                 | self.throughput.step()
@@ -159,6 +172,15 @@ class Trainer:
             )
 
         return log
+
+    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        """Every process sees the same values and stops; as a save waits for all checks before it, nothing bad is saved.
+        With fp16 the scaler skips an update whose gradient overflowed, which is no fault."""
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.config.train.mixed_precision == "fp16"):
+            raise RunFailed(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: the run has diverged; older checkpoints are good; "
+                "go on from one with --resume and a lower --learning-rate"
+            )
 
     def _validate(self, step: int) -> Validation:
         self.runtime.wait()
@@ -175,10 +197,10 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.runtime.wait()
-        optimizer = optim.export_state(self.model, self.optimizer)
-        weights = self.runtime.to_host(self.model.state_dict())
-        moments = {key: self.runtime.to_host(optimizer[key]) for key in optim.MOMENTS}
         if self.runtime.is_main:
+            optimizer = optim.export_state(self.model, self.optimizer)
+            weights = self.runtime.to_host(self.model.state_dict())
+            moments = {key: self.runtime.to_host(optimizer[key]) for key in optim.MOMENTS}
             training = {
                 "step": step,
                 "optimizer": {"step": int(optimizer["step"].item()), **moments},
@@ -197,17 +219,15 @@ class Trainer:
             sink.write(line)
 
     def _open_sinks(self, start: Start) -> None:
+        for note in checkpoint.prepare_folder(self.folder, start.step):
+            print(note)
         checkpoint.write_run_config(self.folder, self.config)
         self.sinks = [JsonlSink(self.folder, start.step), ConsoleSink(start.step, self.config.train.train_steps)]
         if self.config.wandb.wandb_logging:
             self.wandb = WandbSink(self.config, self.folder, start.training["wandb_id"] if start.training else None)
             self.sinks.append(self.wandb)
 
-    def _close(self, step: int, validated: Validation | None) -> None:
-        for sink in self.sinks:
-            sink.close()
-        if not self.runtime.is_main:
-            return
+    def _print_end(self, step: int, validated: Validation | None) -> None:
         if step < self.config.train.train_steps:
             print(f"stopped by --max-hours after step {step}; the same command goes on from there")
         elif validated:
@@ -216,8 +236,8 @@ class Trainer:
 
     def _print_summary(self, start: Start) -> None:
         train, model, runtime = self.config.train, self.config.model, self.runtime
-        for problem in start.skipped:
-            print(f"passed over a checkpoint: {problem}")
+        for note in start.notes:
+            print(note)
         if start.training:
             print(f"going on from {start.source} after step {start.step}")
         elif start.source:
@@ -226,12 +246,14 @@ class Trainer:
         epochs = train.train_steps * self.sequences_per_step / self.order.windows_per_epoch
         rows = {
             "model": f"{self.model.num_parameters():,} parameters: {model.num_layers} layers, d_model {model.d_model}, "
-            f"{model.num_heads} heads, vocabulary {model.vocab_size:,}, sequences of {model.seq_length}",
+            f"{model.num_heads} heads, vocabulary {model.vocab_size:,}, sequences of {model.seq_length}, "
+            f"dropout {model.dropout}",
             "devices": runtime.description,
             "precision": f"{train.mixed_precision or 'fp32'}, matmul {train.matmul_precision}",
             "batch": f"{per_device} sequences x {runtime.world_size} devices x {train.gradient_accum_step} micro-steps "
             f"= {self.sequences_per_step} sequences = {self.tokens_per_step:,} tokens per step",
-            "data": f"{self.train_stream.length:,} tokens to train on, {self.valid_windows.stream.length:,} to validate on",
+            "data": f"{self.train_windows.stream.length:,} tokens to train on, "
+            f"{self.valid_windows.stream.length:,} to validate on",
             "run": f"steps {start.step + 1} to {train.train_steps}: {train.train_steps * self.tokens_per_step:,} tokens in "
             f"all, {epochs:.2f} epochs",
             "tokenizer": self.tokenizer.name
@@ -245,12 +267,11 @@ class Trainer:
     def _data_position(self) -> dict[str, Any]:
         """What decides which windows a step reads: all of it must stay the same for a resumed run to go on exactly."""
         return {
-            "--train-dir": self.train_stream.fingerprint,
+            "--train-dir": self.train_windows.stream.fingerprint,
             "--seq-length": self.config.model.seq_length,
             "--train-batch-size x --gradient-accum-step": self.sequences_per_step,
             "--drop-last": self.order.windows_per_epoch,
-            "--shuffle": self.config.data.shuffle,
-            "--seed": self.config.general.seed,
+            "--shuffle or --seed": f"--seed {self.config.general.seed}" if self.config.data.shuffle else "no --shuffle",
         }
 
     def _check_continues_same_data(self, start: Start) -> None:
@@ -266,21 +287,6 @@ class Trainer:
                 f"--train-steps {self.config.train.train_steps}: {start.source} is already at step {start.step}; raise it"
             )
 
-    def _check_processes_agree(self, step: int) -> None:
-        if len(set(self.runtime.gather(step))) > 1:
-            raise InputError(
-                f"--checkpoints-dir {self.folder}: processes see different checkpoints; on several hosts it must be one "
-                "shared folder"
-            )
-
-
-def _build_model(config: RunConfig, start: Start) -> GPT2:
-    if start.source is not None and start.weights is not None:
-        return checkpoint.build_model(config.model, start.weights, start.source)
-    model = GPT2(config.model)
-    model.init_weights(torch.Generator().manual_seed(config.general.seed))
-    return model
-
 
 def _validation_windows(config: RunConfig, runtime: Runtime) -> Windows:
     share_of("--eval-batch-size", config.train.eval_batch_size, runtime.world_size)
@@ -292,3 +298,8 @@ def _validation_share(config: RunConfig, windows: Windows, runtime: Runtime) -> 
     return validation_batches(
         windows, config.train.eval_batch_size, config.train.valid_steps, runtime.rank, runtime.world_size
     )
+
+
+def _match_tokenizer(config: RunConfig, folders: list[Path], windows: list[Windows]) -> Tokenizer | None:
+    manifests = [w.stream.manifest for w in windows if w.stream.manifest]
+    return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.vocab_size)

@@ -30,11 +30,8 @@ class FinewebConfig:
 def main() -> None:
     options = parse_options(FinewebConfig, "Stream a data set from the hub into train/ and test/ shards.")
     from gpt2xla.data.writer import prepare
-    from gpt2xla.errors import InputError
     from gpt2xla.tokenizer import load_tokenizer
 
-    if not 0 < options.test_fraction < 1:
-        raise InputError(f"--test-fraction {options.test_fraction}: choose a share between 0 and 1")
     started = time.perf_counter()
     manifests = prepare(
         documents(options),

@@ -29,13 +29,8 @@ class PrepareConfig:
 def main() -> None:
     options = parse_options(PrepareConfig, "Tokenise text files into train/ and test/ shards.")
     from gpt2xla.data.writer import prepare, read_documents
-    from gpt2xla.errors import InputError
     from gpt2xla.tokenizer import load_tokenizer
 
-    if not 0 < options.test_fraction < 1:
-        raise InputError(f"--test-fraction {options.test_fraction}: choose a share between 0 and 1")
-    if options.shard_size < 1:
-        raise InputError(f"--shard-size {options.shard_size}: choose a number of at least 1")
     started = time.perf_counter()
     documents = read_documents([Path(p) for p in options.input], options.suffixes, options.exclude, options.split_by)
     manifests = prepare(

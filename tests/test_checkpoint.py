@@ -15,6 +15,7 @@ from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, TorchConfig
 from gpt2xla.errors import InputError
 from gpt2xla.pt_file import load_pt_model
+from gpt2xla.start import build_model, find_start, load_weights
 
 
 @pytest.fixture
@@ -41,9 +42,9 @@ def test_a_run_leaves_whole_checkpoints_and_no_litter(trained: Path) -> None:
 
 
 def test_auto_takes_the_newest_and_flags_not_given_come_from_it(root: Path) -> None:
-    start = checkpoint.find_start(options(root))
+    start = find_start(options(root))
     assert start.step == 20
-    assert (start.model.d_model, start.model.num_layers, start.model.vocab_size) == (32, 2, 97)
+    assert (start.config.model.d_model, start.config.model.num_layers, start.config.model.vocab_size) == (32, 2, 97)
     assert start.training is not None
     assert start.training["optimizer"]["step"] == 20
 
@@ -60,41 +61,62 @@ def test_auto_passes_over_a_damaged_one_and_names_the_file(root: Path, name: str
         file.write_bytes(file.read_bytes()[:-10])
     else:
         file.unlink()
-    start = checkpoint.find_start(options(root))
+    start = find_start(options(root))
     assert start.step == 10
     with pytest.raises(InputError) as error:
-        checkpoint.find_start(options(root, "--resume", str(root / "step-00000020")))
+        find_start(options(root, "--resume", str(root / "step-00000020")))
     assert name in str(error.value)
     if name != "COMPLETE":
-        assert str(file) in start.skipped[0]
+        assert str(file) in start.notes[0]
 
 
 def test_auto_does_not_start_anew_over_nothing_but_damage(root: Path) -> None:
     for folder in checkpoint.list_checkpoints(root):
         flip_a_bit(folder / "model.safetensors")
     with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
-        checkpoint.find_start(options(root))
+        find_start(options(root))
 
 
 def test_never_does_not_mix_two_runs(root: Path) -> None:
     with pytest.raises(InputError, match="already holds step-00000020"):
-        checkpoint.find_start(options(root, "--resume", "never"))
+        find_start(options(root, "--resume", "never"))
 
 
 def test_from_checkpoint_continues_or_with_never_takes_only_weights(root: Path, tmp_path: Path) -> None:
     source = str(root / "step-00000010")
-    assert checkpoint.find_start(options(tmp_path / "new", "--from-checkpoint", source)).step == 10
-    start = checkpoint.find_start(options(tmp_path / "new", "--from-checkpoint", source, "--resume", "never"))
+    assert find_start(options(tmp_path / "new", "--from-checkpoint", source)).step == 10
+    start = find_start(options(tmp_path / "new", "--from-checkpoint", source, "--resume", "never"))
     assert (start.step, start.training) == (0, None)
     assert start.weights is not None
-    start = checkpoint.find_start(options(tmp_path / "new", "--from-checkpoint", str(root)))
+    start = find_start(options(tmp_path / "new", "--from-checkpoint", str(root)))
     assert start.step == 20, "a folder of checkpoints means its newest"
 
 
 def test_a_contradicting_flag_is_refused_with_both_values(root: Path) -> None:
     with pytest.raises(InputError, match=r"--d-model 64 contradicts .*step-00000020, where it is 32"):
-        checkpoint.find_start(options(root, "--d-model", "64"))
-    assert checkpoint.find_start(options(root, "--d-model", "32", "--dropout", "0.3")).model.dropout == 0.3
+        find_start(options(root, "--d-model", "64"))
+    assert find_start(options(root, "--d-model", "32", "--dropout", "0.3")).config.model.dropout == 0.3
+
+
+def test_a_continued_run_keeps_its_options_but_for_those_given_anew(root: Path, data_flags: list[str]) -> None:
+    start = find_start(options(root, "--learning-rate", "0.5", "--shuffle"))
+    config = start.config
+    assert config.optim.learning_rate == 0.5
+    assert (config.optim.min_lr, config.optim.max_grad_norm, config.train.gradient_accum_step) == (0.001, 0.5, 3)
+    assert ["--train-dir", config.data.train_dir] == data_flags[:2]
+    assert sorted(start.notes) == ["changed: --learning-rate 0.01 -> 0.5", "changed: --shuffle False -> True"]
+
+
+def test_going_back_to_an_older_one_sets_the_newer_aside(root: Path) -> None:
+    with pytest.raises(InputError, match=r"older than step-00000020 beside it; .* use --resume"):
+        find_start(options(root, "--from-checkpoint", str(root / "step-00000010")))
+    assert find_start(options(root, "--resume", str(root / "step-00000010"))).step == 10
+    (root / ".step-00000030.partial").mkdir()
+    assert checkpoint.prepare_folder(root, 10) == ["set aside: step-00000020 is now abandoned-1-step-00000020"]
+    assert sorted(file.name for file in root.iterdir()) == [
+        "abandoned-1-step-00000020", "metrics.jsonl", "run_config.json", "step-00000010"
+    ]  # fmt: skip
+    assert find_start(options(root)).step == 10
 
 
 def test_pruning_keeps_the_newest(root: Path) -> None:
@@ -116,7 +138,7 @@ def test_nothing_is_pruned_while_the_newest_is_damaged(root: Path) -> None:
 def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = checkpoint.find_start(options(root))
+    start = find_start(options(root))
     assert start.weights is not None
     assert start.training is not None
     saved = {"weights": start.weights, "training": start.training | {"step": 30}, "tokenizer": None}
@@ -129,17 +151,17 @@ def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
         patch.setattr(torch, "save", full_disk)
         with pytest.raises(OSError, match="No space"):
             checkpoint.save(root, config=config, **saved)
-    assert checkpoint.find_start(options(root)).step == 20
+    assert find_start(options(root)).step == 20
     checkpoint.save(root, config=config, **saved)
-    assert checkpoint.find_start(options(root)).step == 30
+    assert find_start(options(root)).step == 30
     assert not list(root.glob(".*"))
 
 
 def test_hugging_face_loads_the_folder_with_equal_logits(trained: Path) -> None:
     folder = trained / "step-00000020"
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    config, weights = checkpoint.load_weights(folder)
-    ours = checkpoint.build_model(config, weights, folder).eval()
+    config, weights = load_weights(folder)
+    ours = build_model(config, weights, folder).eval()
     ids = torch.arange(16)[None]
     torch.testing.assert_close(theirs(ids).logits, ours.logits(ids), rtol=0, atol=1e-5)
     assert theirs.lm_head.weight is theirs.transformer.wte.weight
@@ -161,7 +183,7 @@ def test_a_strangers_pt_file_is_not_unpickled(tmp_path: Path) -> None:
 
 def test_the_common_pt_layout_is_read(tmp_path: Path, trained: Path) -> None:
     """Names and config keys of that layout, against the same weights in ours."""
-    config, weights = checkpoint.load_weights(trained / "step-00000020")
+    config, weights = load_weights(trained / "step-00000020")
     rename = {
         "wte.": "token_embedding.", "wpe.": "positional_embedding.", "ln_f.": "layer_norm.", "h.": "decoder_blocks.",
         "attn.c_attn.": "causal_self_attention.w_qkv.", "attn.c_proj.": "causal_self_attention.rl_projection.",

@@ -13,8 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN, metrics, run, run_xla, succeed, torchrun, training_losses
+import torch
+from conftest import ROOT, SMALL_RUN, metrics, run, run_xla, succeed, torchrun, training_losses, write_split
 from wandb.proto import wandb_internal_pb2
+
+from gpt2xla import checkpoint
+from gpt2xla.start import load_weights
 
 
 def refused(result: subprocess.CompletedProcess[str], *culprits: str) -> None:
@@ -47,7 +51,7 @@ WRONG_FLAGS = {
     "missing config file": (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     "unknown checkpoint": (["--from-checkpoint", "./nowhere/at/all"], ["./nowhere/at/all"]),
     "resume from a foreign folder": (["--resume", "gpt2xla"], ["--resume gpt2xla", "COMPLETE"]),
-    "resume from nothing": (["--resume", "./step-5"], ["--resume step-5", "no such"]),
+    "resume from nothing": (["--resume", "./step-5"], ["--resume ./step-5", "no such"]),
     "nothing to test": (["--do-test"], ["--do-test", "--from-checkpoint"]),
     "output is a file": (["--checkpoints-dir", "pyproject.toml"], ["--checkpoints-dir pyproject.toml"]),
     "unknown tokenizer": (["--tokenizer", "klingon"], ["klingon"]),
@@ -87,7 +91,7 @@ def test_a_resume_that_would_lose_or_repeat_data_is_refused(trained: Path, data_
     refused(
         run("run_pretrain.py", *flags, "--train-batch-size", 8), "--gradient-accum-step", "12, now 24", "--resume never"
     )
-    refused(run("run_pretrain.py", *flags, "--seed", 1), "--seed", "1061109567, now 1")
+    refused(run("run_pretrain.py", *flags, "--shuffle"), "--shuffle or --seed", "no --shuffle, now --seed 1061109567")
     refused(run("run_pretrain.py", *flags, "--d-model", 64), "--d-model 64", "where it is 32")
     refused(run("run_pretrain.py", *flags, "--train-steps", 19), "--train-steps 19", "already at step 20")
     refused(run("run_pretrain.py", *flags, "--resume", "never"), "--resume never", "step-00000020")
@@ -146,7 +150,7 @@ def test_max_hours_stops_with_a_checkpoint_and_the_run_goes_on(
     trained: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
-    assert "stopped by --max-hours after step 1" in succeed(run("run_pretrain.py", *flags, "--max-hours", 1e-9))
+    assert "stopped by --max-hours after step 10" in succeed(run("run_pretrain.py", *flags, "--max-hours", 1e-9))
     succeed(run("run_pretrain.py", *flags))
     assert training_losses(tmp_path) == training_losses(trained)
 
@@ -168,6 +172,85 @@ def test_a_killed_run_goes_on_and_logs_no_step_twice(trained: Path, data_flags: 
     steps = [line["step"] for line in metrics(tmp_path) if "loss" in line]
     assert steps == list(range(1, reached + 21))
     assert training_losses(tmp_path)[:20] == training_losses(trained)
+
+
+def test_going_back_to_an_older_checkpoint_leaves_the_newer_aside(data_flags: list[str], tmp_path: Path) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
+    succeed(run("run_pretrain.py", *flags))
+    before = training_losses(tmp_path)
+    text = succeed(
+        run(
+            "run_pretrain.py",
+            "--checkpoints-dir",
+            tmp_path,
+            "--resume",
+            tmp_path / "step-00000010",
+            "--learning-rate",
+            0.02,
+        )
+    )
+    assert "changed: --learning-rate 0.01 -> 0.02" in text
+    assert "set aside: step-00000020" in text
+    after = training_losses(tmp_path)
+    assert after[:11] == before[:11], "the loss of step 11 is still that of the old weights"
+    assert after[12:] != before[12:]
+    assert len(after) == 20
+
+
+def test_a_diverged_run_fails_and_spoils_no_checkpoint(data_flags: list[str], tmp_path: Path) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
+    succeed(run("run_pretrain.py", *flags, "--train-steps", 10))
+    for result in (
+        run("run_pretrain.py", *flags, "--learning-rate", 1e30, "--save-interval", 1, "--saved-checkpoint-limit", 1),
+        torchrun(2, *flags, "--learning-rate", 1e30),
+    ):
+        assert result.returncode == 1, result.stderr
+        assert result.stderr.count("the run has diverged") == 1, result.stderr
+    for folder in checkpoint.list_checkpoints(tmp_path):
+        _, weights = load_weights(folder)
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_an_error_that_only_one_process_meets_is_told_and_ends_all(tmp_path: Path) -> None:
+    """An id that no sample finds, in a window of the second process; the first waits for it in a collective."""
+    tokens = np.zeros(2_000_000, dtype=np.uint16)
+    tokens[16 * 314 + 5] = 96  # the third of four windows of its micro-step
+    write_split(tmp_path / "train", tokens, shards=1)
+    write_split(tmp_path / "test", tokens[:200], shards=1)
+    flags = [
+        "--train-dir",
+        tmp_path / "train",
+        "--valid-dir",
+        tmp_path / "test",
+        *SMALL_RUN,
+        "--vocab-size",
+        90,
+        "--train-steps",
+        40,
+    ]
+    result = torchrun(2, *flags, "--checkpoints-dir", tmp_path / "c")
+    assert result.returncode != 0
+    assert result.stderr.count("000.npy: id 96 does not fit --vocab-size 90") == 1, result.stderr
+
+
+def test_a_failing_wandb_does_not_disturb_the_run(data_flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "wandb.py").write_text(
+        "class Run:\n    id = 'x'\n    def log(self, *a, **k): raise RuntimeError('unreachable')\n"
+        "def init(**k): return Run()\n"
+    )
+    flags = [
+        *data_flags,
+        *SMALL_RUN,
+        "--wandb-logging",
+        "--wandb-logging-interval",
+        1,
+        "--checkpoints-dir",
+        tmp_path / "c",
+    ]
+    result = run("run_pretrain.py", *flags, PYTHONPATH=str(tmp_path))
+    succeed(result)
+    assert result.stderr.count("wandb failed (unreachable)") == 1
+    assert len(training_losses(tmp_path / "c")) == 20
 
 
 def test_the_summary_adds_up(data_flags: list[str], tmp_path: Path) -> None:

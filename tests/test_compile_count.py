@@ -9,12 +9,13 @@ from conftest import SMALL_RUN, run_xla, succeed
 STEPS, VALID_INTERVAL, SAVE_INTERVAL, VALID_BATCHES = 60, 15, 20, 3
 
 
-@pytest.fixture(scope="module")
-def counts(data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
+@pytest.fixture(scope="module", params=["--use-syncfree-optim", "--no-use-syncfree-optim"])
+def counts(request: pytest.FixtureRequest, data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Of a run whose learning rate falls to exactly 0, past where 1 - rate * decay rounds to 1: both are traps."""
     folder = tmp_path_factory.mktemp("counted")
     flags = [
-        "--train-steps", STEPS, "--decay-steps", STEPS, "--valid-interval", VALID_INTERVAL, "--save-interval", SAVE_INTERVAL,
-        "--use-syncfree-optim", "--min-lr", 0, "--checkpoints-dir", folder,
+        "--train-steps", STEPS, "--decay-steps", 40, "--valid-interval", VALID_INTERVAL, "--save-interval", SAVE_INTERVAL,
+        request.param, "--min-lr", 0, "--checkpoints-dir", folder,
     ]  # fmt: skip
     result = run_xla(*data_flags, *SMALL_RUN, *flags, program="tests/compile_count_worker.py")
     return json.loads(succeed(result).splitlines()[-1]) | {"folder": str(folder)}

@@ -136,6 +136,12 @@ def test_a_data_set_in_parquet_is_streamed(tmp_path: Path) -> None:
     )
 
 
+def test_an_endless_or_empty_preparation_is_refused(tmp_path: Path) -> None:
+    result = run("scripts/prepare_fineweb.py", "--dataset", tmp_path, "--tokenizer", "bytes", "--shard-size", 0)
+    assert result.returncode == 2
+    assert "--shard-size 0" in result.stderr
+
+
 def test_ids_past_16_bits_are_stored_in_32() -> None:
     from gpt2xla.data.writer import _SplitWriter
 

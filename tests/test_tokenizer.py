@@ -1,12 +1,13 @@
 """Tokenizers against tiktoken and transformers, and text that survives the way there and back."""
 
+import json
 from pathlib import Path
 
 import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from gpt2xla.errors import InputError
 from gpt2xla.tokenizer import TextStream, load_tokenizer, train_bpe
@@ -33,6 +34,17 @@ def test_gpt2_equals_tiktoken_and_its_saved_form_in_transformers(gpt2_encoding: 
         assert ours.decode(ids) == text
         if "<|" not in text:
             assert theirs(text)["input_ids"] == ids
+
+
+def test_gpt2_from_openais_own_files_counts_as_the_same(gpt2_encoding: str, tmp_path: Path) -> None:
+    """Another library's tokenizer.json of the same vocabulary and merges must not be taken for a foreign tokenizer."""
+    ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+    load_tokenizer(gpt2_encoding).save(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    assert len(model["merges"]) == len(ranks) - 256
+    theirs = GPT2TokenizerFast(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert load_tokenizer(str(tmp_path / "theirs")).sha256 == load_tokenizer(gpt2_encoding).sha256
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,7 +1,7 @@
 """A split on disk: a folder of token shards, read as one stream of tokens without loading it.
 
-Formats: 1-D `.npy` (ours, with `manifest.json`; or plain), llm.c `.bin` (header of 256 int32, magic 20240520, then
-uint16) and nanoGPT `.bin` (uint16 only). Shards follow one another in the order of their names.
+Formats: 1-D `.npy` (ours, with `manifest.json`; or plain), llm.c `.bin` (header of 256 int32, then uint16 or
+uint32) and nanoGPT `.bin` (uint16 only). Shards follow one another in the order of their names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from gpt2xla.errors import InputError
 
 MANIFEST = "manifest.json"
-LLMC_MAGIC = 20240520
+LLMC_DTYPES = {20240520: "<u2", 20240801: "<u4"}  # by the magic number of the header
 LLMC_HEADER_BYTES = 256 * 4
 _SAMPLE_BLOCKS, _SAMPLE_TOKENS = 16, 4096
 
@@ -30,7 +30,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says of a split: enough to detect any change of it and to match a model to it."""
+    """What `manifest.json` says of a split: what it was made of and with, to match models and continued runs to it."""
 
     tokenizer: str
     tokenizer_sha256: str
@@ -83,7 +83,7 @@ class TokenStream:
         if self.manifest:
             self.files = [self.folder / shard.file for shard in self.manifest.shards]
         else:
-            self.files = sorted([*self.folder.glob("*.npy"), *self.folder.glob("*.bin")])
+            self.files = _of_split(sorted([*self.folder.glob("*.npy"), *self.folder.glob("*.bin")]), option)
         if not self.files:
             raise InputError(f"{option} {folder}: holds no .npy or .bin shards; make some with scripts/prepare_text.py")
         self._shards = [_map_shard(file) for file in self.files]
@@ -143,6 +143,14 @@ class TokenStream:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def _of_split(files: list[Path], option: str) -> list[Path]:
+    """Where one folder holds both splits, as llm.c's and nanoGPT's do, only the files named after the option's split."""
+    train, valid = ([file for file in files if word in file.name] for word in ("train", "val"))
+    if not train or not valid:
+        return files
+    return valid if option == "--valid-dir" else train
+
+
 def file_sha256(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
@@ -168,8 +176,8 @@ def _map_shard(file: Path) -> np.ndarray:
 def _map_bin(file: Path) -> np.ndarray:
     size = file.stat().st_size
     header = np.fromfile(file, dtype="<i4", count=3)
-    if len(header) == 3 and header[0] == LLMC_MAGIC:
-        shard = np.memmap(file, dtype="<u2", mode="r", offset=LLMC_HEADER_BYTES)
+    if len(header) == 3 and header[0] in LLMC_DTYPES:
+        shard = np.memmap(file, dtype=LLMC_DTYPES[header[0]], mode="r", offset=LLMC_HEADER_BYTES)
         if len(shard) != header[2]:
             raise ValueError(f"its header promises {header[2]} tokens but {len(shard)} follow")
         return shard

@@ -56,10 +56,10 @@ class Windows:
         for row, window in zip(rows, windows, strict=True):
             if window >= 0:
                 row[:] = self.stream.read(int(window) * length, length + 1)
-        if rows.max() >= self.vocab_size:
-            worst = int(windows[rows.max(axis=1).argmax()])
+        if rows.min() < 0 or rows.max() >= self.vocab_size:
+            row, place = (index[0] for index in np.nonzero((rows < 0) | (rows >= self.vocab_size)))
             raise InputError(
-                f"{self.stream.file_of(worst * length)}: id {rows.max()} in window {worst} does not fit "
+                f"{self.stream.file_of(int(windows[row]) * length + int(place))}: id {rows[row, place]} does not fit "
                 f"--vocab-size {self.vocab_size}; use a larger one or prepare the data again"
             )
         labels = rows[:, 1:].copy()

@@ -40,6 +40,10 @@ def prepare(
     Raises:
         InputError: the output exists already, or a split came out empty.
     """
+    if not 0 < test_fraction < 1:
+        raise InputError(f"--test-fraction {test_fraction}: choose a share between 0 and 1")
+    if shard_size < 1:
+        raise InputError(f"--shard-size {shard_size}: choose a number of at least 1")
     for split in ("train", "test"):
         if (output_dir / split).exists():
             raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another folder")

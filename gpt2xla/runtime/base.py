@@ -61,13 +61,18 @@ class Runtime(Protocol):
     def autocast(self) -> AbstractContextManager[Any]: ...
 
     def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-step; gradients are reduced over processes only where `sync` is set."""
+        """Around forward and backward, both, of a micro-step; only with `sync` may gradients be reduced over processes."""
         ...
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, this process's summand of the loss of all; `optimizer_step` adds up the processes'."""
+        ...
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None: ...
 
     def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
-        """Reduce, unscale, clip, step, zero: one method, so that the order cannot be wrong. The norm before clipping."""
+        """Reduce, unscale, clip, step, zero: one method, so that the order cannot be wrong. The norm before clipping.
+        Collective."""
         ...
 
     def sum(self, value: Tensor) -> Tensor:
@@ -96,10 +101,12 @@ class Runtime(Protocol):
         ...
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU. Collective."""
+        """Copies on the CPU, of this process's tensors."""
         ...
 
-    def barrier(self, name: str) -> None: ...
+    def barrier(self, name: str) -> None:
+        """Return when every process has come here. Collective."""
+        ...
 
     def state_dict(self) -> dict[str, Any]:
         """What the runtime itself must carry over a resume, such as a gradient scaler: plain values only."""
@@ -112,7 +119,8 @@ class Runtime(Protocol):
         ...
 
     def peak_flops(self) -> float | None:
-        """Peak floating-point operations per second of all devices together in the run's precision; None if unknown."""
+        """Peak floating-point operations per second of all devices together; None if unknown. Of a CPU it is measured in the
+        run's precision, of others it is the published bf16 (or fp16) rate, whatever the run's precision."""
         ...
 
     def close(self) -> None: ...
@@ -157,8 +165,8 @@ def measured_cpu_flops(dtype: torch.dtype) -> float:
 # the device calls itself, a name that begins like another one first.
 DEVICE_PEAK_FLOPS = {
     "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12,
-    "TPU v6 lite": 918e12, "V100": 125e12, "T4": 65e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "H100": 989e12,
-    "H200": 989e12, "B200": 2250e12,
+    "TPU v6 lite": 918e12, "V100": 125e12, "Tesla T4": 65e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ class TorchRuntime:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main = self.rank == 0
-        self.device = _pick_device(int(os.environ.get("LOCAL_RANK", 0)))
         self.distributed = "RANK" in os.environ
+        self.device = _pick_device(self.distributed)
         if self.distributed:
-            dist.init_process_group(_backend(options.ddp_backend, self.device))
+            # Others wait while the main process saves; a large model on a slow disk takes its time.
+            dist.init_process_group(_backend(options.ddp_backend, self.device), timeout=timedelta(hours=1))
         set_matmul_precision(config.matmul_precision)
         self.dtype = DTYPES[config.mixed_precision]
         self.compile = config.compile
@@ -46,12 +48,10 @@ class TorchRuntime:
 
     def setup_model(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
+        trained = _wrap_in_ddp(model, self.device) if self.distributed else model
         if self.compile:
             model.compile()
-        if not self.distributed:
-            return model
-        device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        return trained
 
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
@@ -80,7 +80,12 @@ class TorchRuntime:
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        # DDP averages gradients over processes where a sum is wanted.
+        self.scaler.scale(loss * self.world_size).backward()
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
     def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
         self.scaler.unscale_(optimizer)
@@ -154,14 +159,30 @@ class TorchRuntime:
             dist.destroy_process_group()
 
 
-def _pick_device(local_rank: int) -> torch.device:
+def _pick_device(distributed: bool) -> torch.device:
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(f"--nproc_per_node asks for more processes than the {torch.cuda.device_count()} GPUs here")
-        device = torch.device("cuda", local_rank)
+        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > devices:
+            raise InputError(
+                f"--nproc_per_node {processes}: there are only {devices} GPUs here; start that many processes"
+            )
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         return device
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    # No backend of torch.distributed reduces over MPS.
+    return torch.device("mps" if torch.backends.mps.is_available() and not distributed else "cpu")
+
+
+def _wrap_in_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    device_ids = [device] if device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # DDP regroups gradients after its first backward pass, and groups decide the order of summation. Done here, all steps
+    # sum alike, also the first one after a resume, which an unbroken run took as a later one.
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for _ in range(2):
+        ddp(ids, ids)[0].backward()
+    model.zero_grad(set_to_none=True)
+    return ddp
 
 
 def _backend(asked: str | None, device: torch.device) -> str:

@@ -6,6 +6,7 @@ The loop never reads the device: one graph per step, executed by one sync, metri
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,10 @@ class XlaRuntime:
     def __init__(self, options: XlaConfig, config: TrainConfig) -> None:
         if config.mixed_precision == "fp16":
             raise InputError("--mixed-precision fp16 is for CUDA; on XLA use bf16, which TPUs compute in")
+        if options.ddp and torch_xla.device_count() > 1:
+            raise InputError(
+                "--ddp needs a process per device, but on TPU v2 and v3 two devices share one; leave --ddp out"
+            )
         self.device = torch_xla.device()
         self.rank = xr.global_ordinal()
         self.world_size = xr.world_size()
@@ -107,7 +112,16 @@ class XlaRuntime:
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        # reduce_gradients and DDP average over processes where a sum is wanted.
+        (loss * self.world_size).backward()
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        # The plain optimizers multiply by 1 - rate * weight_decay, which for a small rate rounds to the constant 1.0 and
+        # would be another graph; on the device it is a number like any other. The sync-free ones take a float, and of
+        # these only exactly 0 is another graph; 1e-30 changes no weight either.
+        lr = max(rate, 1e-30) if self.options.use_syncfree_optim else self.to_device(torch.tensor(rate))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
     def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
         if not self.options.ddp:
@@ -126,7 +140,8 @@ class XlaRuntime:
     def gather(self, value: float) -> list[float]:
         if self.world_size == 1:
             return [value]
-        return [float(payload) for payload in xm.rendezvous("gather", repr(float(value)).encode())]
+        # Always 8 bytes: payloads of another length would be another graph.
+        return [struct.unpack("<d", payload)[0] for payload in xm.rendezvous("gather", struct.pack("<d", value))]
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         while self._unread and self._unread[0].done():
@@ -138,7 +153,7 @@ class XlaRuntime:
         xm.add_step_closure(lambda: self._unread.append(self._reader.submit(read)))
 
     def wait(self) -> None:
-        torch_xla.sync()  # hands over the closures of the last step
+        torch_xla.sync()
         while self._unread:
             self._unread.popleft().result()
 
@@ -173,3 +188,5 @@ class XlaRuntime:
 
     def close(self) -> None:
         self._reader.shutdown()
+        if dist.is_initialized():
+            dist.destroy_process_group()

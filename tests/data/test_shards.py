@@ -132,6 +132,13 @@ def test_damage_is_named_by_file(damage, prepared: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_with_both_splits_gives_each_option_its_own(tmp_path: Path) -> None:
+    for name, value in (("train.bin", 1), ("val.bin", 2)):
+        (tmp_path / name).write_bytes(np.full(100, value, dtype="<u2").tobytes())
+    assert TokenStream(tmp_path, "--train-dir").read(0, 100).tolist() == [1] * 100
+    assert TokenStream(tmp_path, "--valid-dir").read(0, 100).tolist() == [2] * 100
+
+
 def test_bin_files_that_lie_are_refused(tmp_path: Path) -> None:
     write_llmc(tmp_path)
     file = tmp_path / "01.bin"

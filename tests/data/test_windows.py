@@ -138,3 +138,7 @@ def test_an_id_that_only_a_read_finds_is_named_with_its_shard(tmp_path: Path) ->
     windows = Windows(TokenStream(tmp_path), LENGTH, vocab_size=50)
     with pytest.raises(InputError, match=r"1\.npy: id 999"):
         windows.batch(np.array([0, 1_234_567 // LENGTH]))
+    (tmp_path / "signed").mkdir()
+    np.save(tmp_path / "signed" / "0.npy", np.full(100, -1, dtype=np.int32))
+    with pytest.raises(InputError, match=r"0\.npy: id -1"):
+        Windows(TokenStream(tmp_path / "signed"), LENGTH, vocab_size=50).batch(np.array([0]))

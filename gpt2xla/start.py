@@ -1,0 +1,200 @@
+"""Where a run begins: new weights, someone's model, or one of our checkpoints to be continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2xla import hf
+from gpt2xla.checkpoint import RUN_CONFIG, TRAINING_STATE, find_damage, list_checkpoints
+from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag
+from gpt2xla.errors import InputError
+from gpt2xla.model import GPT2
+from gpt2xla.pt_file import load_pt_model
+
+# Options of this call, not of the run that is continued.
+_NOT_CONTINUED = {"checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "wandb_resume_id"}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        config: the run's options, completed from the checkpoint where the user did not set them.
+        source: the checkpoint folder or file, None for new weights.
+        weights: by our parameter names, on the CPU; None for new weights.
+        training: what `checkpoint.save` stored of the run to be continued; None when a new run begins at step 0.
+        notes: lines for the user: damaged checkpoints that were passed over, options that changed.
+    """
+
+    config: RunConfig
+    source: Path | None = None
+    weights: dict[str, Tensor] | None = None
+    training: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return self.training["step"] if self.training else 0
+
+    def build_model(self) -> GPT2:
+        """The model with its first weights, on the CPU. Raises InputError if the weights are not this model's."""
+        if self.source is not None and self.weights is not None:
+            return build_model(self.config.model, self.weights, self.source)
+        with torch.device("meta"):
+            model = GPT2(self.config.model)
+        model.to_empty(device="cpu")
+        model.init_weights(torch.Generator().manual_seed(self.config.general.seed))
+        return model
+
+
+def find_start(config: RunConfig) -> Start:
+    """Decide by --resume and --from-checkpoint where the run begins, and load it.
+
+    A run that is continued keeps its options, but for those that the user sets anew.
+
+    Raises:
+        InputError: what was asked for is missing, damaged, or contradicts the flags.
+    """
+    notes: list[str] = []
+    source, continues = _choose(config.general, notes)
+    if source is None:
+        config.model.check()
+        return Start(config, notes=tuple(notes))
+    if continues:
+        config = _complete(config, source, notes)
+    saved_model, weights = load_weights(source)
+    config = dataclasses.replace(config, model=_agree(config, saved_model, source))
+    training = _load_training_state(source) if continues and not config.general.do_test else None
+    return Start(config, source, weights, training, tuple(notes))
+
+
+def locate(name: str) -> Path:
+    """The folder or file that a user's `name` means: a path, a folder of checkpoints (its newest), an OpenAI size or a
+    hub id. Raises InputError if it means nothing.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
+        return checkpoints[-1]
+    return hf.find_folder(name)
+
+
+def load_weights(source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Model configuration and weights, on the CPU and in our names, of a folder or `.pt` file. Raises InputError."""
+    return load_pt_model(source) if source.is_file() else hf.load_model(source)
+
+
+def build_model(config: ModelConfig, weights: dict[str, Tensor], source: Path) -> GPT2:
+    """The model, made of these very tensors, in fp32. Raises InputError if they are not those of such a model."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source} does not hold the model that its configuration describes: {reason}") from None
+    return model
+
+
+def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:
+    """The source, and whether its run is continued."""
+    root = Path(general.checkpoints_dir)
+    if general.resume not in ("auto", "never"):
+        return _verified(Path(general.resume), f"--resume {general.resume}"), True
+    if general.resume == "never" and not general.do_test and (existing := list_checkpoints(root)):
+        raise InputError(
+            f"--resume never: --checkpoints-dir {root} already holds {existing[-1].name} of another run; choose another "
+            "folder or move it away"
+        )
+    if general.resume == "auto" and not (general.do_test and general.from_checkpoint):
+        newest = _newest_good(root, notes)
+        if newest is not None:
+            _refuse_an_older_one(general, newest)
+            return newest, True
+    if general.from_checkpoint is None:
+        return None, False
+    source = locate(general.from_checkpoint)
+    if source.is_file() or not (source / TRAINING_STATE).exists():
+        return source, False
+    return _verified(source, f"--from-checkpoint {source}"), general.resume != "never"
+
+
+def _verified(folder: Path, asked: str) -> Path:
+    if not folder.is_dir():
+        raise InputError(
+            f"{asked}: no such checkpoint folder; use auto, never or a path like checkpoints/step-00001000"
+        )
+    if damage := find_damage(folder):
+        raise InputError(f"{asked}: {damage}; choose another checkpoint")
+    return folder
+
+
+def _newest_good(root: Path, notes: list[str]) -> Path | None:
+    for folder in reversed(list_checkpoints(root)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        notes.append(f"passed over a checkpoint: {damage}")
+    if notes:
+        raise InputError(f"no checkpoint in {root} is whole ({notes[0]}); move them away to start anew")
+    return None
+
+
+def _refuse_an_older_one(general: GeneralConfig, newest: Path) -> None:
+    named = Path(general.from_checkpoint or "")
+    if named.parent.resolve() == newest.parent.resolve() and named.name != newest.name and named.is_dir():
+        raise InputError(
+            f"--from-checkpoint {named} is older than {newest.name} beside it; to go back to it, use --resume {named}"
+        )
+
+
+def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
+    """`config` with the options that the user did not set taken from the continued run."""
+    now, options = config.to_flat(), {}
+    try:
+        saved = json.loads((source / RUN_CONFIG).read_text(encoding="utf-8"))
+        for name, value in saved.items():
+            value = tuple(value) if isinstance(value, list) else value
+            if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
+                continue
+            if name not in config.given:
+                options[name] = value
+            elif now[name] != value:
+                notes.append(f"changed: {flag(name)} {value} -> {now[name]}")
+        completed = RunConfig.from_flat({name: now[name] for name in config.given} | options)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{source / RUN_CONFIG} cannot be used: {error}") from None
+    return dataclasses.replace(completed, given=config.given)
+
+
+def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:
+    """The checkpoint's model; options the user gave must say the same, but for dropout, which is free to change."""
+    for field in dataclasses.fields(ModelConfig):
+        asked, found = getattr(config.model, field.name), getattr(saved, field.name)
+        if field.name in config.given and field.name != "dropout" and asked != found:
+            raise InputError(
+                f"{flag(field.name)} {asked} contradicts {source}, where it is {found}; leave the flag out or use {found}"
+            )
+    return dataclasses.replace(saved, dropout=config.model.dropout) if "dropout" in config.given else saved
+
+
+def _load_training_state(source: Path) -> dict[str, Any]:
+    file = source / TRAINING_STATE
+    try:
+        training = torch.load(file, map_location="cpu", weights_only=True)
+        missing = {"step", "optimizer", "runtime", "data"} - training.keys()
+    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+    if missing:
+        raise InputError(f"{file} lacks {', '.join(sorted(missing))}; it is not one of ours")
+    return training
