@@ -19,6 +19,7 @@ from torch import Tensor
 from gpt2xla import hf
 from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import file_sha256
+from gpt2xla.metrics import METRICS_FILE
 from gpt2xla.tokenizer import Tokenizer
 
 COMPLETE = "COMPLETE"
@@ -62,11 +63,14 @@ def save(
 
 def prepare_folder(root: Path, step: int) -> list[str]:
     """Make `root` ready for a run that goes on after `step`: drop what an interrupted save left, and set checkpoints of
-    later steps aside, so that no later start takes them for this run's. Returns lines for the user."""
+    later steps aside with a copy of the metrics, so that no later start takes them for this run's. Returns lines for the
+    user."""
     for partial in root.glob(".step-*.partial"):
         shutil.rmtree(partial)
-    later = [folder for folder in root.glob("step-*") if folder.name > f"step-{step:08d}"]
-    return [f"set aside: {folder.name} is now {_set_aside(folder).name}" for folder in sorted(later)]
+    later = sorted(folder for folder in root.glob("step-*") if folder.name > f"step-{step:08d}")
+    if later and (root / METRICS_FILE).exists():
+        shutil.copy(root / METRICS_FILE, _abandoned_name(root / METRICS_FILE))
+    return [f"set aside: {folder.name} is now {_set_aside(folder).name}" for folder in later]
 
 
 def prune(root: Path, newest: Path, limit: int) -> None:
@@ -114,10 +118,14 @@ def write_run_config(folder: Path, config: RunConfig) -> None:
 
 
 def _set_aside(folder: Path) -> Path:
+    return folder.rename(_abandoned_name(folder))
+
+
+def _abandoned_name(path: Path) -> Path:
     number = 1
-    while (aside := folder.with_name(f"abandoned-{number}-{folder.name}")).exists():
+    while (name := path.with_name(f"abandoned-{number}-{path.name}")).exists():
         number += 1
-    return folder.rename(aside)
+    return name
 
 
 def _fsync(path: Path) -> None:

@@ -109,13 +109,15 @@ def build_model(config: ModelConfig, weights: dict[str, Tensor], source: Path) -
 def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:
     """The source, and whether its run is continued."""
     root = Path(general.checkpoints_dir)
-    if general.resume not in ("auto", "never"):
-        return _verified(Path(general.resume), f"--resume {general.resume}"), True
-    if general.resume == "never" and not general.do_test and (existing := list_checkpoints(root)):
+    named = None if general.resume in ("auto", "never") else Path(general.resume)
+    is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())
+    if is_other_run and not general.do_test and (existing := list_checkpoints(root)):
         raise InputError(
-            f"--resume never: --checkpoints-dir {root} already holds {existing[-1].name} of another run; choose another "
-            "folder or move it away"
+            f"--resume {general.resume}: --checkpoints-dir {root} already holds {existing[-1].name} of another run; choose "
+            "another folder or move it away"
         )
+    if named:
+        return _verified(named, f"--resume {named}"), True
     if general.resume == "auto" and not (general.do_test and general.from_checkpoint):
         newest = _newest_good(root, notes)
         if newest is not None:

@@ -80,6 +80,9 @@ def test_auto_does_not_start_anew_over_nothing_but_damage(root: Path) -> None:
 def test_never_does_not_mix_two_runs(root: Path) -> None:
     with pytest.raises(InputError, match="already holds step-00000020"):
         find_start(options(root, "--resume", "never"))
+    other = Path(shutil.copytree(root, root.with_name("other")))
+    with pytest.raises(InputError, match="already holds step-00000020"):
+        find_start(options(root, "--resume", str(other / "step-00000010")))
 
 
 def test_from_checkpoint_continues_or_with_never_takes_only_weights(root: Path, tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_going_back_to_an_older_one_sets_the_newer_aside(root: Path) -> None:
     (root / ".step-00000030.partial").mkdir()
     assert checkpoint.prepare_folder(root, 10) == ["set aside: step-00000020 is now abandoned-1-step-00000020"]
     assert sorted(file.name for file in root.iterdir()) == [
-        "abandoned-1-step-00000020", "metrics.jsonl", "run_config.json", "step-00000010"
+        "abandoned-1-metrics.jsonl", "abandoned-1-step-00000020", "metrics.jsonl", "run_config.json", "step-00000010"
     ]  # fmt: skip
     assert find_start(options(root)).step == 10
 

@@ -87,7 +87,7 @@ def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[st
 
 
 def test_a_resume_that_would_lose_or_repeat_data_is_refused(trained: Path, data_flags: list[str]) -> None:
-    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", trained, "--train-steps", 40]
+    flags = [*data_flags, *SMALL_RUN, "--train-steps", 40, "--checkpoints-dir", trained]
     refused(
         run("run_pretrain.py", *flags, "--train-batch-size", 8), "--gradient-accum-step", "12, now 24", "--resume never"
     )
