@@ -28,7 +28,7 @@ class DemoConfig:
     """Demo"""
 
     output_dir: str = option("demo", "folder for data and checkpoints; a finished demo's training is made anew")
-    steps: int = option(1000, "training steps, of 2,048 tokens each")
+    steps: int = option(800, "training steps, of 2,048 tokens each")
 
 
 def main() -> None:
@@ -49,8 +49,8 @@ def main() -> None:
         "--checkpoints-dir", checkpoints, "--vocab-size", 4096, "--seq-length", 128, "--d-model", 128, "--num-layers", 4,
         "--num-heads", 4, "--train-batch-size", 16, "--gradient-accum-step", 1, "--learning-rate", 0.004,
         "--min-lr", 0.0004, "--warmup-steps", min(50, options.steps // 2), "--decay-steps", options.steps,
-        "--train-steps", options.steps, "--eval-batch-size", 16, "--valid-steps", 40, "--valid-interval", 250,
-        "--save-interval", 500, "--use-syncfree-optim", PJRT_DEVICE="CPU",
+        "--train-steps", options.steps, "--eval-batch-size", 16, "--valid-steps", 40, "--valid-interval", 200,
+        "--save-interval", 400, "--use-syncfree-optim", PJRT_DEVICE="CPU",
     )  # fmt: skip
     run(
         "generate.py", "--model", checkpoints, "--prompt", "def read(self, size):\n", "--max-new-tokens", 120,
