@@ -53,6 +53,7 @@ class GeneralConfig:
     do_test: bool = option(False, "only validate on --valid-dir, then stop")
 
     def check(self) -> None:
+        _require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
         _require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
 
 
@@ -71,6 +72,10 @@ class DataConfig:
     drop_last: bool = option(
         False, "end each epoch before its last incomplete batch; else that batch runs into the next"
     )
+
+    def check(self) -> None:
+        for name in ("train_dir", "valid_dir"):
+            _require(getattr(self, name) != "", f"{flag(name)} is empty; name a folder of token shards")
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ class RunConfig:
     def check(self) -> None:
         """Raises InputError for values that no run could work with. The model is checked when its checkpoint, if there is
         one, has filled in what was not given; what needs data or devices is checked where they are."""
-        for group in (self.general, self.optim, self.train, self.wandb):
+        for group in (self.general, self.data, self.optim, self.train, self.wandb):
             group.check()
 
 

@@ -106,6 +106,8 @@ def to_hf_config(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
 
 def from_hf_config(values: dict[str, Any]) -> ModelConfig:
     """Raises ValueError for a model that is not GPT-2, or a variant of it that `model.py` does not have."""
+    if not isinstance(values, dict):
+        raise ValueError("it holds no options")
     if values.get("model_type") != "gpt2":
         raise ValueError(f"model_type is {values.get('model_type')!r}, not 'gpt2'")
     for key, expected in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):

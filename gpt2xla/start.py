@@ -17,6 +17,7 @@ from gpt2xla.checkpoint import RUN_CONFIG, TRAINING_STATE, find_damage, list_che
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag
 from gpt2xla.errors import InputError
 from gpt2xla.model import GPT2
+from gpt2xla.optim import MOMENTS
 from gpt2xla.pt_file import load_pt_model
 
 # Options of this call, not of the run that is continued.
@@ -73,7 +74,7 @@ def find_start(config: RunConfig) -> Start:
         config = _complete(config, source, notes)
     saved_model, weights = load_weights(source)
     config = dataclasses.replace(config, model=_agree(config, saved_model, source))
-    training = _load_training_state(source) if continues and not config.general.do_test else None
+    training = _load_training_state(source, weights) if continues and not config.general.do_test else None
     return Start(config, source, weights, training, tuple(notes))
 
 
@@ -190,13 +191,17 @@ def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:
     return dataclasses.replace(saved, dropout=config.model.dropout) if "dropout" in config.given else saved
 
 
-def _load_training_state(source: Path) -> dict[str, Any]:
+def _load_training_state(source: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
     file = source / TRAINING_STATE
     try:
         training = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"step", "optimizer", "runtime", "data"} - training.keys()
-    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        step, optimizer = int(training["step"]), training["optimizer"]
+        shapes = [{name: t.shape for name, t in part.items()} for part in (weights, *(optimizer[m] for m in MOMENTS))]
+        is_whole = step >= 0 and shapes[0] == shapes[1] == shapes[2] and {"runtime", "data"} <= training.keys()
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
-    if missing:
-        raise InputError(f"{file} lacks {', '.join(sorted(missing))}; it is not one of ours")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{file} does not hold the state of this model's training; choose another checkpoint")
     return training

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from gpt2xla import checkpoint
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, TorchConfig
+from gpt2xla.data.shards import file_sha256
 from gpt2xla.errors import InputError
 from gpt2xla.pt_file import load_pt_model
 from gpt2xla.start import build_model, find_start, load_weights
@@ -129,6 +130,34 @@ def test_pruning_keeps_the_newest(root: Path) -> None:
     assert len(checkpoint.list_checkpoints(root)) == 4
     checkpoint.prune(root, root / "step-00000040", 2)
     assert [folder.name for folder in checkpoint.list_checkpoints(root)] == ["step-00000030", "step-00000040"]
+
+
+def test_a_checkpoint_that_was_tampered_with_to_look_whole_is_refused(root: Path) -> None:
+    """Hashes match, contents do not: what remains is one line, not a traceback."""
+    folder = root / "step-00000020"
+    shutil.rmtree(root / "step-00000010")
+    original = torch.load(folder / "training_state.pt", weights_only=True)
+    damaged = {"step": "x"}, {"optimizer": {}}, {"optimizer": original["optimizer"] | {"exp_avg": {}}}
+    for contents in ([1], *(original | part for part in damaged)):
+        torch.save(contents, folder / "training_state.pt")
+        rehash(folder)
+        with pytest.raises(InputError, match=r"training_state\.pt"):
+            find_start(options(root))
+    for name, text in (("config.json", "null"), ("run_config.json", "[1]")):
+        kept = (folder / name).read_text()
+        (folder / name).write_text(text)
+        rehash(folder)
+        with pytest.raises(InputError, match=name):
+            find_start(options(root))
+        (folder / name).write_text(kept)
+
+
+def rehash(folder: Path) -> None:
+    complete = json.loads((folder / "COMPLETE").read_text())
+    for name in complete["files"]:
+        file = folder / name
+        complete["files"][name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    (folder / "COMPLETE").write_text(json.dumps(complete))
 
 
 def test_nothing_is_pruned_while_the_newest_is_damaged(root: Path) -> None:

@@ -54,6 +54,7 @@ WRONG_FLAGS = {
     "resume from nothing": (["--resume", "./step-5"], ["--resume ./step-5", "no such"]),
     "nothing to test": (["--do-test"], ["--do-test", "--from-checkpoint"]),
     "output is a file": (["--checkpoints-dir", "pyproject.toml"], ["--checkpoints-dir pyproject.toml"]),
+    "no output folder": (["--checkpoints-dir", ""], ["--checkpoints-dir is empty"]),
     "unknown tokenizer": (["--tokenizer", "klingon"], ["klingon"]),
     "backend without its devices": (["--ddp-backend", "nccl2"], ["--ddp-backend", "nccl", "gloo"]),
 }

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class Manifest:
             values = json.loads(file.read_text(encoding="utf-8"))
             shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
             manifest = cls(**values, shards=shards)
+            _check_types(manifest)
+            for shard in shards:
+                _check_types(shard)
+            if manifest.dtype not in ("uint16", "uint32"):
+                raise ValueError(f"dtype is {manifest.dtype!r}")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{file} is not a manifest of token shards ({error}); prepare the data again") from None
         if any(Path(shard.file).name != shard.file for shard in shards):
@@ -141,6 +147,13 @@ class TokenStream:
         else:
             parts = [(file.name, len(shard)) for file, shard in zip(self.files, self._shards, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _check_types(part: Manifest | ShardEntry) -> None:
+    for name, kind in get_type_hints(type(part)).items():
+        plain = tuple if get_origin(kind) is tuple else kind
+        if not isinstance(getattr(part, name), plain):
+            raise ValueError(f"{name} is {getattr(part, name)!r}")
 
 
 def _of_split(files: list[Path], option: str) -> list[Path]:

@@ -47,7 +47,7 @@ class Windows:
 
     @property
     def count(self) -> int:
-        return (self.stream.length - 1) // self.seq_length
+        return max(0, self.stream.length - 1) // self.seq_length
 
     def batch(self, windows: np.ndarray) -> Batch:
         """The given windows, in that order; a number of -1 stands for a row without labels."""

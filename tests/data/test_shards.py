@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gpt2xla.data.shards import MANIFEST, Manifest, TokenStream
+from gpt2xla.data.windows import Windows
 from gpt2xla.data.writer import prepare
 from gpt2xla.errors import InputError
 from gpt2xla.tokenizer import load_tokenizer
@@ -121,6 +122,26 @@ def point_outside(folder: Path) -> Path:
     manifest["shards"][0]["file"] = "../test/shard_000000.npy"
     file.write_text(json.dumps(manifest))
     return file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": "many"}, {"dtype": "banana"}, {"tokens": None}, {"shards": [{"file": 7, "tokens": 1, "sha256": ""}]},
+        {"shards": [{"file": "x.npy", "tokens": "1", "sha256": ""}]}, {"surprise": 1},
+    ],
+)  # fmt: skip
+def test_a_manifest_of_wrong_types_is_refused(change: dict, prepared: Path) -> None:
+    file = prepared / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=r"manifest\.json is not a manifest"):
+        TokenStream(prepared)
+
+
+def test_an_empty_shard_is_no_data(tmp_path: Path) -> None:
+    np.save(tmp_path / "0.npy", np.zeros(0, dtype=np.uint16))
+    with pytest.raises(InputError, match="holds 0 tokens, too few"):
+        Windows(TokenStream(tmp_path), 16, vocab_size=97)
 
 
 @pytest.mark.parametrize("damage", [cut, shorten, widen, remove, make_float, pickle, spoil_manifest, point_outside])
