@@ -1,5 +1,10 @@
 """Errors whose message is for the user: one line, no traceback."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """What the user gave cannot work; the message names the flag or file and the mend. Exit code 2."""
@@ -7,3 +12,12 @@ class InputError(ValueError):
 
 class RunFailed(RuntimeError):
     """The run cannot go on, through no fault of the program; the message says why and what to do. Exit code 1."""
+
+
+@contextlib.contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """An operating system's error inside is the user's to mend: an InputError that names the flag or file `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{what}: {error.strerror or error}; choose another or mend it") from None

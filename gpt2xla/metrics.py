@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from gpt2xla.config import RunConfig
-from gpt2xla.errors import InputError
 
 METRICS_FILE = "metrics.jsonl"
 _SECONDS_BETWEEN_LINES = 10
@@ -180,13 +179,3 @@ def _truncate_after(file: Path, step: int) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, file)
-
-
-def make_folder(path: str) -> Path:
-    """`--checkpoints-dir`, created if need be. Raises InputError if that cannot be."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--checkpoints-dir {path} cannot be made: {error.strerror}") from None
-    return folder

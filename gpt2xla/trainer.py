@@ -15,9 +15,9 @@ from gpt2xla import checkpoint, optim
 from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import Batch, TrainingOrder, Windows, share_of, validation_batches
-from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.errors import InputError, RunFailed, blaming
 from gpt2xla.evals.validation import Validation, Validator
-from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, make_folder, perplexity
+from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.start import Start, find_start
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
@@ -90,7 +90,9 @@ class Trainer:
         self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
         self._check_continues_same_data(start)
-        self.folder = make_folder(config.general.checkpoints_dir)
+        self.folder = Path(config.general.checkpoints_dir)
+        with blaming(f"--checkpoints-dir {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
         self.model = start.build_model()
         self.parallel_model = runtime.setup_model(self.model)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from gpt2xla.cli import OneLineParser, exit_code
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, blaming
 from gpt2xla.metrics import METRICS_FILE
 
 
@@ -15,6 +15,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="checkpoints folders, or metrics.jsonl files")
     parser.add_argument("--output", default="loss.png", help="picture to write (default: loss.png)")
     options = parser.parse_args()
+    if not options.output.endswith(".png"):
+        raise InputError(f"--output {options.output}: give a name that ends in .png")
     plot([Path(run) for run in options.runs], Path(options.output))
     print(options.output)
 
@@ -44,7 +46,8 @@ def plot(runs: list[Path], output: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(output, dpi=120)
+    with blaming(f"--output {output}"):
+        figure.savefig(output, dpi=120)
     plt.close(figure)
 
 

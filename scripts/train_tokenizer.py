@@ -24,7 +24,7 @@ class TokenizerConfig:
 def main() -> None:
     options = parse_options(TokenizerConfig, "Train a byte-level byte-pair tokenizer, as GPT-2's is.")
     from gpt2xla.data.writer import read_documents
-    from gpt2xla.errors import InputError
+    from gpt2xla.errors import InputError, blaming
     from gpt2xla.tokenizer import train_bpe
 
     if options.vocab_size < 257:
@@ -34,8 +34,9 @@ def main() -> None:
         raise InputError(f"--output-dir {output_dir}: holds a tokenizer already; remove it or choose another folder")
     documents = read_documents([Path(p) for p in options.input], options.suffixes, options.exclude, "file")
     tokenizer = train_bpe(documents, output_dir.name, options.vocab_size, options.min_frequency)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(output_dir)
+    with blaming(f"--output-dir {output_dir}"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(output_dir)
     fewer = " (fewer than asked: the text has no more pairs that occur often enough)"
     print(f"{output_dir}: {tokenizer.vocab_size:,} ids{fewer if tokenizer.vocab_size < options.vocab_size else ''}")
 

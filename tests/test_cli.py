@@ -51,7 +51,7 @@ WRONG_FLAGS = {
     "missing config file": (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     "unknown checkpoint": (["--from-checkpoint", "./nowhere/at/all"], ["./nowhere/at/all"]),
     "resume from a foreign folder": (["--resume", "gpt2xla"], ["--resume gpt2xla", "COMPLETE"]),
-    "resume from nothing": (["--resume", "./step-5"], ["--resume ./step-5", "no such"]),
+    "resume from nothing": (["--resume", "./step-5"], ["--resume step-5", "no such"]),
     "nothing to test": (["--do-test"], ["--do-test", "--from-checkpoint"]),
     "output is a file": (["--checkpoints-dir", "pyproject.toml"], ["--checkpoints-dir pyproject.toml"]),
     "no output folder": (["--checkpoints-dir", ""], ["--checkpoints-dir is empty"]),

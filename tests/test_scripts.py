@@ -142,6 +142,21 @@ def test_an_endless_or_empty_preparation_is_refused(tmp_path: Path) -> None:
     assert "--shard-size 0" in result.stderr
 
 
+def test_an_output_that_cannot_be_is_one_line(texts: Path, trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    common = ["--input", texts, "--output-dir"]
+    for program, *arguments in (
+        ("scripts/prepare_text.py", "--tokenizer", "bytes", *common, file / "below"),
+        ("scripts/train_tokenizer.py", "--vocab-size", 300, *common, file),
+        ("scripts/plot_loss.py", trained, "--output", file / "x.png"),
+    ):
+        result = run(program, *arguments)
+        assert result.returncode == 2, result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert str(file) in result.stderr
+
+
 def test_ids_past_16_bits_are_stored_in_32() -> None:
     from gpt2xla.data.writer import _SplitWriter
 

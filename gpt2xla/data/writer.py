@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2xla.data.shards import Manifest, ShardEntry, file_sha256
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, blaming
 from gpt2xla.tokenizer import Tokenizer
 
 _BATCH_DOCUMENTS = 256
@@ -48,9 +48,10 @@ def prepare(
         if (output_dir / split).exists():
             raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another folder")
     is_new = not output_dir.exists()
-    writers = {
-        split: _SplitWriter(output_dir / f".{split}.partial", tokenizer, shard_size) for split in ("train", "test")
-    }
+    with blaming(f"--output-dir {output_dir}"):
+        writers = {
+            split: _SplitWriter(output_dir / f".{split}.partial", tokenizer, shard_size) for split in ("train", "test")
+        }
     try:
         numbered = enumerate(documents)
         while batch := list(itertools.islice(numbered, _BATCH_DOCUMENTS)):
@@ -83,7 +84,8 @@ def read_documents(
     """
     found = False
     for file in _text_files(paths, suffixes, exclude):
-        text = file.read_text(encoding="utf-8", errors="replace")
+        with blaming(f"--input {file}"):
+            text = file.read_text(encoding="utf-8", errors="replace")
         if split_by == "file":
             documents = [text]
         else:
