@@ -2,10 +2,12 @@
 """Continue text with a GPT-2: `python generate.py --model checkpoints --prompt "Once upon a time"`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 
-from gpt2xla.cli import exit_code, parse_options
+from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.exits import exit_code
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def main() -> None:
         ask(continue_text)
 
 
-def ask(continue_text) -> None:  # type: ignore[no-untyped-def]
+def ask(continue_text: Callable[[str], None]) -> None:
     """Read prompts until end of input; Ctrl-C stops the text or line at hand and asks anew."""
     while True:
         try:

@@ -3,8 +3,9 @@
 
 import sys
 
-from gpt2xla.cli import exit_code, leaving_together, parse_run
+from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
+from gpt2xla.exits import exit_code
 
 
 def main() -> None:
@@ -13,9 +14,7 @@ def main() -> None:
     from gpt2xla.runtime.torch import TorchRuntime
     from gpt2xla.trainer import pretrain
 
-    runtime = TorchRuntime(options, config.train)
-    with leaving_together(runtime):
-        pretrain(config, runtime)
+    pretrain(config, lambda train: TorchRuntime(options, train))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
 
-from gpt2xla.cli import exit_code, leaving_together, parse_run
+from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.exits import exit_code
 
 
 def main() -> None:
@@ -38,9 +39,7 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
     from gpt2xla.runtime.xla import XlaRuntime
     from gpt2xla.trainer import pretrain
 
-    runtime = XlaRuntime(options, config.train)
-    with leaving_together(runtime):
-        pretrain(config, runtime)
+    pretrain(config, lambda train: XlaRuntime(options, train))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from gpt2xla import checkpoint, optim
-from gpt2xla.config import RunConfig
+from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import Batch, TrainingOrder, Windows, share_of, validation_batches
 from gpt2xla.errors import InputError, RunFailed, blaming
 from gpt2xla.evals.validation import Validation, Validator
+from gpt2xla.exits import leaving_together
 from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.start import Start, find_start
@@ -25,28 +26,32 @@ from gpt2xla.tokenizer import Tokenizer, match_tokenizer
 _STEPS_BETWEEN_CLOCK_CHECKS = 10  # processes must agree on the time, which costs them a wait for each other
 
 
-def pretrain(config: RunConfig, runtime: Runtime) -> None:
+def pretrain(config: RunConfig, make_runtime: Callable[[TrainConfig], Runtime]) -> None:
     """Train, or with --do-test only validate, as `config` says. Every process calls it.
+
+    The runtime is made when the run's options are known: a continued run brings its own.
 
     Raises:
         InputError: before the first step, when data, checkpoint and options do not fit together.
         RunFailed: the loss is no longer a number.
     """
     start = find_start(config)
-    if len(set(runtime.gather(start.step))) > 1:
-        raise InputError(
-            f"--checkpoints-dir {config.general.checkpoints_dir}: processes see different checkpoints; on several hosts it "
-            "must be one shared folder"
-        )
-    if config.general.do_test:
-        test(start, runtime)
-    elif start.step and start.step == start.config.train.train_steps:
-        if runtime.is_main:
-            print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to go on")
-    else:
-        trainer = Trainer(start, runtime)
-        del start  # host copies of weights and optimizer state, which would stay for the whole run
-        trainer.run()
+    runtime = make_runtime(start.config.train)
+    with leaving_together(runtime):
+        if len(set(runtime.gather(start.step))) > 1:
+            raise InputError(
+                f"--checkpoints-dir {config.general.checkpoints_dir}: processes see different checkpoints; on several hosts "
+                "it must be one shared folder"
+            )
+        if config.general.do_test:
+            test(start, runtime)
+        elif start.step and start.step == start.config.train.train_steps:
+            if runtime.is_main:
+                print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to go on")
+        else:
+            trainer = Trainer(start, runtime)
+            del start  # host copies of weights and optimizer state, which would stay for the whole run
+            trainer.run()
 
 
 def test(start: Start, runtime: Runtime) -> None:

@@ -13,11 +13,12 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2xla.cli import exit_code, parse_options
+from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
 from gpt2xla.evals.unigram import unigram_entropy
+from gpt2xla.exits import exit_code
 from gpt2xla.metrics import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,8 @@
 import argparse
 import sys
 
-from gpt2xla.cli import OneLineParser, exit_code
+from gpt2xla.cli import OneLineParser
+from gpt2xla.exits import exit_code
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from gpt2xla.cli import OneLineParser, exit_code
+from gpt2xla.cli import OneLineParser
 from gpt2xla.errors import InputError, blaming
+from gpt2xla.exits import exit_code
 from gpt2xla.metrics import METRICS_FILE
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2xla.cli import exit_code, parse_options
+from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.exits import exit_code
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from gpt2xla.cli import exit_code, parse_options
+from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.exits import exit_code
 
 
 @dataclass(frozen=True)

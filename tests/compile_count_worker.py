@@ -44,7 +44,7 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
 
     loop = threading.current_thread()
     Trainer._train_step, Trainer._log = counted, logged
-    pretrain(config, XlaRuntime(options, config.train))
+    pretrain(config, lambda train: XlaRuntime(options, train))
     print(json.dumps({"steps": steps, "end": counters(), "readers": sorted(readers)}))
 
 

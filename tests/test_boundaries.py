@@ -34,7 +34,7 @@ import os, sys
 class Watched(dict):
     def __getitem__(self, key): raise AssertionError(f"read {key}")
     get = __contains__ = __getitem__
-modules = ["gpt2xla", "gpt2xla.config", "gpt2xla.cli", "gpt2xla.errors"]
+modules = ["gpt2xla", "gpt2xla.config", "gpt2xla.cli", "gpt2xla.errors", "gpt2xla.exits"]
 import argparse, yaml
 os.environ = Watched()
 for name in modules:

@@ -110,6 +110,18 @@ def test_the_same_batch_may_be_cut_otherwise_on_resume(data_flags: list[str], tr
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained)[10:], rel=1e-5)
 
 
+def test_a_run_continued_by_its_folder_alone_is_exact_in_its_own_precision(
+    data_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--mixed-precision", "bf16", "--dropout", "0.1", "--checkpoints-dir"]
+    succeed(run("run_pretrain.py", *flags, tmp_path / "unbroken"))
+    succeed(run("run_pretrain.py", *flags, tmp_path / "broken", "--train-steps", 10))
+    text = succeed(run("run_pretrain.py", "--checkpoints-dir", tmp_path / "broken", "--train-steps", 20))
+    assert "precision: bf16" in text
+    assert "changed: --train-steps 10 -> 20" in text
+    assert training_losses(tmp_path / "broken") == training_losses(tmp_path / "unbroken")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_follows_fp32(precision: str, trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     flags = ["--mixed-precision", precision, "--checkpoints-dir", tmp_path]

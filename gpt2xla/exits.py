@@ -1,0 +1,62 @@
+"""How a process ends: which exit code, what it prints, and what becomes of the other processes of its run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpt2xla.errors import InputError, RunFailed
+
+if TYPE_CHECKING:  # it imports torch, for which --help must not wait
+    from gpt2xla.runtime.base import Runtime
+
+_SECONDS_FOR_MAIN = 3
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run `main` and give the process's exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted.
+
+    An error meant for the user becomes one line on stderr, once per host however many processes meet it; every other
+    exception keeps its traceback (exit code 1).
+    """
+    try:
+        main()
+    except (InputError, RunFailed, KeyboardInterrupt) as error:
+        return report(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 1
+    return 0
+
+
+def report(error: BaseException) -> int:
+    """Print what went wrong; the exit code that goes with it."""
+    if isinstance(error, InputError | RunFailed):
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, InputError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    traceback.print_exception(error)
+    return 1
+
+
+@contextlib.contextmanager
+def leaving_together(runtime: Runtime) -> Iterator[None]:
+    """Around one process's part of a run. If it fails where others may wait for it for ever, report and leave at once,
+    without joining threads or collectives: then the launcher ends the others."""
+    try:
+        yield
+    except BaseException as error:
+        if runtime.world_size == 1:
+            raise
+        if not runtime.is_main:
+            # If all fail alike, the main process reports, and the launcher ends this one before it does so too.
+            time.sleep(_SECONDS_FOR_MAIN)
+        code = report(error)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
+    runtime.close()
