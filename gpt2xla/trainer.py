@@ -8,9 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from gpt2xla import checkpoint, optim
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.shards import TokenStream
@@ -22,6 +19,7 @@ from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink,
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.start import Start, find_start
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
+from gpt2xla.train_step import TrainStep
 
 _STEPS_BETWEEN_CLOCK_CHECKS = 10  # processes must agree on the time, which costs them a wait for each other
 
@@ -100,10 +98,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
 
         self.model = start.build_model()
-        self.parallel_model = runtime.setup_model(self.model)
-        saved = start.training
-        self.optimizer = runtime.build_optimizer(self.model, config.optim, saved["optimizer"] if saved else None)
-        runtime.load_state_dict(saved["runtime"] if saved else {})
+        self.train_step = TrainStep(config, runtime, self.model, start.training, self._log_training)
         self.validator = Validator(self.model, runtime)
         self.first_step = start.step
         self.throughput = Throughput(self.tokens_per_step, self.model.flops_per_token(), runtime.peak_flops())
@@ -125,7 +120,7 @@ class Trainer:
     def _loop(self) -> tuple[int, Validation | None]:
         """Train until the last step or the deadline: (the step reached, the last validation if it was of that step)."""
         config, runtime = self.config.train, self.runtime
-        train_step = runtime.compile_step(self._train_step)
+        train_step = runtime.compile_step(self.train_step)
         batches = runtime.device_batches(self.order.batches(self.first_step))
         deadline = time.monotonic() + config.max_hours * 3600 if config.max_hours else None
         validated: Validation | None = None
@@ -148,26 +143,6 @@ class Trainer:
                 self.throughput.restart()
         runtime.wait()
         return step, validated
-
-    def _train_step(self, batches: Iterator[Batch], step: int) -> None:
-        """Update number `step`, counted from 0. Its numbers are logged when the device has them."""
-        runtime = self.runtime
-        accum = self.config.train.gradient_accum_step
-        # Dropout depends on seed, step and process alone, so a resumed run needs no stored generator state.
-        runtime.seed(int(np.random.SeedSequence([self.config.general.seed, step, runtime.rank]).generate_state(1)[0]))
-        lr = optim.learning_rate(self.config.optim, self.config.model.d_model, step)
-        runtime.set_learning_rate(self.optimizer, lr)
-        loss_sum = None
-        for micro_step in range(accum):
-            with runtime.accumulate(self.parallel_model, sync=micro_step == accum - 1):
-                with runtime.autocast():
-                    loss, _ = self.parallel_model(*next(batches))
-                runtime.backward(loss / self.tokens_per_step)
-            loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
-        assert loss_sum is not None
-        grad_norm = runtime.optimizer_step(self.model, self.optimizer, max_grad_norm=self.config.optim.max_grad_norm)
-        loss = runtime.sum(loss_sum) / self.tokens_per_step
-        runtime.when_ready(self._log_training(step + 1, lr), torch.stack([loss, grad_norm]))
 
     def _log_training(self, step: int, lr: float) -> Callable[[float, float], None]:
         def log(loss: float, grad_norm: float) -> None:
@@ -205,7 +180,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         self.runtime.wait()
         if self.runtime.is_main:
-            optimizer = optim.export_state(self.model, self.optimizer)
+            optimizer = optim.export_state(self.model, self.train_step.optimizer)
             weights = self.runtime.to_host(self.model.state_dict())
             moments = {key: self.runtime.to_host(optimizer[key]) for key in optim.MOMENTS}
             training = {

@@ -13,6 +13,7 @@ import torch_xla.debug.metrics as met
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.runtime.xla import XlaRuntime
+from gpt2xla.train_step import TrainStep
 from gpt2xla.trainer import Trainer, pretrain
 
 
@@ -29,9 +30,9 @@ def counters() -> dict[str, int]:
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
     steps: list[dict[str, int]] = []
     readers: set[str] = set()
-    original = Trainer._train_step
+    original = TrainStep.__call__
 
-    def counted(self: Trainer, *args: object) -> None:
+    def counted(self: TrainStep, *args: object) -> None:
         original(self, *args)
         steps.append(counters())
 
@@ -43,7 +44,7 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
         log(self, line)
 
     loop = threading.current_thread()
-    Trainer._train_step, Trainer._log = counted, logged
+    TrainStep.__call__, Trainer._log = counted, logged
     pretrain(config, lambda train: XlaRuntime(options, train))
     print(json.dumps({"steps": steps, "end": counters(), "readers": sorted(readers)}))
 

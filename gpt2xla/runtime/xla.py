@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
 from typing import Any
 
 import torch
@@ -97,7 +96,6 @@ class XlaRuntime:
         return prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
 
     def compile_step(self, step: Callable[P, T]) -> Callable[P, T]:
-        @wraps(step)
         def executed(*args: P.args, **kwargs: P.kwargs) -> T:
             result = step(*args, **kwargs)
             torch_xla.sync()

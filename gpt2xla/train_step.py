@@ -1,0 +1,60 @@
+"""One update of the weights, from micro-batches to the optimizer: what every device runs, and what a TPU compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpt2xla import optim
+from gpt2xla.config import RunConfig
+from gpt2xla.data.windows import Batch
+from gpt2xla.model import GPT2
+from gpt2xla.runtime.base import Runtime
+
+
+class TrainStep:
+    """Model and optimizer on the device, and the update of both.
+
+    Args:
+        model: on the CPU; it is moved.
+        saved: the optimizer's state and the runtime's own, as a checkpoint stored them; None starts from zeros.
+        report: called as `report(step, lr)` in the loop, it returns what receives (loss, gradient norm) once the device has
+            them; `step` counts from 1.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        model: GPT2,
+        saved: dict[str, Any] | None,
+        report: Callable[[int, float], Callable[[float, float], None]],
+    ) -> None:
+        self.config, self.runtime, self.model, self.report = config, runtime, model, report
+        self.parallel_model = runtime.setup_model(model)
+        self.optimizer = runtime.build_optimizer(model, config.optim, saved["optimizer"] if saved else None)
+        runtime.load_state_dict(saved["runtime"] if saved else {})
+        self.accum = config.train.gradient_accum_step
+        self.tokens = config.train.train_batch_size * self.accum * config.model.seq_length
+
+    def __call__(self, batches: Iterator[Batch], step: int) -> None:
+        """Update number `step`, counted from 0."""
+        runtime = self.runtime
+        # Dropout depends on seed, step and process alone, so a resumed run needs no stored generator state.
+        runtime.seed(int(np.random.SeedSequence([self.config.general.seed, step, runtime.rank]).generate_state(1)[0]))
+        lr = optim.learning_rate(self.config.optim, self.config.model.d_model, step)
+        runtime.set_learning_rate(self.optimizer, lr)
+        loss_sum = None
+        for micro_step in range(self.accum):
+            with runtime.accumulate(self.parallel_model, sync=micro_step == self.accum - 1):
+                with runtime.autocast():
+                    loss, _ = self.parallel_model(*next(batches))
+                runtime.backward(loss / self.tokens)
+            loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
+        assert loss_sum is not None
+        grad_norm = runtime.optimizer_step(self.model, self.optimizer, max_grad_norm=self.config.optim.max_grad_norm)
+        loss = runtime.sum(loss_sum) / self.tokens
+        runtime.when_ready(self.report(step + 1, lr), torch.stack([loss, grad_norm]))
