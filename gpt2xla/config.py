@@ -157,6 +157,17 @@ class TrainConfig:
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest", "fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
     )
+    attention: Literal["auto", "sdpa", "chunked", "flash"] = option(
+        "auto",
+        "auto: the device's best; sdpa: torch's own; chunked: scores computed twice and never kept; flash: a kernel of its "
+        "own, on TPU v4 and later",
+    )
+    loss_chunks: int = option(
+        0, "compute logits and loss in this many pieces, to save memory; 0 lets the device choose"
+    )
+    activation_checkpointing: Literal["none", "block"] = option(
+        "none", "block: keep only each block's input for the backward pass, and compute the rest again"
+    )
     compile: bool = option(False, "torch.compile the model; XLA always compiles and needs no flag")
     eval_batch_size: int = option(32, "sequences per validation step, over all devices together")
     valid_steps: int = option(100, "validation batches; stops early where the split ends")
@@ -171,7 +182,7 @@ class TrainConfig:
         _require_positive(
             self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size", "valid_steps"
         )
-        for name in ("valid_interval", "save_interval", "saved_checkpoint_limit"):
+        for name in ("valid_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks"):
             value = getattr(self, name)
             _require(value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
         if self.max_hours is not None:

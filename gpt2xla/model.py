@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2xla.attention import sdpa_attention
 from gpt2xla.config import ModelConfig
-
-IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
+from gpt2xla.kernels import Kernels
+from gpt2xla.loss import IGNORED_LABEL
 
 
 class GPT2(nn.Module):
@@ -32,34 +33,38 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
         if not config.tie_weights:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.kernels = Kernels()  # how, not what; a runtime sets its own
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         """The summed token loss (nats, fp32) and the number of tokens it sums over, both 0-d.
 
         `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
         """
-        logits_BTV = self.head(self.hidden(ids_BT))
-        loss = F.cross_entropy(
-            logits_BTV.float().flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-        )
+        x_BTD = self.hidden(ids_BT)
+        loss = self.kernels.cross_entropy(x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten())
         return loss, (labels_BT != IGNORED_LABEL).sum()
 
     def logits(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Next-token logits (B, T, V). With a cache, `ids_BT` go on where the cache ends and are added to it."""
-        return self.head(self.hidden(ids_BT, cache))
+        return F.linear(self.hidden(ids_BT, cache), self.head_weight)
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         past = cache.length if cache else 0
         positions_T = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions_T))
+        checkpoint = self.kernels.checkpoint if torch.is_grad_enabled() else None
         for layer, block in enumerate(self.h):
-            x_BTD = block(x_BTD, cache, layer)
+            if checkpoint:
+                x_BTD = checkpoint(block, x_BTD, self.kernels)
+            else:
+                x_BTD = block(x_BTD, self.kernels, cache, layer)
         if cache:
             cache.length += ids_BT.shape[1]
-        return self.ln_f(x_BTD)
+        return self.kernels.layer_norm(x_BTD, self.ln_f)
 
-    def head(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(x_BTD, self.wte.weight if self.config.tie_weights else self.lm_head.weight)
+    @property
+    def head_weight(self) -> Tensor:
+        return self.wte.weight if self.config.tie_weights else self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -93,9 +98,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.ln_1(x_BTD), cache, layer)
-        return x_BTD + self.mlp(self.ln_2(x_BTD))
+    def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x_BTD = x_BTD + self.attn(kernels.layer_norm(x_BTD, self.ln_1), kernels, cache, layer)
+        return x_BTD + self.mlp(kernels.layer_norm(x_BTD, self.ln_2))
 
 
 class Attention(nn.Module):
@@ -108,19 +113,31 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.c_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor, cache: KVCache | None, layer: int) -> Tensor:
-        q_BHTK, k_BHSK, v_BHSK = (
-            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.c_attn(x_BTD).chunk(3, dim=-1)
-        )
+    def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None, layer: int) -> Tensor:
+        if kernels.separate_qkv:
+            weights, biases = (
+                self.c_attn.weight.chunk(3),
+                self.c_attn.bias.chunk(3) if self.c_attn.bias is not None else [None] * 3,
+            )
+            q_BTD, k_BTD, v_BTD = (F.linear(x_BTD, *parts) for parts in zip(weights, biases, strict=True))
+        else:
+            q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).chunk(3, dim=-1)
         if cache:
-            k_BHSK, v_BHSK = cache.append(layer, k_BHSK, v_BHSK)
+            y_BTD = self.cached_attention(q_BTD, k_BTD, v_BTD, cache, layer)
+        elif kernels.attention:
+            y_BTD = kernels.attention(q_BTD, k_BTD, v_BTD, self.num_heads)
+        else:
+            y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, self.num_heads, self.dropout if self.training else 0.0)
+        return F.dropout(self.c_proj(y_BTD), self.dropout, self.training)
+
+    def cached_attention(self, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, cache: KVCache, layer: int) -> Tensor:
+        q_BHTK, k_BHTK, v_BHTK = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q_BTD, k_BTD, v_BTD))
+        k_BHSK, v_BHSK = cache.append(layer, k_BHTK, v_BHTK)
         # One new token may see everything before it; several with a past do not occur (the cache starts with the prompt).
         causal = q_BHTK.shape[2] > 1
         assert not causal or q_BHTK.shape[2] == k_BHSK.shape[2]
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHSK, v_BHSK, is_causal=causal, dropout_p=self.dropout if self.training else 0.0
-        )
-        return F.dropout(self.c_proj(y_BHTK.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=causal)
+        return y_BHTK.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

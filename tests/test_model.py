@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2xla.config import ModelConfig
 from gpt2xla.hf import from_hf_state, to_hf_config
-from gpt2xla.model import GPT2, IGNORED_LABEL, KVCache
+from gpt2xla.loss import IGNORED_LABEL
+from gpt2xla.model import GPT2, KVCache
 
 SMALL = ModelConfig(vocab_size=61, seq_length=24, d_model=32, num_layers=3, num_heads=4)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
-from gpt2xla.model import IGNORED_LABEL
+from gpt2xla.loss import IGNORED_LABEL
 
 
 class Batch(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import OptimConfig
 from gpt2xla.data.windows import Batch
+from gpt2xla.model import GPT2
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,8 +41,9 @@ class Runtime(Protocol):
         """Seed this process's random numbers, dropout's among them."""
         ...
 
-    def setup_model(self, model: nn.Module) -> nn.Module:
-        """Move `model` to the device and return what forwards in training; build the optimizer after this. Collective."""
+    def setup_model(self, model: GPT2) -> nn.Module:
+        """Choose how `model` computes (`kernels.py`), move it to the device and return what forwards in training; build the
+        optimizer after this. Collective."""
         ...
 
     def build_optimizer(

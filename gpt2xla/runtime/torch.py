@@ -7,16 +7,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
+from gpt2xla.attention import chunked_attention
 from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
+from gpt2xla.kernels import choose_kernels
+from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
 from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
 
@@ -37,7 +42,7 @@ class TorchRuntime:
             dist.init_process_group(_backend(options.ddp_backend, self.device), timeout=timedelta(hours=1))
         set_matmul_precision(config.matmul_precision)
         self.dtype = DTYPES[config.mixed_precision]
-        self.compile = config.compile
+        self.train = config
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
         self.description = f"{self.world_size} x {self.name} (torch {torch.__version__})"
@@ -46,10 +51,18 @@ class TorchRuntime:
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def setup_model(self, model: nn.Module) -> nn.Module:
+    def setup_model(self, model: GPT2) -> nn.Module:
+        model.kernels = choose_kernels(
+            self.train,
+            model.config,
+            attention={"chunked": chunked_attention},
+            preferred="sdpa",
+            loss_chunks=1,
+            checkpoint=partial(checkpoint, use_reentrant=False),
+        )
         model.to(self.device)
         trained = _wrap_in_ddp(model, self.device) if self.distributed else model
-        if self.compile:
+        if self.train.compile:
             model.compile()
         return trained
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,22 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch_xla.amp import syncfree
+from torch_xla.utils.checkpoint import checkpoint as torch_xla_checkpoint
 
-from gpt2xla.config import OptimConfig, TrainConfig, XlaConfig
+from gpt2xla.attention import chunked_attention
+from gpt2xla.config import ModelConfig, OptimConfig, TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
+from gpt2xla.kernels import Attention, Kernels, choose_kernels
+from gpt2xla.model import GPT2
+from gpt2xla.norm import lean_layer_norm
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
 from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
+from gpt2xla.runtime.xla_flash import flash_attention, why_not
+
+_LOGITS_AT_ONCE = (
+    2**29
+)  # numbers: 1 GiB in bf16. Larger pieces cost memory, smaller ones keep the matrix units less busy.
 
 
 class XlaRuntime:
@@ -44,7 +55,7 @@ class XlaRuntime:
         self.rank = xr.global_ordinal()
         self.world_size = xr.world_size()
         self.is_main = self.rank == 0
-        self.options = options
+        self.options, self.train = options, config
         self.bf16 = config.mixed_precision == "bf16"
         set_matmul_precision(config.matmul_precision)
         self.name = f"XLA:{xr.device_type()}"
@@ -58,7 +69,18 @@ class XlaRuntime:
         torch.manual_seed(seed)
         torch_xla.manual_seed(seed, self.device)
 
-    def setup_model(self, model: nn.Module) -> nn.Module:
+    def setup_model(self, model: GPT2) -> nn.Module:
+        model.kernels = self._kernels(model.config)
+        self.place_parameters(model)
+        if not self.options.ddp:
+            return model
+        import torch_xla.distributed.xla_backend  # noqa: F401  registers the backend
+
+        if not dist.is_initialized():
+            dist.init_process_group("xla", init_method="xla://")
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def place_parameters(self, model: nn.Module) -> None:
         on_host = [parameter.detach() for parameter in model.parameters()]
         model.to(self.device)
         # A parameter that was never written in place is traced otherwise than one that was: without this second copy the
@@ -68,13 +90,31 @@ class XlaRuntime:
                 parameter.copy_(value)
         if self.world_size > 1:
             xm.broadcast_master_param(model)
-        if not self.options.ddp:
-            return model
-        import torch_xla.distributed.xla_backend  # noqa: F401  registers the backend
 
-        if not dist.is_initialized():
-            dist.init_process_group("xla", init_method="xla://")
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    def _kernels(self, model: ModelConfig) -> Kernels:
+        flash_is_out = why_not(self.device_kind, model.num_heads, model.d_model // model.num_heads, model.seq_length)
+        if not self.bf16:
+            flash_is_out = "it needs --mixed-precision bf16"
+        if self.train.attention == "flash" and flash_is_out:
+            raise InputError(f"--attention flash: {flash_is_out}; leave the flag out")
+        attention: dict[str, Attention] = {"chunked": partial(chunked_attention, fence=xm.optimization_barrier_)}
+        if not flash_is_out:
+            attention["flash"] = flash_attention
+        tokens = self.train.train_batch_size * model.seq_length // self.world_size
+        return choose_kernels(
+            self.train,
+            model,
+            attention=attention,
+            preferred="chunked" if flash_is_out else "flash",
+            loss_chunks=-(-tokens * model.vocab_size // _LOGITS_AT_ONCE),
+            checkpoint=torch_xla_checkpoint,
+            layer_norm=lean_layer_norm,
+        )
+
+    @property
+    def device_kind(self) -> str:
+        """Such as "TPU v3", "TPU v5 lite", or "cpu"."""
+        return torch_xla._XLAC._xla_device_kind(str(self.device))
 
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
@@ -181,7 +221,7 @@ class XlaRuntime:
     def peak_flops(self) -> float | None:
         if xr.device_type() == "CPU":
             return measured_cpu_flops(torch.bfloat16 if self.bf16 else torch.float32)
-        peak = named_peak_flops(torch_xla._XLAC._xla_device_kind(str(self.device)))
+        peak = named_peak_flops(self.device_kind)
         return None if peak is None else peak * self.world_size
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import TrainingOrder, Windows, permute, validation_batches
 from gpt2xla.errors import InputError
-from gpt2xla.model import IGNORED_LABEL
+from gpt2xla.loss import IGNORED_LABEL
 
 LENGTH = 8  # seq_length
 

@@ -1,0 +1,87 @@
+"""The training step as the graph that a TPU's compiler gets, on a machine without a TPU: traced, never run.
+
+Run as a program of its own, `python -m gpt2xla.runtime.xla_trace REQUEST.json`: it sets the process's environment, and ends
+the process when torch_xla has handed the graph over, before a CPU compiles it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+_TIMED_STEPS = 5
+
+
+def main(request: dict[str, Any]) -> None:
+    """`request` holds config (flat options), options (the runner's), device_kind, replicas, and output: a folder for
+    step.pb, an HloModuleProto with its buffer donors, and trace.json."""
+    output = Path(request["output"])
+    dump = tempfile.mkdtemp(dir=output)
+    os.environ["PJRT_DEVICE"] = "CPU"
+    os.environ["CPU_NUM_DEVICES"] = str(request["replicas"])
+    os.environ["XLA_FLAGS"] = (
+        f"--xla_dump_to={dump} --xla_dump_hlo_as_proto --xla_dump_hlo_module_re=.*SyncTensorsGraph.*"
+    )
+
+    import torch_xla
+
+    from gpt2xla.config import RunConfig, XlaConfig
+
+    config = RunConfig.from_flat({k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()})
+    options = XlaConfig(**request["options"])
+    step, report = trace(config, options, request["device_kind"], request["replicas"])
+    (output / "trace.json").write_text(json.dumps(report))
+    threading.Thread(target=_leave_with_graph, args=(Path(dump), output / "step.pb"), daemon=True).start()
+    torch_xla.sync()
+    raise AssertionError(f"{step} was compiled before its graph could be caught")
+
+
+def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, dict[str, Any]]:
+    """A step with its last update still pending, and what tracing cost the host, in milliseconds a step."""
+    import torch
+    import torch_xla
+
+    from gpt2xla.model import GPT2
+    from gpt2xla.runtime.xla_tracing import TracingRuntime
+    from gpt2xla.train_step import TrainStep
+
+    runtime = TracingRuntime(options, config.train, device_kind, replicas)
+    with torch.device("meta"):
+        model = GPT2(config.model)
+    step = TrainStep(config, runtime, model, None, lambda step, lr: lambda loss, grad_norm: None)
+    batches = runtime.batches(config.train.train_batch_size // replicas, config.model.seq_length)
+    seconds = []
+    for number in range(_TIMED_STEPS + 1):
+        torch_xla._XLAC._clear_pending_irs(str(runtime.device))
+        start = time.perf_counter()
+        step(batches, number)
+        seconds.append(time.perf_counter() - start)
+    return step, {
+        "trace_ms": round(median(seconds[1:]) * 1000, 1),
+        "parameters": model.num_parameters(),
+        "kernels": {"attention": getattr(model.kernels.attention, "__name__", None)},
+    }
+
+
+def _leave_with_graph(dump: Path, output: Path) -> None:
+    while True:
+        files = [f for f in dump.glob("*before_optimizations*.pb") if f.stat().st_size]
+        if files:
+            size = 0
+            while size != (grown := files[0].stat().st_size):
+                size = grown
+                time.sleep(0.3)
+            os.replace(files[0], output)
+            os._exit(0)
+        time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
