@@ -1,6 +1,5 @@
 """What is mended before torch_xla is imported, in environments as users have them, and the launch from a notebook."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,7 +79,6 @@ def test_tpu_chips_are_counted_and_googles_network_cards_are_not(tmp_path: Path)
 
 def test_counting_gpus_needs_no_driver() -> None:
     assert gpus() >= 0
-    assert "jax" not in sys.modules
 
 
 def test_a_program_that_forks_its_workers_can_start_twice(data_flags: list[str], tmp_path: Path) -> None:
