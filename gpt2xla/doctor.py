@@ -114,7 +114,7 @@ class Machine:
             python=sys.version_info[:2],
             versions=versions,
             tpu_chips=tpu_chips(),
-            gpus=gpus(),
+            gpus=gpus(os.environ),
             device_files=files,
             holders=_holders([file for file in files if "nvidia" not in file]),
             lockfile=LOCKFILE.exists(),

@@ -24,7 +24,7 @@ NOTEBOOK_HOSTS = {"KAGGLE_KERNEL_RUN_TYPE": "Kaggle", "COLAB_RELEASE_TAG": "Cola
 _TPU_VENDOR = "0x1ae0"
 _TPU_DEVICES = {"0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 
-_CUDA_PLUGIN = "jax_plugins.xla_cuda12"
+CUDA_PLUGIN = "jax_plugins.xla_cuda12"
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:
@@ -44,13 +44,18 @@ def prepare(environment: MutableMapping[str, str]) -> None:
     if device == "TPU" and tpu_chips() == 0:
         raise InputError("PJRT_DEVICE=TPU: this machine has no TPU; choose a TPU machine, or PJRT_DEVICE=CPU")
     if device in ("CUDA", "GPU"):
-        if not _is_installed(_CUDA_PLUGIN):
+        if not _is_installed(CUDA_PLUGIN):
             raise InputError(
                 f"PJRT_DEVICE={device}: JAX's CUDA plugin is missing; pip install -r requirements-xla_cuda.txt, or train "
                 "with run_pretrain.py, which needs none"
             )
-        if gpus() == 0:
+        found, asked = gpus(environment), environment.get("GPU_NUM_DEVICES")
+        if found == 0:
             raise InputError(f"PJRT_DEVICE={device}: no NVIDIA driver or no GPU here; choose PJRT_DEVICE=CPU or TPU")
+        if asked and not (asked.isdecimal() and 1 <= int(asked) <= found):
+            raise InputError(
+                f"GPU_NUM_DEVICES={asked}: there are {found} GPUs here; choose 1 to {found}, or leave it out"
+            )
         environment["PJRT_DEVICE"] = "GPU"
     if notebook_host(environment):
         for name in SET_FOR_ONE_PROCESS:
@@ -74,16 +79,24 @@ def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> int:
     )
 
 
-def gpus() -> int:
-    """NVIDIA GPUs of this host as NVML counts them, which starts no CUDA; 0 without a driver."""
+def gpus(environment: Mapping[str, str]) -> int:
+    """NVIDIA GPUs that CUDA would see: counted by NVML, which starts no CUDA, less what CUDA_VISIBLE_DEVICES hides."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+    except OSError:  # no driver
         return 0
     count = ctypes.c_uint(0)
     if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return 0
-    return count.value
+    return shown(count.value, environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def shown(devices: int, visible: str | None) -> int:
+    """How many of `devices` GPUs CUDA_VISIBLE_DEVICES leaves: as many as it lists before the first -1 or empty entry."""
+    if visible is None:
+        return devices
+    entries = [entry.strip() for entry in visible.split(",")]
+    return min(devices, next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries)))
 
 
 def _is_installed(module: str) -> bool:

@@ -7,7 +7,7 @@ from conftest import SMALL_RUN, require_xla, run, succeed, training_losses
 
 from gpt2xla import xla_environment
 from gpt2xla.errors import InputError
-from gpt2xla.xla_environment import gpus, prepare, tpu_chips
+from gpt2xla.xla_environment import gpus, prepare, shown, tpu_chips
 
 # As a Kaggle notebook with a TPU v5e-8 has it, as far as torch_xla reads it.
 KAGGLE = {
@@ -57,12 +57,16 @@ def test_cuda_becomes_gpu_where_plugin_and_gpu_are(monkeypatch: pytest.MonkeyPat
     with pytest.raises(InputError, match=r"requirements-xla_cuda\.txt"):
         prepare(environment)
     monkeypatch.setattr(xla_environment, "_is_installed", lambda module: True)
-    monkeypatch.setattr(xla_environment, "gpus", lambda: 0)
+    monkeypatch.setattr(xla_environment, "gpus", lambda environment: 0)
     with pytest.raises(InputError, match="PJRT_DEVICE=CUDA: no NVIDIA driver or no GPU"):
         prepare(environment)
-    monkeypatch.setattr(xla_environment, "gpus", lambda: 2)
+    monkeypatch.setattr(xla_environment, "gpus", lambda environment: 2)
     prepare(environment)
     assert environment == {"PJRT_DEVICE": "GPU"}
+    for wrong in ("3", "0", "all"):
+        with pytest.raises(InputError, match=f"GPU_NUM_DEVICES={wrong}: there are 2 GPUs"):
+            prepare({"PJRT_DEVICE": "CUDA", "GPU_NUM_DEVICES": wrong})
+    prepare({"PJRT_DEVICE": "CUDA", "GPU_NUM_DEVICES": "2"})
 
 
 def test_tpu_chips_are_counted_and_googles_network_cards_are_not(tmp_path: Path) -> None:
@@ -78,7 +82,13 @@ def test_tpu_chips_are_counted_and_googles_network_cards_are_not(tmp_path: Path)
 
 
 def test_counting_gpus_needs_no_driver() -> None:
-    assert gpus() >= 0
+    assert gpus({}) >= 0
+    assert gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+
+
+@pytest.mark.parametrize(("visible", "left"), [(None, 4), ("0,1", 2), ("3", 1), ("", 0), ("-1", 0), ("0,-1,2", 1)])
+def test_hidden_gpus_do_not_count(visible: str | None, left: int) -> None:
+    assert shown(4, visible) == left
 
 
 def test_a_program_that_forks_its_workers_can_start_twice(data_flags: list[str], tmp_path: Path) -> None:
