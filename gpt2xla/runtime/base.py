@@ -18,6 +18,8 @@ from gpt2xla.data.windows import Batch
 P = ParamSpec("P")
 T = TypeVar("T")
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}  # by --mixed-precision
+
 
 class Runtime(Protocol):
     """One process's view of the devices. Methods marked *collective* are called by all processes alike.
