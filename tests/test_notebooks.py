@@ -1,4 +1,5 @@
-"""The notebooks, cell by cell in a kernel as their readers run them, on a CPU, a small model and text that is at hand."""
+"""The notebooks, cell by cell in a kernel as their readers run them, on a CPU, a small model and text that is at hand; and
+training in the kernel itself."""
 
 import json
 import os
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, metrics, require_xla, run
+from conftest import ROOT, SMALL_RUN, metrics, require_xla, run, training_losses
 from nbclient import NotebookClient
 
 from gpt2xla.checkpoint import list_checkpoints
@@ -102,3 +103,25 @@ def test_the_kaggle_notebook_takes_an_earlier_sessions_checkpoints(tmp_path: Pat
         assert os.system(line.format(EARLIER=earlier, WORK=work)) == 0
     assert (work / "checkpoints" / "step-00000004" / "COMPLETE").exists()
     assert os.system(line.format(EARLIER="", WORK=work)) == 0
+
+
+def test_a_kernel_starts_its_workers_by_fork_again_and_again(
+    trained: Path, data_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No spawned process could import a kernel's main module. The second call goes on where the first one stopped."""
+    require_xla()
+    for name, value in {
+        "PJRT_DEVICE": "CPU",
+        "KAGGLE_KERNEL_RUN_TYPE": "Interactive",
+        "CLOUD_TPU_TASK_ID": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    flags = [*data_flags, *SMALL_RUN, "--mp-start-method", "fork", "--checkpoints-dir", str(tmp_path)]
+    sources = [
+        "import run_pretrain_xla",
+        f"run_pretrain_xla.main({[*flags, '--train-steps', '10']!r})",
+        f"run_pretrain_xla.main({flags!r})",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=1e-5)

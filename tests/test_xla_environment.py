@@ -1,9 +1,9 @@
-"""What is mended before torch_xla is imported, in environments as users have them, and the launch from a notebook."""
+"""What is mended before torch_xla is imported, in environments as users have them."""
 
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RUN, require_xla, run, succeed, training_losses
+from conftest import SMALL_RUN, require_xla, run
 
 from gpt2xla import xla_environment
 from gpt2xla.errors import InputError
@@ -89,19 +89,6 @@ def test_counting_gpus_needs_no_driver() -> None:
 @pytest.mark.parametrize(("visible", "left"), [(None, 4), ("0,1", 2), ("3", 1), ("", 0), ("-1", 0), ("0,-1,2", 1)])
 def test_hidden_gpus_do_not_count(visible: str | None, left: int) -> None:
     assert shown(4, visible) == left
-
-
-def test_a_program_that_forks_its_workers_can_start_twice(data_flags: list[str], tmp_path: Path) -> None:
-    """As a notebook's kernel does, whose main module no spawned process can import; the second run goes on."""
-    require_xla()
-    flags = [*data_flags, *SMALL_RUN, "--mp-start-method", "fork", "--checkpoints-dir", str(tmp_path / "c")]
-    program = f"""
-from run_pretrain_xla import main
-main({[*flags, "--train-steps", "10"]!r})
-main({flags!r})
-"""
-    succeed(run("-c", program, PJRT_DEVICE="CPU", KAGGLE_KERNEL_RUN_TYPE="Interactive", CLOUD_TPU_TASK_ID="0"))
-    assert len(training_losses(tmp_path / "c")) == 20
 
 
 def test_a_kernel_that_uses_the_device_already_is_told_so(data_flags: list[str], tmp_path: Path) -> None:
