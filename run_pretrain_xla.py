@@ -17,7 +17,7 @@ from gpt2xla.exits import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with `argv`, by default the process's own arguments. In a notebook's kernel `--mp-start-method fork` is needed."""
+    """Run with `argv`, by default the process's own arguments. A notebook's kernel may call it, again and again."""
     config, options = parse_run(XlaConfig, argv)
     xla_environment.prepare(os.environ)
     if os.environ["PJRT_DEVICE"] == "CPU" and os.environ.get("CPU_NUM_DEVICES", "1") != "1":  # its collectives hang

@@ -108,7 +108,7 @@ def test_the_kaggle_notebook_takes_an_earlier_sessions_checkpoints(tmp_path: Pat
 def test_a_kernel_starts_its_workers_by_fork_again_and_again(
     trained: Path, data_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No spawned process could import a kernel's main module. The second call goes on where the first one stopped."""
+    """The kernel itself stays clear of the device. The second call goes on where the first one stopped."""
     require_xla()
     for name, value in {
         "PJRT_DEVICE": "CPU",
