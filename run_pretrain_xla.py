@@ -6,30 +6,31 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
+from gpt2xla import xla_environment
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.exits import exit_code
 
 
-def main() -> None:
-    config, options = parse_run(XlaConfig)
-    device = os.environ.get("PJRT_DEVICE")
-    if not device:
-        raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")
-    if device == "CUDA":  # torch_xla aborts on it
-        raise InputError("PJRT_DEVICE=CUDA: torch_xla 2.9 has no CUDA build; on GPUs use run_pretrain.py")
-    if device == "CPU" and os.environ.get("CPU_NUM_DEVICES", "1") != "1":  # its collectives hang
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with `argv`, by default the process's own arguments. A notebook's kernel may call it, again and again."""
+    config, options = parse_run(XlaConfig, argv)
+    xla_environment.prepare(os.environ)
+    if os.environ["PJRT_DEVICE"] == "CPU" and os.environ.get("CPU_NUM_DEVICES", "1") != "1":  # its collectives hang
         raise InputError("CPU_NUM_DEVICES: on PJRT_DEVICE=CPU only one device works; leave it out, or use torchrun")
     try:
         import torch_xla
     except ImportError as error:
         raise InputError(f"torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt") from None
 
+    # Nothing may touch a device before this: the workers could not have it then.
+    if torch_xla._XLAC._xla_runtime_is_initialized():
+        raise InputError("this process uses the device already, so its workers cannot; restart the notebook's kernel")
     try:
-        # Nothing may touch a device before this: the workers could not have it then.
         torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
     except BrokenProcessPool:
         raise RunFailed("a worker process ended early, and with it the run; its own message stands above") from None

@@ -37,24 +37,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_gradient = any(ctx.needs_input_grad[:2])
         head_VD = weight_VD.to(x_ND.dtype)
         ids_V = torch.arange(len(weight_VD), device=x_ND.device, dtype=torch.int32)
-        losses, dx, dweights = [], [], []
-        for x_CD, labels_C in zip(x_ND.chunk(chunks), labels_N.to(torch.int32).chunk(chunks), strict=True):
+        # The label's logit from the label's own row: one comparison less in the pass over all logits.
+        counted_N = labels_N != IGNORED_LABEL
+        rows_ND = F.embedding(torch.where(counted_N, labels_N, 0), head_VD)
+        label_logits_N = (x_ND.float() * rows_ND.float()).sum(-1)
+        loss = -torch.where(counted_N, label_logits_N, 0.0).sum()
+        dx, dweights = [], []
+        for x_CD, labels_C, counted_C in zip(*(t.chunk(chunks) for t in (x_ND, labels_N, counted_N)), strict=True):
             logits_CV = (x_CD @ head_VD.t()).float()
-            counted_C1 = (labels_C != IGNORED_LABEL).unsqueeze(-1)
-            # A comparison instead of an index: it fuses into the pass over the logits, where a gather would not.
-            is_label_CV = ids_V == labels_C.unsqueeze(-1)
-            log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            losses.append(
-                torch.where(counted_C1, log_sum_C1, 0.0).sum() - torch.where(is_label_CV, logits_CV, 0.0).sum()
-            )
+            max_C1 = logits_CV.amax(-1, keepdim=True)
+            log_sum_C1 = max_C1 + torch.exp(logits_CV - max_C1).sum(-1, keepdim=True).log()
+            counted_C1 = counted_C.unsqueeze(-1)
+            loss = loss + torch.where(counted_C1, log_sum_C1, 0.0).sum()
             if wants_gradient:
-                dlogits_CV = torch.exp(logits_CV - log_sum_C1) - is_label_CV.float()
+                dlogits_CV = torch.exp(logits_CV - log_sum_C1) - (ids_V == labels_C.int().unsqueeze(-1)).float()
                 dlogits_CV = torch.where(counted_C1, dlogits_CV, 0.0).to(x_ND.dtype)
                 dx.append(dlogits_CV @ head_VD)
                 dweights.append((dlogits_CV.t() @ x_CD).to(weight_VD.dtype))
         if wants_gradient:
             ctx.save_for_backward(torch.cat(dx), sum(dweights[1:], dweights[0]))
-        return sum(losses[1:], losses[0])
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

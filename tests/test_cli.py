@@ -73,7 +73,6 @@ def test_a_wrong_flag_is_one_line(
 def test_wrong_flags_on_xla_are_one_line_too(data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path / "c"]
     refused(run_xla(*flags, "--vocab-size", 90), "--vocab-size 90")
-    refused(run_xla(*flags, "--mixed-precision", "fp16"), "fp16", "bf16")
     refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE="CUDA"), "PJRT_DEVICE=CUDA", "run_pretrain.py")
     refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE=""), "PJRT_DEVICE")
     refused(run_xla(*flags, CPU_NUM_DEVICES="2"), "CPU_NUM_DEVICES", "torchrun")

@@ -19,6 +19,8 @@ from gpt2xla.model import GPT2
 P = ParamSpec("P")
 T = TypeVar("T")
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}  # by --mixed-precision
+
 
 class Runtime(Protocol):
     """One process's view of the devices. Methods marked *collective* are called by all processes alike.

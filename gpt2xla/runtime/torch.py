@@ -23,9 +23,7 @@ from gpt2xla.errors import InputError
 from gpt2xla.kernels import choose_kernels
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
-from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
+from gpt2xla.runtime.base import DTYPES, P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
 
 
 class TorchRuntime:

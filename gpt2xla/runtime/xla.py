@@ -33,20 +33,18 @@ from gpt2xla.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.model import GPT2
 from gpt2xla.norm import lean_layer_norm
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
-from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
+from gpt2xla.runtime.base import DTYPES, P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
 from gpt2xla.runtime.xla_flash import flash_attention, why_not
+from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
 
-_LOGITS_AT_ONCE = (
-    2**29
-)  # numbers: 1 GiB in bf16. Larger pieces cost memory, smaller ones keep the matrix units less busy.
+# Numbers: 1 GiB in bf16. Larger pieces cost memory, smaller ones keep the matrix units less busy.
+_LOGITS_AT_ONCE = 2**29
 
 
 class XlaRuntime:
     """Implements `runtime.base.Runtime` for one process, or one thread, of `torch_xla.launch`."""
 
     def __init__(self, options: XlaConfig, config: TrainConfig) -> None:
-        if config.mixed_precision == "fp16":
-            raise InputError("--mixed-precision fp16 is for CUDA; on XLA use bf16, which TPUs compute in")
         if options.ddp and torch_xla.device_count() > 1:
             raise InputError(
                 "--ddp needs a process per device, but on TPU v2 and v3 two devices share one; leave --ddp out"
@@ -56,11 +54,12 @@ class XlaRuntime:
         self.world_size = xr.world_size()
         self.is_main = self.rank == 0
         self.options, self.train = options, config
-        self.bf16 = config.mixed_precision == "bf16"
+        self.dtype = DTYPES[config.mixed_precision]
+        self.scaler = LossScaler(self.to_device) if self.dtype == torch.float16 else None
         set_matmul_precision(config.matmul_precision)
         self.name = f"XLA:{xr.device_type()}"
         self.description = f"{self.world_size} x {self.name} (torch_xla {torch_xla.__version__})"
-        # The sync-free optimizers stay off the host only when they are told whether a gradient overflowed: never, here.
+        # The sync-free optimizers stay off the host only when told whether a gradient overflowed: never, but in fp16.
         self.found_inf = self.to_device(torch.zeros(())) if options.use_syncfree_optim else None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._unread: deque[Future[None]] = deque()
@@ -93,7 +92,7 @@ class XlaRuntime:
 
     def _kernels(self, model: ModelConfig) -> Kernels:
         flash_is_out = why_not(self.device_kind, model.num_heads, model.d_model // model.num_heads, model.seq_length)
-        if not self.bf16:
+        if self.dtype != torch.bfloat16:
             flash_is_out = "it needs --mixed-precision bf16"
         if self.train.attention == "flash" and flash_is_out:
             raise InputError(f"--attention flash: {flash_is_out}; leave the flag out")
@@ -144,14 +143,17 @@ class XlaRuntime:
         return executed
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("xla", dtype=torch.bfloat16) if self.bf16 else nullcontext()
+        return torch.autocast("xla", dtype=self.dtype) if self.dtype != torch.float32 else nullcontext()
 
     def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
         return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         # reduce_gradients and DDP average over processes where a sum is wanted.
-        (loss * self.world_size).backward()
+        self.scaled(loss * self.world_size).backward()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.scaler.scale if self.scaler else loss
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
         # The plain optimizers multiply by 1 - rate * weight_decay, which for a small rate rounds to the constant 1.0 and
@@ -164,9 +166,14 @@ class XlaRuntime:
     def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
         if not self.options.ddp:
             xm.reduce_gradients(optimizer)
+        if self.scaler:
+            self.scaler.unscale(model)
         grad_norm = clip_gradients(model, max_grad_norm)
+        found_inf = self.scaler.follow(grad_norm) if self.scaler else self.found_inf
         if self.options.use_syncfree_optim:
-            optimizer.step(found_inf=self.found_inf)  # type: ignore[call-overload]
+            optimizer.step(found_inf=found_inf)  # type: ignore[call-overload]
+        elif found_inf is not None:
+            step_unless(found_inf, optimizer)
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -209,10 +216,11 @@ class XlaRuntime:
             xm.rendezvous(name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"scaler": self.scaler.state_dict()} if self.scaler else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        if self.scaler and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
 
     def compiles(self) -> int:
         compiled = met.metric_data("CompileTime")
@@ -220,7 +228,7 @@ class XlaRuntime:
 
     def peak_flops(self) -> float | None:
         if xr.device_type() == "CPU":
-            return measured_cpu_flops(torch.bfloat16 if self.bf16 else torch.float32)
+            return measured_cpu_flops(self.dtype)
         peak = named_peak_flops(self.device_kind)
         return None if peak is None else peak * self.world_size
 

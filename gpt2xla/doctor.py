@@ -1,0 +1,315 @@
+"""`python -m gpt2xla.doctor`: what is installed, which devices answer, and what is known to go wrong here, with the mend.
+
+Exit code 0 when nothing is wrong, 1 when something is. Takes no device itself: a process of its own tries the runtime, so
+the doctor can run in a notebook before the launch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpt2xla.cli import parse_options
+from gpt2xla.config import option
+from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.exits import exit_code
+from gpt2xla.xla_environment import SET_FOR_ONE_PROCESS, gpus, notebook_host, prepare, tpu_chips
+
+PACKAGES = (
+    "torch", "torch_xla", "libtpu", "jax", "jaxlib", "jax-cuda12-pjrt", "transformers", "numpy", "tensorflow",
+    "tensorflow-tpu", "libtpu-nightly",
+)  # fmt: skip
+
+# What torch_xla 2.9 was built with: it asks for these itself, but a later install of something else replaces them.
+TORCH_XLA = "2.9"
+BUILT_WITH = {"libtpu": "0.0.21", "jax": "0.7.1", "jaxlib": "0.7.1"}
+TPU_INSTALL = "pip install -r requirements-xla_tpu.txt"
+
+# Variables of older guides that torch_xla still obeys, or that show a machine set up for something else.
+LEFT_OVER = {
+    "XRT_TPU_CONFIG": "it belongs to XRT, which torch_xla gave up in 2023",
+    "XLA_USE_BF16": "it turns all weights into bf16; --mixed-precision bf16 keeps them in fp32",
+    "XLA_DOWNCAST_BF16": "it turns all weights into bf16; --mixed-precision bf16 keeps them in fp32",
+    "XLA_USE_SPMD": "workers cannot be launched with it",
+    "TPU_LOAD_LIBRARY": "it was for TensorFlow beside torch_xla; uninstall TensorFlow instead",
+}
+
+# What the runtime's own messages mean, from the reports of those who met them.
+SYMPTOMS = {
+    "undefined symbol": f"torch and torch_xla do not fit together; {TPU_INSTALL}",
+    "PJRT API version": f"libtpu is of another version than torch_xla was built with; {TPU_INSTALL}",
+    "Unexpected PJRT_": f"libtpu is of another version than torch_xla was built with; {TPU_INSTALL}",
+    "already in use": "another process holds the TPU; end it, or restart the notebook's kernel that does",
+    "not permitted": "another process holds the TPU; end it, or restart the notebook's kernel that does",
+    "Device or resource busy": "another process holds the TPU; end it, or restart the notebook's kernel that does",
+    "worker addresses": f"unset {' and '.join(SET_FOR_ONE_PROCESS)}",
+    "No visible GPU": "the CUDA plugin sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+    "metadata.google.internal": "no TPU metadata here; choose the machine's TPU runtime, or PJRT_DEVICE=CPU",
+}
+
+LOCKFILE = Path("/tmp/libtpu_lockfile")
+CHECKPOINT_BYTES = 12 * 124_439_808  # GPT-2 (124M): weights and two moments in fp32
+LEAST_MEMORY = 2 * 10**9
+
+PROBE = """
+import json, torch_xla, torch_xla.runtime as xr
+kind = torch_xla._XLAC._xla_device_kind(str(torch_xla.device()))
+print(json.dumps({"type": xr.device_type(), "count": len(torch_xla.real_devices()), "kind": kind}))
+"""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Doctor"""
+
+    checkpoints_dir: str = option("./checkpoints", "folder in which a run would save: is there room?")
+    timeout: int = option(180, "seconds to wait for the devices")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to look at; tests make up their own.
+
+    Attributes:
+        versions: by name of the distribution; only what is installed.
+        device_files: /dev/accel*, /dev/vfio/* and /dev/nvidia*.
+        holders: "program (pid N)" of each process that has a TPU's file open.
+        lockfile: whether libtpu's lock file exists.
+        free_disk: bytes where checkpoints would go; None where nothing can be written there.
+        free_memory: bytes; None if unknown.
+    """
+
+    environment: Mapping[str, str]
+    python: tuple[int, int]
+    versions: Mapping[str, str]
+    tpu_chips: int = 0
+    gpus: int = 0
+    device_files: list[str] = field(default_factory=list)
+    holders: list[str] = field(default_factory=list)
+    lockfile: bool = False
+    free_disk: int | None = 10**12
+    free_memory: int | None = None
+
+    @classmethod
+    def here(cls, checkpoints_dir: Path) -> Machine:
+        versions = {}
+        for name in PACKAGES:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        files = sorted(
+            str(file) for pattern in ("accel*", "vfio/*", "nvidia[0-9]*") for file in Path("/dev").glob(pattern)
+        )
+        return cls(
+            environment=dict(os.environ),
+            python=sys.version_info[:2],
+            versions=versions,
+            tpu_chips=tpu_chips(),
+            gpus=gpus(os.environ),
+            device_files=files,
+            holders=_holders([file for file in files if "nvidia" not in file]),
+            lockfile=LOCKFILE.exists(),
+            free_disk=_free_disk(checkpoints_dir),
+            free_memory=_free_memory(),
+        )
+
+
+def conflicts(machine: Machine) -> Iterator[str]:
+    """One line for each thing known to go wrong on such a machine, with its mend."""
+    for about in (_about_versions, _about_environment, _about_the_tpu, _about_room):
+        yield from about(machine)
+
+
+def _about_versions(machine: Machine) -> Iterator[str]:
+    versions, uses_tpu = machine.versions, _uses_tpu(machine)
+    if not (3, 10) <= machine.python < (3, 14):
+        yield f"Python {'.'.join(map(str, machine.python))}: torch_xla runs on 3.10 to 3.13; make an environment of one"
+    for name in ("torch", "torch_xla"):
+        if name not in versions:
+            yield f"{name} is not installed; {TPU_INSTALL}"
+    torch, torch_xla = (_minor(versions.get(name, TORCH_XLA)) for name in ("torch", "torch_xla"))
+    if torch != torch_xla and "torch" in versions and "torch_xla" in versions:
+        yield f"torch {versions['torch']} beside torch_xla {versions['torch_xla']}: they must be equal; {TPU_INSTALL}"
+    elif torch_xla != _minor(TORCH_XLA):
+        yield f"torch_xla {versions['torch_xla']}: this program is for {TORCH_XLA}; {TPU_INSTALL}"
+    for name, wanted in BUILT_WITH.items():
+        if versions.get(name, wanted) != wanted:
+            yield f"{name} {versions[name]}: torch_xla {TORCH_XLA} was built with {wanted}; pip install {name}=={wanted}"
+    if uses_tpu and "libtpu" not in versions:
+        yield f"libtpu is not installed, and TPUs need it; {TPU_INSTALL}"
+    if "libtpu-nightly" in versions:
+        yield "libtpu-nightly writes over libtpu's files; pip uninstall -y libtpu-nightly libtpu, then " + TPU_INSTALL
+    for name in ("tensorflow", "tensorflow-tpu"):
+        if uses_tpu and name in versions:
+            yield f"{name} takes the TPU when something imports it; pip uninstall -y {name} (tensorflow-cpu is fine)"
+    if _minor(versions.get("numpy", "1.26")) < (1, 26):
+        yield f"numpy {versions['numpy']} is too old for torch {TORCH_XLA}; pip install 'numpy>=1.26'"
+
+
+def _about_environment(machine: Machine) -> Iterator[str]:
+    environment = machine.environment
+    try:
+        prepare(dict(environment))
+    except InputError as error:
+        yield str(error)
+    for name in SET_FOR_ONE_PROCESS:
+        if name in environment and not notebook_host(environment):
+            yield f"{name} is set, and each of torch_xla's processes would take it for its own; unset {name}"
+    for name, why in LEFT_OVER.items():
+        if environment.get(name, "0") not in ("", "0"):
+            yield f"{name} is set: {why}; unset {name}"
+    for file in environment.get("LD_PRELOAD", "").replace(":", " ").split():
+        if "/" in file and not Path(file).exists():
+            yield f"LD_PRELOAD names {file}, which is not there; unset LD_PRELOAD or install it"
+    library = environment.get("TPU_LIBRARY_PATH")
+    if library and not Path(library).exists():
+        yield f"TPU_LIBRARY_PATH names {library}, which is not there; unset TPU_LIBRARY_PATH"
+
+
+def _about_the_tpu(machine: Machine) -> Iterator[str]:
+    for holder in machine.holders:
+        yield f"{holder} holds the TPU; end it, or restart the notebook's kernel if that is what it is"
+    if machine.lockfile and not machine.holders:
+        yield (
+            f"{LOCKFILE} is left over, unless another user's process holds the TPU (sudo lsof -w /dev/accel* /dev/vfio/* "
+            f"shows it); sudo rm {LOCKFILE}"
+        )
+
+
+def _about_room(machine: Machine) -> Iterator[str]:
+    if machine.free_disk is None:
+        yield "--checkpoints-dir: nothing can be written there; choose another"
+    elif machine.free_disk < CHECKPOINT_BYTES:
+        yield f"--checkpoints-dir has {_gigabytes(machine.free_disk)} free, less than one checkpoint of GPT-2 (124M) takes"
+    if machine.free_memory is not None and machine.free_memory < LEAST_MEMORY:
+        yield f"{_gigabytes(machine.free_memory)} of memory are free; end other programs, or choose a larger machine"
+
+
+def notes(machine: Machine) -> Iterator[str]:
+    """What looks wrong and is not: run_pretrain_xla.py mends it."""
+    host = notebook_host(machine.environment)
+    for name in SET_FOR_ONE_PROCESS:
+        if host and name in machine.environment:
+            yield f"{host} sets {name}; run_pretrain_xla.py removes it (in a program of yours: os.environ.pop({name!r}))"
+
+
+def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) -> dict[str, str | int]:
+    """{"type": "TPU", "count": 8, "kind": "TPU v5 lite"} as torch_xla itself sees it, in a process of its own.
+
+    Raises:
+        RunFailed: it failed, or did not answer within `timeout` seconds; the message holds the mend where it is known.
+    """
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", program], env=dict(environment), capture_output=True, text=True, check=False,
+            timeout=timeout,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RunFailed(
+            f"no answer from the devices within {timeout:g} s: another process may hold them; on a pod, start the doctor on "
+            "all workers at once"
+        ) from None
+    if answer.returncode == 0:
+        return json.loads(answer.stdout.splitlines()[-1])
+    said = answer.stderr.strip()
+    mend = next((mend for symptom, mend in SYMPTOMS.items() if symptom in said), None)
+    if mend is None:
+        print(said, file=sys.stderr, flush=True)
+        mend = "all that it said stands on stderr"
+    errors = [line for line in said.splitlines() if "Error" in line] or said.splitlines() or ["nothing said"]
+    raise RunFailed(f"the devices do not start (exit code {answer.returncode}): {errors[-1].strip()[:300]}: {mend}")
+
+
+def main() -> None:
+    options = parse_options(DoctorConfig, "Look for what is known to go wrong before a run on XLA devices.")
+    machine = Machine.here(Path(options.checkpoints_dir))
+    found = list(conflicts(machine))
+    _show("versions", {"Python": platform.python_version(), **machine.versions})
+    files = " ".join(machine.device_files) or "none"
+    room = "nothing can be written there" if machine.free_disk is None else f"{_gigabytes(machine.free_disk)} free"
+    _show(
+        "machine",
+        {
+            "PJRT_DEVICE": machine.environment.get("PJRT_DEVICE", "not set"),
+            "TPU chips": str(machine.tpu_chips),
+            "NVIDIA GPUs": str(machine.gpus),
+            "device files": files,
+            options.checkpoints_dir: room,
+            "memory": "unknown" if machine.free_memory is None else f"{_gigabytes(machine.free_memory)} free",
+        },
+    )
+    environment = dict(machine.environment)
+    try:
+        prepare(environment)
+        seen = probe(environment, options.timeout)
+        _show("devices", {str(seen["kind"]): f"{seen['count']} of type {seen['type']}"})
+    except InputError:
+        _show("devices", {"not tried": "first mend PJRT_DEVICE"})
+    except RunFailed as error:
+        _show("devices", {"failed": "see below"})
+        found.append(str(error))
+    for note in notes(machine):
+        print(f"note: {note}")
+    for line in found:
+        print(f"conflict: {line}")
+    if found:
+        raise RunFailed(f"{len(found)} found; each line above ends with its mend")
+    print("nothing wrong found")
+
+
+def _show(title: str, rows: Mapping[str, str]) -> None:
+    print(title)
+    for name, value in rows.items():
+        print(f"  {name:<16} {value}", flush=True)
+
+
+def _uses_tpu(machine: Machine) -> bool:
+    return machine.tpu_chips > 0 or machine.environment.get("PJRT_DEVICE") == "TPU"
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    """2.9.0+cpu -> (2, 9)."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _holders(device_files: list[str]) -> list[str]:
+    """Processes that have one of the files open, as far as this user may see."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(fd) in device_files for fd in (folder / "fd").iterdir()):
+                found.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
+        except OSError:  # it ended meanwhile, or is another user's
+            continue
+    return found
+
+
+def _free_disk(folder: Path) -> int | None:
+    folder = folder.absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(existing).free if existing.is_dir() and os.access(existing, os.W_OK) else None
+
+
+def _free_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

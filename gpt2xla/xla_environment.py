@@ -1,0 +1,106 @@
+"""The environment that torch_xla reads while it is imported: checked before that, and mended where a host sets it wrongly.
+
+Imports no torch_xla. Devices are counted by what the kernel and the drivers list, so the count takes no device: worker
+processes could not have it then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+from gpt2xla.errors import InputError
+
+# torch_xla's processes each choose these for themselves, but keep what they find: set for a whole machine, every process
+# takes itself for the same one ("Expected 4 worker addresses, got 1").
+SET_FOR_ONE_PROCESS = ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID")
+
+# Notebook hosts that set those two for the kernel's own process, by a variable that only they have.
+NOTEBOOK_HOSTS = {"KAGGLE_KERNEL_RUN_TYPE": "Kaggle", "COLAB_RELEASE_TAG": "Colab"}
+
+# PCI vendor (Google's) and device ids of TPU chips: v2 and v3, v4, v5p, v5e, v6e, 7x. The vendor also makes network cards.
+_TPU_VENDOR = "0x1ae0"
+_TPU_DEVICES = {"0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+
+CUDA_PLUGIN = "jax_plugins.xla_cuda12"
+
+
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """Make `environment` one in which torch_xla starts; call it before the import.
+
+    On Kaggle and Colab two variables are removed. PJRT_DEVICE=CUDA becomes GPU, under which JAX's CUDA plugin is known here
+    (`runtime/xla_cuda.py`): torch_xla 2.9 aborts on its own name for it.
+
+    Raises:
+        InputError: PJRT_DEVICE is missing or unknown, or names devices that are not there.
+    """
+    device = environment.get("PJRT_DEVICE")
+    if not device:
+        raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")
+    if device not in ("TPU", "CPU", "CUDA", "GPU"):
+        raise InputError(f"PJRT_DEVICE={device}: unknown; choose TPU, CPU or CUDA")
+    if device == "TPU" and tpu_chips() == 0:
+        raise InputError("PJRT_DEVICE=TPU: this machine has no TPU; choose a TPU machine, or PJRT_DEVICE=CPU")
+    if device in ("CUDA", "GPU"):
+        if not _is_installed(CUDA_PLUGIN):
+            raise InputError(
+                f"PJRT_DEVICE={device}: JAX's CUDA plugin is missing; pip install -r requirements-xla_cuda.txt, or train "
+                "with run_pretrain.py, which needs none"
+            )
+        found, asked = gpus(environment), environment.get("GPU_NUM_DEVICES")
+        if found == 0:
+            raise InputError(f"PJRT_DEVICE={device}: no NVIDIA driver or no GPU here; choose PJRT_DEVICE=CPU or TPU")
+        if asked and not (asked.isdecimal() and 1 <= int(asked) <= found):
+            raise InputError(
+                f"GPU_NUM_DEVICES={asked}: there are {found} GPUs here; choose 1 to {found}, or leave it out"
+            )
+        environment["PJRT_DEVICE"] = "GPU"
+    if notebook_host(environment):
+        for name in SET_FOR_ONE_PROCESS:
+            environment.pop(name, None)
+
+
+def notebook_host(environment: Mapping[str, str]) -> str | None:
+    """Kaggle, Colab, or None elsewhere."""
+    return next((name for variable, name in NOTEBOOK_HOSTS.items() if variable in environment), None)
+
+
+def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> int:
+    """TPU chips attached to this host, 0 to 8."""
+
+    def reads(file: Path) -> str:
+        return file.read_text().strip() if file.exists() else ""
+
+    return sum(
+        reads(device / "vendor") == _TPU_VENDOR and reads(device / "device") in _TPU_DEVICES
+        for device in devices.glob("*")
+    )
+
+
+def gpus(environment: Mapping[str, str]) -> int:
+    """NVIDIA GPUs that CUDA would see: counted by NVML, which starts no CUDA, less what CUDA_VISIBLE_DEVICES hides."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:  # no driver
+        return 0
+    count = ctypes.c_uint(0)
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        return 0
+    return shown(count.value, environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def shown(devices: int, visible: str | None) -> int:
+    """How many of `devices` GPUs CUDA_VISIBLE_DEVICES leaves: as many as it lists before the first -1 or empty entry."""
+    if visible is None:
+        return devices
+    entries = [entry.strip() for entry in visible.split(",")]
+    return min(devices, next((i for i, entry in enumerate(entries) if entry in ("", "-1")), len(entries)))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is its parent
+        return False

@@ -1,0 +1,157 @@
+"""The doctor on machines made up from what users reported, and on this one."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+from conftest import require_xla, run, succeed
+
+from gpt2xla import doctor, xla_environment
+from gpt2xla.doctor import Machine, conflicts, notes, probe
+from gpt2xla.errors import RunFailed
+
+FITTING = {"torch": "2.9.0+cpu", "torch_xla": "2.9.0", "libtpu": "0.0.21", "jax": "0.7.1", "numpy": "2.3.1"}
+TPU_VM = Machine(environment={"PJRT_DEVICE": "TPU"}, python=(3, 12), versions=FITTING, tpu_chips=8)
+
+
+@pytest.fixture(autouse=True)
+def eight_chips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla_environment, "tpu_chips", lambda: 8)
+
+
+def changed(**changes: object) -> Machine:
+    return dataclasses.replace(TPU_VM, **changes)  # type: ignore[arg-type]
+
+
+def with_variables(**variables: str) -> Machine:
+    return changed(environment={**TPU_VM.environment, **variables})
+
+
+def with_versions(**versions: str) -> Machine:
+    return changed(versions={**FITTING, **{name.replace("__", "-"): version for name, version in versions.items()}})
+
+
+def test_a_fitting_machine_has_no_conflicts() -> None:
+    assert list(conflicts(TPU_VM)) == []
+    assert list(notes(TPU_VM)) == []
+
+
+# A machine -> what its one line must hold: the culprit, then the mend.
+CONFLICTS = {
+    "torch newer": (with_versions(torch="2.10.0"), ["torch 2.10.0", "torch_xla 2.9.0", "requirements-xla_tpu.txt"]),
+    "both older": (with_versions(torch="2.6.0", torch_xla="2.6.0"), ["torch_xla 2.6.0", "requirements-xla_tpu.txt"]),
+    "no torch_xla": (changed(versions={"torch": "2.9.0", "libtpu": "0.0.21"}), ["torch_xla is not", "pip install"]),
+    "libtpu newer": (with_versions(libtpu="0.0.23"), ["libtpu 0.0.23", "pip install libtpu==0.0.21"]),
+    "no libtpu": (changed(versions={"torch": "2.9.0", "torch_xla": "2.9.0"}), ["libtpu is not", "pip install"]),
+    "two libtpus": (with_versions(libtpu__nightly="0.1.dev20241008"), ["libtpu-nightly", "pip uninstall -y"]),
+    "jax newer": (with_versions(jax="0.8.0"), ["jax 0.8.0", "pip install jax==0.7.1"]),
+    "tensorflow": (with_versions(tensorflow="2.18.0"), ["tensorflow takes the TPU", "pip uninstall -y tensorflow"]),
+    "tensorflow-tpu": (with_versions(tensorflow__tpu="2.18.0"), ["tensorflow-tpu takes", "uninstall -y tensorflow-tpu"]),
+    "old numpy": (with_versions(numpy="1.9.5"), ["numpy 1.9.5", "pip install 'numpy>=1.26'"]),
+    "old python": (changed(python=(3, 9)), ["Python 3.9", "3.10 to 3.13"]),
+    "no device named": (changed(environment={}), ["PJRT_DEVICE is not set", "PJRT_DEVICE=TPU"]),
+    "unknown device": (changed(environment={"PJRT_DEVICE": "tpu"}), ["PJRT_DEVICE=tpu", "choose TPU"]),
+    "addresses": (with_variables(TPU_PROCESS_ADDRESSES="local"), ["TPU_PROCESS_ADDRESSES", "unset TPU_PROCESS"]),
+    "task id": (with_variables(CLOUD_TPU_TASK_ID="0"), ["CLOUD_TPU_TASK_ID", "unset CLOUD_TPU_TASK_ID"]),
+    "XRT": (with_variables(XRT_TPU_CONFIG="localservice;0;localhost:51011"), ["XRT_TPU_CONFIG", "unset XRT_TPU_CONFIG"]),
+    "all in bf16": (with_variables(XLA_USE_BF16="1"), ["XLA_USE_BF16", "unset XLA_USE_BF16"]),
+    "preload": (with_variables(LD_PRELOAD="libc.so.6:/no/tcmalloc.so"), ["/no/tcmalloc.so", "unset LD_PRELOAD"]),
+    "library": (with_variables(TPU_LIBRARY_PATH="/no/libtpu.so"), ["/no/libtpu.so", "unset TPU_LIBRARY_PATH"]),
+    "held": (changed(holders=["python3 (pid 7)"], lockfile=True), ["python3 (pid 7)", "end it"]),
+    "lock file": (changed(lockfile=True), ["/tmp/libtpu_lockfile", "sudo rm /tmp/libtpu_lockfile"]),
+    "full disk": (changed(free_disk=10**9), ["--checkpoints-dir has 1.0 GB", "124M"]),
+    "read-only": (changed(free_disk=None), ["--checkpoints-dir", "choose another"]),
+    "little memory": (changed(free_memory=10**9), ["1.0 GB of memory", "larger machine"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("machine", "words"), CONFLICTS.values(), ids=CONFLICTS)
+def test_a_conflict_is_one_line_with_its_mend(machine: Machine, words: list[str]) -> None:
+    (line,) = conflicts(machine)
+    assert "\n" not in line
+    positions = [line.find(word) for word in words]
+    assert -1 not in positions, line
+
+
+def test_a_missing_tpu_is_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla_environment, "tpu_chips", lambda: 0)
+    (line,) = conflicts(changed(tpu_chips=0))
+    assert "no TPU" in line
+
+
+def test_what_the_runner_mends_on_kaggle_is_a_note() -> None:
+    machine = with_variables(KAGGLE_KERNEL_RUN_TYPE="Batch", TPU_PROCESS_ADDRESSES="local", CLOUD_TPU_TASK_ID="0")
+    assert list(conflicts(machine)) == []
+    assert [line.split(";")[0] for line in notes(machine)] == [
+        "Kaggle sets TPU_PROCESS_ADDRESSES", "Kaggle sets CLOUD_TPU_TASK_ID",
+    ]  # fmt: skip
+
+
+def test_tensorflow_disturbs_only_tpus() -> None:
+    machine = dataclasses.replace(with_versions(tensorflow="2.18.0"), environment={"PJRT_DEVICE": "CPU"}, tpu_chips=0)
+    assert list(conflicts(machine)) == []
+
+
+# What the runtime said in users' reports -> the mend that must follow.
+MESSAGES = {
+    "ImportError: _XLAC.so: undefined symbol: _ZN2at6native": "do not fit together",
+    "F0000 Mismatched PJRT plugin PJRT API version (0.47) and framework PJRT API version 0.40": "libtpu is of another",
+    "RuntimeError: TPU initialization failed: open(/dev/accel0): Operation not permitted": "another process holds",
+    "RuntimeError: Invalid --2a886c8_slice_builder_worker_addresses specified. Expected 4 worker addresses, got 1": (
+        "unset TPU_PROCESS_ADDRESSES and CLOUD_TPU_TASK_ID"
+    ),
+    "requests.exceptions.ConnectionError: HTTPConnectionPool(host='metadata.google.internal')": "no TPU metadata",
+}
+
+
+@pytest.mark.parametrize(("message", "mend"), MESSAGES.items(), ids=range(len(MESSAGES)))
+def test_a_failing_runtime_is_explained(message: str, mend: str) -> None:
+    with pytest.raises(RunFailed, match=mend) as failure:
+        probe(os.environ, 60, program=f"raise SystemExit({message!r})")
+    assert message[:60] in str(failure.value)
+
+
+def test_an_unknown_failure_shows_all_it_said(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunFailed, match=r"ValueError: new") as failure:
+        probe(os.environ, 60, program="raise ValueError('new')")
+    assert "exit code 1" in str(failure.value)
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_hanging_runtime_is_given_up() -> None:
+    with pytest.raises(RunFailed, match=r"no answer from the devices within 0\.5 s"):
+        probe(os.environ, 0.5, program="import time; time.sleep(60)")
+
+
+def test_a_process_that_has_the_device_open_is_named(tmp_path: Path) -> None:
+    device = tmp_path / "accel0"
+    with device.open("w"):
+        assert any(f"(pid {os.getpid()})" in holder for holder in doctor._holders([str(device)]))
+    assert doctor._holders([str(device)]) == []
+
+
+def test_looking_at_a_machine_loads_no_runtime() -> None:
+    program = """
+import sys
+from pathlib import Path
+from gpt2xla.doctor import Machine
+Machine.here(Path("checkpoints"))
+assert not any(name.startswith(("torch", "jax")) for name in sys.modules)
+"""
+    succeed(run("-c", program))
+
+
+def test_here_all_is_well_and_without_a_device_it_is_not(tmp_path: Path) -> None:
+    require_xla()
+    well = run("-m", "gpt2xla.doctor", "--checkpoints-dir", tmp_path, PJRT_DEVICE="CPU")
+    assert well.returncode == 0, well.stdout + well.stderr
+    assert "1 of type CPU" in well.stdout
+    assert "nothing wrong found" in well.stdout
+    for name in ("Python", "torch ", "torch_xla", "numpy", "transformers"):
+        assert f"\n  {name}" in well.stdout
+    ill = run("-m", "gpt2xla.doctor", "--checkpoints-dir", tmp_path, PJRT_DEVICE="", XRT_TPU_CONFIG="x")
+    assert ill.returncode == 1
+    assert ill.stdout.count("conflict: ") == 2
+    assert "2 found" in ill.stderr
+    assert run("-m", "gpt2xla.doctor", "--no-such-flag").returncode == 2
