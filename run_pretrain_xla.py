@@ -21,13 +21,18 @@ def main() -> None:
         raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")
     if device == "CUDA":  # torch_xla aborts on it
         raise InputError("PJRT_DEVICE=CUDA: torch_xla 2.9 has no CUDA build; on GPUs use run_pretrain.py")
-    if device == "CPU" and os.environ.get("CPU_NUM_DEVICES", "1") != "1":  # its collectives hang
-        raise InputError("CPU_NUM_DEVICES: on PJRT_DEVICE=CPU only one device works; leave it out, or use torchrun")
+    if options.fsdp and not options.spmd:
+        raise InputError("--fsdp needs --spmd; add it")
+    if device == "CPU" and not options.spmd and os.environ.get("CPU_NUM_DEVICES", "1") != "1":  # its collectives hang
+        raise InputError("CPU_NUM_DEVICES: on PJRT_DEVICE=CPU only one device works; leave it out, or add --spmd")
     try:
         import torch_xla
     except ImportError as error:
         raise InputError(f"torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt") from None
 
+    if options.spmd:
+        train_spmd(config, options)
+        return
     try:
         # Nothing may touch a device before this: the workers could not have it then.
         torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
@@ -40,6 +45,14 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
     from gpt2xla.trainer import pretrain
 
     pretrain(config, lambda train: XlaRuntime(options, train))
+
+
+def train_spmd(config: RunConfig, options: XlaConfig) -> None:
+    """In this very process, which drives all devices of the host."""
+    from gpt2xla.runtime.xla_spmd import SpmdRuntime
+    from gpt2xla.trainer import pretrain
+
+    pretrain(config, lambda train: SpmdRuntime(options, train))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ class Runtime(Protocol):
         device: where this process's model lives.
         rank: which data-feeding process this is, from 0.
         world_size: how many there are.
+        devices: how many devices all of them have together; a batch is split evenly over these.
         is_main: whether this is the one process that prints, logs and writes.
         description: the devices in words, for the summary at start.
     """
@@ -33,11 +35,13 @@ class Runtime(Protocol):
     device: torch.device
     rank: int
     world_size: int
+    devices: int
     is_main: bool
     description: str
 
-    def seed(self, seed: int) -> None:
-        """Seed this process's random numbers, dropout's among them."""
+    def seed(self, seed: int, step: int) -> None:
+        """Seed random numbers, dropout's among them, for one step: by seed, step and process, so that a resumed run needs
+        no stored generator state."""
         ...
 
     def setup_model(self, model: nn.Module) -> nn.Module:
@@ -124,6 +128,10 @@ class Runtime(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def random_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 def set_matmul_precision(precision: str) -> None:

@@ -18,7 +18,7 @@ from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
-from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
+from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, random_seed, set_matmul_precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
 
@@ -29,6 +29,7 @@ class TorchRuntime:
     def __init__(self, options: TorchConfig, config: TrainConfig) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.devices = self.world_size
         self.is_main = self.rank == 0
         self.distributed = "RANK" in os.environ
         self.device = _pick_device(self.distributed)
@@ -43,8 +44,8 @@ class TorchRuntime:
         self.description = f"{self.world_size} x {self.name} (torch {torch.__version__})"
         self._pending: deque[tuple[Callable[..., None], Tensor, torch.cuda.Event | None]] = deque()
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    def seed(self, seed: int, step: int) -> None:
+        torch.manual_seed(random_seed(seed, step, self.rank))
 
     def setup_model(self, model: nn.Module) -> nn.Module:
         model.to(self.device)
@@ -152,7 +153,7 @@ class TorchRuntime:
 
     def peak_flops(self) -> float | None:
         peak = measured_cpu_flops(self.dtype) if self.device.type == "cpu" else named_peak_flops(self.name)
-        return None if peak is None else peak * self.world_size
+        return None if peak is None else peak * self.devices
 
     def close(self) -> None:
         if self.distributed and dist.is_initialized():

@@ -27,7 +27,7 @@ from gpt2xla.config import OptimConfig, TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
-from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
+from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, random_seed, set_matmul_precision
 
 
 class XlaRuntime:
@@ -43,20 +43,21 @@ class XlaRuntime:
         self.device = torch_xla.device()
         self.rank = xr.global_ordinal()
         self.world_size = xr.world_size()
+        self.devices = self.world_size
         self.is_main = self.rank == 0
         self.options = options
         self.bf16 = config.mixed_precision == "bf16"
         set_matmul_precision(config.matmul_precision)
         self.name = f"XLA:{xr.device_type()}"
-        self.description = f"{self.world_size} x {self.name} (torch_xla {torch_xla.__version__})"
+        self.description = f"{self.devices} x {self.name} (torch_xla {torch_xla.__version__})"
         # The sync-free optimizers stay off the host only when they are told whether a gradient overflowed: never, here.
         self.found_inf = self.to_device(torch.zeros(())) if options.use_syncfree_optim else None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._unread: deque[Future[None]] = deque()
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        torch_xla.manual_seed(seed, self.device)
+    def seed(self, seed: int, step: int) -> None:
+        torch.manual_seed(random_seed(seed, step, self.rank))
+        torch_xla.manual_seed(random_seed(seed, step, self.rank), self.device)
 
     def setup_model(self, model: nn.Module) -> nn.Module:
         on_host = [parameter.detach() for parameter in model.parameters()]
@@ -122,8 +123,7 @@ class XlaRuntime:
             group["lr"] = lr
 
     def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
-        if not self.options.ddp:
-            xm.reduce_gradients(optimizer)
+        self.reduce_gradients(optimizer)
         grad_norm = clip_gradients(model, max_grad_norm)
         if self.options.use_syncfree_optim:
             optimizer.step(found_inf=self.found_inf)  # type: ignore[call-overload]
@@ -131,6 +131,10 @@ class XlaRuntime:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.options.ddp:
+            xm.reduce_gradients(optimizer)
 
     def sum(self, value: Tensor) -> Tensor:
         return xm.all_reduce(xm.REDUCE_SUM, value) if self.world_size > 1 else value
@@ -182,7 +186,7 @@ class XlaRuntime:
         if xr.device_type() == "CPU":
             return measured_cpu_flops(torch.bfloat16 if self.bf16 else torch.float32)
         peak = named_peak_flops(torch_xla._XLAC._xla_device_kind(str(self.device)))
-        return None if peak is None else peak * self.world_size
+        return None if peak is None else peak * self.devices
 
     def close(self) -> None:
         self._reader.shutdown()
