@@ -180,10 +180,11 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.runtime.wait()
+        optimizer = optim.export_state(self.model, self.train_step.optimizer)
+        shards = checkpoint.shards_folder(self.folder, step)
+        weights = self.runtime.to_host(self.model.state_dict())
+        moments = self.runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS}, shards)
         if self.runtime.is_main:
-            optimizer = optim.export_state(self.model, self.train_step.optimizer)
-            weights = self.runtime.to_host(self.model.state_dict())
-            moments = {key: self.runtime.to_host(optimizer[key]) for key in optim.MOMENTS}
             training = {
                 "step": step,
                 "optimizer": {"step": int(optimizer["step"].item()), **moments},
@@ -192,7 +193,12 @@ class Trainer:
                 "wandb_id": self.wandb.run_id if self.wandb else None,
             }
             folder = checkpoint.save(
-                self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer
+                self.folder,
+                config=self.config,
+                weights=weights,
+                training=training,
+                tokenizer=self.tokenizer,
+                shards=shards,
             )
             checkpoint.prune(self.folder, folder, self.config.train.saved_checkpoint_limit)
         self.runtime.barrier("saved")

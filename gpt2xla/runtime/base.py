@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -105,7 +106,12 @@ class Runtime(Protocol):
         ...
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU, of this process's tensors."""
+        """Whole copies on the CPU for the main process; none for the others. Collective."""
+        ...
+
+    def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+        """Where tensors are split over devices, write `state` to `folder` part by part (`sharded_state`) and return nothing;
+        elsewhere write nothing and return it as `to_host` does. Collective."""
         ...
 
     def barrier(self, name: str) -> None:

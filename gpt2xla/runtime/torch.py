@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,7 +136,10 @@ class TorchRuntime:
         return tensor.to(self.device)
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()} if self.is_main else {}
+
+    def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+        return {key: self.to_host(part) for key, part in state.items()}
 
     def barrier(self, name: str) -> None:
         if self.distributed:

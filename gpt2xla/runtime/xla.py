@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -164,9 +165,14 @@ class XlaRuntime:
         return xm.send_cpu_data_to_device([tensor], self.device)[0]
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.is_main:
+            return {}
         names = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
         on_host = torch_xla._XLAC._xla_get_cpu_tensors([tensors[name].detach() for name in names])
         return {**tensors, **dict(zip(names, on_host, strict=True))}
+
+    def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+        return {key: self.to_host(part) for key, part in state.items()}
 
     def barrier(self, name: str) -> None:
         if self.world_size > 1:

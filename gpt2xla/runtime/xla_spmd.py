@@ -8,6 +8,8 @@ split as `split_dimension` says.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,9 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.distributed.xla_backend  # registers xla://
 import torch_xla.runtime as xr
 from torch import Tensor, nn
+from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
+from gpt2xla import sharded_state
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
@@ -91,6 +95,31 @@ class SpmdRuntime(XlaRuntime):
     def to_device(self, tensor: Tensor) -> Tensor:
         spec = xs.ShardingSpec(self.mesh, self._placement(tensor.shape))
         return xm.send_cpu_data_to_device([tensor.detach()], self.device, spec)[0]
+
+    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Reading a split tensor as if it were whole would compile a program for each shape.
+        split = {name: self._gather_parts(t) for name, t in tensors.items() if _AXIS in self._placement(t.shape)}
+        whole = super().to_host({name: tensor for name, tensor in tensors.items() if name not in split})
+        return {name: split[name] if name in split else whole[name] for name in tensors} if self.is_main else {}
+
+    def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+        if not self.options.fsdp:
+            return super().save_shards(state, folder)
+        devices = xr.addressable_runtime_device_count()
+        sharded_state.save(folder, state, SPMDSavePlanner(), devices=devices, distributed=self.world_size > 1)
+        return {}
+
+    def _gather_parts(self, tensor: Tensor) -> Tensor:
+        """The whole tensor on the main process's host; on others an empty one of its shape. Collective."""
+        parts = [(part.indices, part.data) for part in xs.XLAShardedTensor(tensor.detach()).local_shards]
+        if self.world_size > 1:
+            by_host: list[Any] = [None] * self.world_size
+            dist.gather_object(parts, by_host if self.is_main else None)
+            parts = [part for host in by_host for part in host or []]
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for indices, data in parts:
+            whole[tuple(indices)] = data
+        return whole
 
     def _placement(self, shape: Sequence[int]) -> tuple[str | None, ...]:
         split = split_dimension(shape, self.devices) if self.options.fsdp else None
