@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,20 @@ _AXIS = "devices"
 
 
 def split_dimension(shape: Sequence[int], devices: int) -> int | None:
-    """Which dimension --fsdp splits over the devices: the largest that divides evenly, of equal ones the first; None, and
-    the tensor stays whole everywhere, if there is none."""
-    divisible = [dimension for dimension, size in enumerate(shape) if size and size % devices == 0]
-    return max(divisible, key=lambda dimension: shape[dimension], default=None)
+    """Which dimension of a tensor --fsdp splits over the devices: of matrices the largest that divides evenly, of equal ones
+    the first. None, and the tensor is whole everywhere, if there is none, and for biases and layer norms, which are not
+    worth sending."""
+    divisible = [dimension for dimension, size in enumerate(shape) if size % devices == 0]
+    return max(divisible, key=lambda dimension: shape[dimension], default=None) if len(shape) > 1 else None
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    """As F.layer_norm, in fp32. Torch_xla makes a batch norm of that one, which GSPMD does not split: every device would
+    compute all rows."""
+    x = x.float()
+    centered = x - x.mean(-1, keepdim=True)
+    normal = centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + module.eps) * module.weight
+    return normal if module.bias is None else normal + module.bias
 
 
 class SpmdRuntime(XlaRuntime):
@@ -65,6 +76,10 @@ class SpmdRuntime(XlaRuntime):
         model._apply(self.to_device)
         for parameter in model.parameters():
             parameter.register_hook(self._place)
+        for module in model.modules():
+            module.register_forward_hook(self._split_output)
+            if isinstance(module, nn.LayerNorm):
+                module.forward = MethodType(_layer_norm, module)  # type: ignore[method-assign]
         return model
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -124,6 +139,18 @@ class SpmdRuntime(XlaRuntime):
     def _placement(self, shape: Sequence[int]) -> tuple[str | None, ...]:
         split = split_dimension(shape, self.devices) if self.options.fsdp else None
         return tuple(_AXIS if dimension == split else None for dimension in range(len(shape)))
+
+    def _split_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Hold activations, and their gradients, to the batch's layout: left alone under --fsdp, the partitioner follows the
+        weights' layout, and sends activations around where it should send weights."""
+        if isinstance(output, Tensor) and output.dim() == 3:
+            self._split_rows(output)
+            if output.requires_grad:
+                output.register_hook(self._split_rows)
+
+    def _split_rows(self, tensor: Tensor) -> Tensor:
+        xs.mark_sharding(tensor, self.mesh, (_AXIS, *[None] * (tensor.dim() - 1)))
+        return tensor
 
     def _place(self, gradient: Tensor) -> Tensor:
         xs.mark_sharding(gradient, self.mesh, self._placement(gradient.shape))
