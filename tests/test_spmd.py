@@ -149,6 +149,7 @@ def test_a_resumed_run_is_bit_identical(runs: dict[str, Path], name: str, flags:
         ("fsdp", 0, "torch"),
         ("torch", 8, "fsdp"),
         pytest.param("fsdp", 1, "xla", marks=pytest.mark.slow),
+        pytest.param("fsdp", 1, "fsdp", marks=pytest.mark.slow),
         pytest.param("fsdp", 4, "spmd", marks=pytest.mark.slow),
         pytest.param("fsdp", 2, "fsdp", marks=pytest.mark.slow),
         pytest.param("spmd", 0, "torch", marks=pytest.mark.slow),

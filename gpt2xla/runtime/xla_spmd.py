@@ -35,10 +35,12 @@ _AXIS = "devices"
 
 def split_dimension(shape: Sequence[int], devices: int) -> int | None:
     """Which dimension of a tensor --fsdp splits over the devices: of matrices the largest that divides evenly, of equal ones
-    the first. None, and the tensor is whole everywhere, if there is none, and for biases and layer norms, which are not
-    worth sending."""
+    the first. None, and the tensor is whole everywhere, if there is none, on a single device, and for biases and layer
+    norms, which are not worth sending."""
+    if devices == 1 or len(shape) < 2:
+        return None
     divisible = [dimension for dimension, size in enumerate(shape) if size % devices == 0]
-    return max(divisible, key=lambda dimension: shape[dimension], default=None) if len(shape) > 1 else None
+    return max(divisible, key=lambda dimension: shape[dimension], default=None)
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
