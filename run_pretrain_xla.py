@@ -20,8 +20,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with `argv`, by default the process's own arguments. A notebook's kernel may call it, again and again."""
     config, options = parse_run(XlaConfig, argv)
     xla_environment.prepare(os.environ)
-    if os.environ["PJRT_DEVICE"] == "CPU" and os.environ.get("CPU_NUM_DEVICES", "1") != "1":  # its collectives hang
-        raise InputError("CPU_NUM_DEVICES: on PJRT_DEVICE=CPU only one device works; leave it out, or use torchrun")
+    if options.fsdp and not options.spmd:
+        raise InputError("--fsdp needs --spmd; add it")
+    if (
+        os.environ["PJRT_DEVICE"] == "CPU" and not options.spmd and os.environ.get("CPU_NUM_DEVICES", "1") != "1"
+    ):  # its collectives hang
+        raise InputError("CPU_NUM_DEVICES: on PJRT_DEVICE=CPU only one device works; leave it out, or add --spmd")
     try:
         import torch_xla
     except ImportError as error:
@@ -30,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Nothing may touch a device before this: the workers could not have it then.
     if torch_xla._XLAC._xla_runtime_is_initialized():
         raise InputError("this process uses the device already, so its workers cannot; restart the notebook's kernel")
+    if options.spmd:
+        train_spmd(config, options)
+        return
     try:
         torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
     except BrokenProcessPool:
@@ -41,6 +48,14 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
     from gpt2xla.trainer import pretrain
 
     pretrain(config, lambda train: XlaRuntime(options, train))
+
+
+def train_spmd(config: RunConfig, options: XlaConfig) -> None:
+    """In this very process, which drives all devices of the host."""
+    from gpt2xla.runtime.xla_spmd import SpmdRuntime
+    from gpt2xla.trainer import pretrain
+
+    pretrain(config, lambda train: SpmdRuntime(options, train))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Checkpoint folders: written so that a crash leaves the old ones good, verified before they are used.
 
-`step-00001000/` is a Hugging Face model folder with `training_state.pt` and `run_config.json` beside the weights. It is
-written under a temporary name and renamed; `COMPLETE`, with size and hash of every file, says that it is whole.
+`step-00001000/` is a Hugging Face model folder with `training_state.pt` and `run_config.json` beside the weights, and with
+the folder `training_state/` if the optimizer's state was split over devices (`sharded_state.py`). It is written under a
+temporary name and renamed; `COMPLETE`, with size and hash of every file, says that it is whole.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gpt2xla.tokenizer import Tokenizer
 
 COMPLETE = "COMPLETE"
 TRAINING_STATE = "training_state.pt"
+SHARDS = "training_state"
 RUN_CONFIG = "run_config.json"
 
 
@@ -34,10 +36,12 @@ def save(
     weights: dict[str, Tensor],
     training: dict[str, Any],
     tokenizer: Tokenizer | None,
+    shards: Path | None = None,
 ) -> Path:
     """Write `step-XXXXXXXX` under `root` for `training["step"]`; return it once it is safely on disk.
 
-    `weights` are by our names and on the CPU. An older folder of the same step is set aside.
+    `weights` are by our names and on the CPU. If the folder `shards` exists, it holds the part of the training state that
+    `sharded_state` wrote, and is moved in. An older folder of the same step is set aside.
     """
     final = root / f"step-{training['step']:08d}"
     partial = root / f".{final.name}.partial"
@@ -47,18 +51,27 @@ def save(
     if tokenizer:
         tokenizer.save(partial)
     torch.save(training, partial / TRAINING_STATE)
+    if shards and shards.is_dir():
+        shards.rename(partial / SHARDS)
     write_run_config(partial, config)
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(partial.iterdir())
+        file.relative_to(partial).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(partial.rglob("*"))
+        if file.is_file()
     }
     (partial / COMPLETE).write_text(json.dumps({"step": training["step"], "files": files}, indent=2) + "\n")
-    for file in [*partial.iterdir(), partial]:
+    for file in [*partial.rglob("*"), partial]:
         _fsync(file)
     if final.exists():
         _set_aside(final)
     os.rename(partial, final)
     _fsync(root)
     return final
+
+
+def shards_folder(root: Path, step: int) -> Path:
+    """Where to write what becomes `shards` of that step; an interrupted one is cleared away like any partial folder."""
+    return root / f".step-{step:08d}.{SHARDS}.partial"
 
 
 def prepare_folder(root: Path, step: int) -> list[str]:
@@ -101,7 +114,7 @@ def find_damage(folder: Path) -> str | None:
         return f"{folder / COMPLETE} is damaged"
     for name, (size, sha256) in expected.items():
         file = folder / name
-        if Path(name).name != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{folder / COMPLETE} names a file outside of its folder"
         if not file.is_file():
             return f"{file} is missing"

@@ -221,6 +221,12 @@ class XlaConfig:
         False,
         "reduce gradients by DistributedDataParallel instead of one all-reduce after backward; compiles more graphs",
     )
+    spmd: bool = option(
+        False, "one process per host for all its devices, each with its part of the batch; XLA adds the communication"
+    )
+    fsdp: bool = option(
+        False, "with --spmd: split weights, gradients and optimizer state over the devices too, for large models"
+    )
     use_syncfree_optim: bool = option(False, "torch_xla's sync-free optimizer: less host time per step")
 
 

@@ -1,6 +1,7 @@
 """Cross-entropy of a language model's head, with all logits at once or chunk by chunk.
 
-Both return the summed loss in nats, in fp32 (0-d). Shape suffixes: N tokens, D d_model, V vocabulary, C tokens of a chunk.
+Both return the summed loss in nats, in fp32 (0-d).
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B * T, C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -14,51 +15,55 @@ from torch import Tensor
 IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
 
 
-def plain_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    logits_NV = F.linear(x_ND, weight_VD).float()
-    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED_LABEL, reduction="sum")
+def plain_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    logits_NV = F.linear(x_BTD, weight_VD).float().flatten(0, 1)
+    return F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunks: int) -> Tensor:
+def chunked_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunks: int) -> Tensor:
     """The same without ever holding all logits, in fewer products: each chunk's gradient is taken while its logits are at
     hand, where checkpointing would compute them again.
 
-    `chunks` is rounded up to the next divisor of N.
+    Chunks are cut along T, so that a batch may be divided over devices; their number is rounded up to a divisor of T.
     """
-    chunks = next(n for n in range(min(chunks, len(x_ND)), len(x_ND) + 1) if len(x_ND) % n == 0)
-    kind = x_ND.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_ND.dtype
-    return _ChunkedCrossEntropy.apply(x_ND.to(dtype), weight_VD, labels_N, chunks)
+    length = x_BTD.shape[1]
+    chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
+    kind = x_BTD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+    return _ChunkedCrossEntropy.apply(x_BTD.to(dtype), weight_VD, labels_BT, chunks)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunks: int) -> Tensor:
+    def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunks: int) -> Tensor:
         wants_gradient = any(ctx.needs_input_grad[:2])
-        head_VD = weight_VD.to(x_ND.dtype)
-        ids_V = torch.arange(len(weight_VD), device=x_ND.device, dtype=torch.int32)
+        head_VD = weight_VD.to(x_BTD.dtype)
+        ids_V = torch.arange(len(weight_VD), device=x_BTD.device, dtype=torch.int32)
         # The label's logit from the label's own row: one comparison less in the pass over all logits.
-        counted_N = labels_N != IGNORED_LABEL
-        rows_ND = F.embedding(torch.where(counted_N, labels_N, 0), head_VD)
-        label_logits_N = (x_ND.float() * rows_ND.float()).sum(-1)
-        loss = -torch.where(counted_N, label_logits_N, 0.0).sum()
+        counted_BT = labels_BT != IGNORED_LABEL
+        rows_BTD = F.embedding(torch.where(counted_BT, labels_BT, 0), head_VD)
+        label_logits_BT = (x_BTD.float() * rows_BTD.float()).sum(-1)
+        loss = -torch.where(counted_BT, label_logits_BT, 0.0).sum()
         dx, dweights = [], []
-        for x_CD, labels_C, counted_C in zip(*(t.chunk(chunks) for t in (x_ND, labels_N, counted_N)), strict=True):
-            logits_CV = (x_CD @ head_VD.t()).float()
-            max_C1 = logits_CV.amax(-1, keepdim=True)
-            log_sum_C1 = max_C1 + torch.exp(logits_CV - max_C1).sum(-1, keepdim=True).log()
-            counted_C1 = counted_C.unsqueeze(-1)
-            loss = loss + torch.where(counted_C1, log_sum_C1, 0.0).sum()
+        for x_BCD, labels_BC, counted_BC in zip(
+            *(t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT)), strict=True
+        ):
+            logits_BCV = F.linear(x_BCD, head_VD).float()
+            max_BC1 = logits_BCV.amax(-1, keepdim=True)
+            log_sum_BC1 = max_BC1 + torch.exp(logits_BCV - max_BC1).sum(-1, keepdim=True).log()
+            counted_BC1 = counted_BC.unsqueeze(-1)
+            loss = loss + torch.where(counted_BC1, log_sum_BC1, 0.0).sum()
             if wants_gradient:
-                dlogits_CV = torch.exp(logits_CV - log_sum_C1) - (ids_V == labels_C.int().unsqueeze(-1)).float()
-                dlogits_CV = torch.where(counted_C1, dlogits_CV, 0.0).to(x_ND.dtype)
-                dx.append(dlogits_CV @ head_VD)
-                dweights.append((dlogits_CV.t() @ x_CD).to(weight_VD.dtype))
+                is_label_BCV = ids_V == labels_BC.int().unsqueeze(-1)
+                dlogits_BCV = torch.exp(logits_BCV - log_sum_BC1) - is_label_BCV.float()
+                dlogits_BCV = torch.where(counted_BC1, dlogits_BCV, 0.0).to(x_BTD.dtype)
+                dx.append(dlogits_BCV @ head_VD)
+                dweights.append(torch.einsum("bcv,bcd->vd", dlogits_BCV, x_BCD).to(weight_VD.dtype))
         if wants_gradient:
-            ctx.save_for_backward(torch.cat(dx), sum(dweights[1:], dweights[0]))
+            ctx.save_for_backward(torch.cat(dx, dim=1), sum(dweights[1:], dweights[0]))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx_ND, dweight_VD = ctx.saved_tensors
-        return dx_ND * grads[0].to(dx_ND.dtype), dweight_VD * grads[0], None, None
+        dx_BTD, dweight_VD = ctx.saved_tensors
+        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None

@@ -40,8 +40,7 @@ class GPT2(nn.Module):
 
         `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
         """
-        x_BTD = self.hidden(ids_BT)
-        loss = self.kernels.cross_entropy(x_BTD.flatten(0, 1), self.head_weight, labels_BT.flatten())
+        loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT)
         return loss, (labels_BT != IGNORED_LABEL).sum()
 
     def logits(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2xla import hf
-from gpt2xla.checkpoint import RUN_CONFIG, TRAINING_STATE, find_damage, list_checkpoints
+from gpt2xla import hf, sharded_state
+from gpt2xla.checkpoint import RUN_CONFIG, SHARDS, TRAINING_STATE, find_damage, list_checkpoints
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag
 from gpt2xla.errors import InputError
 from gpt2xla.model import GPT2
@@ -196,8 +196,12 @@ def _load_training_state(source: Path, weights: dict[str, Tensor]) -> dict[str, 
     try:
         training = torch.load(file, map_location="cpu", weights_only=True)
         step, optimizer = int(training["step"]), training["optimizer"]
-        shapes = [{name: t.shape for name, t in part.items()} for part in (weights, *(optimizer[m] for m in MOMENTS))]
-        is_whole = step >= 0 and shapes[0] == shapes[1] == shapes[2] and {"runtime", "data"} <= training.keys()
+        if (source / SHARDS).is_dir():
+            file = source / SHARDS
+            shapes = {name: tensor.shape for name, tensor in weights.items()}
+            optimizer |= sharded_state.load(file, dict.fromkeys(MOMENTS, shapes))
+        sizes = [{name: t.shape for name, t in part.items()} for part in (weights, *(optimizer[m] for m in MOMENTS))]
+        is_whole = step >= 0 and sizes[0] == sizes[1] == sizes[2] and {"runtime", "data"} <= training.keys()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):

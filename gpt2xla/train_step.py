@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from gpt2xla import optim
@@ -43,8 +42,7 @@ class TrainStep:
     def __call__(self, batches: Iterator[Batch], step: int) -> None:
         """Update number `step`, counted from 0."""
         runtime = self.runtime
-        # Dropout depends on seed, step and process alone, so a resumed run needs no stored generator state.
-        runtime.seed(int(np.random.SeedSequence([self.config.general.seed, step, runtime.rank]).generate_state(1)[0]))
+        runtime.seed(self.config.general.seed, step)
         lr = optim.learning_rate(self.config.optim, self.config.model.d_model, step)
         runtime.set_learning_rate(self.optimizer, lr)
         loss_sum = None

@@ -79,6 +79,7 @@ class Trainer:
             TokenStream(config.data.train_dir, "--train-dir"), config.model.seq_length, config.model.vocab_size
         )
         self.valid_windows = _validation_windows(config, runtime)
+        self.per_device = share_of("--train-batch-size", train.train_batch_size, runtime.devices)
         self.order = TrainingOrder(
             self.train_windows,
             batch_size=train.train_batch_size,
@@ -179,10 +180,11 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         self.runtime.wait()
+        optimizer = optim.export_state(self.model, self.train_step.optimizer)
+        shards = checkpoint.shards_folder(self.folder, step)
+        weights = self.runtime.to_host(self.model.state_dict())
+        moments = self.runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS}, shards)
         if self.runtime.is_main:
-            optimizer = optim.export_state(self.model, self.train_step.optimizer)
-            weights = self.runtime.to_host(self.model.state_dict())
-            moments = {key: self.runtime.to_host(optimizer[key]) for key in optim.MOMENTS}
             training = {
                 "step": step,
                 "optimizer": {"step": int(optimizer["step"].item()), **moments},
@@ -191,7 +193,12 @@ class Trainer:
                 "wandb_id": self.wandb.run_id if self.wandb else None,
             }
             folder = checkpoint.save(
-                self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer
+                self.folder,
+                config=self.config,
+                weights=weights,
+                training=training,
+                tokenizer=self.tokenizer,
+                shards=shards,
             )
             checkpoint.prune(self.folder, folder, self.config.train.saved_checkpoint_limit)
         self.runtime.barrier("saved")
@@ -224,7 +231,6 @@ class Trainer:
             print(f"going on from {start.source} after step {start.step}")
         elif start.source:
             print(f"weights from {start.source}; the run starts at step 0")
-        per_device = train.train_batch_size // runtime.world_size
         epochs = train.train_steps * self.sequences_per_step / self.order.windows_per_epoch
         rows = {
             "model": f"{self.model.num_parameters():,} parameters: {model.num_layers} layers, d_model {model.d_model}, "
@@ -232,7 +238,7 @@ class Trainer:
             f"dropout {model.dropout}",
             "devices": runtime.description,
             "precision": f"{train.mixed_precision or 'fp32'}, matmul {train.matmul_precision}",
-            "batch": f"{per_device} sequences x {runtime.world_size} devices x {train.gradient_accum_step} micro-steps "
+            "batch": f"{self.per_device} sequences x {runtime.devices} devices x {train.gradient_accum_step} micro-steps "
             f"= {self.sequences_per_step} sequences = {self.tokens_per_step:,} tokens per step",
             "data": f"{self.train_windows.stream.length:,} tokens to train on, "
             f"{self.valid_windows.stream.length:,} to validate on",
@@ -271,7 +277,7 @@ class Trainer:
 
 
 def _validation_windows(config: RunConfig, runtime: Runtime) -> Windows:
-    share_of("--eval-batch-size", config.train.eval_batch_size, runtime.world_size)
+    share_of("--eval-batch-size", config.train.eval_batch_size, runtime.devices)
     stream = TokenStream(config.data.valid_dir, "--valid-dir")
     return Windows(stream, config.model.seq_length, config.model.vocab_size)
 

@@ -26,21 +26,21 @@ class Validator:
         self._step = runtime.compile_step(self._add_batch)
 
     def run(self, batches: Iterable[Batch]) -> Validation:
-        """Loss over this process's `batches` and all others' together, added up in float64 on the host. Collective."""
+        """Loss over this process's `batches` and all others' together: each batch summed on the devices, the batches in
+        float64 on the host. Collective."""
         self.model.eval()
         self._loss = self._tokens = 0.0
         for batch in self.runtime.device_batches(batches):
             self._step(batch)
         self.runtime.wait()
         self.model.train()
-        loss, tokens = sum(self.runtime.gather(self._loss)), sum(self.runtime.gather(self._tokens))
-        return Validation(loss / tokens, int(tokens))
+        return Validation(self._loss / self._tokens, int(self._tokens))
 
     @torch.no_grad()
     def _add_batch(self, batch: Batch) -> None:
         with self.runtime.autocast():
             loss, count = self.model(*batch)
-        self.runtime.when_ready(self._add, torch.stack([loss, count]))
+        self.runtime.when_ready(self._add, self.runtime.sum(torch.stack([loss, count])))
 
     def _add(self, loss: float, count: float) -> None:
         self._loss += loss

@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ class Runtime(Protocol):
         device: where this process's model lives.
         rank: which data-feeding process this is, from 0.
         world_size: how many there are.
+        devices: how many devices all of them have together; a batch is split evenly over these.
         is_main: whether this is the one process that prints, logs and writes.
         description: the devices in words, for the summary at start.
     """
@@ -36,11 +39,13 @@ class Runtime(Protocol):
     device: torch.device
     rank: int
     world_size: int
+    devices: int
     is_main: bool
     description: str
 
-    def seed(self, seed: int) -> None:
-        """Seed this process's random numbers, dropout's among them."""
+    def seed(self, seed: int, step: int) -> None:
+        """Seed random numbers, dropout's among them, for one step: by seed, step and process, so that a resumed run needs
+        no stored generator state."""
         ...
 
     def setup_model(self, model: GPT2) -> nn.Module:
@@ -105,7 +110,12 @@ class Runtime(Protocol):
         ...
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the CPU, of this process's tensors."""
+        """Whole copies on the CPU for the main process; none for the others. Collective."""
+        ...
+
+    def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+        """Where tensors are split over devices, write `state` to `folder` part by part (`sharded_state`) and return nothing;
+        elsewhere write nothing and return it as `to_host` does. Collective."""
         ...
 
     def barrier(self, name: str) -> None:
@@ -128,6 +138,10 @@ class Runtime(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def random_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
 
 
 def set_matmul_precision(precision: str) -> None:

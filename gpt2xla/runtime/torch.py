@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,16 @@ from gpt2xla.errors import InputError
 from gpt2xla.kernels import choose_kernels
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
-from gpt2xla.runtime.base import DTYPES, P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
+from gpt2xla.runtime.base import (
+    DTYPES,
+    P,
+    T,
+    measured_cpu_flops,
+    named_peak_flops,
+    prefetch,
+    random_seed,
+    set_matmul_precision,
+)
 
 
 class TorchRuntime:
@@ -32,6 +42,7 @@ class TorchRuntime:
     def __init__(self, options: TorchConfig, config: TrainConfig) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.devices = self.world_size
         self.is_main = self.rank == 0
         self.distributed = "RANK" in os.environ
         self.device = _pick_device(self.distributed)
@@ -46,8 +57,8 @@ class TorchRuntime:
         self.description = f"{self.world_size} x {self.name} (torch {torch.__version__})"
         self._pending: deque[tuple[Callable[..., None], Tensor, torch.cuda.Event | None]] = deque()
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    def seed(self, seed: int, step: int) -> None:
+        torch.manual_seed(random_seed(seed, step, self.rank))
 
     def setup_model(self, model: GPT2) -> nn.Module:
         model.kernels = choose_kernels(
@@ -145,7 +156,10 @@ class TorchRuntime:
         return tensor.to(self.device)
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()} if self.is_main else {}
+
+    def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+        return {key: self.to_host(part) for key, part in state.items()}
 
     def barrier(self, name: str) -> None:
         if self.distributed:
@@ -163,7 +177,7 @@ class TorchRuntime:
 
     def peak_flops(self) -> float | None:
         peak = measured_cpu_flops(self.dtype) if self.device.type == "cpu" else named_peak_flops(self.name)
-        return None if peak is None else peak * self.world_size
+        return None if peak is None else peak * self.devices
 
     def close(self) -> None:
         if self.distributed and dist.is_initialized():

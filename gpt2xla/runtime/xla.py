@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,16 @@ from gpt2xla.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.model import GPT2
 from gpt2xla.norm import lean_layer_norm
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
-from gpt2xla.runtime.base import DTYPES, P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
+from gpt2xla.runtime.base import (
+    DTYPES,
+    P,
+    T,
+    measured_cpu_flops,
+    named_peak_flops,
+    prefetch,
+    random_seed,
+    set_matmul_precision,
+)
 from gpt2xla.runtime.xla_flash import flash_attention, why_not
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
 
@@ -52,21 +62,22 @@ class XlaRuntime:
         self.device = torch_xla.device()
         self.rank = xr.global_ordinal()
         self.world_size = xr.world_size()
+        self.devices = self.world_size
         self.is_main = self.rank == 0
         self.options, self.train = options, config
         self.dtype = DTYPES[config.mixed_precision]
         self.scaler = LossScaler(self.to_device) if self.dtype == torch.float16 else None
         set_matmul_precision(config.matmul_precision)
         self.name = f"XLA:{xr.device_type()}"
-        self.description = f"{self.world_size} x {self.name} (torch_xla {torch_xla.__version__})"
+        self.description = f"{self.devices} x {self.name} (torch_xla {torch_xla.__version__})"
         # The sync-free optimizers stay off the host only when told whether a gradient overflowed: never, but in fp16.
         self.found_inf = self.to_device(torch.zeros(())) if options.use_syncfree_optim else None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._unread: deque[Future[None]] = deque()
 
-    def seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        torch_xla.manual_seed(seed, self.device)
+    def seed(self, seed: int, step: int) -> None:
+        torch.manual_seed(random_seed(seed, step, self.rank))
+        torch_xla.manual_seed(random_seed(seed, step, self.rank), self.device)
 
     def setup_model(self, model: GPT2) -> nn.Module:
         model.kernels = self._kernels(model.config)
@@ -99,7 +110,7 @@ class XlaRuntime:
         attention: dict[str, Attention] = {"chunked": partial(chunked_attention, fence=xm.optimization_barrier_)}
         if not flash_is_out:
             attention["flash"] = flash_attention
-        tokens = self.train.train_batch_size * model.seq_length // self.world_size
+        tokens = self.train.train_batch_size * model.seq_length // self.devices
         return choose_kernels(
             self.train,
             model,
@@ -164,8 +175,7 @@ class XlaRuntime:
             group["lr"] = lr
 
     def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
-        if not self.options.ddp:
-            xm.reduce_gradients(optimizer)
+        self.reduce_gradients(optimizer)
         if self.scaler:
             self.scaler.unscale(model)
         grad_norm = clip_gradients(model, max_grad_norm)
@@ -178,6 +188,10 @@ class XlaRuntime:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+    def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.options.ddp:
+            xm.reduce_gradients(optimizer)
 
     def sum(self, value: Tensor) -> Tensor:
         return xm.all_reduce(xm.REDUCE_SUM, value) if self.world_size > 1 else value
@@ -207,9 +221,14 @@ class XlaRuntime:
         return xm.send_cpu_data_to_device([tensor], self.device)[0]
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.is_main:
+            return {}
         names = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
         on_host = torch_xla._XLAC._xla_get_cpu_tensors([tensors[name].detach() for name in names])
         return {**tensors, **dict(zip(names, on_host, strict=True))}
+
+    def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+        return {key: self.to_host(part) for key, part in state.items()}
 
     def barrier(self, name: str) -> None:
         if self.world_size > 1:
@@ -230,7 +249,7 @@ class XlaRuntime:
         if xr.device_type() == "CPU":
             return measured_cpu_flops(self.dtype)
         peak = named_peak_flops(self.device_kind)
-        return None if peak is None else peak * self.world_size
+        return None if peak is None else peak * self.devices
 
     def close(self) -> None:
         self._reader.shutdown()

@@ -1,0 +1,72 @@
+"""State that is split over devices, through torch.distributed.checkpoint: each device's part goes to disk as it is, and any
+number of devices, on any runtime, reads the whole.
+
+DCP's usual storage keeps its index as a pickle, which must not be loaded from a stranger's folder. Its safetensors storage
+has none: offsets stand in the header of each file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+
+State = dict[str, dict[str, Tensor]]
+
+
+def save(folder: Path, state: State, planner: SavePlanner, *, devices: int, distributed: bool) -> None:
+    """Write this process's parts of `state`, a file for each of its `devices`. With `distributed`, all processes of the
+    default group call it."""
+    with _quiet():
+        dcp.save(state, storage_writer=_FilePerDevice(folder, devices), planner=planner, no_dist=not distributed)
+
+
+def load(folder: Path, shapes: dict[str, dict[str, torch.Size]]) -> State:
+    """The whole tensors, fp32, on the CPU. Raises ValueError if the folder does not hold exactly those of `shapes`."""
+    # What no part fills stays NaN, which a trained state never is: DCP does not check that the parts make a whole.
+    state = {key: {name: torch.full(shape, math.nan) for name, shape in part.items()} for key, part in shapes.items()}
+    try:
+        with _quiet():
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except (CheckpointException, SafetensorError, OSError, RuntimeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    for part in state.values():
+        for name, tensor in part.items():
+            if tensor.isnan().any():
+                raise ValueError(f"parts of {name} are missing")
+    return state
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings that are not for the user: of a single process, which is meant, and of torch_xla's planner's ways."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _FilePerDevice(HuggingFaceStorageWriter):
+    """The writer knows one part of a tensor per file, as of one process per device; here a process has several."""
+
+    def __init__(self, folder: Path, devices: int) -> None:
+        # Of the mapping only its largest number matters here: it is in the files' names.
+        super().__init__(str(folder), fqn_to_index_mapping={"": devices}, save_distributed=True)
+
+    def _split_by_storage_plan(
+        self, storage_plan: dict[str, int] | None, items: list[WriteItem]
+    ) -> dict[int, list[WriteItem]]:
+        by_device = defaultdict(list)
+        for item in items:
+            by_device[1 + (item.index.index or 0)].append(item)
+        return by_device
