@@ -7,14 +7,13 @@ Shape suffixes: B sequences, T tokens, H heads, K = D / H, C queries of a chunk,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Fence = Callable[[list[Tensor]], None]
+from gpt2xla.fence import Fence, no_fence
 
 _QUERY_CHUNKS = 4  # more skip more of the future (4: 37% of all scores), in more and smaller products
 
@@ -26,15 +25,12 @@ def sdpa_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, 
     return y_BHTK.transpose(1, 2).flatten(2)
 
 
-def chunked_attention(
-    q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, fence: Fence = lambda tensors: None
-) -> Tensor:
+def chunked_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, fence: Fence = no_fence) -> Tensor:
     """Attention that keeps no scores for the backward pass: it computes them again, chunk of queries by chunk of queries,
     without the keys in a chunk's future (after Rabe and Staats 2021, "Self-attention does not need O(n^2) memory", and
     Dao et al. 2022, FlashAttention). Made for compilers: a few large products, and no loop.
 
-    `fence(tensors)` must hide from the compiler that `tensors` are those of the forward pass, or it would keep the scores
-    after all instead of computing them twice.
+    Without the device's `fence` a compiler would see that the scores are computed twice, and keep them after all.
     """
     heads = (x.unflatten(-1, (num_heads, -1)) for x in (q_BTD, k_BTD, v_BTD))
     return _ChunkedAttention.apply(*heads, fence).flatten(2)

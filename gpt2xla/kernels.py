@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import ModelConfig, TrainConfig
 from gpt2xla.errors import InputError
+from gpt2xla.fence import Fence, no_fence
 from gpt2xla.loss import chunked_cross_entropy, plain_cross_entropy
 from gpt2xla.norm import plain_layer_norm
 
@@ -46,6 +47,7 @@ def choose_kernels(
     loss_chunks: int,
     checkpoint: Callable[..., Any],
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
+    fence: Fence = no_fence,
 ) -> Kernels:
     """What the user asked for, or else what the runtime prefers.
 
@@ -66,7 +68,7 @@ def choose_kernels(
     chunks = train.loss_chunks or loss_chunks
     return Kernels(
         attention=attention.get(name),
-        cross_entropy=partial(chunked_cross_entropy, chunks=chunks) if chunks > 1 else plain_cross_entropy,
+        cross_entropy=partial(chunked_cross_entropy, chunks=chunks, fence=fence) if chunks > 1 else plain_cross_entropy,
         layer_norm=layer_norm,
         separate_qkv=name != "sdpa",
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2xla.fence import Fence, no_fence
+
 IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
 
 
@@ -20,7 +22,9 @@ def plain_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> 
     return F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
 
-def chunked_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunks: int) -> Tensor:
+def chunked_cross_entropy(
+    x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunks: int, fence: Fence = no_fence
+) -> Tensor:
     """The same without ever holding all logits, in fewer products: each chunk's gradient is taken while its logits are at
     hand, where checkpointing would compute them again.
 
@@ -30,12 +34,12 @@ def chunked_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, c
     chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
     kind = x_BTD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
-    return _ChunkedCrossEntropy.apply(x_BTD.to(dtype), weight_VD, labels_BT, chunks)
+    return _ChunkedCrossEntropy.apply(x_BTD.to(dtype), weight_VD, labels_BT, chunks, fence)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunks: int) -> Tensor:
+    def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, chunks: int, fence: Fence) -> Tensor:
         wants_gradient = any(ctx.needs_input_grad[:2])
         head_VD = weight_VD.to(x_BTD.dtype)
         ids_V = torch.arange(len(weight_VD), device=x_BTD.device, dtype=torch.int32)
@@ -48,6 +52,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for x_BCD, labels_BC, counted_BC in zip(
             *(t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT)), strict=True
         ):
+            if dweights:
+                # One piece after the other: side by side, their logits would fill the memory after all.
+                x_BCD = x_BCD.clone()
+                fence([x_BCD, dweights[-1]])
             logits_BCV = F.linear(x_BCD, head_VD).float()
             max_BC1 = logits_BCV.amax(-1, keepdim=True)
             log_sum_BC1 = max_BC1 + torch.exp(logits_BCV - max_BC1).sum(-1, keepdim=True).log()
@@ -66,4 +74,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_BTD, dweight_VD = ctx.saved_tensors
-        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None
+        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt2xla.fence import Fence, no_fence
+
 
 def plain_layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return norm(x)
 
 
-def lean_layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+def lean_layer_norm(x: Tensor, norm: nn.LayerNorm, fence: Fence = no_fence) -> Tensor:
     """`norm(x)` over the last dimension, in the autocast type.
 
     torch's own keeps its input, in a bf16 run the fp32 residual stream, and the next product keeps the output beside it.
@@ -20,15 +22,19 @@ def lean_layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _LeanLayerNorm.apply(x, norm.weight, norm.bias, norm.eps, dtype)
+    return _LeanLayerNorm.apply(x, norm.weight, norm.bias, norm.eps, dtype, fence)
 
 
 class _LeanLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype, fence: Fence
+    ) -> Tensor:
         centred = x - x.mean(-1, keepdim=True)
         scale = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
         normalised = (centred * scale).to(dtype)
+        # Behind the fence only `normalised` is left to compute from: a compiler free to round less would keep x.
+        fence([normalised])
         ctx.save_for_backward(normalised, scale, weight)
         ctx.has_bias = bias is not None
         y = normalised * weight
@@ -42,4 +48,4 @@ class _LeanLayerNorm(torch.autograd.Function):
         along_normalised = normalised * (dnormalised * normalised).mean(-1, keepdim=True)
         dx = scale * (dnormalised - dnormalised.mean(-1, keepdim=True) - along_normalised)
         rows = tuple(range(dy.dim() - 1))
-        return dx, (dy * normalised).sum(rows), dy.sum(rows) if ctx.has_bias else None, None, None
+        return dx, (dy * normalised).sum(rows), dy.sum(rows) if ctx.has_bias else None, None, None, None

@@ -118,7 +118,8 @@ class XlaRuntime:
             preferred="chunked" if flash_is_out else "flash",
             loss_chunks=-(-tokens * model.vocab_size // _LOGITS_AT_ONCE),
             checkpoint=torch_xla_checkpoint,
-            layer_norm=lean_layer_norm,
+            layer_norm=partial(lean_layer_norm, fence=xm.optimization_barrier_),
+            fence=xm.optimization_barrier_,
         )
 
     @property

@@ -1,0 +1,161 @@
+"""Reading the text of a compiled XLA program: what the compiler expects it to cost, and what fills the memory.
+
+Both are the compiler's opinion. Cycles are the `estimated_cycles` it writes beside each instruction, which rank variants of
+a program well, and say little about seconds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_BITS = re.compile(r"(\d+)")
+
+
+class Allocation(NamedTuple):
+    bytes: int
+    shape: str
+    name: str  # of the instruction, and where in the model it comes from if the trace said so
+
+
+@dataclass
+class Program:
+    """The instructions of each computation, in the order in which they run."""
+
+    computations: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    entry: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        program, current = cls(), ""
+        for line in text.split("\n"):
+            if not current:
+                if header := _HEADER.match(line):
+                    current = header[2]
+                    program.computations[current] = []
+                    program.entry = current if header[1] else program.entry
+            elif line.startswith("}"):
+                current = ""
+            elif instruction := _INSTRUCTION.match(line):
+                program.computations[current].append((instruction[1], instruction[2]))
+        return program
+
+    def cycles(self) -> Counter[str]:
+        """Estimated cycles by kind of instruction (matmul, vector, copy, other), loops times their trips."""
+        total: Counter[str] = Counter()
+        for rest, times in self._executed(self.entry, 1):
+            if estimate := re.search(r'"estimated_cycles":"(\d+)"', rest):
+                total[self._kind(rest)] += int(estimate[1]) * times
+        return total
+
+    def custom_calls(self) -> Counter[str]:
+        """How often each target is called. The compiler estimates no cycles for them."""
+        calls = (
+            (re.search(r'custom_call_target="([^"]+)"', rest), times) for rest, times in self._executed(self.entry, 1)
+        )
+        total: Counter[str] = Counter()
+        for target, times in calls:
+            if target:
+                total[target[1]] += times
+        return total
+
+    def largest_at_peak(self, count: int) -> list[Allocation]:
+        """The largest arrays in main memory, arguments left out, when the entry computation holds most."""
+        owners: dict[str, list[str]] = {}  # value -> the buffers it stands for
+        sizes: dict[str, Allocation] = {}
+        first, last = {}, {}
+        for place, (name, rest) in enumerate(self.computations[self.entry]):
+            opcode, operands = _opcode(rest), _operands(rest)
+            for operand in operands:
+                for buffer in owners.get(operand, []):
+                    last[buffer] = place
+            if opcode == "get-tuple-element" and operands:
+                index = int(re.search(r"index=(\d+)", rest)[1])  # type: ignore[index]
+                leaves = owners.get(operands[0], [])
+                owners[name] = leaves[index : index + 1]
+            elif opcode in ("bitcast", "tuple", "copy-done", "slice-done", "optimization-barrier"):
+                owners[name] = [buffer for operand in operands for buffer in owners.get(operand, [])]
+            elif opcode in ("parameter", "constant", "after-all"):
+                owners[name] = []
+            else:
+                origin = re.search(r'op_name="([^"]*)"', rest)
+                owners[name] = []
+                for number, (bytes_, shape) in enumerate(_arrays(rest, opcode)):
+                    buffer = f"{name}.{number}"
+                    owners[name].append(buffer)
+                    sizes[buffer] = Allocation(bytes_, shape, f"{name} {origin[1] if origin else ''}".strip())
+                    first[buffer] = last[buffer] = place
+        peak = _peak(first, last, sizes)
+        live = [sizes[buffer] for buffer in sizes if first[buffer] <= peak <= last[buffer]]
+        return sorted(live, key=lambda allocation: -allocation.bytes)[:count]
+
+    def _executed(self, computation: str, times: int) -> Iterator[tuple[str, int]]:
+        for _, rest in self.computations.get(computation, []):
+            opcode = _opcode(rest)
+            if opcode == "while":
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+                body = re.search(r"body=%?([\w.\-]+)", rest)
+                assert trips, f"a loop of unknown length: {rest[:200]}"
+                assert body
+                yield from self._executed(body[1], times * int(trips[1]))
+            elif opcode in ("call", "conditional"):
+                for callee in re.findall(
+                    r"(?:to_apply|calls|branch_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)", rest
+                ):
+                    yield from self._executed(callee, times)
+            else:
+                yield rest, times
+
+    def _kind(self, rest: str) -> str:
+        opcode = _opcode(rest)
+        if opcode == "fusion":
+            callee = re.search(r"calls=%?([\w.\-]+)", rest)
+            body = self.computations.get(callee[1], []) if callee else []
+            return "matmul" if any(_opcode(inner) in ("convolution", "dot") for _, inner in body) else "vector"
+        if opcode in ("convolution", "dot"):
+            return "matmul"
+        return "copy" if opcode.startswith("copy") else "other"
+
+
+def _opcode(rest: str) -> str:
+    found = re.search(r"(?:\}|\]|\)) ([a-z][a-z0-9\-]*)\(", rest)
+    return found[1] if found else "?"
+
+
+def _operands(rest: str) -> list[str]:
+    start = rest.find(_opcode(rest) + "(")
+    depth, end = 0, start
+    for end in range(start, len(rest)):
+        depth += (rest[end] == "(") - (rest[end] == ")")
+        if depth == 0 and rest[end] == ")":
+            break
+    return re.findall(r"%([\w.\-]+)", rest[start:end])
+
+
+def _arrays(rest: str, opcode: str) -> Iterator[tuple[int, str]]:
+    """Bytes and shape of each array an instruction makes; those outside of main memory count 0."""
+    for kind, sizes, layout in _ARRAY.findall(rest[: rest.find(f" {opcode}(")]):
+        numbers = math.prod(int(size) for size in sizes.split(",") if size)
+        bits = int(found[1]) if (found := _BITS.search(kind)) else 8
+        in_main_memory = "S(" not in layout
+        yield numbers * bits // 8 if in_main_memory else 0, f"{kind}[{sizes}]"
+
+
+def _peak(first: dict[str, int], last: dict[str, int], sizes: dict[str, Allocation]) -> int:
+    changes: Counter[int] = Counter()
+    for buffer, allocation in sizes.items():
+        changes[first[buffer]] += allocation.bytes
+        changes[last[buffer] + 1] -= allocation.bytes
+    held = most = peak = 0
+    for place in sorted(changes):
+        held += changes[place]
+        if held > most:
+            most, peak = held, place
+    return peak
