@@ -76,7 +76,9 @@ def test_wrong_flags_on_xla_are_one_line_too(data_flags: list[str], tmp_path: Pa
     refused(run_xla(*flags, "--mixed-precision", "fp16"), "fp16", "bf16")
     refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE="CUDA"), "PJRT_DEVICE=CUDA", "run_pretrain.py")
     refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE=""), "PJRT_DEVICE")
-    refused(run_xla(*flags, CPU_NUM_DEVICES="2"), "CPU_NUM_DEVICES", "torchrun")
+    refused(run_xla(*flags, CPU_NUM_DEVICES="two"), "CPU_NUM_DEVICES=two")
+    refused(run_xla(*flags, "--train-batch-size", 3, CPU_NUM_DEVICES="2"), "--train-batch-size 3", "2 devices", "4")
+    refused(run_xla(*flags, "--ddp", CPU_NUM_DEVICES="2"), "--ddp")
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[str], tmp_path: Path) -> None:

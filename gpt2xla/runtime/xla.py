@@ -66,7 +66,7 @@ class XlaRuntime:
         with torch.no_grad():
             for parameter, value in zip(model.parameters(), on_host, strict=True):
                 parameter.copy_(value)
-        if self.world_size > 1:
+        if xr.world_size() > 1:
             xm.broadcast_master_param(model)
         if not self.options.ddp:
             return model
