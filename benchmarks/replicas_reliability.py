@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = """--vocab-size 97 --seq-length 16 --d-model 32 --num-layers 2 --num-heads 2 --train-batch-size 4 --eval-batch-size 4
+RUN = """--vocab-size 97 --seq-length 16 --d-model 32 --num-layers 1 --num-heads 2 --train-batch-size 4 --eval-batch-size 4
 --gradient-accum-step 2 --valid-steps 2 --warmup-steps 2 --train-steps 5 --decay-steps 5 --learning-rate 0.01""".split()
 
 
