@@ -211,6 +211,9 @@ class XlaConfig:
         "reduce gradients by DistributedDataParallel instead of one all-reduce after backward; compiles more graphs",
     )
     use_syncfree_optim: bool = option(False, "torch_xla's sync-free optimizer: less host time per step")
+    compile_cache: str = option(
+        "~/.cache/gpt2xla", "folder where a TPU's compiled programs wait for the next start; '' keeps none"
+    )
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ def test_the_summary_adds_up(data_flags: list[str], tmp_path: Path) -> None:
     assert "5,000 tokens to train on, 500 to validate on" in text
     lines = metrics(tmp_path)
     assert [line["tokens"] for line in lines if "loss" in line] == [192, 384]
-    needed = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "compiles", "time"}
+    needed = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "compiles", "trace_ms", "time"}
     assert all(line.keys() == needed for line in lines if "loss" in line)
 
 

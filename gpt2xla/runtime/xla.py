@@ -7,6 +7,7 @@ The loop never reads the device: one graph per step, executed by one sync, metri
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
-import torch_xla.debug.metrics as met
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +28,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
 from gpt2xla.runtime.base import P, T, measured_cpu_flops, named_peak_flops, prefetch, set_matmul_precision
+from gpt2xla.runtime.xla_compiles import CompileWatch, count_compiles, open_compile_cache
 
 
 class XlaRuntime:
@@ -40,6 +41,7 @@ class XlaRuntime:
             raise InputError(
                 "--ddp needs a process per device, but on TPU v2 and v3 two devices share one; leave --ddp out"
             )
+        open_compile_cache(options.compile_cache)
         self.device = torch_xla.device()
         self.rank = xr.global_ordinal()
         self.world_size = xr.world_size()
@@ -51,6 +53,8 @@ class XlaRuntime:
         self.description = f"{self.world_size} x {self.name} (torch_xla {torch_xla.__version__})"
         # The sync-free optimizers stay off the host only when they are told whether a gradient overflowed: never, here.
         self.found_inf = self.to_device(torch.zeros(())) if options.use_syncfree_optim else None
+        self._watch = CompileWatch(speaks=self.is_main)
+        self._step_began = time.perf_counter()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._unread: deque[Future[None]] = deque()
 
@@ -93,15 +97,24 @@ class XlaRuntime:
         return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        return prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
+        on_device = prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
+        return self._watch.batches(on_device)
 
-    def compile_step(self, step: Callable[P, T]) -> Callable[P, T]:
+    def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
         def executed(*args: P.args, **kwargs: P.kwargs) -> T:
-            result = step(*args, **kwargs)
-            torch_xla.sync()
+            with self._watch.step(name):
+                self._step_began = time.perf_counter()
+                result = step(*args, **kwargs)
+                torch_xla.sync()
             return result
 
         return executed
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        return self._watch.part(name)
+
+    def trace_ms(self) -> float | None:
+        return (time.perf_counter() - self._step_began) * 1e3
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("xla", dtype=torch.bfloat16) if self.bf16 else nullcontext()
@@ -175,8 +188,7 @@ class XlaRuntime:
         pass
 
     def compiles(self) -> int:
-        compiled = met.metric_data("CompileTime")
-        return compiled[0] if compiled else 0
+        return count_compiles()
 
     def peak_flops(self) -> float | None:
         if xr.device_type() == "CPU":

@@ -30,6 +30,7 @@ from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.exits import exit_code
 from gpt2xla.runtime.xla import XlaRuntime
+from gpt2xla.runtime.xla_compiles import CompileWatch
 
 _TIMEOUT = timedelta(hours=1)  # others wait while the main process saves
 _SECONDS_FOR_LAUNCHER = 10
@@ -119,6 +120,7 @@ class XlaCpuRuntime(XlaRuntime):
         super().__init__(options, config)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.is_main = self.rank == 0
+        self._watch = CompileWatch(speaks=self.is_main)
         self.description = f"{self.world_size} x {self.name}, joined by gloo (torch_xla {torch_xla.__version__})"
 
     def setup_model(self, model: nn.Module) -> nn.Module:
@@ -131,6 +133,12 @@ class XlaCpuRuntime(XlaRuntime):
         loss.backward()
 
     def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
+        with self._not_tracing():
+            self._reduce_gradients(model)
+        # Its own reducing is over the devices of one process: here one, so none.
+        return super().optimizer_step(model, optimizer, max_grad_norm=max_grad_norm)
+
+    def _reduce_gradients(self, model: nn.Module) -> None:
         # Execute all micro-steps, their loss too: reading single tensors would compute what they share once for each.
         torch_xla.sync()
         parameters = [p for p in model.parameters() if p.grad is not None]
@@ -140,11 +148,16 @@ class XlaCpuRuntime(XlaRuntime):
         reduced = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
         for parameter, gradient in zip(parameters, xm.send_cpu_data_to_device(reduced, self.device), strict=True):
             parameter.grad = gradient
-        # Its own reducing is over the devices of one process: here one, so none.
-        return super().optimizer_step(model, optimizer, max_grad_norm=max_grad_norm)
 
     def sum(self, value: Tensor) -> Tensor:
-        return self.to_device(_sum_over_replicas(value.cpu()))
+        with self._not_tracing():
+            return self.to_device(_sum_over_replicas(value.cpu()))
+
+    @contextlib.contextmanager
+    def _not_tracing(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._step_began += time.perf_counter() - start
 
     def gather(self, value: float) -> list[float]:
         values = torch.zeros(self.world_size, dtype=torch.float64)
