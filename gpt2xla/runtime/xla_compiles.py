@@ -44,10 +44,12 @@ class CompileWatch:
 
     Args:
         speaks: whether this is the one process that prints.
+        warm_up: how many times a part is gone through before a compile is told.
     """
 
-    def __init__(self, speaks: bool) -> None:
+    def __init__(self, speaks: bool, warm_up: int = 1) -> None:
         self._speaks = speaks
+        self._warm_up = warm_up
         # torch_xla counts by process: where replicas are threads of one (TPU v2, v3), whose compile it was is unknown.
         self._warns = speaks and (xr.is_spmd() or xr.addressable_device_count() == 1)
         self._part = _BETWEEN
@@ -78,8 +80,8 @@ class CompileWatch:
         with self.part(name):
             yield
         if first:
-            # From the first step on, nothing between the steps may compile either.
-            self._calls[_BETWEEN] = 1
+            # From the first step on, nothing between steps may compile either.
+            self._calls[_BETWEEN] = self._warm_up
             programs = self._compiled - before
             self._say(f"the {name} is compiled: {time.perf_counter() - start:.1f} s, {programs} new programs")
 
@@ -96,7 +98,7 @@ class CompileWatch:
     def _settle(self) -> None:
         """What was compiled since the last call belongs to the present part."""
         compiled, fallbacks = count_compiles(), _count_fallbacks()
-        if self._warns and compiled > self._compiled and self._calls.get(self._part):
+        if self._warns and compiled > self._compiled and self._calls.get(self._part, 0) >= self._warm_up:
             kind, cause = self._cause({name for name, n in fallbacks.items() if n > self._fallbacks.get(name, 0)})
             if (self._part, kind) not in self._told:
                 self._told.add((self._part, kind))
