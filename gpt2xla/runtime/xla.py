@@ -53,8 +53,8 @@ class XlaRuntime:
         self.description = f"{self.world_size} x {self.name} (torch_xla {torch_xla.__version__})"
         # The sync-free optimizers stay off the host only when they are told whether a gradient overflowed: never, here.
         self.found_inf = self.to_device(torch.zeros(())) if options.use_syncfree_optim else None
-        # DistributedDataParallel regroups gradients after its first step, so its second one is another program.
-        self._watch = CompileWatch(speaks=self.is_main, warm_up=2 if options.ddp else 1)
+        # DistributedDataParallel regroups gradients after its first step: its second and third ones are other programs.
+        self._watch = CompileWatch(speaks=self.is_main, warm_up=3 if options.ddp else 1)
         self._step_began = time.perf_counter()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._unread: deque[Future[None]] = deque()
