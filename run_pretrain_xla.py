@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Pre-train GPT-2 on TPUs through PyTorch/XLA: `PJRT_DEVICE=TPU python run_pretrain_xla.py ...`.
 
-`PJRT_DEVICE=CPU` takes the same path on any machine.
+`PJRT_DEVICE=CPU` takes the same path on any machine, `CPU_NUM_DEVICES=2` with two replicas.
 """
 
 import os
@@ -22,10 +22,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     xla_environment.prepare(os.environ)
     if options.fsdp and not options.spmd:
         raise InputError("--fsdp needs --spmd; add it")
-    if (
-        os.environ["PJRT_DEVICE"] == "CPU" and not options.spmd and os.environ.get("CPU_NUM_DEVICES", "1") != "1"
-    ):  # its collectives hang
-        raise InputError("CPU_NUM_DEVICES: on PJRT_DEVICE=CPU only one device works; leave it out, or add --spmd")
     try:
         import torch_xla
     except ImportError as error:
@@ -37,6 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.spmd:
         train_spmd(config, options)
         return
+    several = os.environ.get("CPU_NUM_DEVICES", "1") != "1" or "RANK" in os.environ  # or by torchrun
+    if os.environ["PJRT_DEVICE"] == "CPU" and several:
+        from gpt2xla.runtime import xla_cpu
+
+        xla_cpu.launch(replica, (config, options), options.mp_start_method)
+        return
+
     try:
         torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
     except BrokenProcessPool:
@@ -56,6 +59,13 @@ def train_spmd(config: RunConfig, options: XlaConfig) -> None:
     from gpt2xla.trainer import pretrain
 
     pretrain(config, lambda train: SpmdRuntime(options, train))
+
+
+def replica(config: RunConfig, options: XlaConfig) -> None:
+    from gpt2xla.runtime.xla_cpu import XlaCpuRuntime
+    from gpt2xla.trainer import pretrain
+
+    pretrain(config, lambda train: XlaCpuRuntime(options, train))
 
 
 if __name__ == "__main__":

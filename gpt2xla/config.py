@@ -228,6 +228,9 @@ class XlaConfig:
         False, "with --spmd: split weights, gradients and optimizer state over the devices too, for large models"
     )
     use_syncfree_optim: bool = option(False, "torch_xla's sync-free optimizer: less host time per step")
+    compile_cache: str = option(
+        "~/.cache/gpt2xla", "folder where a TPU's compiled programs wait for the next start; '' keeps none"
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from gpt2xla.errors import InputError, RunFailed
 if TYPE_CHECKING:  # it imports torch, for which --help must not wait
     from gpt2xla.runtime.base import Runtime
 
+# If all processes fail alike, the main one reports, and the launcher ends the others before they do so too.
 _SECONDS_FOR_MAIN = 3
 
 
@@ -28,7 +29,9 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except (InputError, RunFailed, KeyboardInterrupt) as error:
-        return report(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 1
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_SECONDS_FOR_MAIN)
+        return report(error)
     return 0
 
 
@@ -53,7 +56,6 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
         if runtime.world_size == 1:
             raise
         if not runtime.is_main:
-            # If all fail alike, the main process reports, and the launcher ends this one before it does so too.
             time.sleep(_SECONDS_FOR_MAIN)
         code = report(error)
         sys.stderr.flush()

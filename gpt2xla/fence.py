@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-# Called as fence(tensors): replaces them, in place, by equal ones of which a compiler does not know where they come from, and
-# which are there only when all of them are. So it can neither merge two computations of the same thing, nor begin the next
-# before the last has ended.
+# Called as fence(tensors): replaces them, in place, by equal ones whose origin a compiler does not see, and which are
+# there only when all of them are. So it can neither merge two computations of the same thing, nor begin the next before the
+# last has ended.
 Fence = Callable[[list[Tensor]], None]
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+_CALLEE = re.compile(r"(?:to_apply|calls|branch_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)")
 _BITS = re.compile(r"(\d+)")
 
 

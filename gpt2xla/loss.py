@@ -48,7 +48,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows_BTD = F.embedding(torch.where(counted_BT, labels_BT, 0), head_VD)
         label_logits_BT = (x_BTD.float() * rows_BTD.float()).sum(-1)
         loss = -torch.where(counted_BT, label_logits_BT, 0.0).sum()
-        dx, dweights = [], []
+        dx: list[Tensor] = []
+        dweights: list[Tensor] = []
         for x_BCD, labels_BC, counted_BC in zip(
             *(t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT)), strict=True
         ):

@@ -121,7 +121,7 @@ class Trainer:
     def _loop(self) -> tuple[int, Validation | None]:
         """Train until the last step or the deadline: (the step reached, the last validation if it was of that step)."""
         config, runtime = self.config.train, self.runtime
-        train_step = runtime.compile_step(self.train_step)
+        train_step = runtime.compile_step(self.train_step, "training step")
         batches = runtime.device_batches(self.order.batches(self.first_step))
         deadline = time.monotonic() + config.max_hours * 3600 if config.max_hours else None
         validated: Validation | None = None
@@ -131,27 +131,37 @@ class Trainer:
         while step < config.train_steps and not out_of_time:
             train_step(batches, step)
             step += 1
+            if step == self.first_step + 1:
+                # This one compiled where anything is compiled: the clock starts after it.
+                runtime.wait()
+                self.throughput.restart()
 
             if deadline is not None and step % _STEPS_BETWEEN_CLOCK_CHECKS == 0:
                 out_of_time = any(runtime.gather(time.monotonic() > deadline))
             is_last = step == config.train_steps
             validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
             save = is_last or out_of_time or (config.save_interval and step % config.save_interval == 0)
-            validated = self._validate(step) if validate else None
+            validated = None
+            if validate:
+                with runtime.part("validation"):
+                    validated = self._validate(step)
             if save:
-                self._save(step)
+                with runtime.part("saving"):
+                    self._save(step)
             if validate or save:
                 self.throughput.restart()
         runtime.wait()
         return step, validated
 
     def _log_training(self, step: int, lr: float) -> Callable[[float, float], None]:
+        trace_ms = self.runtime.trace_ms()
+
         def log(loss: float, grad_norm: float) -> None:
             self._check_finite(step, loss, grad_norm)
             self._log(
                 {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
                 | self.throughput.step()
-                | {"compiles": self.runtime.compiles(), "time": time.time()}
+                | {"compiles": self.runtime.compiles(), "trace_ms": trace_ms, "time": time.time()}
             )
 
         return log
@@ -184,10 +194,11 @@ class Trainer:
         shards = checkpoint.shards_folder(self.folder, step)
         weights = self.runtime.to_host(self.model.state_dict())
         moments = self.runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS}, shards)
+        updates = self.runtime.to_host({"step": optimizer["step"]})
         if self.runtime.is_main:
             training = {
                 "step": step,
-                "optimizer": {"step": int(optimizer["step"].item()), **moments},
+                "optimizer": {"step": int(updates["step"].item()), **moments},
                 "runtime": self.runtime.state_dict(),
                 "data": self._data_position(),
                 "wandb_id": self.wandb.run_id if self.wandb else None,

@@ -50,8 +50,10 @@ def run_xla(
     return run(program, *arguments, PJRT_DEVICE="CPU", **environment)
 
 
-def torchrun(processes: int, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "run_pretrain.py"]
+def torchrun(
+    processes: int, *arguments: object, program: str = "run_pretrain.py", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", program]
     return run("-m", *launcher, *arguments, **environment)
 
 

@@ -75,7 +75,9 @@ def test_wrong_flags_on_xla_are_one_line_too(data_flags: list[str], tmp_path: Pa
     refused(run_xla(*flags, "--vocab-size", 90), "--vocab-size 90")
     refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE="CUDA"), "PJRT_DEVICE=CUDA", "run_pretrain.py")
     refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE=""), "PJRT_DEVICE")
-    refused(run_xla(*flags, CPU_NUM_DEVICES="2"), "CPU_NUM_DEVICES", "torchrun")
+    refused(run_xla(*flags, CPU_NUM_DEVICES="two"), "CPU_NUM_DEVICES=two")
+    refused(run_xla(*flags, "--train-batch-size", 3, CPU_NUM_DEVICES="2"), "--train-batch-size 3", "2 devices", "4")
+    refused(run_xla(*flags, "--ddp", CPU_NUM_DEVICES="2"), "--ddp")
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[str], tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_the_summary_adds_up(data_flags: list[str], tmp_path: Path) -> None:
     assert "5,000 tokens to train on, 500 to validate on" in text
     lines = metrics(tmp_path)
     assert [line["tokens"] for line in lines if "loss" in line] == [192, 384]
-    needed = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "compiles", "time"}
+    needed = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "compiles", "trace_ms", "time"}
     assert all(line.keys() == needed for line in lines if "loss" in line)
 
 

@@ -77,7 +77,9 @@ def test_the_commands_run_one_after_another(tmp_path: Path) -> None:
         for words in commands(block):
             if words[:3] == ["python", "-m", "venv"] or words[0] == "pip":
                 continue  # what `make install` did for this test
-            environment = dict([words.pop(0).split("=")] if "=" in words[0] else [])
+            environment = {}
+            while "=" in words[0]:
+                name, environment[name] = words.pop(0).split("=")
             if any("run_pretrain" in word for word in words):
                 words += SMALL if "--do-test" not in words else ["--eval-batch-size", "4", "--valid-steps", "2"]
                 words += ["--train-steps", "4", "--decay-steps", "4"] if "--do-test" not in words else []

@@ -89,7 +89,9 @@ def test_the_sync_free_optimizer_equals_the_plain_one(trained: Path, data_flags:
 
 
 def test_ddp_on_xla_equals_torch(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
-    succeed(run_xla(*data_flags, *SMALL_RUN, "--ddp", "--checkpoints-dir", tmp_path))
+    result = run_xla(*data_flags, *SMALL_RUN, "--ddp", "--checkpoints-dir", tmp_path)
+    succeed(result)
+    assert "warning: XLA" not in result.stderr
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=RELATIVE)
 
 

@@ -23,7 +23,7 @@ class Validator:
     def __init__(self, model: GPT2, runtime: Runtime) -> None:
         self.model = model
         self.runtime = runtime
-        self._step = runtime.compile_step(self._add_batch)
+        self._step = runtime.compile_step(self._add_batch, "validation step")
 
     def run(self, batches: Iterable[Batch]) -> Validation:
         """Loss over this process's `batches` and all others' together: each batch summed on the devices, the batches in

@@ -63,8 +63,19 @@ class Runtime(Protocol):
         """The same batches on the device, the next one on its way while the device works on this one."""
         ...
 
-    def compile_step(self, step: Callable[P, T]) -> Callable[P, T]:
-        """`step` as one unit of device work: on XLA one graph, executed once per call."""
+    def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
+        """`step` as one unit of device work: on XLA one graph, compiled by the first call, which says so on the console by
+        `name`, and executed once per call."""
+        ...
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Around what is done between steps now and then, such as saving. Where programs are compiled, one that is compiled
+        when a part is gone through again, or a step is called again, is a warning that names it and the cause."""
+        ...
+
+    def trace_ms(self) -> float | None:
+        """Asked inside a step: milliseconds of host time since it began, which went into tracing it and waiting for data;
+        None where steps are not traced."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]: ...

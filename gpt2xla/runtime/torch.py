@@ -92,8 +92,14 @@ class TorchRuntime:
 
         return prefetch(batches, to_device)
 
-    def compile_step(self, step: Callable[P, T]) -> Callable[P, T]:
+    def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
         return step
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def trace_ms(self) -> float | None:
+        return None
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext()

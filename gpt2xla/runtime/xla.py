@@ -7,6 +7,7 @@ The loop never reads the device: one graph per step, executed by one sync, metri
 from __future__ import annotations
 
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
-import torch_xla.debug.metrics as met
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -44,6 +44,7 @@ from gpt2xla.runtime.base import (
     random_seed,
     set_matmul_precision,
 )
+from gpt2xla.runtime.xla_compiles import CompileWatch, count_compiles, open_compile_cache
 from gpt2xla.runtime.xla_flash import flash_attention, why_not
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
 
@@ -59,6 +60,7 @@ class XlaRuntime:
             raise InputError(
                 "--ddp needs a process per device, but on TPU v2 and v3 two devices share one; leave --ddp out"
             )
+        open_compile_cache(options.compile_cache)
         self.device = torch_xla.device()
         self.rank = xr.global_ordinal()
         self.world_size = xr.world_size()
@@ -72,6 +74,9 @@ class XlaRuntime:
         self.description = f"{self.devices} x {self.name} (torch_xla {torch_xla.__version__})"
         # The sync-free optimizers stay off the host only when told whether a gradient overflowed: never, but in fp16.
         self.found_inf = self.to_device(torch.zeros(())) if options.use_syncfree_optim else None
+        # DistributedDataParallel regroups gradients after its first step: its second and third ones are other programs.
+        self._watch = CompileWatch(speaks=self.is_main, warm_up=3 if options.ddp else 1)
+        self._step_began = time.perf_counter()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         self._unread: deque[Future[None]] = deque()
 
@@ -98,7 +103,7 @@ class XlaRuntime:
         with torch.no_grad():
             for parameter, value in zip(model.parameters(), on_host, strict=True):
                 parameter.copy_(value)
-        if self.world_size > 1:
+        if xr.world_size() > 1:
             xm.broadcast_master_param(model)
 
     def _kernels(self, model: ModelConfig) -> Kernels:
@@ -144,15 +149,24 @@ class XlaRuntime:
         return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        return prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
+        on_device = prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
+        return self._watch.batches(on_device)
 
-    def compile_step(self, step: Callable[P, T]) -> Callable[P, T]:
+    def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
         def executed(*args: P.args, **kwargs: P.kwargs) -> T:
-            result = step(*args, **kwargs)
-            torch_xla.sync()
+            with self._watch.step(name):
+                self._step_began = time.perf_counter()
+                result = step(*args, **kwargs)
+                torch_xla.sync()
             return result
 
         return executed
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        return self._watch.part(name)
+
+    def trace_ms(self) -> float | None:
+        return (time.perf_counter() - self._step_began) * 1e3
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("xla", dtype=self.dtype) if self.dtype != torch.float32 else nullcontext()
@@ -243,8 +257,7 @@ class XlaRuntime:
             self.scaler.load_state_dict(state["scaler"])
 
     def compiles(self) -> int:
-        compiled = met.metric_data("CompileTime")
-        return compiled[0] if compiled else 0
+        return count_compiles()
 
     def peak_flops(self) -> float | None:
         if xr.device_type() == "CPU":

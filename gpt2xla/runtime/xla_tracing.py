@@ -25,7 +25,7 @@ class TracingRuntime(XlaRuntime):
             torch_xla._XLAC._xla_set_replication_devices(torch_xla._XLAC._xla_real_devices(devices))
             xr._WORLD_SIZE = replicas
         super().__init__(options, config)
-        self.world_size = replicas
+        self.world_size = self.devices = replicas
 
     @property
     def device_kind(self) -> str:
