@@ -66,11 +66,9 @@ class _ChunkedAttention(torch.autograd.Function):
         q_BTHK, k_BTHK, v_BTHK, log_sum_BHT1, dy_BTHK = fenced
         # For y = softmax(s) v the gradient of s is softmax(s) * (dy v^T - delta), delta the row sums of dy * y.
         delta_BHT1 = (dy_BTHK.float() * y_BTHK.float()).sum(-1).transpose(1, 2).unsqueeze(-1)
-        chunks = _chunks(q_BTHK.shape[1])
         dq: list[Tensor] = []
-        dk: list[list[Tensor]] = [[] for _ in chunks]
-        dv: list[list[Tensor]] = [[] for _ in chunks]
-        for queries, keys in chunks:
+        dk_BTHK = dv_BTHK = None
+        for queries, keys in _chunks(q_BTHK.shape[1]):
             scores_BHCS = _scores(q_BTHK[:, queries], k_BTHK[:, keys], queries.start)
             weights_BHCS = torch.exp(scores_BHCS - log_sum_BHT1[:, :, queries])
             dweights_BHCS = torch.einsum("bqhd,bkhd->bhqk", dy_BTHK[:, queries], v_BTHK[:, keys]).float()
@@ -78,12 +76,10 @@ class _ChunkedAttention(torch.autograd.Function):
             dq.append(torch.einsum("bhqk,bkhd->bqhd", dscores_BHCS, k_BTHK[:, keys]))
             dk_BSHK = torch.einsum("bhqk,bqhd->bkhd", dscores_BHCS, q_BTHK[:, queries])
             dv_BSHK = torch.einsum("bhqk,bqhd->bkhd", weights_BHCS.to(v_BTHK.dtype), dy_BTHK[:, queries])
-            for number, (part, _) in enumerate(chunks):
-                if part.start < keys.stop:
-                    dk[number].append(dk_BSHK[:, part])
-                    dv[number].append(dv_BSHK[:, part])
+            unseen = (0, 0, 0, 0, 0, k_BTHK.shape[1] - keys.stop)
+            dk_BTHK = F.pad(dk_BSHK, unseen) if dk_BTHK is None else dk_BTHK + F.pad(dk_BSHK, unseen)
+            dv_BTHK = F.pad(dv_BSHK, unseen) if dv_BTHK is None else dv_BTHK + F.pad(dv_BSHK, unseen)
         dq_BTHK = torch.cat(dq, dim=1) / math.sqrt(q_BTHK.shape[-1])
-        dk_BTHK, dv_BTHK = (torch.cat([sum(parts[1:], parts[0]) for parts in grad], dim=1) for grad in (dk, dv))
         return dq_BTHK, dk_BTHK, dv_BTHK, None
 
 

@@ -20,14 +20,18 @@ from gpt2xla.errors import InputError
 
 Options = TypeVar("Options")
 
+_PRETRAIN = "Pre-train GPT-2, go on with a run, or (--do-test) validate a checkpoint."
 
-def parse_run(runtime_group: type[Options], argv: Sequence[str] | None = None) -> tuple[RunConfig, Options]:
+
+def parse_run(
+    runtime_group: type[Options], argv: Sequence[str] | None = None, description: str = _PRETRAIN
+) -> tuple[RunConfig, Options]:
     """The run and the runner's own options, as `argv` (default: the process's arguments) asks for them.
 
     Raises:
         InputError: a flag, preset or file is wrong.
     """
-    parser = _parser(runtime_group)
+    parser = _parser(runtime_group, description)
     given = vars(parser.parse_args(argv))
     options: dict[str, Any] = {}
     if file := given.pop("config", None):
@@ -104,8 +108,8 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
         )
 
 
-def _parser(runtime_group: type) -> OneLineParser:
-    parser = OneLineParser(description="Pre-train GPT-2, go on with a run, or (--do-test) validate a checkpoint.")
+def _parser(runtime_group: type, description: str) -> OneLineParser:
+    parser = OneLineParser(description=description)
     parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS,
         help="YAML or JSON file of options by flag name; flags on the command line override it",

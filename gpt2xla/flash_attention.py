@@ -57,20 +57,17 @@ class Shape:
 def forward(shape: Shape, interpret: bool = False) -> Any:
     """(q, k, v) -> (y, log_sums): bf16 (B, T, D), and fp32 (B, blocks, heads_per_block, T), the log of the sum of
     exponentiated scores of each query."""
-    return _call(shape, _forward, inputs="BBB", outputs="BS", interpret=interpret)
+    return _call(shape, _forward, inputs="BBB", outputs="BS", products=2, interpret=interpret)
 
 
 def backward(shape: Shape, interpret: bool = False) -> Any:
     """(q, k, v, y, log_sums, dy) -> (dq, dk, dv), all bf16 (B, T, D) but for log_sums."""
-    return _call(shape, _backward, inputs="BBBBSB", outputs="BBB", interpret=interpret)
+    return _call(shape, _backward, inputs="BBBBSB", outputs="BBB", products=5, interpret=interpret)
 
 
 def lower(shape: Shape, kernel: Any) -> str:
     """`kernel` (forward or backward) as the payload of a `tpu_custom_call`. Runs on any machine; initialises no device."""
-    from jax._src import tpu_custom_call
-
-    # The version of the kernel language that the libtpu of torch_xla 2.9 reads.
-    tpu_custom_call.get_ir_version = lambda *args: 7
+    use_libtpu_version()
     jax.config.update("jax_platforms", "cpu")  # or JAX would take the TPU away from torch_xla
     function = kernel(shape)
     text = str(jax.jit(function).trace(*function.arguments).lower(lowering_platforms=("tpu",)).compiler_ir())
@@ -81,7 +78,15 @@ def lower(shape: Shape, kernel: Any) -> str:
     return payload
 
 
-def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, interpret: bool) -> Any:
+def use_libtpu_version() -> None:
+    """Write kernels in the version of their language that the libtpu of torch_xla 2.9 reads."""
+    from jax._src import tpu_custom_call
+
+    tpu_custom_call.get_ir_version = lambda *args: 7
+
+
+def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, products: int, interpret: bool) -> Any:
+    scores = shape.B * shape.H * sum(shape.queries_per_chunk * queries.stop for queries, _ in _chunks(shape))
     heads, blocks = shape.heads_per_block, shape.blocks
     specs = {
         "B": pl.BlockSpec((1, shape.T, COLUMNS), lambda sequence, block: (sequence, 0, block)),
@@ -97,6 +102,11 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, interpret: bool
         in_specs=[specs[kind] for kind in inputs],
         out_specs=[specs[kind] for kind in outputs],
         out_shape=[arrays[kind] for kind in outputs],
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * scores * shape.K,
+            transcendentals=scores,
+            bytes_accessed=sum(arrays[kind].size * arrays[kind].dtype.itemsize for kind in inputs + outputs),
+        ),
         interpret=interpret,
     )
 

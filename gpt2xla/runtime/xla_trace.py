@@ -26,6 +26,7 @@ def main(request: dict[str, Any]) -> None:
     dump = tempfile.mkdtemp(dir=output)
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["CPU_NUM_DEVICES"] = str(request["replicas"])
+    os.environ["XLA_HLO_DEBUG"] = "1"  # names in the graph
     os.environ["XLA_FLAGS"] = (
         f"--xla_dump_to={dump} --xla_dump_hlo_as_proto --xla_dump_hlo_module_re=.*SyncTensorsGraph.*"
     )
@@ -49,22 +50,27 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     import torch_xla
 
     from gpt2xla.model import GPT2
-    from gpt2xla.runtime.xla_tracing import TracingRuntime
+    from gpt2xla.runtime.xla_tracing import TracingRuntime, TracingSpmdRuntime, name_operations
     from gpt2xla.train_step import TrainStep
 
-    runtime = TracingRuntime(options, config.train, device_kind, replicas)
+    runtime: TracingRuntime = (TracingSpmdRuntime if options.spmd else TracingRuntime)(
+        options, config.train, device_kind, replicas
+    )
     with torch.device("meta"):
         model = GPT2(config.model)
     step = TrainStep(config, runtime, model, None, lambda step, lr: lambda loss, grad_norm: None)
-    batches = runtime.batches(config.train.train_batch_size // replicas, config.model.seq_length)
+    batches = runtime.batches(config.train.train_batch_size, config.model.seq_length)
     seconds = []
-    for number in range(_TIMED_STEPS + 1):
+    for number in range(_TIMED_STEPS + 2):
+        if number > _TIMED_STEPS:
+            name_operations(model)
         torch_xla._XLAC._clear_pending_irs(str(runtime.device))
         start = time.perf_counter()
+        runtime.begin_step(step)
         step(batches, number)
         seconds.append(time.perf_counter() - start)
     return step, {
-        "trace_ms": round(median(seconds[1:]) * 1000, 1),
+        "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
         "parameters": model.num_parameters(),
         "kernels": {"attention": getattr(model.kernels.attention, "__name__", None)},
     }

@@ -23,7 +23,7 @@ _BITS = re.compile(r"(\d+)")
 class Allocation(NamedTuple):
     bytes: int
     shape: str
-    name: str  # of the instruction, and where in the model it comes from if the trace said so
+    origin: str  # the module whose forward pass made it, or the operation
 
 
 @dataclass
@@ -56,16 +56,15 @@ class Program:
                 total[self._kind(rest)] += int(estimate[1]) * times
         return total
 
-    def custom_calls(self) -> Counter[str]:
-        """How often each target is called. The compiler estimates no cycles for them."""
-        calls = (
-            (re.search(r'custom_call_target="([^"]+)"', rest), times) for rest, times in self._executed(self.entry, 1)
+    def kernel_calls(self) -> dict[str, int]:
+        """How often flash attention's two kernels are called; the compiler estimates no cycles for them."""
+        calls = Counter(
+            "forward" if "f32[" in rest[: rest.index("custom-call(")] else "backward"
+            for rest, times in self._executed(self.entry, 1)
+            for _ in range(times)
+            if 'custom_call_target="tpu_custom_call"' in rest
         )
-        total: Counter[str] = Counter()
-        for target, times in calls:
-            if target:
-                total[target[1]] += times
-        return total
+        return dict(calls)
 
     def largest_at_peak(self, count: int) -> list[Allocation]:
         """The largest arrays in main memory, arguments left out, when the entry computation holds most."""
@@ -86,12 +85,15 @@ class Program:
             elif opcode in ("parameter", "constant", "after-all"):
                 owners[name] = []
             else:
-                origin = re.search(r'op_name="([^"]*)"', rest)
+                operation = re.search(r'op_name="([^"]*)"', rest)
+                origin = module_of(operation[1]) if operation else name
                 owners[name] = []
-                for number, (bytes_, shape) in enumerate(_arrays(rest, opcode)):
+                arrays = list(_arrays(rest, opcode))
+                # A copy's second result is its source.
+                for number, (bytes_, shape) in enumerate(arrays[:1] if opcode.endswith("-start") else arrays):
                     buffer = f"{name}.{number}"
                     owners[name].append(buffer)
-                    sizes[buffer] = Allocation(bytes_, shape, f"{name} {origin[1] if origin else ''}".strip())
+                    sizes[buffer] = Allocation(bytes_, shape, origin)
                     first[buffer] = last[buffer] = place
         peak = _peak(first, last, sizes)
         live = [sizes[buffer] for buffer in sizes if first[buffer] <= peak <= last[buffer]]
@@ -101,11 +103,9 @@ class Program:
         for _, rest in self.computations.get(computation, []):
             opcode = _opcode(rest)
             if opcode == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
                 body = re.search(r"body=%?([\w.\-]+)", rest)
-                assert trips, f"a loop of unknown length: {rest[:200]}"
                 assert body
-                yield from self._executed(body[1], times * int(trips[1]))
+                yield from self._executed(body[1], times * self._trips(rest))
             elif opcode in ("call", "conditional"):
                 for callee in re.findall(
                     r"(?:to_apply|calls|branch_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)", rest
@@ -113,6 +113,15 @@ class Program:
                     yield from self._executed(callee, times)
             else:
                 yield rest, times
+
+    def _trips(self, rest: str) -> int:
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
+            return int(known[1])
+        # The loops that overlap products with communication count from 0 to the constant in their condition.
+        condition = re.search(r"condition=%?([\w.\-]+)", rest)
+        instructions = self.computations.get(condition[1], []) if condition else []
+        constants = [int(n) for _, inner in instructions for n in re.findall(r"constant\((\d+)\)", inner)]
+        return max(constants, default=1)
 
     def _kind(self, rest: str) -> str:
         opcode = _opcode(rest)
@@ -123,6 +132,13 @@ class Program:
         if opcode in ("convolution", "dot"):
             return "matmul"
         return "copy" if opcode.startswith("copy") else "other"
+
+
+def module_of(op_name: str) -> str:
+    """`h.0.659/h.0.mlp.15/h.0.mlp.c_fc.1/aten__mm` -> `h.0.mlp.c_fc`: scopes carry a counter each. Without a scope, the
+    operation: backward passes and optimizers have none."""
+    *scopes, operation = op_name.split("/")
+    return scopes[-1].rsplit(".", 1)[0] if scopes else f"{operation.removeprefix('aten__')} (backward or optimizer)"
 
 
 def _opcode(rest: str) -> str:

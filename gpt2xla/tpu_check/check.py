@@ -1,0 +1,128 @@
+"""Trace a run's training step, compile it for TPUs, and say whether it fits and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.config import RunConfig, XlaConfig
+from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
+
+_MOST_SEQUENCES = 1024  # per device and micro-step; beyond, nothing is gained
+_SKIPPED_VARIABLES = ("PJRT_DEVICE", "TPU_", "XLA_", "LIBTPU", "CPU_NUM", "JAX_")
+
+
+def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Compile the step of `config` for the devices of one host of `topology`.
+
+    Returns what the README describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles, roofline_seconds,
+    compile_seconds, trace_ms and others; sizes and costs are of one device and one update.
+
+    Raises:
+        InputError: the batch does not divide over the devices, or the topology is unknown.
+        RunFailed: tracing or compiling broke off; the message says with which error.
+    """
+    found = TOPOLOGIES[topology]
+    share, rest = divmod(config.train.train_batch_size, found.devices)
+    if rest or not share:
+        raise InputError(
+            f"--train-batch-size {config.train.train_batch_size} does not divide over the {found.devices} devices of "
+            f"{topology}; use a multiple of {found.devices}"
+        )
+    with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
+        say(f"{topology}: tracing {share} sequences per device ...")
+        trace = _run("gpt2xla.runtime.xla_trace", Path(folder), _trace_request(config, options, found), "trace.json")
+        say(f"{topology}: compiling ...")
+        request = {"topology": topology, "graph": f"{folder}/step.pb", "replicas": found.devices, "spmd": options.spmd}
+        compiled = _run("gpt2xla.tpu_check.compile", Path(folder), request, "compiled.json")
+        report = {"topology": topology, "sequences_per_device": share, **trace, **compiled}
+        if compiled["fits"]:
+            report |= _costs(config, found, compiled)
+            if calls := compiled["kernel_calls"]:
+                sizes = [share, config.model.seq_length, config.model.num_heads]
+                request = {"topology": topology, "kernels": [*sizes, config.model.d_model // config.model.num_heads]}
+                each = _run("gpt2xla.tpu_check.compile", Path(folder), request, "compiled.json")
+                report["kernel_cycles"] = sum(each[name] * number for name, number in calls.items())
+                report["cycles"] += report["kernel_cycles"]
+    return report
+
+
+def find_batch(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """The report of the most sequences per device and micro-step that fit, or that of one sequence if not even that does.
+
+    Memory grows evenly with the batch, so two compiles tell about where the limit lies, and a few more find it.
+    """
+    devices = TOPOLOGIES[topology].devices
+
+    def at(share: int) -> dict[str, Any]:
+        train = dataclasses.replace(config.train, train_batch_size=share * devices)
+        report = check(dataclasses.replace(config, train=train), options, topology, say)
+        verdict = "fits" if report["fits"] else "does not fit"
+        say(f"{topology}: {share} per device: {report['peak_gib']:.2f} of {report['memory_gib']:.2f} GiB, {verdict}")
+        tried[share] = report
+        return report
+
+    tried: dict[int, dict[str, Any]] = {}
+    best, too_many = 0, _MOST_SEQUENCES + 1
+    share = 1
+    while too_many - best > 1:
+        if at(share)["fits"]:
+            best = share
+        else:
+            too_many = share
+        share = _next_try(tried, best, too_many)
+    return tried[max(best, 1)]
+
+
+def _next_try(tried: dict[int, dict[str, Any]], best: int, too_many: int) -> int:
+    """Where the line through the two tries nearest to the limit crosses it, but strictly between what is known."""
+    if len(tried) < 2:
+        return 2
+    a, b = sorted(sorted(tried, key=lambda share: abs(tried[share]["peak_gib"] - tried[share]["memory_gib"]))[:2])
+    slope = (tried[b]["peak_gib"] - tried[a]["peak_gib"]) / (b - a)
+    limit = tried[a]["memory_gib"]
+    guess = int(a + (limit - tried[a]["peak_gib"]) / slope) if slope > 0 else 2 * b
+    return min(max(guess, best + 1), too_many - 1)
+
+
+def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> dict[str, Any]:
+    compute, memory = compiled["flops"] / topology.flops, compiled["bytes"] / topology.bandwidth
+    return {
+        # No step can be faster than its products at the device's peak, or its traffic at full bandwidth.
+        "roofline_seconds": max(compute, memory),
+        "roofline_bound": "compute" if compute > memory else "memory",
+        "tokens_per_step": config.train.train_batch_size * config.train.gradient_accum_step * config.model.seq_length,
+    }
+
+
+def _trace_request(config: RunConfig, options: XlaConfig, topology: Topology) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(XlaConfig)}
+    return {
+        "config": config.to_flat(),
+        "options": {name: value for name, value in dataclasses.asdict(options).items() if name in names},
+        "device_kind": topology.kind,
+        "replicas": topology.devices,
+    }
+
+
+def _run(module: str, folder: Path, request: dict[str, Any], answer: str) -> dict[str, Any]:
+    """`module` on `request` in a process of its own: each wants its own environment, and one XLA."""
+    file = folder / "request.json"
+    output = folder if answer == "trace.json" else folder / answer
+    file.write_text(json.dumps(request | {"output": str(output)}))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_SKIPPED_VARIABLES)}
+    process = subprocess.run(
+        [sys.executable, "-m", module, str(file)], env=environment, capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        lines = [line for line in process.stderr.strip().split("\n") if line]
+        raise RunFailed(f"{module} broke off: {lines[-1] if lines else f'exit code {process.returncode}'}")
+    return json.loads((folder / answer).read_text())

@@ -1,0 +1,196 @@
+"""libtpu's compiler on a traced step. Run as a program of its own: `python -m gpt2xla.tpu_check.compile REQUEST.json`.
+
+It needs no TPU: JAX's ahead-of-time topologies reach the compiler, which is the one that a TPU machine runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.tpu_check.hlo import Program
+from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
+
+GIB = 2**30
+
+
+def main(request: dict[str, Any]) -> None:
+    """`request` holds topology and output (a file for the answer), and either graph (a file), replicas and spmd, or
+    kernels: the sizes (B, T, H, K) of flash attention."""
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": request["topology"]}
+    topology = TOPOLOGIES[request["topology"]]
+    if "kernels" in request:
+        answer = kernel_cycles(topology, request["kernels"])
+    else:
+        answer = compile_graph(Path(request["graph"]).read_bytes(), topology, request["replicas"], request["spmd"])
+    Path(request["output"]).write_text(json.dumps(answer))
+
+
+def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -> dict[str, Any]:
+    """What the compiler says of `graph`, an HloModuleProto as torch_xla hands it over.
+
+    Sizes are in GiB and of one device; cycles leave out custom calls, for which the compiler has no estimate.
+    """
+    import numpy as np
+    from jax._src.lib import xla_client
+    from jax.experimental import topologies
+
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name)
+    devices: list[Any] = list(description.devices)[:replicas]
+    numbers = np.array([device.id for device in devices])
+    options = xla_client.CompileOptions()
+    options.num_replicas, options.num_partitions = (1, replicas) if spmd else (replicas, 1)
+    options.device_assignment = xla_client.DeviceAssignment.create(numbers.reshape(options.num_replicas, -1))
+    if spmd:
+        build = options.executable_build_options
+        build.use_spmd_partitioning = True
+        build.num_replicas, build.num_partitions = 1, replicas
+        build.allow_spmd_sharding_propagation_to_parameters = [True]
+        build.allow_spmd_sharding_propagation_to_output = [True]
+    module, donated = _to_stablehlo(graph)
+    start = time.perf_counter()
+    try:
+        program = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
+    except Exception as error:
+        message = str(error)
+        used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)G hbm", message)
+        if not used:
+            raise
+        return {
+            "fits": False,
+            "peak_gib": float(used[1]) / {"K": 2**20, "M": 2**10, "G": 1}[used[2]],
+            "memory_gib": float(used[3]),
+            "largest": _largest_by_message(message),
+            "compile_seconds": round(time.perf_counter() - start, 1),
+        }
+    seconds = round(time.perf_counter() - start, 1)
+    memory, costs = program.get_compiled_memory_stats(), program.cost_analysis()
+    costs = costs[0] if isinstance(costs, list) else costs
+    hlo = Program.parse(program.hlo_modules()[0].to_string())
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporary
+    cycles = hlo.cycles()
+    return {
+        "fits": True,
+        "peak_gib": round(peak / GIB, 3),
+        "memory_gib": topology.memory,
+        "arguments_gib": round(arguments / GIB, 3),
+        "temporary_gib": round(temporary / GIB, 3),
+        "donated": donated,
+        "largest": [{"gib": round(a.bytes / GIB, 3), "shape": a.shape, "name": a.name} for a in hlo.largest_at_peak(8)],
+        "flops": costs["flops"],
+        "bytes": costs["bytes accessed"],
+        "cycles": sum(cycles.values()),
+        "cycles_by_kind": dict(cycles),
+        "kernel_calls": hlo.kernel_calls(),
+        "compile_seconds": seconds,
+    }
+
+
+def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
+    """Cycles of one call of each flash attention kernel: the instructions of its final schedule, one bundle a cycle, times
+    the steps of its grid. Waiting for memory is not in it."""
+    cycles = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        import jax
+        from jax.experimental import topologies
+        from jax.sharding import SingleDeviceSharding
+
+        from gpt2xla import flash_attention as kernels
+
+        kernels.use_libtpu_version()
+        shape = kernels.Shape(*sizes)
+        device = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name).devices[0]
+        for direction in ("forward", "backward"):
+            function = getattr(kernels, direction)(shape)
+            place = SingleDeviceSharding(device)
+            arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in function.arguments]
+            jax.jit(function).lower(*arguments).compile()
+            # Two programs are dumped: the kernel's and a frame around it, the shorter one.
+            schedules = [f.read_text() for f in Path(folder).glob("*schedule-analysis_final_bundles.txt")]
+            bundles = max(
+                int(found[1]) for s in schedules if (found := re.search(r"total scheduled bundles:\s+(\d+)", s))
+            )
+            cycles[direction] = bundles * shape.B * shape.blocks
+            for file in Path(folder).iterdir():
+                file.unlink()
+    return cycles
+
+
+def _to_stablehlo(graph: bytes) -> tuple[bytes, int]:
+    """The module as the compiler takes it, and how many of its arguments give their memory to results."""
+    from jax._src.interpreters import mlir
+    from jax._src.lib import xla_client
+    from jaxlib.mlir import ir
+
+    module = _module_of(graph)
+    header = xla_client._xla.HloModule.from_serialized_hlo_module_proto(module).to_string().split("\n", 1)[0]
+    start = header.find("buffer_donor")
+    end = header.find("entry_computation_layout")
+    donors = {int(n) for n in re.findall(r"\((\d+), \{", header[start:end])} if start >= 0 else set()
+    with mlir.make_ir_context():
+        parsed: Any = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(module))
+        (main,) = [op for op in parsed.body.operations if getattr(op, "name", None) and op.name.value == "main"]
+        attributes = (
+            list(main.attributes["arg_attrs"]) if "arg_attrs" in main.attributes else [{}] * len(main.arguments)
+        )
+        marked = []
+        for number, old in enumerate(attributes):
+            new = {a.name: a.attr for a in old if a.name != "jax.buffer_donor"}
+            if number in donors:
+                new["jax.buffer_donor"] = ir.BoolAttr.get(True)
+            marked.append(ir.DictAttr.get(new))
+        main.attributes["arg_attrs"] = ir.ArrayAttr.get(marked)
+        return mlir.module_to_bytecode(parsed), len(donors)
+
+
+def _module_of(proto: bytes) -> bytes:
+    """The HloModuleProto inside an HloProto, its field 1, as XLA's dumps wrap it."""
+    from jax._src.lib import xla_client
+
+    def varint(place: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = proto[place]
+            value |= (byte & 127) << shift
+            place, shift = place + 1, shift + 7
+            if byte < 128:
+                return value, place
+
+    place = 0
+    while place < len(proto):
+        key, place = varint(place)
+        size, place = varint(place)
+        if key == 1 << 3 | 2:
+            inner = proto[place : place + size]
+            try:
+                xla_client._xla.HloModule.from_serialized_hlo_module_proto(inner)
+                return inner
+            except Exception:
+                break
+        place += size
+    return proto
+
+
+def _largest_by_message(message: str) -> list[dict[str, Any]]:
+    found = re.findall(
+        r'Size: ([\d.]+)([KMG])\n(?:\s+Operator: (?:op_type="[^"]*" )?op_name="([^"]*)"[^\n]*\n)?\s+Shape: (\S+)',
+        message,
+    )
+    scale = {"K": 2**20, "M": 2**10, "G": 1}
+    return [
+        {"gib": round(float(size) / scale[unit], 3), "shape": shape.split("{")[0], "name": name}
+        for size, unit, name, shape in found[:8]
+    ]
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
