@@ -71,7 +71,10 @@ def describe(report: dict[str, Any]) -> str:
             f"  host: {report['trace_ms']} ms of tracing per update; compiled in {report['compile_seconds']} s here",
         ]
     lines.append("  largest in memory, beside weights and optimizer state:")
-    lines += [f"    {entry['gib']:.2f} GiB {entry['shape']} {entry['name']}" for entry in report["largest"][:5]]
+    lines += [
+        f"    {entry['gib']:.2f} GiB: {entry['count']} x {entry['shape']} {entry['origin']}"
+        for entry in report["largest"][:5]
+    ]
     return "\n".join(lines)
 
 

@@ -90,9 +90,7 @@ def name_operations(model: nn.Module) -> None:
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         scopes.pop()
 
-    names = {
-        module: name.rsplit(".", 1)[-1] if "h." not in name else name for name, module in model.named_modules() if name
-    }
+    names = {module: name or "loss" for name, module in model.named_modules()}  # the model's own work is the loss
     for module in names:
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave, always_call=True)

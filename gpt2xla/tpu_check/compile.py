@@ -11,10 +11,11 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpt2xla.tpu_check.hlo import Program
+from gpt2xla.tpu_check.hlo import Allocation, Program, module_of
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
 
 GIB = 2**30
@@ -84,7 +85,7 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
         "arguments_gib": round(arguments / GIB, 3),
         "temporary_gib": round(temporary / GIB, 3),
         "donated": donated,
-        "largest": [{"gib": round(a.bytes / GIB, 3), "shape": a.shape, "name": a.name} for a in hlo.largest_at_peak(8)],
+        "largest": _by_origin(hlo.largest_at_peak(), 8),
         "flops": costs["flops"],
         "bytes": costs["bytes accessed"],
         "cycles": sum(cycles.values()),
@@ -181,14 +182,27 @@ def _module_of(proto: bytes) -> bytes:
 
 
 def _largest_by_message(message: str) -> list[dict[str, Any]]:
-    found = re.findall(
-        r'Size: ([\d.]+)([KMG])\n(?:\s+Operator: (?:op_type="[^"]*" )?op_name="([^"]*)"[^\n]*\n)?\s+Shape: (\S+)',
-        message,
-    )
-    scale = {"K": 2**20, "M": 2**10, "G": 1}
+    operator = r'(?:\s+Operator: (?:op_type="[^"]*" )?op_name="([^"]*)"[^\n]*\n)?'
+    found = re.findall(rf"Size: ([\d.]+)([KMG])\n{operator}\s+Shape: (\S+)", message)
+    scale = {"K": 2**10, "M": 2**20, "G": GIB}
+    allocations = [
+        Allocation(int(float(size) * scale[unit]), shape.split("{")[0], module_of(name) if name else "unnamed")
+        for size, unit, name, shape in found
+    ]
+    return _by_origin(allocations, 8)
+
+
+def _by_origin(allocations: list[Allocation], count: int) -> list[dict[str, Any]]:
+    """The same of every layer as one entry, the largest first."""
+    groups: Counter[tuple[str, str]] = Counter()
+    numbers: Counter[tuple[str, str]] = Counter()
+    for allocation in allocations:
+        key = (allocation.shape, re.sub(r"\bh\.\d+", "h.*", allocation.origin))
+        groups[key] += allocation.bytes
+        numbers[key] += 1
     return [
-        {"gib": round(float(size) / scale[unit], 3), "shape": shape.split("{")[0], "name": name}
-        for size, unit, name, shape in found[:8]
+        {"gib": round(size / GIB, 3), "count": numbers[shape, origin], "shape": shape, "origin": origin}
+        for (shape, origin), size in groups.most_common(count)
     ]
 
 

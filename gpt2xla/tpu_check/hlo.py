@@ -66,8 +66,8 @@ class Program:
         )
         return dict(calls)
 
-    def largest_at_peak(self, count: int) -> list[Allocation]:
-        """The largest arrays in main memory, arguments left out, when the entry computation holds most."""
+    def largest_at_peak(self) -> list[Allocation]:
+        """The arrays in main memory, arguments left out, when the entry computation holds most; the largest first."""
         owners: dict[str, list[str]] = {}  # value -> the buffers it stands for
         sizes: dict[str, Allocation] = {}
         first, last = {}, {}
@@ -97,7 +97,7 @@ class Program:
                     first[buffer] = last[buffer] = place
         peak = _peak(first, last, sizes)
         live = [sizes[buffer] for buffer in sizes if first[buffer] <= peak <= last[buffer]]
-        return sorted(live, key=lambda allocation: -allocation.bytes)[:count]
+        return sorted(live, key=lambda allocation: -allocation.bytes)
 
     def _executed(self, computation: str, times: int) -> Iterator[tuple[str, int]]:
         for _, rest in self.computations.get(computation, []):
