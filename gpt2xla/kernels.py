@@ -44,7 +44,7 @@ def choose_kernels(
     *,
     attention: dict[str, Attention],
     preferred: str,
-    loss_chunks: int,
+    loss_chunks: int | None,
     checkpoint: Callable[..., Any],
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
     fence: Fence = no_fence,
@@ -53,7 +53,7 @@ def choose_kernels(
 
     Args:
         attention: by the names of --attention, what the device can compute beside `sdpa`.
-        preferred, loss_chunks: the device's own choices, for options left alone.
+        preferred, loss_chunks: the device's own choices, for options left alone; without chunks, the plain loss.
 
     Raises:
         InputError: --attention names something that this device, or this model, cannot do.
@@ -68,7 +68,7 @@ def choose_kernels(
     chunks = train.loss_chunks or loss_chunks
     return Kernels(
         attention=attention.get(name),
-        cross_entropy=partial(chunked_cross_entropy, chunks=chunks, fence=fence) if chunks > 1 else plain_cross_entropy,
+        cross_entropy=partial(chunked_cross_entropy, chunks=chunks, fence=fence) if chunks else plain_cross_entropy,
         layer_norm=layer_norm,
         separate_qkv=name != "sdpa",
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,

@@ -66,7 +66,7 @@ class TorchRuntime:
             model.config,
             attention={"chunked": chunked_attention},
             preferred="sdpa",
-            loss_chunks=1,
+            loss_chunks=None,
             checkpoint=partial(checkpoint, use_reentrant=False),
         )
         model.to(self.device)

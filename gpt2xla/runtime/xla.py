@@ -114,7 +114,7 @@ class XlaRuntime:
             raise InputError(f"--attention flash: {flash_is_out}; leave the flag out")
         attention: dict[str, Attention] = {"chunked": partial(chunked_attention, fence=xm.optimization_barrier_)}
         if not flash_is_out:
-            attention["flash"] = flash_attention
+            attention["flash"] = self.flash_attention
         tokens = self.train.train_batch_size * model.seq_length // self.devices
         return choose_kernels(
             self.train,
@@ -126,6 +126,10 @@ class XlaRuntime:
             layer_norm=partial(lean_layer_norm, fence=xm.optimization_barrier_),
             fence=xm.optimization_barrier_,
         )
+
+    @property
+    def flash_attention(self) -> Attention:
+        return flash_attention
 
     @property
     def device_kind(self) -> str:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch_xla
+import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
 
-def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
-    """Causal attention in bf16, (B, T, D) each; the shape must be `supported`."""
-    return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, num_heads)
+def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, mesh: xs.Mesh | None = None) -> Tensor:
+    """Causal attention in bf16, (B, T, D) each; the shape must be `supported`. With a mesh of one axis, for SPMD, each device
+    takes its part of the batch: the partitioner cannot look into the kernel to divide it."""
+    return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, num_heads, mesh)
 
 
 def why_not(device_kind: str, num_heads: int, head_size: int, length: int) -> str | None:
@@ -33,28 +35,45 @@ def why_not(device_kind: str, num_heads: int, head_size: int, length: int) -> st
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
-        sequences, length, width = q_BTD.shape
-        ctx.shape = (sequences, length, num_heads, width // num_heads)
-        payload, log_sums_shape = _lowered(ctx.shape, "forward")
-        y_BTD, log_sums = torch_xla._XLAC._xla_tpu_custom_call(
-            [q_BTD, k_BTD, v_BTD], payload, [q_BTD.shape, log_sums_shape], [torch.bfloat16, torch.float32]
-        )
+    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, mesh: xs.Mesh | None) -> Tensor:
+        ctx.num_heads, ctx.mesh = num_heads, mesh
+        y_BTD, log_sums = _call("forward", [q_BTD, k_BTD, v_BTD], num_heads, mesh)
         ctx.save_for_backward(q_BTD, k_BTD, v_BTD, y_BTD, log_sums)
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        payload, _ = _lowered(ctx.shape, "backward")
-        tensors = [*ctx.saved_tensors, grads[0]]
-        shapes, dtypes = [grads[0].shape] * 3, [torch.bfloat16] * 3
-        return *torch_xla._XLAC._xla_tpu_custom_call(tensors, payload, shapes, dtypes), None
+        return *_call("backward", [*ctx.saved_tensors, grads[0]], ctx.num_heads, ctx.mesh), None, None
+
+
+def _call(direction: str, tensors: list[Tensor], num_heads: int, mesh: xs.Mesh | None) -> list[Tensor]:
+    parts = tensors if mesh is None else [_part(tensor, mesh) for tensor in tensors]
+    sequences, length, width = parts[0].shape
+    payload, blocks = _lowered((sequences, length, num_heads, width // num_heads), direction)
+    if direction == "forward":
+        shapes, dtypes = [parts[0].shape, torch.Size((sequences, *blocks, length))], [torch.bfloat16, torch.float32]
+    else:
+        shapes, dtypes = [parts[0].shape] * 3, [torch.bfloat16] * 3
+    results = torch_xla._XLAC._xla_tpu_custom_call(parts, payload, shapes, dtypes)
+    return results if mesh is None else [_whole(result, len(tensors[0]), mesh) for result in results]
+
+
+def _part(tensor: Tensor, mesh: xs.Mesh) -> Tensor:
+    return xs.enable_manual_sharding(tensor, _by_sequence(tensor, mesh), mesh=mesh).global_tensor
+
+
+def _whole(part: Tensor, sequences: int, mesh: xs.Mesh) -> Tensor:
+    shape = torch.Size((sequences, *part.shape[1:]))
+    return xs.disable_manual_sharding(part, _by_sequence(part, mesh), shape, mesh=mesh).global_tensor
+
+
+def _by_sequence(tensor: Tensor, mesh: xs.Mesh) -> tuple[str | None, ...]:
+    return (mesh.axis_names[0], *[None] * (tensor.dim() - 1))
 
 
 @functools.cache
-def _lowered(sizes: tuple[int, int, int, int], direction: str) -> tuple[str, list[int]]:
+def _lowered(sizes: tuple[int, int, int, int], direction: str) -> tuple[str, tuple[int, int]]:
     from gpt2xla import flash_attention as kernels
 
     shape = kernels.Shape(*sizes)
-    payload = kernels.lower(shape, getattr(kernels, direction))
-    return payload, [shape.B, shape.blocks, shape.heads_per_block, shape.T]
+    return kernels.lower(shape, getattr(kernels, direction)), (shape.blocks, shape.heads_per_block)

@@ -8,6 +8,7 @@ split as `split_dimension` says.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from gpt2xla import sharded_state
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
+from gpt2xla.kernels import Attention
 from gpt2xla.runtime.base import prefetch, random_seed
 from gpt2xla.runtime.xla import XlaRuntime
+from gpt2xla.runtime.xla_flash import flash_attention
 
 _AXIS = "devices"
 
@@ -70,6 +73,10 @@ class SpmdRuntime(XlaRuntime):
             parameter.register_hook(self._place)
         for module in model.modules():
             module.register_forward_hook(self._split_output)
+
+    @property
+    def flash_attention(self) -> Attention:
+        return partial(flash_attention, mesh=self.mesh)
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         # With several hosts, each one's batch is its part of the whole.
