@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, mesh: xs.Mesh | None = None) -> Tensor:
-    """Causal attention in bf16, (B, T, D) each; the shape must be `supported`. With a mesh of one axis, for SPMD, each device
-    takes its part of the batch: the partitioner cannot look into the kernel to divide it."""
+    """Causal attention in bf16, (B, T, D) each; the shape must be `supported`. With a mesh of one axis, for SPMD, each
+    device takes its part of the batch: the partitioner cannot look into the kernel to divide it."""
     return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, num_heads, mesh)
 
 

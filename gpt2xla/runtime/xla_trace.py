@@ -39,7 +39,7 @@ def main(request: dict[str, Any]) -> None:
     options = XlaConfig(**request["options"])
     step, report = trace(config, options, request["device_kind"], request["replicas"])
     (output / "trace.json").write_text(json.dumps(report))
-    threading.Thread(target=_leave_with_graph, args=(Path(dump), output / "step.pb"), daemon=True).start()
+    threading.Thread(target=leave_with_graph, args=(Path(dump), output / "step.pb"), daemon=True).start()
     torch_xla.sync()
     raise AssertionError(f"{step} was compiled before its graph could be caught")
 
@@ -76,7 +76,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     }
 
 
-def _leave_with_graph(dump: Path, output: Path) -> None:
+def leave_with_graph(dump: Path, output: Path) -> None:
     while True:
         files = [f for f in dump.glob("*before_optimizations*.pb") if f.stat().st_size]
         if files:

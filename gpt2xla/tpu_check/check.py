@@ -58,7 +58,7 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
 def find_batch(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
     """The report of the most sequences per device and micro-step that fit, or that of one sequence if not even that does.
 
-    Memory grows evenly with the batch, so two compiles tell about where the limit lies, and a few more find it.
+    Memory grows evenly with the batch: an estimate comes first, then where the line through two compiles meets the limit.
     """
     devices = TOPOLOGIES[topology].devices
 
@@ -72,25 +72,42 @@ def find_batch(config: RunConfig, options: XlaConfig, topology: str, say: Callab
 
     tried: dict[int, dict[str, Any]] = {}
     best, too_many = 0, _MOST_SEQUENCES + 1
-    share = 1
+    share = _first_try(config, options, TOPOLOGIES[topology])
     while too_many - best > 1:
         if at(share)["fits"]:
             best = share
         else:
             too_many = share
-        share = _next_try(tried, best, too_many)
+        share = _next_try(config, tried, best, too_many)
     return tried[max(best, 1)]
 
 
-def _next_try(tried: dict[int, dict[str, Any]], best: int, too_many: int) -> int:
+def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int:
+    state = 16 * _parameters(config) / (topology.devices if options.fsdp else 1)  # weights, gradients, two moments
+    return max(1, int((topology.memory * 2**30 - state) / _bytes_per_sequence(config)))
+
+
+def _next_try(config: RunConfig, tried: dict[int, dict[str, Any]], best: int, too_many: int) -> int:
     """Where the line through the two tries nearest to the limit crosses it, but strictly between what is known."""
-    if len(tried) < 2:
-        return 2
-    a, b = sorted(sorted(tried, key=lambda share: abs(tried[share]["peak_gib"] - tried[share]["memory_gib"]))[:2])
-    slope = (tried[b]["peak_gib"] - tried[a]["peak_gib"]) / (b - a)
-    limit = tried[a]["memory_gib"]
-    guess = int(a + (limit - tried[a]["peak_gib"]) / slope) if slope > 0 else 2 * b
-    return min(max(guess, best + 1), too_many - 1)
+    near = sorted(tried, key=lambda share: abs(tried[share]["peak_gib"] - tried[share]["memory_gib"]))[:2]
+    nearest = tried[near[0]]
+    slope = _bytes_per_sequence(config) / 2**30
+    if len(near) == 2:
+        slope = (nearest["peak_gib"] - tried[near[1]]["peak_gib"]) / (near[0] - near[1])
+    guess = near[0] + (nearest["memory_gib"] - nearest["peak_gib"]) / slope if slope > 0 else 2 * near[0]
+    return min(max(int(guess), best + 1), too_many - 1)
+
+
+def _parameters(config: RunConfig) -> int:
+    model = config.model
+    return 12 * model.num_layers * model.d_model**2 + model.vocab_size * model.d_model
+
+
+def _bytes_per_sequence(config: RunConfig) -> float:
+    """About what a block keeps for the backward pass, in bf16 10 D per token (see norm.py) or, of a checkpointed one, 2 D."""
+    model, kept = config.model, 10 if config.train.activation_checkpointing == "none" else 2
+    width = 2 if config.train.mixed_precision else 4
+    return model.seq_length * model.d_model * model.num_layers * kept * width
 
 
 def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> dict[str, Any]:
