@@ -23,11 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 STEP = {"gradient_accum_step": 1, "mixed_precision": "bf16", "vocab_size": 50304}
 REPLICAS = XlaConfig(use_syncfree_optim=True)
 REFERENCE_SEQUENCES = {"v3-8": 16, "v5e-8": 16, "v6e-8": 32}
-LARGER = {
-    "gpt2-medium": REPLICAS,
-    "gpt2-large": REPLICAS,
-    "gpt2-xl": XlaConfig(use_syncfree_optim=True, spmd=True, fsdp=True),
-}
+SHARDED = XlaConfig(use_syncfree_optim=True, spmd=True, fsdp=True)
+LARGER = {"gpt2-medium": REPLICAS, "gpt2-large": REPLICAS, "gpt2-xl": SHARDED}
 
 
 def main() -> None:
@@ -68,17 +65,14 @@ def check_reference(reference: Path, topology: str) -> dict[str, Any]:
         compiler = [sys.executable, "-m", "gpt2xla.tpu_check.compile", f"{folder}/request.json"]
         subprocess.run(compiler, check=True, stderr=subprocess.DEVNULL)
         answer = json.loads(Path(folder, "answer.json").read_text())
-        return {
-            "topology": topology,
-            "sequences_per_device": sequences,
-            **answer,
-            **json.loads(Path(folder, "trace.json").read_text()),
-        }
+        trace = json.loads(Path(folder, "trace.json").read_text())
+    return {"topology": topology, "sequences_per_device": sequences, **answer, **trace}
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| TPU | step | sequences per device | peak HBM, GiB | TFLOP | GB moved per 32 | Mcycles per 32 | of the reference: cycles, bytes | host ms |",
+        "| TPU | step | sequences per device | peak HBM, GiB | TFLOP | GB moved per 32 | Mcycles per 32 "
+        "| of the reference: cycles, bytes | host ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -94,10 +88,14 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             else "does not fit | | "
         )
         lines.append(
-            f"| {row['topology']} | {row['step']} | {row['sequences_per_device']} | {row['peak_gib']:.2f} of {row['memory_gib']:.2f} "
+            f"| {row['topology']} | {row['step']} | {row['sequences_per_device']} | {memory(row)} "
             f"| {costs} | {ratio} | {row['trace_ms']} |"
         )
     return lines
+
+
+def memory(row: dict[str, Any]) -> str:
+    return f"{row['peak_gib']:.2f} of {row['memory_gib']:.2f}"
 
 
 def fits(models: list[str], topologies: list[str]) -> None:
@@ -114,9 +112,7 @@ def fits(models: list[str], topologies: list[str]) -> None:
             for row in sorted(rows, key=lambda row: (list(LARGER).index(row["model"]), row["topology"])):
                 largest = row["sequences_per_device"] if row["fits"] else "none"
                 how = ", --spmd --fsdp" if row["sharded"] else ""
-                lines.append(
-                    f"| {row['model']}{how} | {row['topology']} | {largest} | {row['peak_gib']:.2f} of {row['memory_gib']:.2f} |"
-                )
+                lines.append(f"| {row['model']}{how} | {row['topology']} | {largest} | {memory(row)} |")
             write("tpu_fits", rows, lines)
 
 

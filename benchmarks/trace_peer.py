@@ -1,7 +1,7 @@
 """The training step of another trainer's GPT-2, traced as `gpt2xla.runtime.xla_trace` traces ours: 124M, bf16, 8 replicas.
 
-The peer is minhnguyent546/pre-training-gpt2, fetched by the user; this calls its model with the optimizer and clipping of its
-XLA runner. Arguments: the peer's folder, sequences per device, and a folder for step.pb.
+The peer is minhnguyent546/pre-training-gpt2, fetched by the user; this calls its model with the optimizer and clipping of
+its XLA runner. Arguments: the peer's folder, sequences per device, and a folder for step.pb.
 """
 
 import json
