@@ -50,6 +50,16 @@ class Shape:
         return next(size for size in (512, 256, 128) if self.T % size == 0)
 
     @property
+    def q_scale(self) -> float:
+        """The part of 1 / sqrt(K) that q is multiplied by: all of it where it is a power of two, which rounds nothing."""
+        return self.K**-0.5 if self.K in (16, 64, 256) else 1.0
+
+    @property
+    def score_scale(self) -> float:
+        """The rest, for the scores in fp32."""
+        return self.K**-0.5 / self.q_scale
+
+    @property
     def supported(self) -> bool:
         return COLUMNS % self.K == 0 and self.K >= 32 and self.T % 128 == 0 and self.T <= 2048
 
@@ -121,10 +131,10 @@ def _forward(shape: Shape, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, log_s
     y_heads = []
     for head in range(shape.heads_per_block):
         columns = slice(head * shape.K, (head + 1) * shape.K)
-        q_TK, k_TK, v_TK = _scaled(q_ref[0, :, columns]), k_ref[0, :, columns], v_ref[0, :, columns]
+        q_TK, k_TK, v_TK = q_ref[0, :, columns] * shape.q_scale, k_ref[0, :, columns], v_ref[0, :, columns]
         y_chunks, log_sums = [], []
         for queries, key_parts in _chunks(shape):
-            scores = [_scores(k_TK[keys], q_TK[queries], diagonal) for keys, diagonal in key_parts]
+            scores = [_scores(shape, k_TK[keys], q_TK[queries], diagonal) for keys, diagonal in key_parts]
             max_1C = functools.reduce(jnp.maximum, (jnp.max(s, axis=0, keepdims=True) for s in scores))
             weights = [jnp.exp(s - max_1C) for s in scores]
             sum_1C = sum(jnp.sum(w, axis=0, keepdims=True) for w in weights)
@@ -145,7 +155,7 @@ def _backward(
     dq_heads = []
     for head in range(shape.heads_per_block):
         columns = slice(head * shape.K, (head + 1) * shape.K)
-        q_TK, k_TK, v_TK = _scaled(q_ref[0, :, columns]), k_ref[0, :, columns], v_ref[0, :, columns]
+        q_TK, k_TK, v_TK = q_ref[0, :, columns] * shape.q_scale, k_ref[0, :, columns], v_ref[0, :, columns]
         dy_TK = dy_ref[0, :, columns]
         dy_y_TK = dy_TK.astype(jnp.float32) * y_ref[0, :, columns].astype(jnp.float32)
         dq_chunks: list[Any] = []
@@ -156,7 +166,7 @@ def _backward(
             delta_1C = jnp.sum(dy_y_TK[queries].T, axis=0, keepdims=True)
             dq_KC: Any = 0.0
             for keys, diagonal in key_parts:
-                weights_SC = jnp.exp(_scores(k_TK[keys], q_TK[queries], diagonal) - log_sum_1C)
+                weights_SC = jnp.exp(_scores(shape, k_TK[keys], q_TK[queries], diagonal) - log_sum_1C)
                 dweights_SC = _product(v_TK[keys], dy_TK[queries], 1, 1)
                 dscores_SC = (weights_SC * (dweights_SC - delta_1C)).astype(jnp.bfloat16)
                 dk_SK = _product(dscores_SC, q_TK[queries], 1, 0)
@@ -168,7 +178,8 @@ def _backward(
                     dv_chunks[first // chunk] += dv_SK[rows]
             dq_chunks.append(dq_KC * shape.K**-0.5)
         dq_heads.append(jnp.concatenate(dq_chunks, axis=1))
-        dk_ref[0, :, columns] = jnp.concatenate(dk_chunks, axis=0).astype(jnp.bfloat16)
+        dk_TK = jnp.concatenate(dk_chunks, axis=0) * shape.score_scale
+        dk_ref[0, :, columns] = dk_TK.astype(jnp.bfloat16)
         dv_ref[0, :, columns] = jnp.concatenate(dv_chunks, axis=0).astype(jnp.bfloat16)
     dq_ref[0] = jnp.concatenate(dq_heads, axis=0).T.astype(jnp.bfloat16)
 
@@ -182,17 +193,15 @@ def _chunks(shape: Shape) -> list[tuple[slice, list[tuple[slice, bool]]]]:
     ]
 
 
-def _scores(k_SK: jax.Array, q_CK: jax.Array, diagonal: bool) -> jax.Array:
+def _scores(shape: Shape, k_SK: jax.Array, q_CK: jax.Array, diagonal: bool) -> jax.Array:
     scores_SC = _product(k_SK, q_CK, 1, 1)
+    if shape.score_scale != 1:
+        scores_SC *= shape.score_scale
     if not diagonal:
         return scores_SC
     keys = jax.lax.broadcasted_iota(jnp.int32, scores_SC.shape, 0)
     queries = jax.lax.broadcasted_iota(jnp.int32, scores_SC.shape, 1)
     return jnp.where(keys <= queries, scores_SC, _MASKED)
-
-
-def _scaled(q_TK: jax.Array) -> jax.Array:
-    return (q_TK.astype(jnp.float32) * q_TK.shape[-1] ** -0.5).astype(q_TK.dtype)
 
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

@@ -1,0 +1,146 @@
+"""The ways in which a device may compute parts of the model: every one the same function, and none less exact."""
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gpt2xla.attention import chunked_attention, sdpa_attention
+from gpt2xla.config import ModelConfig, RunConfig
+from gpt2xla.errors import InputError
+from gpt2xla.kernels import Kernels, choose_kernels
+from gpt2xla.loss import IGNORED_LABEL, chunked_cross_entropy
+from gpt2xla.model import GPT2
+from gpt2xla.norm import lean_layer_norm
+
+CONFIG = ModelConfig(vocab_size=211, seq_length=48, d_model=64, num_layers=3, num_heads=4)
+LEAN = Kernels(
+    attention=chunked_attention,
+    cross_entropy=partial(chunked_cross_entropy, chunks=3),
+    layer_norm=lean_layer_norm,
+    separate_qkv=True,
+)
+CHOICES = {
+    "chunked attention": Kernels(attention=chunked_attention),
+    "chunked loss": Kernels(cross_entropy=partial(chunked_cross_entropy, chunks=3)),
+    "chunked loss, one piece": Kernels(cross_entropy=partial(chunked_cross_entropy, chunks=1)),
+    "lean layer norm": Kernels(layer_norm=lean_layer_norm),
+    "separate projections": Kernels(separate_qkv=True),
+    "checkpointed blocks": Kernels(checkpoint=partial(checkpoint, use_reentrant=False)),
+    "all": dataclasses.replace(LEAN, checkpoint=partial(checkpoint, use_reentrant=False)),
+}
+
+
+def model_with(kernels: Kernels, dtype: torch.dtype = torch.float32, config: ModelConfig = CONFIG) -> GPT2:
+    model = GPT2(config)
+    model.init_weights(torch.Generator().manual_seed(3))
+    with torch.no_grad():  # biases and norms as training leaves them, not the zeros and ones that would hide mistakes
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    model.kernels = kernels
+    return model.to(dtype)
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, 211, (4, 49), generator=torch.Generator().manual_seed(seed))
+    labels = ids[:, 1:].clone()
+    labels[1, 5:9] = IGNORED_LABEL
+    return ids[:, :-1], labels
+
+
+def loss_and_gradients(model: GPT2, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    loss, count = model(*batch(seed))
+    (loss / count).backward()
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return (loss / count).detach().double(), gradients
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_loss_and_gradients_are_those_of_the_plain_formula(name: str) -> None:
+    expected_loss, expected = loss_and_gradients(model_with(Kernels(), torch.float64))
+    loss, gradients = loss_and_gradients(model_with(CHOICES[name]))
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in gradients.items():
+        error = (gradient - expected[parameter]).norm() / expected[parameter].norm()
+        assert error <= 1e-5, f"{parameter}: {error}"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_lean_kernels_without_biases_and_with_a_head_of_its_own(bias: bool, tie_weights: bool) -> None:
+    config = dataclasses.replace(CONFIG, bias=bias, tie_weights=tie_weights)
+    _, expected = loss_and_gradients(model_with(Kernels(), torch.float64, config))
+    _, gradients = loss_and_gradients(model_with(LEAN, config=config))
+    assert all((gradients[n] - expected[n]).norm() / expected[n].norm() <= 1e-5 for n in expected)
+
+
+def test_in_bf16_as_exact_as_the_plain_path() -> None:
+    """Distance of the whole gradient to float64, over four batches, on a model as it is at the start of training."""
+    config = ModelConfig(vocab_size=1024, seq_length=256, d_model=128, num_layers=4, num_heads=2)
+    exact = [fresh_gradient(Kernels(), config, seed, torch.float64) for seed in range(4)]
+
+    def distance(kernels: Kernels) -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = [fresh_gradient(kernels, config, seed, torch.float32) for seed in range(4)]
+        return torch.stack([(r - e).norm() for r, e in zip(rounded, exact, strict=True)]).norm().item()
+
+    # Measured: 1.6% farther. Scores pass through bf16, as in the plain path on XLA, where the one on CPUs keeps fp32.
+    assert distance(LEAN) <= 1.03 * distance(Kernels())
+
+
+def fresh_gradient(kernels: Kernels, config: ModelConfig, seed: int, dtype: torch.dtype) -> Tensor:
+    model = GPT2(config)
+    model.init_weights(torch.Generator().manual_seed(3))
+    model.kernels = kernels
+    ids = torch.randint(0, config.vocab_size, (4, 257), generator=torch.Generator().manual_seed(seed))
+    loss, count = model.to(dtype)(ids[:, :-1], ids[:, 1:])
+    (loss / count).backward()
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("length", [1, 3, 5, 17, 64])
+def test_chunked_attention_at_lengths_that_do_not_divide(length: int) -> None:
+    q, k, v = (torch.randn(2, length, 32, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    torch.testing.assert_close(chunked_attention(q, k, v, 4), sdpa_attention(q, k, v, 4), rtol=0, atol=1e-6)
+
+
+def test_more_loss_chunks_than_tokens() -> None:
+    model = model_with(Kernels(cross_entropy=partial(chunked_cross_entropy, chunks=1000)))
+    expected, _ = loss_and_gradients(model_with(Kernels(), torch.float64))
+    torch.testing.assert_close(loss_and_gradients(model)[0], expected, rtol=1e-6, atol=0)
+
+
+def test_the_loss_holds_no_logits_of_the_whole_batch() -> None:
+    """Over every tensor that the backward pass keeps: none reaches tokens x vocabulary."""
+    x = torch.randn(2, 48, 64, requires_grad=True)
+    weight = torch.randn(211, 64, requires_grad=True)
+    sizes: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        chunked_cross_entropy(x, weight, torch.zeros(2, 48, dtype=torch.int64), chunks=3)
+    assert 0 < max(sizes) < 2 * 48 * 211
+
+
+def test_attention_that_does_not_fit_is_refused() -> None:
+    def choose(**options: object) -> Kernels:
+        config = RunConfig.from_flat(options)
+        return choose_kernels(
+            config.train, config.model, attention={"chunked": chunked_attention}, preferred="chunked", loss_chunks=None,
+            checkpoint=checkpoint,
+        )  # fmt: skip
+
+    assert choose().attention is chunked_attention
+    assert choose(dropout=0.1).attention is None, "only torch's own knows dropout"
+    assert choose(attention="sdpa").attention is None
+    with pytest.raises(InputError, match="--attention flash does not work on this device"):
+        choose(attention="flash")
+    with pytest.raises(InputError, match="--attention chunked knows no --dropout"):
+        choose(attention="chunked", dropout=0.1)
