@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import PRESETS, RunConfig, XlaConfig
+from gpt2xla.runtime.xla_trace import graph_in
 from gpt2xla.tpu_check.check import check, find_batch
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
 
@@ -59,7 +60,7 @@ def check_reference(reference: Path, topology: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         peer = [str(Path(__file__).with_name("trace_peer.py")), str(reference), str(sequences), folder]
         subprocess.run([sys.executable, *peer], check=True, stderr=subprocess.DEVNULL)
-        request = {"topology": topology, "graph": f"{folder}/step.pb", "replicas": 8, "spmd": False}
+        request = {"topology": topology, "graph": str(graph_in(Path(folder))), "replicas": 8, "spmd": False}
         Path(folder, "request.json").write_text(json.dumps(request | {"output": f"{folder}/answer.json"}))
         print(f"{topology}: compiling the reference at {sequences} per device ...", flush=True)
         compiler = [sys.executable, "-m", "gpt2xla.tpu_check.compile", f"{folder}/request.json"]

@@ -1,35 +1,31 @@
 """The training step of another trainer's GPT-2, traced as `gpt2xla.runtime.xla_trace` traces ours: 124M, bf16, 8 replicas.
 
 The peer is minhnguyent546/pre-training-gpt2, fetched by the user; this calls its model with the optimizer and clipping of
-its XLA runner. Arguments: the peer's folder, sequences per device, and a folder for step.pb.
+its XLA runner. Arguments: the peer's folder, sequences per device, and a folder for the graph.
 """
 
 import json
 import os
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
+
+from gpt2xla.runtime.xla_trace import dump_flags, leave_with_graph
 
 VOCABULARY, LENGTH, REPLICAS = 50304, 1024, 8
 
 
 def main() -> None:
     peer, sequences, output = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    dump = tempfile.mkdtemp(dir=output)
     os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(REPLICAS)}
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_dump_to={dump} --xla_dump_hlo_as_proto --xla_dump_hlo_module_re=.*SyncTensorsGraph.*"
-    )
+    os.environ["XLA_FLAGS"] = dump_flags(output)
     import torch
     import torch_xla
     import torch_xla.core.xla_model as xm
     import torch_xla.runtime as xr
     from torch_xla.amp import syncfree
-
-    from gpt2xla.runtime.xla_trace import leave_with_graph
 
     sys.path.insert(0, str(peer))
     from gpt2.model import GPT, GPTConfig  # the peer's
@@ -68,7 +64,7 @@ def main() -> None:
         kept = step(sequences if number else 1)
         seconds.append(time.perf_counter() - start)
     (output / "trace.json").write_text(json.dumps({"trace_ms": round(statistics.median(seconds[1:]) * 1000, 1)}))
-    threading.Thread(target=leave_with_graph, args=(Path(dump), output / "step.pb"), daemon=True).start()
+    threading.Thread(target=leave_with_graph, args=(output,), daemon=True).start()
     torch_xla._XLAC._xla_sync_live_tensors(str(device), names, True)
     raise AssertionError(f"{kept} was compiled before its graph could be caught")
 

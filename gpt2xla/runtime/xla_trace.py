@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,15 +20,12 @@ _TIMED_STEPS = 5
 
 def main(request: dict[str, Any]) -> None:
     """`request` holds config (flat options), options (the runner's), device_kind, replicas, and output: a folder for
-    step.pb, an HloModuleProto with its buffer donors, and trace.json."""
+    the graph and trace.json."""
     output = Path(request["output"])
-    dump = tempfile.mkdtemp(dir=output)
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["CPU_NUM_DEVICES"] = str(request["replicas"])
     os.environ["XLA_HLO_DEBUG"] = "1"  # names in the graph
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_dump_to={dump} --xla_dump_hlo_as_proto --xla_dump_hlo_module_re=.*SyncTensorsGraph.*"
-    )
+    os.environ["XLA_FLAGS"] = dump_flags(output)
 
     import torch_xla
 
@@ -39,9 +35,14 @@ def main(request: dict[str, Any]) -> None:
     options = XlaConfig(**request["options"])
     step, report = trace(config, options, request["device_kind"], request["replicas"])
     (output / "trace.json").write_text(json.dumps(report))
-    threading.Thread(target=leave_with_graph, args=(Path(dump), output / "step.pb"), daemon=True).start()
+    threading.Thread(target=leave_with_graph, args=(output,), daemon=True).start()
     torch_xla.sync()
     raise AssertionError(f"{step} was compiled before its graph could be caught")
+
+
+def dump_flags(output: Path) -> str:
+    """XLA_FLAGS by which the graph of a sync is written below `output`, buffer donors included, before it is compiled."""
+    return f"--xla_dump_to={output} --xla_dump_hlo_as_proto --xla_dump_hlo_module_re=.*SyncTensorsGraph.*"
 
 
 def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, dict[str, Any]]:
@@ -76,17 +77,21 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     }
 
 
-def leave_with_graph(dump: Path, output: Path) -> None:
+def leave_with_graph(output: Path) -> None:
+    """End this process when the graph is there. A CPU's compiler goes on meanwhile, to break off, with the whole process, at
+    a kernel made for TPUs; that is no fault either."""
     while True:
-        files = [f for f in dump.glob("*before_optimizations*.pb") if f.stat().st_size]
-        if files:
-            size = 0
-            while size != (grown := files[0].stat().st_size):
-                size = grown
-                time.sleep(0.3)
-            os.replace(files[0], output)
-            os._exit(0)
-        time.sleep(0.05)
+        time.sleep(0.1)
+        if graph := graph_in(output):
+            size = graph.stat().st_size
+            time.sleep(0.3)
+            if size == graph.stat().st_size:
+                os._exit(0)
+
+
+def graph_in(output: Path) -> Path | None:
+    """The graph that was written there, an HloProto."""
+    return next((f for f in output.glob("*before_optimizations*.pb") if f.stat().st_size), None)
 
 
 if __name__ == "__main__":

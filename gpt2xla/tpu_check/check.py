@@ -14,6 +14,7 @@ from typing import Any
 
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.runtime.xla_trace import graph_in
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
 
 _MOST_SEQUENCES = 1024  # per device and micro-step; beyond, nothing is gained
@@ -39,17 +40,17 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
         )
     with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
         say(f"{topology}: tracing {share} sequences per device ...")
-        trace = _run("gpt2xla.runtime.xla_trace", Path(folder), _trace_request(config, options, found), "trace.json")
+        graph, trace = _trace(Path(folder), config, options, found)
         say(f"{topology}: compiling ...")
-        request = {"topology": topology, "graph": f"{folder}/step.pb", "replicas": found.devices, "spmd": options.spmd}
-        compiled = _run("gpt2xla.tpu_check.compile", Path(folder), request, "compiled.json")
+        request = {"topology": topology, "graph": graph, "replicas": found.devices, "spmd": options.spmd}
+        compiled = _compile(Path(folder), request)
         report = {"topology": topology, "sequences_per_device": share, **trace, **compiled}
         if compiled["fits"]:
             report |= _costs(config, found, compiled)
             if calls := compiled["kernel_calls"]:
                 sizes = [share, config.model.seq_length, config.model.num_heads]
                 request = {"topology": topology, "kernels": [*sizes, config.model.d_model // config.model.num_heads]}
-                each = _run("gpt2xla.tpu_check.compile", Path(folder), request, "compiled.json")
+                each = _compile(Path(folder), request)
                 report["kernel_cycles"] = sum(each[name] * number for name, number in calls.items())
                 report["cycles"] += report["kernel_cycles"]
     return report
@@ -120,26 +121,40 @@ def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> d
     }
 
 
-def _trace_request(config: RunConfig, options: XlaConfig, topology: Topology) -> dict[str, Any]:
+def _trace(folder: Path, config: RunConfig, options: XlaConfig, topology: Topology) -> tuple[str, dict[str, Any]]:
     names = {field.name for field in dataclasses.fields(XlaConfig)}
-    return {
+    request = {
         "config": config.to_flat(),
         "options": {name: value for name, value in dataclasses.asdict(options).items() if name in names},
         "device_kind": topology.kind,
         "replicas": topology.devices,
+        "output": str(folder),
     }
+    process = _run("gpt2xla.runtime.xla_trace", folder, request)
+    graph = graph_in(folder)
+    if graph is None:
+        raise _broke_off("tracing", process)
+    return str(graph), json.loads((folder / "trace.json").read_text())
 
 
-def _run(module: str, folder: Path, request: dict[str, Any], answer: str) -> dict[str, Any]:
+def _compile(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    answer = folder / "compiled.json"
+    process = _run("gpt2xla.tpu_check.compile", folder, request | {"output": str(answer)})
+    if process.returncode:
+        raise _broke_off("compiling", process)
+    return json.loads(answer.read_text())
+
+
+def _run(module: str, folder: Path, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """`module` on `request` in a process of its own: each wants its own environment, and one XLA."""
     file = folder / "request.json"
-    output = folder if answer == "trace.json" else folder / answer
-    file.write_text(json.dumps(request | {"output": str(output)}))
+    file.write_text(json.dumps(request))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_SKIPPED_VARIABLES)}
-    process = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", module, str(file)], env=environment, capture_output=True, text=True, check=False
     )
-    if process.returncode:
-        lines = [line for line in process.stderr.strip().split("\n") if line]
-        raise RunFailed(f"{module} broke off: {lines[-1] if lines else f'exit code {process.returncode}'}")
-    return json.loads((folder / answer).read_text())
+
+
+def _broke_off(what: str, process: subprocess.CompletedProcess[str]) -> RunFailed:
+    lines = [line for line in process.stderr.strip().split("\n") if line]
+    return RunFailed(f"{what} broke off: {lines[-1] if lines else f'exit code {process.returncode}'}")

@@ -60,17 +60,10 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
     try:
         program = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
     except Exception as error:
-        message = str(error)
-        used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)G hbm", message)
-        if not used:
+        refused = _does_not_fit(str(error))
+        if refused is None:
             raise
-        return {
-            "fits": False,
-            "peak_gib": float(used[1]) / {"K": 2**20, "M": 2**10, "G": 1}[used[2]],
-            "memory_gib": float(used[3]),
-            "largest": _largest_by_message(message),
-            "compile_seconds": round(time.perf_counter() - start, 1),
-        }
+        return refused | {"compile_seconds": round(time.perf_counter() - start, 1)}
     seconds = round(time.perf_counter() - start, 1)
     memory, costs = program.get_compiled_memory_stats(), program.cost_analysis()
     costs = costs[0] if isinstance(costs, list) else costs
@@ -181,15 +174,26 @@ def _module_of(proto: bytes) -> bytes:
     return proto
 
 
-def _largest_by_message(message: str) -> list[dict[str, Any]]:
-    operator = r'(?:\s+Operator: (?:op_type="[^"]*" )?op_name="([^"]*)"[^\n]*\n)?'
-    found = re.findall(rf"Size: ([\d.]+)([KMG])\n{operator}\s+Shape: (\S+)", message)
+def _does_not_fit(message: str) -> dict[str, Any] | None:
+    """The compiler's two ways to say so, or None if it says something else: the whole program needs too much, or a single
+    array does, of which it then tells the size alone."""
     scale = {"K": 2**10, "M": 2**20, "G": GIB}
-    allocations = [
+    if single := re.search(
+        r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\).*?shape = '([^{']*)", message
+    ):
+        size = int(single[1])
+        alone = {"gib": round(size / GIB, 3), "count": 1, "shape": single[3], "origin": "this array alone"}
+        return {"fits": False, "peak_gib": size / GIB, "memory_gib": int(single[2]) / GIB, "largest": [alone]}
+    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)G hbm", message)
+    if not used:
+        return None
+    operator = r'(?:\s+Operator: (?:op_type="[^"]*" )?op_name="([^"]*)"[^\n]*\n)?'
+    largest = [
         Allocation(int(float(size) * scale[unit]), shape.split("{")[0], module_of(name) if name else "unnamed")
-        for size, unit, name, shape in found
+        for size, unit, name, shape in re.findall(rf"Size: ([\d.]+)([KMG])\n{operator}\s+Shape: (\S+)", message)
     ]
-    return _by_origin(allocations, 8)
+    peak = float(used[1]) * scale[used[2]] / GIB
+    return {"fits": False, "peak_gib": peak, "memory_gib": float(used[3]), "largest": _by_origin(largest, 8)}
 
 
 def _by_origin(allocations: list[Allocation], count: int) -> list[dict[str, Any]]:
