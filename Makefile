@@ -1,10 +1,12 @@
-# make demo: from raw text to generated text on this machine's CPU. make test: the test suite.
+# make demo: from raw text to generated text on this machine's CPU. make test: the test suite. make tpu-table: what a TPU's
+# compiler makes of the training step, beside the reference trainer's if REFERENCE names a checkout of it (25 minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+REFERENCE ?=
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-all check tpu-table install clean
 
 demo: install
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
@@ -19,6 +21,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tpu-table: install
+	$(BIN)/python benchmarks/tpu_table.py $(if $(REFERENCE),--reference $(REFERENCE))
 
 install: $(VENV)/installed
 

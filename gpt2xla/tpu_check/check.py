@@ -89,14 +89,16 @@ def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int
 
 
 def _next_try(config: RunConfig, tried: dict[int, dict[str, Any]], best: int, too_many: int) -> int:
-    """Where the line through the two tries nearest to the limit crosses it, but strictly between what is known."""
-    near = sorted(tried, key=lambda share: abs(tried[share]["peak_gib"] - tried[share]["memory_gib"]))[:2]
-    nearest = tried[near[0]]
-    slope = _bytes_per_sequence(config) / 2**30
-    if len(near) == 2:
-        slope = (nearest["peak_gib"] - tried[near[1]]["peak_gib"]) / (near[0] - near[1])
-    guess = near[0] + (nearest["memory_gib"] - nearest["peak_gib"]) / slope if slope > 0 else 2 * near[0]
-    return min(max(int(guess), best + 1), too_many - 1)
+    """Where memory would meet the limit, counted from the try nearest to it. Close to the limit the compiler computes things
+    twice to save memory, so upwards in small steps, and half way between a batch that fits and one that does not."""
+    near = min(tried, key=lambda share: abs(tried[share]["peak_gib"] - tried[share]["memory_gib"]))
+    room = (tried[near]["memory_gib"] - tried[near]["peak_gib"]) * 2**30
+    guess = near + int(room / _bytes_per_sequence(config))
+    if best and too_many <= _MOST_SEQUENCES:
+        guess = (best + too_many) // 2
+    elif best:
+        guess = min(guess, best + max(1, best // 5))
+    return min(max(guess, best + 1), too_many - 1)
 
 
 def _parameters(config: RunConfig) -> int:
