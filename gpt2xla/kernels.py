@@ -29,6 +29,7 @@ class Kernels:
         separate_qkv: project queries, keys and values by three products instead of one. XLA then writes each in the layout
             that attention reads, where it would copy the parts of a joint one.
         checkpoint: called as checkpoint(block, x, ...) to keep nothing of a block but its input; None keeps all.
+        description: for the summary at start.
     """
 
     attention: Attention | None = None
@@ -36,6 +37,7 @@ class Kernels:
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm
     separate_qkv: bool = False
     checkpoint: Callable[..., Any] | None = None
+    description: str = "torch's own"
 
 
 def choose_kernels(
@@ -66,10 +68,13 @@ def choose_kernels(
     if name != "sdpa" and model.dropout > 0:
         raise InputError(f"--attention {name} knows no --dropout; use --attention sdpa, or --dropout 0")
     chunks = train.loss_chunks or loss_chunks
+    pieces = f"loss in {chunks} {'piece' if chunks == 1 else 'pieces'}" if chunks else "loss at once"
+    checkpointed = ", blocks computed twice" if train.activation_checkpointing == "block" else ""
     return Kernels(
         attention=attention.get(name),
         cross_entropy=partial(chunked_cross_entropy, chunks=chunks, fence=fence) if chunks else plain_cross_entropy,
         layer_norm=layer_norm,
         separate_qkv=name != "sdpa",
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,
+        description=f"{name} attention, {pieces}{checkpointed}",
     )
