@@ -4,9 +4,12 @@ Written in JAX's Pallas, and only lowered by JAX: `lower` returns a program that
 One kernel call handles one sequence and the heads that lie side by side in 128 columns (two of GPT-2's), straight from
 the layout (B, T, D) in which the projections write them, so nothing is transposed or padded in main memory.
 
-Inside, scores stand as (keys, queries): sums over keys then run down the rows of a register, where they cost an addition
-each, and the statistics of a query are a row that needs no transposing. The formulas are those of Dao et al. 2022,
-FlashAttention; with all keys of a sequence at hand there is no running maximum.
+The heads of a block are told apart by zeros, not by slices: a copy of k per head is zero in the columns of the others,
+so that its products ignore them. The matrix units are 128 wide, so zeros cost nothing, and no columns are moved about.
+The formulas are those of Dao et al. 2022, FlashAttention; with all keys of a sequence at hand there is no running maximum.
+
+TPU v3 multiplies fp32 operands only (rounding them to bf16 itself), and unpacks bf16 slowly; `Shape.bf16 = False` is for
+it. The kernels then differ in the type of their scratch memory and in how they read and write bf16 (`_rows`, `_write`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 COLUMNS = 128  # of a TPU's registers and matrix units
 _MASKED = -1e30
@@ -32,6 +36,7 @@ class Shape:
     T: int
     H: int
     K: int
+    bf16: bool = True  # products of bf16, or of fp32 as TPU v3 needs
 
     @property
     def D(self) -> int:
@@ -47,7 +52,8 @@ class Shape:
 
     @property
     def queries_per_chunk(self) -> int:
-        return next(size for size in (512, 256, 128) if self.T % size == 0)
+        # Larger ones compute more masked scores and need more memory, smaller ones fill v6e's matrix units less.
+        return 256 if self.bf16 and self.T % 256 == 0 and self.T <= 1024 else 128
 
     @property
     def q_scale(self) -> float:
@@ -61,18 +67,20 @@ class Shape:
 
     @property
     def supported(self) -> bool:
-        return COLUMNS % self.K == 0 and self.K >= 32 and self.T % 128 == 0 and self.T <= 2048
+        longest = 2048 if self.bf16 else 1024  # by the 16 MB of memory of most cores
+        fits = longest >= self.T and self.T * self.heads_per_block <= 2 * longest
+        return COLUMNS % self.K == 0 and self.K >= 32 and self.T % 128 == 0 and fits
 
 
 def forward(shape: Shape, interpret: bool = False) -> Any:
     """(q, k, v) -> (y, log_sums): bf16 (B, T, D), and fp32 (B, blocks, heads_per_block, T), the log of the sum of
     exponentiated scores of each query."""
-    return _call(shape, _forward, inputs="BBB", outputs="BS", products=2, interpret=interpret)
+    return _call(shape, _forward, inputs="BBB", outputs="BS", scratch="thhT", products=2, interpret=interpret)
 
 
 def backward(shape: Shape, interpret: bool = False) -> Any:
     """(q, k, v, y, log_sums, dy) -> (dq, dk, dv), all bf16 (B, T, D) but for log_sums."""
-    return _call(shape, _backward, inputs="BBBBSB", outputs="BBB", products=5, interpret=interpret)
+    return _call(shape, _backward, inputs="BBBBSB", outputs="BBB", scratch="hthtTTTx", products=5, interpret=interpret)
 
 
 def lower(shape: Shape, kernel: Any) -> str:
@@ -95,7 +103,7 @@ def use_libtpu_version() -> None:
     tpu_custom_call.get_ir_version = lambda *args: 7
 
 
-def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, products: int, interpret: bool) -> Any:
+def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, products: int, interpret: bool) -> Any:
     scores = shape.B * shape.H * sum(shape.queries_per_chunk * queries.stop for queries, _ in _chunks(shape))
     heads, blocks = shape.heads_per_block, shape.blocks
     specs = {
@@ -106,8 +114,15 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, products: int, 
         "B": jax.ShapeDtypeStruct((shape.B, shape.T, shape.D), jnp.bfloat16),
         "S": jax.ShapeDtypeStruct((shape.B, blocks, heads, shape.T), jnp.float32),
     }
+    operand = jnp.bfloat16 if shape.bf16 else jnp.float32
+    scratches = {
+        "t": pltpu.VMEM((shape.T, COLUMNS), operand),
+        "h": pltpu.VMEM((heads, shape.T, COLUMNS), operand),
+        "x": pltpu.VMEM((COLUMNS, shape.T), operand),
+        "T": pltpu.VMEM((shape.T, COLUMNS), jnp.float32),
+    }
     call = pl.pallas_call(
-        functools.partial(body, shape),
+        functools.partial(body, shape, interpret),
         grid=(shape.B, blocks),
         in_specs=[specs[kind] for kind in inputs],
         out_specs=[specs[kind] for kind in outputs],
@@ -117,6 +132,7 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, products: int, 
             transcendentals=scores,
             bytes_accessed=sum(arrays[kind].size * arrays[kind].dtype.itemsize for kind in inputs + outputs),
         ),
+        scratch_shapes=[scratches[kind] for kind in scratch],
         interpret=interpret,
     )
 
@@ -127,61 +143,134 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, products: int, 
     return function
 
 
-def _forward(shape: Shape, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, log_sum_ref: Any) -> None:
-    y_heads = []
-    for head in range(shape.heads_per_block):
-        columns = slice(head * shape.K, (head + 1) * shape.K)
-        q_TK, k_TK, v_TK = q_ref[0, :, columns] * shape.q_scale, k_ref[0, :, columns], v_ref[0, :, columns]
-        y_chunks, log_sums = [], []
-        for queries, key_parts in _chunks(shape):
-            scores = [_scores(shape, k_TK[keys], q_TK[queries], diagonal) for keys, diagonal in key_parts]
-            max_1C = functools.reduce(jnp.maximum, (jnp.max(s, axis=0, keepdims=True) for s in scores))
-            weights = [jnp.exp(s - max_1C) for s in scores]
-            sum_1C = sum(jnp.sum(w, axis=0, keepdims=True) for w in weights)
-            parts = zip(key_parts, weights, strict=True)
-            y_KC = sum(_product(v_TK[keys], w.astype(jnp.bfloat16), 0, 0) for (keys, _), w in parts)
-            y_chunks.append(y_KC / sum_1C)
-            log_sums.append(max_1C + jnp.log(sum_1C))
-        log_sum_ref[0, 0, head : head + 1, :] = jnp.concatenate(log_sums, axis=1)
-        y_heads.append(jnp.concatenate(y_chunks, axis=1))
-    y_ref[0] = jnp.concatenate(y_heads, axis=0).T.astype(jnp.bfloat16)
+def _forward(
+    shape: Shape, interpret: bool, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, log_sum_ref: Any, q: Any, k: Any,
+    v: Any, y: Any,
+) -> None:  # fmt: skip
+    heads = range(shape.heads_per_block)
+    for rows, (q_rows, k_rows, v_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref):
+        q[rows] = (q_rows * shape.q_scale).astype(q.dtype)
+        for head in heads:
+            k.at[head][rows] = _of_heads(shape, {head: k_rows}, 0.0).astype(k.dtype)
+            # With ones in the columns of other heads, the product with v also sums the weights.
+            v.at[head][rows] = _of_heads(shape, {head: v_rows}, 1.0).astype(v.dtype)
+
+    def scores(step: Any) -> Any:
+        queries, key_parts, head = step
+        return [_scores(shape, q[queries], k[head, keys], 0, diagonal) for keys, diagonal in key_parts]
+
+    steps = [(queries, key_parts, head) for queries, key_parts in _chunks(shape) for head in heads]
+    # The scheduler fills the wait for a maximum with the next step's product only if that comes first.
+    next_scores = scores(steps[0])
+    y_of: dict[int, Any] = {}
+    sum_of: dict[int, Any] = {}
+    max_of: dict[int, Any] = {}
+    for index, (queries, key_parts, head) in enumerate(steps):
+        scores_CS, next_scores = next_scores, scores(steps[index + 1]) if index + 1 < len(steps) else None
+        max_C1 = functools.reduce(jnp.maximum, (jnp.max(s, axis=1, keepdims=True) for s in scores_CS))
+        weights = [jnp.exp(s - max_C1) for s in scores_CS]
+        parts = zip(key_parts, weights, strict=True)
+        y_of[head] = sum(_product(w.astype(v.dtype), v[head, keys], 1, 0) for (keys, _), w in parts)
+        sum_of[(head + 1) % len(heads)] = y_of[head]
+        max_of[head] = max_C1
+        if head == heads[-1]:
+            if len(heads) > 1:
+                sums = pltpu.roll(_of_heads(shape, sum_of), COLUMNS - shape.K, 1)
+            else:  # no columns are free
+                sums = sum(jnp.sum(w, axis=1, keepdims=True) for w in weights)
+            y[queries] = _of_heads(shape, y_of) / sums
+            _write(shape, y_ref, y, queries)
+            log_sums = (_of_heads(shape, max_of) + jnp.log(sums)).T
+            log_sum_ref[0, 0, :, queries] = jnp.concatenate([log_sums[h * shape.K : h * shape.K + 1] for h in heads])
 
 
 def _backward(
-    shape: Shape, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, log_sum_ref: Any, dy_ref: Any, dq_ref: Any, dk_ref: Any,
-    dv_ref: Any,
+    shape: Shape, interpret: bool, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, log_sum_ref: Any, dy_ref: Any,
+    dq_ref: Any, dk_ref: Any, dv_ref: Any, q: Any, k: Any, dy: Any, v: Any, dq: Any, dk: Any, dv: Any, k_LT: Any,
 ) -> None:  # fmt: skip
-    chunk = shape.queries_per_chunk
-    dq_heads = []
-    for head in range(shape.heads_per_block):
-        columns = slice(head * shape.K, (head + 1) * shape.K)
-        q_TK, k_TK, v_TK = q_ref[0, :, columns] * shape.q_scale, k_ref[0, :, columns], v_ref[0, :, columns]
-        dy_TK = dy_ref[0, :, columns]
-        dy_y_TK = dy_TK.astype(jnp.float32) * y_ref[0, :, columns].astype(jnp.float32)
-        dq_chunks: list[Any] = []
-        dk_chunks: list[Any] = [0.0] * (shape.T // chunk)
-        dv_chunks: list[Any] = [0.0] * (shape.T // chunk)
-        for queries, key_parts in _chunks(shape):
+    heads = range(shape.heads_per_block)
+    for rows, (q_rows, k_rows, v_rows, y_rows, dy_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref, y_ref, dy_ref):
+        k[rows], v[rows] = k_rows.astype(k.dtype), v_rows.astype(v.dtype)
+        dq[rows] = dy_rows * y_rows  # kept where dq itself will go
+        for head in heads:
+            q.at[head][rows] = _of_heads(shape, {head: q_rows * shape.q_scale}, 0.0).astype(q.dtype)
+            dy.at[head][rows] = _of_heads(shape, {head: dy_rows}, 0.0).astype(dy.dtype)
+    k_LT[...] = k[...].astype(jnp.float32).T.astype(k.dtype)
+
+    # From the last queries to the first, so that the gradients of the keys seen last are complete, too, and can be written.
+    for queries, key_parts in reversed(_chunks(shape)):
+        delta_LC = dq[queries].T
+        dq_heads = []
+        for head in heads:
+            columns = slice(head * shape.K, (head + 1) * shape.K)
             log_sum_1C = log_sum_ref[0, 0, head : head + 1, queries]
-            delta_1C = jnp.sum(dy_y_TK[queries].T, axis=0, keepdims=True)
+            delta_1C = jnp.sum(delta_LC[columns], axis=0, keepdims=True)
+            # As (keys, queries) scores suit all products but that for dq, and statistics of a query are a row.
+            parts = [
+                (
+                    keys,
+                    _scores(shape, k[keys], q[head, queries], 1, diagonal),
+                    _product(v[keys], dy[head, queries], 1, 1),
+                )
+                for keys, diagonal in key_parts
+            ]
             dq_KC: Any = 0.0
-            for keys, diagonal in key_parts:
-                weights_SC = jnp.exp(_scores(shape, k_TK[keys], q_TK[queries], diagonal) - log_sum_1C)
-                dweights_SC = _product(v_TK[keys], dy_TK[queries], 1, 1)
-                dscores_SC = (weights_SC * (dweights_SC - delta_1C)).astype(jnp.bfloat16)
-                dk_SK = _product(dscores_SC, q_TK[queries], 1, 0)
-                dv_SK = _product(weights_SC.astype(jnp.bfloat16), dy_TK[queries], 1, 0)
-                dq_KC += _product(k_TK[keys], dscores_SC, 0, 0)
-                for first in range(keys.start, keys.stop, chunk):
-                    rows = slice(first - keys.start, first - keys.start + chunk)
-                    dk_chunks[first // chunk] += dk_SK[rows]
-                    dv_chunks[first // chunk] += dv_SK[rows]
-            dq_chunks.append(dq_KC * shape.K**-0.5)
-        dq_heads.append(jnp.concatenate(dq_chunks, axis=1))
-        dk_TK = jnp.concatenate(dk_chunks, axis=0) * shape.score_scale
-        dk_ref[0, :, columns] = dk_TK.astype(jnp.bfloat16)
-        dv_ref[0, :, columns] = jnp.concatenate(dv_chunks, axis=0).astype(jnp.bfloat16)
-    dq_ref[0] = jnp.concatenate(dq_heads, axis=0).T.astype(jnp.bfloat16)
+            for keys, scores_SC, dweights_SC in parts:
+                weights_SC = jnp.exp(scores_SC - log_sum_1C)
+                dscores_SC = (weights_SC * (dweights_SC - delta_1C)).astype(q.dtype)
+                dk_SL = _product(dscores_SC, q[head, queries], 1, 0)
+                dv_SL = _product(weights_SC.astype(q.dtype), dy[head, queries], 1, 0)
+                first = queries.stop == shape.T and head == 0
+                dk[keys] = dk_SL if first else dk[keys] + dk_SL
+                dv[keys] = dv_SL if first else dv[keys] + dv_SL
+                dq_KC += _product(k_LT[columns, keys], dscores_SC, 1, 0)
+            dq_heads.append(dq_KC * shape.K**-0.5)
+        dq[queries] = jnp.concatenate(dq_heads).T
+        if shape.score_scale != 1:
+            dk[queries] *= shape.score_scale
+        for ref, values in (dq_ref, dq), (dk_ref, dk), (dv_ref, dv):
+            _write(shape, ref, values, queries)
+
+
+def _rows(shape: Shape, interpret: bool, *refs: Any) -> Any:
+    """The rows of blocks in fp32, with where in an array to put them: all rows, or even and then odd ones, which share
+    32-bit words; those TPU v3 can split and scatter faster than it can unpack bf16."""
+
+    def inside(x: jax.Array) -> jax.Array:
+        # The last block may have fewer heads than the others, and then any values there.
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1) + pl.program_id(1) * COLUMNS
+        return jnp.where(column < shape.D, x, 0.0) if shape.D % COLUMNS else x
+
+    if shape.bf16:
+        return [(slice(None), [inside(ref[0].astype(jnp.float32)) for ref in refs])]
+    words = [pltpu.bitcast(ref[0], jnp.int32) if interpret else ref.bitcast(jnp.int32)[0] for ref in refs]
+    return [
+        (
+            pl.ds(odd, shape.T // 2, stride=2),
+            [inside(jax.lax.bitcast_convert_type(half(w), jnp.float32)) for w in words],
+        )
+        for odd, half in enumerate((lambda w: w << 16, lambda w: w & -65536))
+    ]
+
+
+def _write(shape: Shape, ref: Any, values: Any, rows: slice) -> None:
+    """The inverse of `_rows`, for some rows."""
+    if shape.bf16:
+        ref[0, rows] = values[rows].astype(jnp.bfloat16)
+        return
+    halves = [values[pl.ds(rows.start + odd, (rows.stop - rows.start) // 2, stride=2)] for odd in range(2)]
+    even, odd = (jax.lax.bitcast_convert_type(half, jnp.int32) + 0x8000 for half in halves)
+    ref[0, rows] = pltpu.bitcast(jax.lax.shift_right_logical(even, 16) | (odd & -65536), jnp.bfloat16)
+
+
+def _of_heads(shape: Shape, values: dict[int, Any], other: Any = None) -> Any:
+    """In the columns of each head its own value, and `other` (or anything) in those of heads without one."""
+    head_of_column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1) // shape.K
+    for head, value in values.items():
+        other = (
+            value if other is None or shape.heads_per_block == 1 else jnp.where(head_of_column == head, value, other)
+        )
+    return other
 
 
 def _chunks(shape: Shape) -> list[tuple[slice, list[tuple[slice, bool]]]]:
@@ -193,15 +282,15 @@ def _chunks(shape: Shape) -> list[tuple[slice, list[tuple[slice, bool]]]]:
     ]
 
 
-def _scores(shape: Shape, k_SK: jax.Array, q_CK: jax.Array, diagonal: bool) -> jax.Array:
-    scores_SC = _product(k_SK, q_CK, 1, 1)
+def _scores(shape: Shape, a: jax.Array, b: jax.Array, query_axis: int, diagonal: bool) -> jax.Array:
+    scores = _product(a, b, 1, 1)
     if shape.score_scale != 1:
-        scores_SC *= shape.score_scale
+        scores *= shape.score_scale
     if not diagonal:
-        return scores_SC
-    keys = jax.lax.broadcasted_iota(jnp.int32, scores_SC.shape, 0)
-    queries = jax.lax.broadcasted_iota(jnp.int32, scores_SC.shape, 1)
-    return jnp.where(keys <= queries, scores_SC, _MASKED)
+        return scores
+    queries = jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
+    keys = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
+    return jnp.where(keys <= queries, scores, _MASKED)
 
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

@@ -11,7 +11,13 @@ from torch import Tensor
 from gpt2xla.attention import sdpa_attention
 from gpt2xla.flash_attention import Shape, backward, forward, lower
 
-SHAPES = [Shape(2, 256, 4, 64), Shape(1, 1024, 3, 64), Shape(1, 128, 2, 32), Shape(1, 512, 2, 128)]
+SHAPES = [
+    Shape(2, 256, 4, 64),
+    Shape(1, 1024, 3, 64),
+    Shape(1, 128, 2, 32),
+    Shape(1, 512, 2, 128),
+    Shape(1, 256, 3, 64, bf16=False),
+]
 
 
 def inputs(shape: Shape) -> list[np.ndarray]:
@@ -54,6 +60,8 @@ def test_the_kernels_are_lowered_without_a_device() -> None:
         (Shape(1, 1000, 12, 64), False),
         (Shape(1, 4096, 12, 64), False),
         (Shape(1, 128, 2, 48), False),
+        (Shape(1, 2048, 2, 64), True),
+        (Shape(1, 2048, 2, 64, bf16=False), False),
     ],
 )
 def test_which_shapes_are_supported(shape: Shape, supported: bool) -> None:

@@ -45,7 +45,7 @@ from gpt2xla.runtime.base import (
     set_matmul_precision,
 )
 from gpt2xla.runtime.xla_compiles import CompileWatch, count_compiles, open_compile_cache
-from gpt2xla.runtime.xla_flash import flash_attention, why_not
+from gpt2xla.runtime.xla_flash import flash_attention_for, why_not
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
 
 # Numbers: 1 GiB in bf16. Larger pieces cost memory, smaller ones keep the matrix units less busy.
@@ -129,7 +129,7 @@ class XlaRuntime:
 
     @property
     def flash_attention(self) -> Attention:
-        return flash_attention
+        return flash_attention_for(self.device_kind)
 
     @property
     def device_kind(self) -> str:

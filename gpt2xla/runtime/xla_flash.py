@@ -3,53 +3,67 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
+from gpt2xla.kernels import Attention
 
-def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, mesh: xs.Mesh | None = None) -> Tensor:
+
+def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attention:
     """Causal attention in bf16, (B, T, D) each; the shape must be `supported`. With a mesh of one axis, for SPMD, each
     device takes its part of the batch: the partitioner cannot look into the kernel to divide it."""
-    return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, num_heads, mesh)
+    bf16 = not device_kind.startswith("TPU v3")
+
+    def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
+        return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, _Kernels(num_heads, bf16, mesh))
+
+    return flash_attention
 
 
 def why_not(device_kind: str, num_heads: int, head_size: int, length: int) -> str | None:
     """What keeps the kernels from running; None if nothing does."""
-    if not device_kind.startswith("TPU") or device_kind.startswith(("TPU v2", "TPU v3")):
-        return "it needs a TPU v4 or later"
+    if not device_kind.startswith("TPU") or device_kind.startswith("TPU v2"):
+        return "it needs a TPU v3 or later"
     try:
         from gpt2xla.flash_attention import Shape
     except ImportError as error:
         return f"it needs jax ({error}); pip install -r requirements-xla_tpu.txt"
-    if not Shape(1, length, num_heads, head_size).supported:
+    if not Shape(1, length, num_heads, head_size, bf16=not device_kind.startswith("TPU v3")).supported:
         return (
-            f"it is made for heads of 32, 64 or 128 columns, not {head_size}, and --seq-length a multiple of 128, "
-            f"up to 2048, not {length}"
+            f"heads of {head_size} columns and --seq-length {length} do not suit it (heads of 32, 64 or 128 do, and "
+            "multiples of 128 tokens, up to 1024 or, with 64 columns and from v4 on, 2048)"
         )
     return None
 
 
+class _Kernels(NamedTuple):
+    num_heads: int
+    bf16: bool
+    mesh: xs.Mesh | None
+
+
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, mesh: xs.Mesh | None) -> Tensor:
-        ctx.num_heads, ctx.mesh = num_heads, mesh
-        y_BTD, log_sums = _call("forward", [q_BTD, k_BTD, v_BTD], num_heads, mesh)
+    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, kernels: _Kernels) -> Tensor:
+        ctx.kernels = kernels
+        y_BTD, log_sums = _call("forward", [q_BTD, k_BTD, v_BTD], kernels)
         ctx.save_for_backward(q_BTD, k_BTD, v_BTD, y_BTD, log_sums)
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_call("backward", [*ctx.saved_tensors, grads[0]], ctx.num_heads, ctx.mesh), None, None
+        return *_call("backward", [*ctx.saved_tensors, grads[0]], ctx.kernels), None
 
 
-def _call(direction: str, tensors: list[Tensor], num_heads: int, mesh: xs.Mesh | None) -> list[Tensor]:
+def _call(direction: str, tensors: list[Tensor], kernels: _Kernels) -> list[Tensor]:
+    num_heads, bf16, mesh = kernels
     parts = tensors if mesh is None else [_part(tensor, mesh) for tensor in tensors]
     sequences, length, width = parts[0].shape
-    payload, blocks = _lowered((sequences, length, num_heads, width // num_heads), direction)
+    payload, blocks = _lowered((sequences, length, num_heads, width // num_heads, bf16), direction)
     if direction == "forward":
         shapes, dtypes = [parts[0].shape, torch.Size((sequences, *blocks, length))], [torch.bfloat16, torch.float32]
     else:
@@ -72,7 +86,7 @@ def _by_sequence(tensor: Tensor, mesh: xs.Mesh) -> tuple[str | None, ...]:
 
 
 @functools.cache
-def _lowered(sizes: tuple[int, int, int, int], direction: str) -> tuple[str, tuple[int, int]]:
+def _lowered(sizes: tuple[int, int, int, int, bool], direction: str) -> tuple[str, tuple[int, int]]:
     from gpt2xla import flash_attention as kernels
 
     shape = kernels.Shape(*sizes)

@@ -8,7 +8,6 @@ split as `split_dimension` says.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from gpt2xla.errors import InputError
 from gpt2xla.kernels import Attention
 from gpt2xla.runtime.base import prefetch, random_seed
 from gpt2xla.runtime.xla import XlaRuntime
-from gpt2xla.runtime.xla_flash import flash_attention
+from gpt2xla.runtime.xla_flash import flash_attention_for
 
 _AXIS = "devices"
 
@@ -76,7 +75,7 @@ class SpmdRuntime(XlaRuntime):
 
     @property
     def flash_attention(self) -> Attention:
-        return partial(flash_attention, mesh=self.mesh)
+        return flash_attention_for(self.device_kind, self.mesh)
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         # With several hosts, each one's batch is its part of the whole.

@@ -89,8 +89,8 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
 
 
 def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
-    """Cycles of one call of each flash attention kernel: the instructions of its final schedule, one bundle a cycle, times
-    the steps of its grid. Waiting for memory is not in it."""
+    """Cycles of one call of each flash attention kernel: the bundles of its final schedule, one a cycle, and its stalls,
+    times the steps of its grid. Waiting for memory is not in it."""
     cycles = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -101,7 +101,8 @@ def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
         from gpt2xla import flash_attention as kernels
 
         kernels.use_libtpu_version()
-        shape = kernels.Shape(*sizes)
+        B, T, H, K = sizes
+        shape = kernels.Shape(B, T, H, K, bf16=topology.kind != "TPU v3")
         device = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name).devices[0]
         for direction in ("forward", "backward"):
             function = getattr(kernels, direction)(shape)
@@ -109,11 +110,11 @@ def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
             arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in function.arguments]
             jax.jit(function).lower(*arguments).compile()
             # Two programs are dumped: the kernel's and a frame around it, the shorter one.
-            schedules = [f.read_text() for f in Path(folder).glob("*schedule-analysis_final_bundles.txt")]
-            bundles = max(
-                int(found[1]) for s in schedules if (found := re.search(r"total scheduled bundles:\s+(\d+)", s))
-            )
-            cycles[direction] = bundles * shape.B * shape.blocks
+            schedules = [f for f in Path(folder).glob("*final_bundles.txt") if "analysis" not in f.name]
+            kernel = max(schedules, key=lambda file: file.stat().st_size).read_text()
+            bundles = len(re.findall(r"^ *(?:0x[0-9a-f]+|0) .*?: .*\{", kernel, re.MULTILINE))
+            stalls = sum(int(n) for n in re.findall(r"vdelay (\d+)", kernel))
+            cycles[direction] = (bundles + stalls) * shape.B * shape.blocks
             for file in Path(folder).iterdir():
                 file.unlink()
     return cycles
