@@ -160,7 +160,7 @@ class TrainConfig:
     attention: Literal["auto", "sdpa", "chunked", "flash"] = option(
         "auto",
         "auto: the device's best; sdpa: torch's own; chunked: scores computed twice and never kept; flash: a kernel of its "
-        "own, on TPU v4 and later",
+        "own, on TPU v3 and later",
     )
     loss_chunks: int = option(
         0, "compute logits and loss in this many pieces, to save memory; 0 lets the device choose"
