@@ -49,14 +49,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         label_logits_BT = (x_BTD.float() * rows_BTD.float()).sum(-1)
         loss = -torch.where(counted_BT, label_logits_BT, 0.0).sum()
         dx: list[Tensor] = []
-        dweights: list[Tensor] = []
+        dweight_VD: Tensor | None = None
         for x_BCD, labels_BC, counted_BC in zip(
             *(t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT)), strict=True
         ):
-            if dweights:
+            if dweight_VD is not None:
                 # One piece after the other: side by side, their logits would fill the memory after all.
                 x_BCD = x_BCD.clone()
-                fence([x_BCD, dweights[-1]])
+                fence([x_BCD, dweight_VD])
             logits_BCV = F.linear(x_BCD, head_VD).float()
             max_BC1 = logits_BCV.amax(-1, keepdim=True)
             log_sum_BC1 = max_BC1 + torch.exp(logits_BCV - max_BC1).sum(-1, keepdim=True).log()
@@ -67,9 +67,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dlogits_BCV = torch.exp(logits_BCV - log_sum_BC1) - is_label_BCV.float()
                 dlogits_BCV = torch.where(counted_BC1, dlogits_BCV, 0.0).to(x_BTD.dtype)
                 dx.append(dlogits_BCV @ head_VD)
-                dweights.append(torch.einsum("bcv,bcd->vd", dlogits_BCV, x_BCD).to(weight_VD.dtype))
+                part_VD = torch.einsum("bcv,bcd->vd", dlogits_BCV, x_BCD).to(weight_VD.dtype)
+                dweight_VD = part_VD if dweight_VD is None else dweight_VD + part_VD
         if wants_gradient:
-            ctx.save_for_backward(torch.cat(dx, dim=1), sum(dweights[1:], dweights[0]))
+            ctx.save_for_backward(torch.cat(dx, dim=1), dweight_VD)
         return loss
 
     @staticmethod
