@@ -178,7 +178,8 @@ def _about_environment(machine: Machine) -> Iterator[str]:
 def _about_the_tpu(machine: Machine) -> Iterator[str]:
     for holder in machine.holders:
         yield f"{holder} holds the TPU; end it, or restart the notebook's kernel if that is what it is"
-    if machine.lockfile and not machine.holders:
+    # Compiling for TPUs leaves such a file, too, where there is none to be held.
+    if machine.lockfile and machine.device_files and not machine.holders:
         yield (
             f"{LOCKFILE} is left over, unless another user's process holds the TPU (sudo lsof -w /dev/accel* /dev/vfio/* "
             f"shows it); sudo rm {LOCKFILE}"

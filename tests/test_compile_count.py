@@ -81,6 +81,7 @@ def test_later_compiles_are_warned_of_once_for_each_cause(data_flags: list[str],
     assert training_lines(tmp_path)[-1]["compiles"] >= 2 + 2 * len(expected)
 
 
+@pytest.mark.slow
 def test_the_compile_cache_is_opened_in_time_on_a_tpu(data_flags: list[str], tmp_path: Path) -> None:
     """On a CPU that takes itself for a TPU until it has opened the cache: the compiled programs are stored there."""
     flags = [*data_flags, *SMALL_RUN, "--train-steps", 1, "--checkpoints-dir", tmp_path / "c"]

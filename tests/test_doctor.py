@@ -59,7 +59,7 @@ CONFLICTS = {
     "preload": (with_variables(LD_PRELOAD="libc.so.6:/no/tcmalloc.so"), ["/no/tcmalloc.so", "unset LD_PRELOAD"]),
     "library": (with_variables(TPU_LIBRARY_PATH="/no/libtpu.so"), ["/no/libtpu.so", "unset TPU_LIBRARY_PATH"]),
     "held": (changed(holders=["python3 (pid 7)"], lockfile=True), ["python3 (pid 7)", "end it"]),
-    "lock file": (changed(lockfile=True), ["/tmp/libtpu_lockfile", "sudo rm /tmp/libtpu_lockfile"]),
+    "lock file": (changed(lockfile=True, device_files=["/dev/accel0"]), ["sudo rm /tmp/libtpu_lockfile"]),
     "full disk": (changed(free_disk=10**9), ["--checkpoints-dir has 1.0 GB", "124M"]),
     "read-only": (changed(free_disk=None), ["--checkpoints-dir", "choose another"]),
     "little memory": (changed(free_memory=10**9), ["1.0 GB of memory", "larger machine"]),

@@ -110,6 +110,7 @@ def test_a_skip_is_the_same_graph_and_reads_nothing(overflowing: dict) -> None:
     assert overflowing["end"]["reads"] == 20 + validations * 3 + saves * reads_per_save
 
 
+@pytest.mark.slow
 def test_fp16_follows_fp32_and_moves_between_runtimes(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, *FP16, "--checkpoints-dir"]
     succeed(run_xla(*flags, tmp_path / "a", "--train-steps", 10))

@@ -26,7 +26,7 @@ def cells_tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.Not
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", [NOTEBOOKS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in NOTEBOOKS[1:])])
 def test_every_cell_runs_and_the_run_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_xla()
     texts = tmp_path / "texts"
@@ -105,6 +105,7 @@ def test_the_kaggle_notebook_takes_an_earlier_sessions_checkpoints(tmp_path: Pat
     assert os.system(line.format(EARLIER="", WORK=work)) == 0
 
 
+@pytest.mark.slow
 def test_a_kernel_starts_its_workers_by_fork_again_and_again(
     trained: Path, data_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def test_four_replicas_with_the_sync_free_optimizer_equal_one(one: Path, data_fl
     assert_same_run(tmp_path, one)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_replicas_too(one: Path, data_flags: list[str], tmp_path: Path) -> None:
     require_xla()
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
@@ -106,7 +107,7 @@ def test_resumed_replicas_with_dropout_are_bit_identical(data_flags: list[str], 
     assert training_losses(broken) == training_losses(unbroken)
 
 
-@pytest.mark.parametrize("replica", [0, 1])
+@pytest.mark.parametrize("replica", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_error_that_only_one_replica_meets_ends_all_with_its_message_and_code(replica: int, tmp_path: Path) -> None:
     """An id that no sample finds, in a window of that replica, in step 26; the other waits for it in a collective."""
     tokens = np.zeros(2_000_000, dtype=np.uint16)
@@ -121,6 +122,7 @@ def test_an_error_that_only_one_replica_meets_ends_all_with_its_message_and_code
     assert "000.npy: id 96 does not fit --vocab-size 90" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_diverged_run_of_replicas_fails_once(data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, "--learning-rate", 1e30, "--checkpoints-dir", tmp_path]
     result = run_xla(*flags, CPU_NUM_DEVICES="2")

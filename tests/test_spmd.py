@@ -133,7 +133,7 @@ def test_hugging_face_loads_the_gathered_weights(runs: dict[str, Path]) -> None:
     torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param("spmd", marks=pytest.mark.slow), "fsdp"])
 def test_a_resumed_run_is_bit_identical(runs: dict[str, Path], name: str, flags: list[str], tmp_path: Path) -> None:
     source = runs[name] / "step-00000010"
     more = [*LAYOUTS[name], "--from-checkpoint", source, "--checkpoints-dir", tmp_path]

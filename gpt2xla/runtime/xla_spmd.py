@@ -15,11 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch_xla
+import torch_xla.core.xla_env_vars as xenv
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
 import torch_xla.distributed.xla_backend  # registers xla://
 import torch_xla.runtime as xr
 from torch import Tensor, nn
+from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
 from gpt2xla import sharded_state
@@ -42,6 +44,17 @@ def split_dimension(shape: Sequence[int], devices: int) -> int | None:
         return None
     divisible = [dimension for dimension, size in enumerate(shape) if size % devices == 0]
     return max(divisible, key=lambda dimension: shape[dimension], default=None)
+
+
+def _kind_of_host() -> str:
+    """What the devices would call themselves, by the type of this host, such as v5litepod-8; "TPU" if unknown."""
+    try:
+        name = str(tpu.get_tpu_env()[xenv.ACCELERATOR_TYPE]).split("-")[0]
+    except (OSError, KeyError, ValueError):
+        return "TPU"
+    return {"v5litepod": "TPU v5 lite", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}.get(
+        name, f"TPU {name}"
+    )
 
 
 class SpmdRuntime(XlaRuntime):
@@ -72,6 +85,11 @@ class SpmdRuntime(XlaRuntime):
             parameter.register_hook(self._place)
         for module in model.modules():
             module.register_forward_hook(self._split_output)
+
+    @property
+    def device_kind(self) -> str:
+        # In SPMD mode there is one virtual device, which torch_xla cannot ask what it is; the host's environment says so.
+        return _kind_of_host() if xr.device_type() == "TPU" else "cpu"
 
     @property
     def flash_attention(self) -> Attention:

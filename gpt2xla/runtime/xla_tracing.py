@@ -23,7 +23,7 @@ class TracingRuntime(XlaRuntime):
     """Graphs are the ones of `XlaRuntime`; nothing is allocated and nothing can be read."""
 
     def __init__(self, options: XlaConfig, config: TrainConfig, device_kind: str, replicas: int) -> None:
-        self._kind = device_kind
+        self._traced_kind = device_kind
         if replicas > 1 and not options.spmd:
             devices = [f"xla:{number}" for number in range(replicas)]
             torch_xla._XLAC._xla_set_replication_devices(torch_xla._XLAC._xla_real_devices(devices))
@@ -34,7 +34,7 @@ class TracingRuntime(XlaRuntime):
 
     @property
     def device_kind(self) -> str:
-        return self._kind
+        return self._traced_kind
 
     def batches(self, sequences: int, length: int) -> Iterator[Batch]:
         shape = torch.Size((sequences // self.world_size, length))
