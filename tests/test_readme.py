@@ -42,7 +42,7 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 def test_flags_exist(block: str) -> None:
     for words in commands(block):
         if words[:2] == ["pip", "install"]:
-            assert all((ROOT / word).exists() for word in words[2:] if not word.startswith("-")), words
+            assert all((ROOT / word.split("[")[0]).exists() for word in words[2:] if not word.startswith("-")), words
             continue
         program = next(word for word in words if word.endswith(".py"))
         flags = words[words.index(program) + 1 :]
