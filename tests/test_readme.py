@@ -89,7 +89,7 @@ def test_the_commands_run_one_after_another(tmp_path: Path) -> None:
             ]
             run([str(bin_folder / words[0]), *words[1:]], tmp_path, environment)
             ran += 1
-    assert ran == 12
+    assert ran == 13
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
