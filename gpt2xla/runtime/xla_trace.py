@@ -73,7 +73,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     return step, {
         "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
         "parameters": model.num_parameters(),
-        "kernels": {"attention": getattr(model.kernels.attention, "__name__", None)},
+        "kernels": model.kernels.description,
     }
 
 
