@@ -2,7 +2,7 @@
 
 124M, 32 sequences of 1,024 tokens per device and 8 devices, bf16, AdamW, clipping, beside the reference trainer
 (minhnguyent546/pre-training-gpt2) at the largest power of two that fits it. Writes results/tpu_124m.{json,md}.
-`--fits` instead finds the largest batch of the larger sizes that each TPU holds, and writes results/tpu_fits.{json,md}.
+`--fits` instead finds the largest batch of the larger sizes that each TPU holds, to an eighth, and writes results/tpu_fits.{json,md}.
 """
 
 import argparse
@@ -107,14 +107,19 @@ def fits(models: list[str], topologies: list[str]) -> None:
         for topology in topologies:
             # The batch is what is sought; this one only has to be a valid one.
             flat = PRESETS[model] | STEP | {"train_batch_size": TOPOLOGIES[topology].devices}
-            report = find_batch(RunConfig.from_flat(flat), LARGER[model], topology, print)
+            report = find_batch(RunConfig.from_flat(flat), LARGER[model], topology, print, tolerance=1 / 8)
             rows = [row for row in rows if (row["model"], row["topology"]) != (model, topology)]
             rows.append({"model": model, "sharded": LARGER[model].fsdp, **report})
-            lines = ["| model | TPU | largest batch per device | peak HBM, GiB |", "|---|---|---|---|"]
+            lines = [
+                "| model | TPU | sequences per device that fit | that do not | peak HBM, GiB |",
+                "|---|---|---|---|---|",
+            ]
             for row in sorted(rows, key=lambda row: (list(LARGER).index(row["model"]), row["topology"])):
                 largest = row["sequences_per_device"] if row["fits"] else "none"
                 how = ", --spmd --fsdp" if row["sharded"] else ""
-                lines.append(f"| {row['model']}{how} | {row['topology']} | {largest} | {memory(row)} |")
+                lines.append(
+                    f"| {row['model']}{how} | {row['topology']} | {largest} | {row['too_many']} | {memory(row)} |"
+                )
             write("tpu_fits", rows, lines)
 
 

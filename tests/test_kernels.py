@@ -1,10 +1,12 @@
 """The ways in which a device may compute parts of the model: every one the same function, and none less exact."""
 
 import dataclasses
+import json
 from functools import partial
 
 import pytest
 import torch
+from conftest import run_xla, succeed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -78,28 +80,12 @@ def test_lean_kernels_without_biases_and_with_a_head_of_its_own(bias: bool, tie_
     assert all((gradients[n] - expected[n]).norm() / expected[n].norm() <= 1e-5 for n in expected)
 
 
-def test_in_bf16_as_exact_as_the_plain_path() -> None:
-    """Distance of the whole gradient to float64, over four batches, on a model as it is at the start of training."""
-    config = ModelConfig(vocab_size=1024, seq_length=256, d_model=128, num_layers=4, num_heads=2)
-    exact = [fresh_gradient(Kernels(), config, seed, torch.float64) for seed in range(4)]
-
-    def distance(kernels: Kernels) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            rounded = [fresh_gradient(kernels, config, seed, torch.float32) for seed in range(4)]
-        return torch.stack([(r - e).norm() for r, e in zip(rounded, exact, strict=True)]).norm().item()
-
-    # Measured: 1.6% farther. Scores pass through bf16, as in the plain path on XLA, where the one on CPUs keeps fp32.
-    assert distance(LEAN) <= 1.03 * distance(Kernels())
-
-
-def fresh_gradient(kernels: Kernels, config: ModelConfig, seed: int, dtype: torch.dtype) -> Tensor:
-    model = GPT2(config)
-    model.init_weights(torch.Generator().manual_seed(3))
-    model.kernels = kernels
-    ids = torch.randint(0, config.vocab_size, (4, 257), generator=torch.Generator().manual_seed(seed))
-    loss, count = model.to(dtype)(ids[:, :-1], ids[:, 1:])
-    (loss / count).backward()
-    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+def test_in_bf16_on_xla_as_exact_as_the_plain_path() -> None:
+    """Distance of the whole gradient to float64, over sixteen batches, on a model as it is at the start of training."""
+    distances = json.loads(succeed(run_xla(program="tests/bf16_worker.py")).splitlines()[-1])
+    plain, lean = (torch.tensor(distances[name]) for name in ("plain", "lean"))
+    # Measured: 1.000, with a standard error of 0.005. From one batch to the next the ratio is anything from 0.96 to 1.04.
+    assert (lean / plain).mean() <= 1.01
 
 
 @pytest.mark.parametrize("length", [1, 3, 5, 17, 64])

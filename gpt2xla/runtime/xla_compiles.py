@@ -74,6 +74,7 @@ class CompileWatch:
     def step(self, name: str) -> Iterator[None]:
         """A part that is known to compile when it is first gone through, and is announced then."""
         first = name not in self._calls
+        self._settle()
         before, start = self._compiled, time.perf_counter()
         if first:
             self._say(f"compiling the {name} (on a TPU this takes minutes) ...")

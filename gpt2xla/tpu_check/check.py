@@ -56,31 +56,27 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
     return report
 
 
-def find_batch(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """The report of the most sequences per device and micro-step that fit, or that of one sequence if not even that does.
-
-    Memory grows evenly with the batch: an estimate comes first, then where the line through two compiles meets the limit.
+def find_batch(
+    config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None], tolerance: float = 0.0
+) -> dict[str, Any]:
+    """The report of the most sequences per device and micro-step that fit, or that of one sequence if not even that does,
+    and `too_many`, the fewest that were seen not to fit. It stops where these two are within `tolerance`, a share.
     """
     devices = TOPOLOGIES[topology].devices
-
-    def at(share: int) -> dict[str, Any]:
-        train = dataclasses.replace(config.train, train_batch_size=share * devices)
-        report = check(dataclasses.replace(config, train=train), options, topology, say)
-        verdict = "fits" if report["fits"] else "does not fit"
-        say(f"{topology}: {share} per device: {report['peak_gib']:.2f} of {report['memory_gib']:.2f} GiB, {verdict}")
-        tried[share] = report
-        return report
-
     tried: dict[int, dict[str, Any]] = {}
     best, too_many = 0, _MOST_SEQUENCES + 1
     share = _first_try(config, options, TOPOLOGIES[topology])
-    while too_many - best > 1:
-        if at(share)["fits"]:
+    while too_many - best > max(1.0, tolerance * best):
+        train = dataclasses.replace(config.train, train_batch_size=share * devices)
+        report = tried[share] = check(dataclasses.replace(config, train=train), options, topology, say)
+        verdict = "fits" if report["fits"] else "does not fit"
+        say(f"{topology}: {share} per device: {report['peak_gib']:.2f} of {report['memory_gib']:.2f} GiB, {verdict}")
+        if report["fits"]:
             best = share
         else:
             too_many = share
-        share = _next_try(config, tried, best, too_many)
-    return tried[max(best, 1)]
+        share = _next_try(config, report, best, too_many)
+    return tried[max(best, 1)] | {"too_many": too_many}
 
 
 def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int:
@@ -88,16 +84,15 @@ def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int
     return max(1, int((topology.memory * 2**30 - state) / _bytes_per_sequence(config)))
 
 
-def _next_try(config: RunConfig, tried: dict[int, dict[str, Any]], best: int, too_many: int) -> int:
-    """Where memory would meet the limit, counted from the try nearest to it. Close to the limit the compiler computes things
-    twice to save memory, so upwards in small steps, and half way between a batch that fits and one that does not."""
-    near = min(tried, key=lambda share: abs(tried[share]["peak_gib"] - tried[share]["memory_gib"]))
-    room = (tried[near]["memory_gib"] - tried[near]["peak_gib"]) * 2**30
-    guess = near + int(room / _bytes_per_sequence(config))
+def _next_try(config: RunConfig, last: dict[str, Any], best: int, too_many: int) -> int:
+    """Half way between a batch that fits and one that does not. Before both are known, where memory would meet the limit;
+    near it the compiler computes things twice to save memory, so upwards by an eighth at least, and a quarter at most."""
     if best and too_many <= _MOST_SEQUENCES:
-        guess = (best + too_many) // 2
-    elif best:
-        guess = min(guess, best + max(1, best // 5))
+        return (best + too_many) // 2
+    room = (last["memory_gib"] - last["peak_gib"]) * 2**30
+    guess = last["sequences_per_device"] + int(room / _bytes_per_sequence(config))
+    if best:
+        guess = min(max(guess, best + best // 8), best + best // 4)
     return min(max(guess, best + 1), too_many - 1)
 
 
