@@ -2,7 +2,8 @@
 
 124M, 32 sequences of 1,024 tokens per device and 8 devices, bf16, AdamW, clipping, beside the reference trainer
 (minhnguyent546/pre-training-gpt2) at the largest power of two that fits it. Writes results/tpu_124m.{json,md}.
-`--fits` instead finds the largest batch of the larger sizes that each TPU holds, to an eighth, and writes results/tpu_fits.{json,md}.
+`--fits` instead finds, to an eighth, the largest batch of the larger sizes that each TPU holds, and writes
+results/tpu_fits.{json,md}.
 """
 
 import argparse
