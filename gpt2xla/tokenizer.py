@@ -193,7 +193,7 @@ def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
     vocab = {spell[token]: rank for token, rank in ranks.items()}
     merges = [tuple(map(spell.__getitem__, _last_merge(ranks, token))) for token in ranks if len(token) > 1]
     backend = _byte_level_bpe(vocab, merges, encoding._special_tokens, encoding._pat_str)
-    return Tokenizer(name, backend, lambda texts: encoding.encode_ordinary_batch(list(texts), num_threads=2))
+    return Tokenizer(name, backend, lambda texts: [encoding.encode_to_numpy(t, disallowed_special=()) for t in texts])
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:

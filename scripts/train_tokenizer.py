@@ -24,7 +24,7 @@ class TokenizerConfig:
 
 def main() -> None:
     options = parse_options(TokenizerConfig, "Train a byte-level byte-pair tokenizer, as GPT-2's is.")
-    from gpt2xla.data.writer import read_documents
+    from gpt2xla.data.corpus import documents_of, local_parts
     from gpt2xla.errors import InputError, blaming
     from gpt2xla.tokenizer import train_bpe
 
@@ -33,7 +33,7 @@ def main() -> None:
     output_dir = Path(options.output_dir)
     if (output_dir / "tokenizer.json").exists():
         raise InputError(f"--output-dir {output_dir}: holds a tokenizer already; remove it or choose another folder")
-    documents = read_documents([Path(p) for p in options.input], options.suffixes, options.exclude, "file")
+    documents = documents_of(local_parts(options.input, suffixes=options.suffixes, exclude=options.exclude))
     tokenizer = train_bpe(documents, output_dir.name, options.vocab_size, options.min_frequency)
     with blaming(f"--output-dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)

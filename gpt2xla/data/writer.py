@@ -1,165 +1,109 @@
-"""From documents to a prepared data set: `train/` and `test/`, each with shards, manifest and tokenizer."""
+"""Token shards, appended to as ids arrive, and gone on with after an interruption."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from gpt2xla.data.shards import Manifest, ShardEntry, file_sha256
-from gpt2xla.errors import InputError, blaming
 from gpt2xla.tokenizer import Tokenizer
 
-_BATCH_DOCUMENTS = 256
+
+@dataclass
+class Written:
+    """What a split holds so far: `shards` are complete, `filled` tokens are in the one after them."""
+
+    shards: list[ShardEntry]
+    filled: int = 0
+    documents: int = 0
+    bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards) + self.filled
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Written:
+        return cls(**values | {"shards": [ShardEntry(**shard) for shard in values["shards"]]})
 
 
-def prepare(
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    output_dir: Path,
-    *,
-    seed: int,
-    test_fraction: float,
-    shard_size: int,
-) -> dict[str, Manifest]:
-    """Tokenise `documents` into `output_dir/train` and `output_dir/test`.
+class ShardWriter:
+    """Writes one split's shards into `folder`, from where `written` says on: what the last shard holds beyond is cut off.
 
-    Each document goes to `test` with probability `test_fraction`, decided by a hash of the seed and its number: the
-    same input gives the same files. It ends with the tokenizer's end-of-text id where there is one. `shard_size`
-    is in tokens. Memory stays flat: one shard and one batch of documents. The folders appear under their names only when
-    complete.
-
-    Returns:
-        The manifests by split.
-
-    Raises:
-        InputError: the output exists already, or a split came out empty.
+    Plain appends, no memory maps: where a disk is full they raise OSError, and a mapped page would kill the process.
     """
-    if not 0 < test_fraction < 1:
-        raise InputError(f"--test-fraction {test_fraction}: choose a share between 0 and 1")
-    if shard_size < 1:
-        raise InputError(f"--shard-size {shard_size}: choose a number of at least 1")
-    for split in ("train", "test"):
-        if (output_dir / split).exists():
-            raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another folder")
-    is_new = not output_dir.exists()
-    with blaming(f"--output-dir {output_dir}"):
-        writers = {
-            split: _SplitWriter(output_dir / f".{split}.partial", tokenizer, shard_size) for split in ("train", "test")
-        }
-    try:
-        numbered = enumerate(documents)
-        while batch := list(itertools.islice(numbered, _BATCH_DOCUMENTS)):
-            for (number, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
-                split = "test" if _uniform(f"{seed}/{number}") < test_fraction else "train"
-                writers[split].add(ids, len(text.encode()))
-        for split, writer in writers.items():
-            if writer.tokens == 0:
-                raise InputError(f"the {split} split came out empty: give more documents or change --test-fraction")
-        manifests = {split: writer.finish() for split, writer in writers.items()}
-        for split, writer in writers.items():
-            os.rename(writer.folder, output_dir / split)
-        return manifests
-    finally:  # what a failure left; after success there is nothing under these names
-        for writer in writers.values():
-            shutil.rmtree(writer.folder, ignore_errors=True)
-        if is_new and not any(output_dir.iterdir()):
-            output_dir.rmdir()
 
-
-def read_documents(
-    paths: list[Path], suffixes: tuple[str, ...], exclude: tuple[str, ...], split_by: str
-) -> Iterator[str]:
-    """The documents in text files, and in those files below folders whose name ends in one of `suffixes`, in sorted
-    order, but not below folders named in `exclude`. `split_by`: "file", "blank-lines" or "line". Bytes that are not
-    UTF-8 become U+FFFD.
-
-    Raises:
-        InputError: a path does not exist, or nothing was found.
-    """
-    found = False
-    for file in _text_files(paths, suffixes, exclude):
-        with blaming(f"--input {file}"):
-            text = file.read_text(encoding="utf-8", errors="replace")
-        if split_by == "file":
-            documents = [text]
-        else:
-            documents = text.split("\n\n" if split_by == "blank-lines" else "\n")
-        for document in documents:
-            if document.strip():
-                found = True
-                yield document
-    if not found:
-        raise InputError(f"--input {' '.join(map(str, paths))}: no text in files ending in {', '.join(suffixes)}")
-
-
-class _SplitWriter:
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_size: int) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-        folder.mkdir(parents=True)
+    def __init__(self, folder: Path, dtype: np.dtype, shard_size: int, written: Written) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.tokenizer = tokenizer
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        self.shard = np.empty(shard_size, dtype=self.dtype)
-        self.filled = 0
-        self.entries: list[ShardEntry] = []
-        self.tokens = self.documents = self.bytes = 0
+        self.dtype = dtype
+        self.shard_size = shard_size
+        self.written = written
+        self._open()
 
-    def add(self, ids: Iterable[int], size: int) -> None:
-        eot = self.tokenizer.eot_id
-        tokens = np.fromiter(itertools.chain(ids, () if eot is None else (eot,)), dtype=self.dtype)
-        self.documents += 1
-        self.bytes += size
-        self.tokens += len(tokens)
-        while len(tokens):
-            part = tokens[: len(self.shard) - self.filled]
-            self.shard[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-            tokens = tokens[len(part) :]
-            if self.filled == len(self.shard):
-                self._flush()
+    def add(self, ids: np.ndarray, documents: int, size: int) -> None:
+        """Append the ids of whole documents, `size` bytes of text."""
+        self.written.documents += documents
+        self.written.bytes += size
+        while len(ids):
+            part = ids[: self.shard_size - self.written.filled]
+            self._file.write(part.data)
+            self.written.filled += len(part)
+            ids = ids[len(part) :]
+            if self.written.filled == self.shard_size:
+                self._close_shard()
+                self._open()
 
-    def finish(self) -> Manifest:
-        if self.filled:
-            self._flush()
+    def save(self) -> dict[str, Any]:
+        """`written` as JSON, once everything it speaks of is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return asdict(self.written)
+
+    def finish(self, tokenizer: Tokenizer) -> Manifest:
+        """The manifest, which is written beside the shards, as is the tokenizer."""
+        if self.written.filled:
+            self._close_shard()
+        else:
+            self._file.close()
+            self._path.unlink()
         manifest = Manifest(
-            tokenizer=self.tokenizer.name,
-            tokenizer_sha256=self.tokenizer.sha256,
-            vocab_size=self.tokenizer.vocab_size,
-            eot_id=self.tokenizer.eot_id,
+            tokenizer=tokenizer.name,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
             dtype=self.dtype.name,
-            tokens=self.tokens,
-            documents=self.documents,
-            bytes=self.bytes,
-            shards=tuple(self.entries),
+            tokens=self.written.tokens,
+            documents=self.written.documents,
+            bytes=self.written.bytes,
+            shards=tuple(self.written.shards),
         )
-        self.tokenizer.save(self.folder)
+        tokenizer.save(self.folder)
         manifest.save(self.folder)
         return manifest
 
-    def _flush(self) -> None:
-        file = self.folder / f"shard_{len(self.entries):06d}.npy"
-        np.save(file, self.shard[: self.filled])
-        self.entries.append(ShardEntry(file.name, self.filled, file_sha256(file)))
-        self.filled = 0
+    def _open(self) -> None:
+        self._path = self.folder / f"shard_{len(self.written.shards):06d}.npy"
+        self._file: BinaryIO = self._path.open("r+b" if self.written.filled else "w+b")
+        self._write_header()
+        self._file.truncate(self._file.tell() + self.written.filled * self.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
 
+    def _close_shard(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.written.shards.append(ShardEntry(self._path.name, self.written.filled, file_sha256(self._path)))
+        self.written.filled = 0
 
-def _text_files(paths: list[Path], suffixes: tuple[str, ...], exclude: tuple[str, ...]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_file():
-            yield path
-        elif path.is_dir():
-            for folder, subfolders, files in os.walk(path):
-                subfolders[:] = sorted(name for name in subfolders if name not in exclude)
-                yield from (Path(folder, name) for name in sorted(files) if name.endswith(suffixes))
-        else:
-            raise InputError(f"--input {path}: no such file or folder")
-
-
-def _uniform(key: str) -> float:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
+    def _write_header(self) -> None:
+        """numpy pads headers, so that they are of one length whatever the number of tokens."""
+        description = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": description, "fortran_order": False, "shape": (self.written.filled,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
