@@ -63,20 +63,11 @@ def test_prepared_shards_decode_to_the_documents_each_in_one_split(texts: Path, 
 
     succeed(run("scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b"))
     assert Manifest.load(tmp_path / "b" / "train") == manifest, "the same input gives the same shards"
-    again = run("scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b")
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
-
-
-@pytest.mark.parametrize(
-    ("split_by", "expected"), [("file", ["a\nb\n\nc\n\n\n"]), ("line", ["a", "b", "c"]), ("blank-lines", ["a\nb", "c"])]
-)
-def test_documents_are_cut_as_asked(split_by: str, expected: list[str], tmp_path: Path) -> None:
-    from gpt2xla.data.writer import read_documents
-
-    file = tmp_path / "a.txt"
-    file.write_text("a\nb\n\nc\n\n\n")
-    assert list(read_documents([file], (".txt",), (), split_by)) == expected
+    again = ["scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b"]
+    assert "nothing to do" in succeed(run(*again))
+    other = run(*again, "--seed", 5)
+    assert other.returncode == 2
+    assert "prepared with --seed 1061109567, now 5" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -155,23 +146,6 @@ def test_an_output_that_cannot_be_is_one_line(texts: Path, trained: Path, tmp_pa
         assert result.returncode == 2, result.stderr
         assert len(result.stderr.splitlines()) == 1
         assert str(file) in result.stderr
-
-
-def test_ids_past_16_bits_are_stored_in_32() -> None:
-    from gpt2xla.data.writer import _SplitWriter
-
-    class Wide:
-        vocab_size, eot_id, name, sha256 = 100_000, 99_999, "wide", ""
-
-        def save(self, folder: Path) -> None: ...
-
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as name:
-        writer = _SplitWriter(Path(name) / "s", Wide(), 1000)  # type: ignore[arg-type]
-        writer.add([1, 70_000], 5)
-        assert writer.finish().dtype == "uint32"
-        assert TokenStream(Path(name) / "s").read(0, 3).tolist() == [1, 70_000, 99_999]
 
 
 def test_unigram_entropy_equals_its_definition(tmp_path: Path) -> None:

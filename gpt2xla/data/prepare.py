@@ -117,9 +117,9 @@ def prepare(
                 raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another")
         _check_space(output_dir, parts, config)
     is_new = not output_dir.exists()
+    with blaming(f"--output-dir {output_dir}"):
+        partial.mkdir(parents=True, exist_ok=True)
     try:
-        with blaming(f"--output-dir {output_dir}"):
-            partial.mkdir(parents=True, exist_ok=True)
         with _explaining_a_full_disk(output_dir):
             if record.position.part < len(parts):
                 _Preparation(parts, tokenizer, config, record, partial, say).run()

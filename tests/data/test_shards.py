@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2xla.data.corpus import local_parts
+from gpt2xla.data.prepare import PrepareConfig, prepare
 from gpt2xla.data.shards import MANIFEST, Manifest, TokenStream
 from gpt2xla.data.windows import Windows
-from gpt2xla.data.writer import prepare
 from gpt2xla.errors import InputError
 from gpt2xla.tokenizer import load_tokenizer
 
@@ -59,14 +60,10 @@ def test_all_formats_are_one_stream(write, tmp_path: Path) -> None:
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    prepare(
-        [f"document {i} " * 20 for i in range(60)],
-        load_tokenizer("bytes"),
-        tmp_path,
-        seed=0,
-        test_fraction=0.2,
-        shard_size=2000,
-    )
+    text = tmp_path / "documents.txt"
+    text.write_text("\n".join(f"document {i} " * 20 for i in range(60)))
+    config = PrepareConfig(output_dir=str(tmp_path), seed=0, test_fraction=0.2, shard_size=2000)
+    prepare(local_parts([text], split_by="line"), load_tokenizer("bytes"), config)
     return tmp_path / "train"
 
 

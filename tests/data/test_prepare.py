@@ -1,0 +1,269 @@
+"""Preparing data: the same bytes from every format, for any number of workers, and however often it is killed."""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, run, succeed
+
+from gpt2xla.data.corpus import Position, blocks, documents_of, local_parts
+from gpt2xla.data.encoder import Encoder
+from gpt2xla.data.prepare import PrepareConfig, prepare, uniform
+from gpt2xla.data.shards import TokenStream
+from gpt2xla.errors import InputError
+from gpt2xla.tokenizer import load_tokenizer, train_bpe
+
+WORDS = "the quick naïve fox 🙂 jumps over 12,345 lazy dogs\t<|endoftext|> 漢字 don't we'll  x\u00a0y \n".split(" ")
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(1, 200))).strip() or "x" for _ in range(count)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(documents(300, seed=9), "small", 400, 2).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5,000 documents in three files, with empty ones and nulls among them."""
+    folder = tmp_path_factory.mktemp("parquet")
+    texts: list[str | None] = [*documents(5000)]
+    texts[7] = texts[4321] = None
+    texts[11] = ""
+    for number, part in enumerate(np.array_split(np.array(texts, dtype=object), 3)):
+        table = pa.table({"id": range(len(part)), "text": pa.array(part.tolist(), pa.string())})
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=600)
+    return folder
+
+
+def ids_of(folder: Path) -> list[int]:
+    stream = TokenStream(folder)
+    return stream.read(0, stream.length).tolist()
+
+
+def test_shards_hold_what_the_tokenizer_says_document_by_document(
+    parquet: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    flags = ["--input", parquet, "--tokenizer", tokenizer_folder, "--output-dir", tmp_path, "--shard-size", 77_777]
+    succeed(run("scripts/prepare_fineweb.py", *flags, "--test-fraction", 0.03))
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    texts = [text for text in pq.read_table(parquet)["text"].to_pylist() if text]
+    expected: dict[str, list[int]] = {"train": [], "test": []}
+    for text, number in zip(texts, uniform(1061109567, 0, len(texts)), strict=True):
+        expected["test" if number < 0.03 else "train"] += [*tokenizer.encode(text), tokenizer.eot_id]
+    for split, ids in expected.items():
+        assert ids_of(tmp_path / split) == ids
+        manifest = TokenStream(tmp_path / split).manifest
+        assert manifest is not None
+        assert [shard.tokens for shard in manifest.shards[:-1]] == [77_777] * (len(manifest.shards) - 1)
+    assert len(expected["test"]) == pytest.approx(0.03 * len(expected["train"]), rel=0.3)
+
+
+def test_every_format_gives_the_same_shards(tokenizer_folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    texts = [text.replace("\n", " ") for text in documents(3000, seed=1)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    lines = "".join(json.dumps({"n": n, "text": text, "more": [n]}) + "\n" for n, text in enumerate(texts))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with pa.CompressedOutputStream(str(tmp_path / "a.jsonl.zst"), "zstd") as stream:
+        stream.write(lines.encode())
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts})}).save_to_disk(tmp_path / "dict")
+    tokenizer, results = load_tokenizer(str(tokenizer_folder)), {}
+    for name in ("a.parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "saved", "dict"):
+        output = tmp_path / "out" / name
+        parts = local_parts([tmp_path / name], split_by="line")
+        prepare(parts, tokenizer, PrepareConfig(output_dir=str(output)), say=lambda _: None)
+        results[name] = {file: hash_ for file, hash_ in hashes(output).items() if file != "preparation.json"}
+    assert len(results["a.txt"]) == 8, "two splits of a shard, a manifest and two files of the tokenizer"
+    assert all(result == results["a.txt"] for result in results.values())
+
+
+@pytest.mark.parametrize(
+    ("split_by", "expected"), [("file", ["a\nb\n\nc\n\n\n"]), ("line", ["a", "b", "c"]), ("blank-lines", ["a\nb", "c"])]
+)
+def test_text_is_cut_into_documents_as_asked(split_by: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a\nb\n\nc\n\n\n")
+    assert list(documents_of(local_parts([tmp_path], split_by=split_by))) == expected
+
+
+def test_reading_goes_on_anywhere(parquet: Path) -> None:
+    parts = local_parts([parquet])
+    everything = list(documents_of(parts))
+    counts = [sum(len(b.texts) for b in blocks([part], Position(0, 0))) for part in parts]
+    for start in (Position(0, 0), Position(0, 1), Position(1, 700), Position(2, counts[2]), Position(3, 0)):
+        rest = [text for block in blocks(parts, start) for text in block.texts.to_pylist()]
+        assert rest == everything[sum(counts[: start.part]) + start.documents :]
+
+
+def prepare_command(parquet: Path, tokenizer: Path, output: Path, workers: int) -> list[str]:
+    flags = ["--input", parquet, "--tokenizer", tokenizer, "--output-dir", output, "--num-workers", workers]
+    return ["scripts/prepare_fineweb.py", *map(str, flags), "--shard-size", "50000", "--test-fraction", "0.05"]
+
+
+def test_workers_change_nothing(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    for workers in (1, 2, 5):
+        succeed(run(*prepare_command(parquet, tokenizer_folder, tmp_path / str(workers), workers)))
+    assert hashes(tmp_path / "1") == hashes(tmp_path / "2") == hashes(tmp_path / "5")
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_anywhere_it_ends_with_the_same_bytes(
+    kills: int, parquet: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Slowed down, and with a record after every block, so that there are many moments to be killed at."""
+    succeed(run(*prepare_command(parquet, tokenizer_folder, tmp_path / "unbroken", 2)))
+    output = tmp_path / "broken"
+    worker = [sys.executable, "tests/data/slow_prepare_worker.py"]
+    command = worker + prepare_command(parquet, tokenizer_folder, output, 2)[1:]
+    rng = random.Random(kills)
+    killed = went_on = 0
+    while killed < kills:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        text = ""
+        while (line := process.stdout.readline()) and "started" not in line:
+            text += line
+        time.sleep(rng.uniform(0, 0.8))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:  # it was done before
+            assert hashes(output) == hashes(tmp_path / "unbroken")
+            subprocess.run(["rm", "-r", output], check=True)
+            continue
+        killed += 1
+        went_on += "going on after" in text
+    succeed(run(*prepare_command(parquet, tokenizer_folder, output, 3)))
+    assert hashes(output) == hashes(tmp_path / "unbroken")
+    assert went_on >= kills // 3
+
+
+def test_a_limit_ends_with_the_document_that_reaches_it(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    config = PrepareConfig(output_dir=str(tmp_path), max_tokens=100_000, test_fraction=0.05, test_tokens=2000)
+    manifests = prepare(local_parts([parquet]), load_tokenizer(str(tokenizer_folder)), config)
+    tokens, most = sum(m.tokens for m in manifests.values()), 5 * 200
+    assert 100_000 <= tokens < 100_000 + most
+    assert 2000 - most < manifests["test"].tokens <= 2000
+
+
+@pytest.mark.parametrize("kind", ["trained", "bytes", "gpt2"])
+def test_the_fast_encoder_equals_the_tokenizer(
+    kind: str, tokenizer_folder: Path, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("gigatoken", reason="needs gigatoken: pip install -e '.[fast]'")
+    name = str(tokenizer_folder) if kind == "trained" else kind
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2_encoding")
+    tokenizer = load_tokenizer(name)
+    texts = [*documents(400, seed=4), (ROOT / "README.md").read_text(), "a", " ", "\n\n\n", " " * 1000, "\u2028\x00é́"]
+    encoder = Encoder(tokenizer)
+    assert encoder.fast == (kind != "bytes"), "it takes no vocabulary without merges"
+    array = pa.array(["left out", *texts], pa.large_string())[1:]
+    encoded = encoder(array)
+    expected = [[*tokenizer.encode(text), tokenizer.eot_id] for text in texts]
+    assert encoded.ids.tolist() == list(itertools.chain(*expected))
+    assert encoded.ends.tolist() == np.cumsum([len(ids) for ids in expected]).tolist()
+    assert encoded.sizes.tolist() == [len(text.encode()) for text in texts]
+
+
+def test_an_encoder_that_differs_is_not_used(tokenizer_folder: Path) -> None:
+    encoder = Encoder(load_tokenizer(str(tokenizer_folder)))
+    right = encoder._reference
+    encoder._encode = lambda texts: (right(texts)[0][::-1], right(texts)[1])
+    texts = pa.array(documents(20), pa.large_string())
+    assert not encoder.check(texts)
+    assert not encoder.fast
+    assert encoder(texts).ids.tolist() == Encoder(load_tokenizer(str(tokenizer_folder)))(texts).ids.tolist()
+
+
+def test_ids_past_16_bits_are_stored_in_32(tmp_path: Path) -> None:
+    vocabulary = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 70_000}, "unk_token": "a"}, "version": "1.0"}
+    pieces = {"pre_tokenizer": {"type": "Whitespace"}, "added_tokens": [], "normalizer": None, "post_processor": None}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(vocabulary | pieces | {"decoder": None, "truncation": None, "padding": None}))
+    (tmp_path / "text.txt").write_text("a b b\nb a a\n" * 50)
+    config = PrepareConfig(output_dir=str(tmp_path / "out"), test_fraction=0.3)
+    manifests = prepare(local_parts([tmp_path / "text.txt"], split_by="line"), load_tokenizer(str(file)), config)
+    assert manifests["train"].dtype == "uint32"
+    assert set(ids_of(tmp_path / "out" / "train")) == {0, 70_000}
+
+
+@pytest.mark.parametrize("harm", ["cut parquet", "not utf-8", "no column", "no field", "not json", "cut gz"])
+def test_input_that_cannot_be_read_is_named(harm: str, tmp_path: Path) -> None:
+    file = tmp_path / ("x.parquet" if harm in ("cut parquet", "not utf-8", "no column") else "x.jsonl")
+    table = pa.table({"text": ["a long enough text"] * 1000})
+    if harm == "cut parquet":
+        pq.write_table(table, file)
+        file.write_bytes(file.read_bytes()[:-100])
+    elif harm == "not utf-8":
+        binary = pa.array([b"\xff\xfe"] * 10, pa.binary())
+        pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 10, binary.buffers())}), file)
+    elif harm == "no column":
+        pq.write_table(table.rename_columns(["content"]), file)
+    elif harm == "no field":
+        file.write_text('{"content": "x"}\n' * 10)
+    elif harm == "not json":
+        file.write_text('{"text": "x"}\n{"text": }\n')
+    else:
+        file = tmp_path / "x.jsonl.gz"
+        file.write_bytes(gzip.compress(b'{"text": "x"}\n' * 10_000)[:-20])
+    with pytest.raises(InputError, match=f"{file.name}.*") as raised:
+        prepare(local_parts([file]), load_tokenizer("bytes"), PrepareConfig(output_dir=str(tmp_path / "out")))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_going_on_with_another_corpus_is_refused(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", parquet, data], check=True)
+    command = prepare_command(data, tokenizer_folder, tmp_path / "out", 1)
+    worker = subprocess.run(
+        [sys.executable, "tests/data/slow_prepare_worker.py", *command[1:]],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "STOP_AFTER_BLOCKS": "2"}, check=False, capture_output=True,
+    )  # fmt: skip
+    assert worker.returncode == -signal.SIGKILL
+    pq.write_table(pa.table({"text": ["another"]}), data / "0.parquet")
+    result = run(*command)
+    assert result.returncode == 2
+    assert "0.parquet of" in result.stderr
+    assert "give the same input" in result.stderr
+
+
+def test_a_full_disk_keeps_what_is_there(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """A limit on the size of files is the nearest that a user without privileges can come to a full disk."""
+    command = prepare_command(parquet, tokenizer_folder, tmp_path / "out", 1)
+    worker = [sys.executable, "tests/data/slow_prepare_worker.py", *command[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "FULL_AFTER_BLOCKS": "3"}
+    full = subprocess.run(worker, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    assert full.returncode == 1
+    assert "no space left on the disk. What is prepared is kept" in full.stderr
+    assert "Traceback" not in full.stderr
+    succeed(run(*command))
+    succeed(run(*prepare_command(parquet, tokenizer_folder, tmp_path / "unbroken", 1)))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "unbroken")
