@@ -207,10 +207,12 @@ def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, which byte-level tokenizers are spelled in."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode  # here, because it takes most of a second
-
-    return bytes_to_unicode()
+    """GPT-2's printable stand-in for each byte, which byte-level tokenizers are spelled in: a character of its own where
+    the byte is a printable one, and those from U+0100 on in turn for the others."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = {ord(character): character for character in characters if ord(character) < 256}
+    others = iter(characters[len(printable) :])
+    return {byte: printable.get(byte) or next(others) for byte in range(256)}
 
 
 def _byte_level_bpe(

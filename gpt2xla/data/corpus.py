@@ -28,7 +28,7 @@ TEXT_SUFFIXES = (".txt", ".md")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 ALL_SUFFIXES = (".parquet", ".arrow", *JSON_SUFFIXES, *TEXT_SUFFIXES, ".txt.gz", ".txt.zst")
 _BLOCK_BYTES = 4 << 20
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 64
 _LONGEST_JSON_LINE = 16 << 20
 
 
