@@ -44,6 +44,11 @@ class Tokenizer:
         self.eot_id: int | None = backend.token_to_id(END_OF_TEXT)
         self.sha256 = _hash_of_vocabulary(backend)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """What shards hold its ids as: uint16, or uint32 for more than 65,536 of them."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
     def encode(self, text: str) -> list[int]:
         return list(self.encode_batch([text])[0])
 

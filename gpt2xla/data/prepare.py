@@ -200,7 +200,9 @@ class _Preparation:
     def run(self) -> None:
         """To the end of the corpus, or to --max-tokens."""
         self.encoder = Encoder(self.tokenizer)
-        self.writers = _writers(self.record, self.encoder.dtype, self.config, self.folder)
+        self.writers = {
+            split: _writer(split, self.record, self.tokenizer, self.config, self.folder) for split in SPLITS
+        }
         self.drawn = sum(written.documents for written in self.record.splits.values())
         last_record = time.monotonic()
         with tqdm(unit=" tokens", unit_scale=True, initial=self.tokens, disable=None) as bar:
@@ -282,18 +284,17 @@ def uniform(seed: int, first: int, count: int) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))) / 2.0**64
 
 
-def _writers(record: _Record, dtype: np.dtype, config: PrepareConfig, folder: Path) -> dict[Split, ShardWriter]:
-    return {split: ShardWriter(folder / split, dtype, config.shard_size, record.splits[split]) for split in SPLITS}
+def _writer(split: Split, record: _Record, tokenizer: Tokenizer, config: PrepareConfig, folder: Path) -> ShardWriter:
+    return ShardWriter(folder / split, tokenizer.dtype, config.shard_size, record.splits[split])
 
 
 def _finish(
     record: _Record, tokenizer: Tokenizer, config: PrepareConfig, partial: Path, output_dir: Path
 ) -> dict[Split, Manifest]:
     """Manifests and final names; what an interruption left of this is done again."""
-    dtype = Encoder(tokenizer).dtype
     for split in SPLITS:
         if not (output_dir / split).exists():
-            ShardWriter(partial / split, dtype, config.shard_size, record.splits[split]).finish(tokenizer)
+            _writer(split, record, tokenizer, config, partial).finish(tokenizer)
             os.rename(partial / split, output_dir / split)
     os.rename(partial / RECORD, output_dir / RECORD)
     shutil.rmtree(partial)
