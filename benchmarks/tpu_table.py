@@ -112,15 +112,14 @@ def fits(models: list[str], topologies: list[str]) -> None:
             rows = [row for row in rows if (row["model"], row["topology"]) != (model, topology)]
             rows.append({"model": model, "sharded": LARGER[model].fsdp, **report})
             lines = [
-                "| model | TPU | sequences per device that fit | that do not | peak HBM, GiB |",
+                "| model | TPU | sequences per device that fit | that do not | alive at the peak, GiB |",
                 "|---|---|---|---|---|",
             ]
             for row in sorted(rows, key=lambda row: (list(LARGER).index(row["model"]), row["topology"])):
                 largest = row["sequences_per_device"] if row["fits"] else "none"
+                alive = f"{row.get('alive_gib', row['peak_gib']):.2f} of {row['memory_gib']:.2f}"
                 how = ", --spmd --fsdp" if row["sharded"] else ""
-                lines.append(
-                    f"| {row['model']}{how} | {row['topology']} | {largest} | {row['too_many']} | {memory(row)} |"
-                )
+                lines.append(f"| {row['model']}{how} | {row['topology']} | {largest} | {row['too_many']} | {alive} |")
             write("tpu_fits", rows, lines)
 
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:  # it imports torch, for which --help must not wait
 # If all processes fail alike, the main one reports, and the launcher ends the others before they do so too.
 _SECONDS_FOR_MAIN = 3
 
+# Where a launcher names a file in this variable, only the process that makes it reports: on a busy machine the main one may
+# need longer than that.
+REPORT_ONCE = "GPT2XLA_REPORT_ONCE"
+
 
 def exit_code(main: Callable[[], None]) -> int:
     """Run `main` and give the process's exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted.
@@ -38,12 +42,22 @@ def exit_code(main: Callable[[], None]) -> int:
 def report(error: BaseException) -> int:
     """Print what went wrong; the exit code that goes with it."""
     if isinstance(error, InputError | RunFailed):
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        if _is_first_to_report():
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
     if isinstance(error, KeyboardInterrupt):
         return 130
     traceback.print_exception(error)
     return 1
+
+
+def _is_first_to_report() -> bool:
+    try:
+        if file := os.environ.get(REPORT_ONCE):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
-from gpt2xla.exits import exit_code
+from gpt2xla.exits import REPORT_ONCE, exit_code
 from gpt2xla.runtime.xla import XlaRuntime
 from gpt2xla.runtime.xla_compiles import CompileWatch
 
@@ -57,7 +57,7 @@ def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: s
     context: Any = multiprocessing.get_context(start_method)
     with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
         # Replicas find each other through a file: a port chosen here could be taken by the time they listen on it.
-        meeting = f"file://{Path(folder) / 'replicas'}"
+        meeting = Path(folder) / "replicas"
         processes = [
             context.Process(target=_replica, args=(rank, replicas, meeting, run, arguments)) for rank in range(replicas)
         ]
@@ -94,11 +94,12 @@ def _wait_for_all(processes: list[Any]) -> None:
                 raise SystemExit(code)
 
 
-def _replica(rank: int, replicas: int, meeting: str, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _replica(rank: int, replicas: int, meeting: Path, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_launcher, daemon=True).start()
-    os.environ["LOCAL_RANK"] = str(rank)  # errors that all meet are reported once
+    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ[REPORT_ONCE] = str(meeting.with_name("reported"))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to, the others are on it
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=replicas, timeout=_TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=replicas, timeout=_TIMEOUT)
     sys.exit(exit_code(lambda: run(*arguments)))
 
 

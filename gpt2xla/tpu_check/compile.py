@@ -74,6 +74,7 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
     return {
         "fits": True,
         "peak_gib": round(peak / GIB, 3),
+        "alive_gib": round(memory.peak_memory_in_bytes / GIB, 3),  # without the gaps between arrays
         "memory_gib": topology.memory,
         "arguments_gib": round(arguments / GIB, 3),
         "temporary_gib": round(temporary / GIB, 3),
