@@ -130,8 +130,8 @@ def as_markdown(report: dict) -> str:
     lines = [
         f"# Token loader, {report['date']}, {report['hardware']}",
         "",
-        f"{report['tokens']:,} uint16 tokens in the page cache, batches of {ROWS} x {LENGTH}, {report['software']}. Medians of "
-        f"{len(next(iter(report['rounds'].values())))} interleaved rounds (least to most). Made by `benchmarks/loader.py`.",
+        f"{report['tokens']:,} uint16 tokens in the page cache, batches of {ROWS} x {LENGTH}, {report['software']}. "
+        f"Medians of {len(next(iter(report['rounds'].values())))} interleaved rounds (least to most).",
         "",
         "| loader | Mtokens per second, wall | Mtokens per CPU second | median batch, us | slowest batch, ms: wall, CPU "
         "| batches over 1 ms of CPU |",
@@ -148,7 +148,8 @@ def as_markdown(report: dict) -> str:
         ]
         lines.append(
             f"| {name} | {rates[0]} | {rates[1]} | {np.median(of('wall median us')):.1f} | "
-            f"{np.median(of('wall slowest ms')):.2f}, {np.median(of('cpu slowest ms')):.2f} | {of('cpu over 1 ms').sum():.0f} |"
+            f"{np.median(of('wall slowest ms')):.2f}, {np.median(of('cpu slowest ms')):.2f} | "
+            f"{of('cpu over 1 ms').sum():.0f} |"
         )
 
     def ratio(a: str, b: str) -> str:
@@ -156,7 +157,10 @@ def as_markdown(report: dict) -> str:
         return f"{np.median([x['wall Mtokens/s'] / y['wall Mtokens/s'] for x, y in pairs]):.1f}"
 
     names = list(LOADERS)
-    lines += ["", f"In order, ours is {ratio(names[0], names[1])} times as fast; shuffled, {ratio(names[2], names[3])} times."]
+    lines += [
+        "",
+        f"In order, ours is {ratio(names[0], names[1])} times as fast; shuffled, {ratio(names[2], names[3])} times.",
+    ]
     return "\n".join(lines) + "\n"
 
 

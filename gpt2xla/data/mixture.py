@@ -59,29 +59,33 @@ class Mixture:
 
 def parse_weights(option: str, entries: Sequence[str]) -> tuple[list[str], list[float]]:
     """Folders and weights from `a=0.7 b=0.3`, or from a single folder. Raises InputError."""
-    if len(entries) == 1 and "=" not in entries[0]:
-        return [entries[0]], [1.0]
-    folders, weights = [], []
+    folders: list[str] = []
+    weights: list[float] = []
     for entry in entries:
-        folder, _, weight = entry.rpartition("=")
-        try:
-            weights.append(float(weight))
-        except ValueError:
-            folder = ""
-        if not folder:
-            # One folder may well have = in its name.
-            if len(entries) == 1:
+        folder, _, text = entry.rpartition("=")
+        weight = _as_number(text)
+        if not folder or weight is None:
+            if len(entries) == 1:  # a folder may well have = in its name
                 return [entry], [1.0]
-            raise InputError(f"{option} {entry} has no weight: with several folders each needs one, such as {entry}=0.5")
-        folders.append(folder)
-    for folder, weight in zip(folders, weights, strict=True):
+            raise InputError(
+                f"{option} {entry} has no weight: with several folders each needs one, such as {entry}=0.5"
+            )
         if not (math.isfinite(weight) and weight > 0):
-            raise InputError(f"{option} {folder}={weight:g}: choose a weight above 0, or leave the folder out")
+            raise InputError(f"{option} {entry}: choose a weight above 0, or leave the folder out")
+        folders.append(folder)
+        weights.append(weight)
     if doubled := [folder for number, folder in enumerate(folders) if folder in folders[:number]]:
         raise InputError(f"{option} names {doubled[0]} twice; name it once with the sum of its weights")
     if len(folders) > PATTERN:
         raise InputError(f"{option} names {len(folders)} folders; at most {PATTERN} can be mixed")
     return folders, weights
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _apportion(weights: Sequence[float]) -> tuple[int, ...]:

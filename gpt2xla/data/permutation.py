@@ -24,13 +24,10 @@ def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:
     small = math.isqrt(size - 1) + 1
     sides = np.uint64(-(-size // small)), np.uint64(small)
     keys = _round_keys(key)
-    values = positions.astype(np.uint64)
-    beyond = slice(None)
-    while True:
+    values = _encipher(positions.astype(np.uint64), sides, keys)
+    while len(beyond := np.flatnonzero(values >= size)):
         values[beyond] = _encipher(values[beyond], sides, keys)
-        beyond = np.flatnonzero(values >= size)
-        if not len(beyond):
-            return values.astype(np.int64)
+    return values.astype(np.int64)
 
 
 def _encipher(values: np.ndarray, sides: tuple[np.uint64, np.uint64], keys: tuple[np.uint64, ...]) -> np.ndarray:

@@ -123,7 +123,7 @@ class TokenStream:
         self.fingerprint = self._fingerprint(lengths)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1, across shard borders. Read-only where they lie in one shard: no copy is made."""
+        """Tokens start .. start + count - 1, across shard borders; where they lie in one shard, no copy."""
         assert 0 <= start <= self.length - count, (start, count, self.length)
         number = bisect_right(self._ends, start) if count else 0
         part = self._part(number, start, count)
@@ -137,6 +137,15 @@ class TokenStream:
             filled += len(part)
             number += 1
         return out
+
+    @property
+    def is_remote(self) -> bool:
+        return self._remote is not None
+
+    @property
+    def bytes(self) -> int:
+        """What the tokens take on disk."""
+        return self.length * self.dtype.itemsize
 
     def file_of(self, position: int) -> Path:
         return self.files[bisect_right(self._ends, position)]
@@ -191,7 +200,8 @@ class TokenStream:
         return self._fetch(number) if shard is None else shard
 
     def _fetch(self, number: int) -> np.ndarray:
-        assert self._remote and self.manifest
+        assert self._remote is not None
+        assert self.manifest is not None
         shards = self.manifest.shards
         if self._remote.cache.limit:  # what is mapped takes room on the disk even when it is deleted
             self._shards = [None] * len(self.files)

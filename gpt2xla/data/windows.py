@@ -182,7 +182,8 @@ class TrainingOrder:
             return self.sets[0].batch(self.epochs[0].windows(first, share))
         together = np.empty((2, share, self.sets[0].seq_length), dtype=np.int64)
         for number, rows, start in self.mixture.runs(first, share):
-            together[:, rows] = self.sets[number].batch(self.epochs[number].windows(start, len(rows)))
+            part = self.sets[number].batch(self.epochs[number].windows(start, len(rows)))
+            together[0, rows], together[1, rows] = part.input_ids.numpy(), part.labels.numpy()
         return Batch(*torch.from_numpy(together))
 
 
