@@ -250,7 +250,8 @@ class Trainer:
             "precision": f"{train.mixed_precision or 'fp32'}, matmul {train.matmul_precision}",
             "batch": f"{self.per_device} sequences x {runtime.devices} devices x {train.gradient_accum_step} micro-steps "
             f"= {self.sequences_per_step} sequences = {self.tokens_per_step:,} tokens per step",
-            "data": f"{self._training_data()} to train on, {self.valid_windows.stream.length:,} to validate on",
+            "data": f"{self._training_data()} to train on, {self.valid_windows.stream.length:,} to validate on"
+            + (", all as their manifests say" if self.config.data.verify_data else ""),
             "run": f"steps {start.step + 1} to {train.train_steps}: {train.train_steps * self.tokens_per_step:,} tokens in "
             f"all, {self._epochs()}",
             "tokenizer": self.tokenizer.name

@@ -17,13 +17,7 @@ def open_training(config: RunConfig) -> tuple[list[Windows], Mixture]:
     """The data sets of --train-dir and how they are mixed. Raises InputError."""
     folders, weights = parse_weights("--train-dir", config.data.train_dir)
     sets = [_open(config, folder, "--train-dir") for folder in folders]
-    limit = _cache(config).limit
-    for windows in sets:
-        if config.data.shuffle and windows.stream.is_remote and 0 < limit < windows.stream.bytes:
-            raise InputError(
-                f"--shuffle reads all over {windows.stream.name}, {windows.stream.bytes / 1e9:.1f} GB, but --data-cache-gb "
-                f"keeps {config.data.data_cache_gb:g} GB of it: shards would be fetched again and again; raise it"
-            )
+    _check_room(config, [windows.stream for windows in sets if windows.stream.is_remote])
     return sets, Mixture.of(weights)
 
 
@@ -50,6 +44,19 @@ def _open(config: RunConfig, folder: str, option: str) -> Windows:
     if config.data.verify_data:
         stream.verify()
     return windows
+
+
+def _check_room(config: RunConfig, remote: Sequence[TokenStream]) -> None:
+    if config.data.shuffle:
+        needed, why = sum(stream.bytes for stream in remote), "--shuffle reads all over the data"
+    else:
+        needed = sum(2 * stream.largest_shard_bytes for stream in remote)
+        why = "the shard that is read and the next one take that much"
+    if 0 < _cache(config).limit < needed:
+        raise InputError(
+            f"--data-cache-gb {config.data.data_cache_gb:g} is too small for --train-dir, shards would be fetched again and "
+            f"again: {why}; use at least {1.01 * needed / 1e9:.2g}"
+        )
 
 
 def _cache(config: RunConfig) -> Cache:

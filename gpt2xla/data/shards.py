@@ -147,6 +147,10 @@ class TokenStream:
         """What the tokens take on disk."""
         return self.length * self.dtype.itemsize
 
+    @property
+    def largest_shard_bytes(self) -> int:
+        return max(end - start for start, end in zip(self._starts, self._ends, strict=True)) * self.dtype.itemsize
+
     def file_of(self, position: int) -> Path:
         return self.files[bisect_right(self._ends, position)]
 

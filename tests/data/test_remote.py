@@ -257,9 +257,14 @@ def test_a_run_trains_on_urls_as_on_folders(source: Path, data: Path, tmp_path: 
         flags = ["--train-dir", f"{prefix}{source}", "--valid-dir", data / "test", "--checkpoints-dir", tmp_path / name]
         succeed(run("run_pretrain.py", *flags, *cached, *SMALL_RUN, "--train-steps", 4))
     assert training_losses(tmp_path / "there") == training_losses(tmp_path / "here")
-    result = run(
-        "run_pretrain.py", "--train-dir", f"file://{source}", "--valid-dir", data / "test", *SMALL_RUN, "--shuffle",
-        "--data-cache", tmp_path / "cache", "--data-cache-gb", "0.00001", "--checkpoints-dir", tmp_path / "shuffled",
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert "--shuffle reads all over file://" in result.stderr
+    for flag, reason in (
+        ("--shuffle", "--shuffle reads all over"),
+        ("--no-shuffle", "the shard that is read and the next"),
+    ):
+        result = run(
+            "run_pretrain.py", "--train-dir", f"file://{source}", "--valid-dir", data / "test", *SMALL_RUN, flag,
+            "--data-cache", tmp_path / "cache", "--data-cache-gb", "0.000007", "--checkpoints-dir", tmp_path / "refused",
+        )  # fmt: skip
+        assert result.returncode == 2
+        assert "--data-cache-gb 7e-06 is too small" in result.stderr
+        assert reason in result.stderr
