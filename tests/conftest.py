@@ -76,6 +76,19 @@ def write_split(folder: Path, tokens: np.ndarray, shards: int = 3) -> None:
         np.save(folder / f"{number:03d}.npy", part)
 
 
+def prepare_documents(folder: Path) -> Path:
+    """`folder` with train/ and test/ of 60 documents in bytes, in shards of 2,000 tokens."""
+    from gpt2xla.data.corpus import local_parts
+    from gpt2xla.data.prepare import PrepareConfig, prepare
+    from gpt2xla.tokenizer import load_tokenizer
+
+    text = folder.with_name(f"{folder.name}.txt")
+    text.write_text("\n".join(f"document {i} " * 20 for i in range(60)))
+    config = PrepareConfig(output_dir=str(folder), seed=0, test_fraction=0.2, shard_size=2000)
+    prepare(local_parts([text], split_by="line"), load_tokenizer("bytes"), config)
+    return folder
+
+
 def learnable_tokens(count: int, seed: int) -> np.ndarray:
     """Tokens in which each mostly follows from the one before, so that a loss can fall."""
     rng = np.random.default_rng(seed)

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, learnable_tokens, metrics, run, succeed, training_losses, write_split
+from conftest import SMALL_RUN, learnable_tokens, metrics, prepare_documents, run, succeed, training_losses, write_split
 
 from gpt2xla.checkpoint import COMPLETE, RUN_CONFIG
 from gpt2xla.data.shards import MANIFEST, file_sha256
-from gpt2xla.data.writer import prepare
-from gpt2xla.tokenizer import load_tokenizer
 
 # Options of conftest.SMALL_RUN, for ids up to 256.
 BYTES_RUN = [*SMALL_RUN, "--vocab-size", "257", "--train-steps", "4", "--decay-steps", "20", "--no-shuffle"]
@@ -18,9 +16,7 @@ BYTES_RUN = [*SMALL_RUN, "--vocab-size", "257", "--train-steps", "4", "--decay-s
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    prepare([f"document {i} " * 20 for i in range(60)], load_tokenizer("bytes"), tmp_path / "data",
-            seed=0, test_fraction=0.2, shard_size=2000)  # fmt: skip
-    return tmp_path / "data"
+    return prepare_documents(tmp_path / "data")
 
 
 def shard_of(data: Path) -> Path:
@@ -55,7 +51,7 @@ def remove(data: Path) -> Path:
 
 def take_a_foreign_manifest(data: Path) -> Path:
     (data / "train" / MANIFEST).write_bytes((data / "test" / MANIFEST).read_bytes())
-    return shard_of(data)
+    return sorted((data / "train").glob("*.npy"))[0]
 
 
 def write_another_manifest(data: Path) -> Path:

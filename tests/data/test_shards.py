@@ -5,13 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import prepare_documents
 
-from gpt2xla.data.corpus import local_parts
-from gpt2xla.data.prepare import PrepareConfig, prepare
 from gpt2xla.data.shards import MANIFEST, Manifest, TokenStream
 from gpt2xla.data.windows import Windows
 from gpt2xla.errors import InputError
-from gpt2xla.tokenizer import load_tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 50_000, 10_007)
 
@@ -59,11 +57,7 @@ def test_all_formats_are_one_stream(write, tmp_path: Path) -> None:
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    text = tmp_path / "documents.txt"
-    text.write_text("\n".join(f"document {i} " * 20 for i in range(60)))
-    config = PrepareConfig(output_dir=str(tmp_path), seed=0, test_fraction=0.2, shard_size=2000)
-    prepare(local_parts([text], split_by="line"), load_tokenizer("bytes"), config)
-    return tmp_path / "train"
+    return prepare_documents(tmp_path / "data") / "train"
 
 
 def shard_of(folder: Path) -> Path:
