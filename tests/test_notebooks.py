@@ -34,7 +34,7 @@ def test_every_cell_runs_and_the_run_goes_on(name: str, tmp_path: Path, monkeypa
     lines = [json.dumps({"text": f"Once upon a time there were {n} of them. " * 8}) for n in range(300)]
     (texts / "some.jsonl").write_text("\n".join(lines))
     small = dict(
-        DEVICE="CPU", WORK=str(tmp_path), DATASET=str(texts), DOCUMENTS=300, TOKENIZER="bytes", VOCAB_SIZE=384,
+        DEVICE="CPU", WORK=str(tmp_path), DATASET=str(texts), TOKENS=10**8, TOKENIZER="bytes", VOCAB_SIZE=384,
         SEQ_LENGTH=32, D_MODEL=32, LAYERS=2, HEADS=2, BATCH=8, ACCUM=2, STEPS=8, WARMUP=2, SAVE_INTERVAL=4,
         PROMPT="Once upon",
     )  # fmt: skip
