@@ -61,8 +61,12 @@ class GeneralConfig:
 class DataConfig:
     """Data"""
 
-    train_dir: str = option("./fineweb_10BT/train", "folder of token shards to train on")
-    valid_dir: str = option("./fineweb_10BT/test", "folder of token shards to validate on")
+    train_dir: tuple[str, ...] = option(
+        ("./fineweb_10BT/train",),
+        "folder of token shards to train on, or its URL (gs://, s3://, hf://datasets/...); several are mixed by weight: "
+        "a=0.7 b=0.3",
+    )
+    valid_dir: str = option("./fineweb_10BT/test", "folder or URL of token shards to validate on")
     tokenizer: str | None = option(
         None,
         "tokenizer to store with checkpoints: a tiktoken name, 'bytes', or a tokenizer.json or its folder (default: the "
@@ -73,9 +77,23 @@ class DataConfig:
         False, "end each epoch before its last incomplete batch; else that batch runs into the next"
     )
 
+    verify_data: bool = option(False, "before training, compare every shard with the sha256 in its manifest")
+    data_cache: str = option("~/.cache/gpt2xla/data", "folder where shards behind URLs are kept once fetched")
+    data_cache_gb: float = option(
+        0.0, "GB that --data-cache may take; beyond it the shards longest unread are removed; 0 means no limit"
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.train_dir, str):  # as checkpoints say that were written when one folder was all there was
+            object.__setattr__(self, "train_dir", (self.train_dir,))
+
     def check(self) -> None:
-        for name in ("train_dir", "valid_dir"):
-            _require(getattr(self, name) != "", f"{flag(name)} is empty; name a folder of token shards")
+        for name, folders in (("train_dir", self.train_dir), ("valid_dir", (self.valid_dir,))):
+            _require(all(folders) and folders != (), f"{flag(name)} is empty; name a folder of token shards")
+        _require(self.data_cache != "", "--data-cache is empty; name a folder")
+        _require(
+            0 <= self.data_cache_gb < math.inf, f"--data-cache-gb {self.data_cache_gb}: choose a number of at least 0"
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from gpt2xla.optim import MOMENTS
 from gpt2xla.pt_file import load_pt_model
 
 # Options of this call, not of the run that is continued.
-_NOT_CONTINUED = {"checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "wandb_resume_id"}
+_NOT_CONTINUED = {
+    "checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "wandb_resume_id", "verify_data",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -167,17 +169,23 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
     try:
         saved = json.loads((source / RUN_CONFIG).read_text(encoding="utf-8"))
         for name, value in saved.items():
-            value = tuple(value) if isinstance(value, list) else value
             if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
                 continue
+            value = tuple(value) if isinstance(value, list) else value
+            if isinstance(now[name], tuple) and isinstance(value, str):
+                value = (value,)  # a run of a single --train-dir, when no run had more
             if name not in config.given:
                 options[name] = value
             elif now[name] != value:
-                notes.append(f"changed: {flag(name)} {value} -> {now[name]}")
+                notes.append(f"changed: {flag(name)} {_as_given(value)} -> {_as_given(now[name])}")
         completed = RunConfig.from_flat({name: now[name] for name in config.given} | options)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{source / RUN_CONFIG} cannot be used: {error}") from None
     return dataclasses.replace(completed, given=config.given)
+
+
+def _as_given(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:

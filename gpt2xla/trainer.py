@@ -10,7 +10,8 @@ from typing import Any
 
 from gpt2xla import checkpoint, optim
 from gpt2xla.config import RunConfig, TrainConfig
-from gpt2xla.data.shards import TokenStream
+from gpt2xla.data.mixture import PATTERN
+from gpt2xla.data.opening import check_same_tokenizer, open_training, open_validation
 from gpt2xla.data.windows import Batch, TrainingOrder, Windows, share_of, validation_batches
 from gpt2xla.errors import InputError, RunFailed, blaming
 from gpt2xla.evals.validation import Validation, Validator
@@ -75,13 +76,12 @@ class Trainer:
         self.config = config = start.config
         self.runtime = runtime
         train = config.train
-        self.train_windows = Windows(
-            TokenStream(config.data.train_dir, "--train-dir"), config.model.seq_length, config.model.vocab_size
-        )
+        sets, mixture = open_training(config)
         self.valid_windows = _validation_windows(config, runtime)
         self.per_device = share_of("--train-batch-size", train.train_batch_size, runtime.devices)
         self.order = TrainingOrder(
-            self.train_windows,
+            sets,
+            mixture,
             batch_size=train.train_batch_size,
             accum=train.gradient_accum_step,
             rank=runtime.rank,
@@ -89,8 +89,8 @@ class Trainer:
             drop_last=config.data.drop_last,
             shuffle_seed=config.general.seed if config.data.shuffle else None,
         )
-        folders = [self.train_windows.stream.folder, *([start.source] if start.source else [])]
-        self.tokenizer = _match_tokenizer(config, folders, [self.train_windows, self.valid_windows])
+        folders = [*(windows.stream.folder for windows in sets), *([start.source] if start.source else [])]
+        self.tokenizer = _match_tokenizer(config, folders, [*sets, self.valid_windows])
         self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
         self._check_continues_same_data(start)
@@ -242,7 +242,6 @@ class Trainer:
             print(f"going on from {start.source} after step {start.step}")
         elif start.source:
             print(f"weights from {start.source}; the run starts at step 0")
-        epochs = train.train_steps * self.sequences_per_step / self.order.windows_per_epoch
         rows = {
             "model": f"{self.model.num_parameters():,} parameters: {model.num_layers} layers, d_model {model.d_model}, "
             f"{model.num_heads} heads, vocabulary {model.vocab_size:,}, sequences of {model.seq_length}, "
@@ -251,10 +250,10 @@ class Trainer:
             "precision": f"{train.mixed_precision or 'fp32'}, matmul {train.matmul_precision}",
             "batch": f"{self.per_device} sequences x {runtime.devices} devices x {train.gradient_accum_step} micro-steps "
             f"= {self.sequences_per_step} sequences = {self.tokens_per_step:,} tokens per step",
-            "data": f"{self.train_windows.stream.length:,} tokens to train on, "
-            f"{self.valid_windows.stream.length:,} to validate on",
+            "data": f"{self._training_data()} to train on, {self.valid_windows.stream.length:,} to validate on"
+            + (", all as their manifests say" if self.config.data.verify_data else ""),
             "run": f"steps {start.step + 1} to {train.train_steps}: {train.train_steps * self.tokens_per_step:,} tokens in "
-            f"all, {epochs:.2f} epochs",
+            f"all, {self._epochs()}",
             "tokenizer": self.tokenizer.name
             if self.tokenizer
             else "none found: checkpoints will lack one (--tokenizer)",
@@ -263,15 +262,35 @@ class Trainer:
         for name, text in rows.items():
             print(f"{name:>10}: {text}", flush=True)
 
+    def _training_data(self) -> str:
+        sets, shares = self.order.sets, self.order.mixture.shares
+        if len(sets) == 1:
+            return f"{sets[0].stream.length:,} tokens"
+        parts = zip(sets, shares, strict=True)
+        return " + ".join(f"{share:.2%} from {w.stream.name} ({w.stream.length:,} tokens)" for w, share in parts)
+
+    def _epochs(self) -> str:
+        sequences = self.config.train.train_steps * self.sequences_per_step
+        parts = zip(self.order.epochs, self.order.mixture.shares, strict=True)
+        counts = ", ".join(f"{share * sequences / order.per_epoch:.2f}" for order, share in parts)
+        return f"{counts} epochs"
+
     def _data_position(self) -> dict[str, Any]:
         """What decides which windows a step reads: all of it must stay the same for a resumed run to go on exactly."""
         return {
-            "--train-dir": self.train_windows.stream.fingerprint,
+            "--train-dir": self._data_fingerprint(),
             "--seq-length": self.config.model.seq_length,
             "--train-batch-size x --gradient-accum-step": self.sequences_per_step,
-            "--drop-last": self.order.windows_per_epoch,
+            "--drop-last": sum(order.per_epoch for order in self.order.epochs),
             "--shuffle or --seed": f"--seed {self.config.general.seed}" if self.config.data.shuffle else "no --shuffle",
         }
+
+    def _data_fingerprint(self) -> str:
+        """Also of the weights, where there are several data sets; their names and places may change."""
+        sets, counts = self.order.sets, self.order.mixture.counts
+        if len(sets) == 1:
+            return sets[0].stream.fingerprint
+        return " + ".join(f"{c}/{PATTERN} of {w.stream.fingerprint}" for w, c in zip(sets, counts, strict=True))
 
     def _check_continues_same_data(self, start: Start) -> None:
         saved = start.training["data"] if start.training else {}
@@ -289,8 +308,7 @@ class Trainer:
 
 def _validation_windows(config: RunConfig, runtime: Runtime) -> Windows:
     share_of("--eval-batch-size", config.train.eval_batch_size, runtime.devices)
-    stream = TokenStream(config.data.valid_dir, "--valid-dir")
-    return Windows(stream, config.model.seq_length, config.model.vocab_size)
+    return open_validation(config)
 
 
 def _validation_share(config: RunConfig, windows: Windows, runtime: Runtime) -> Iterator[Batch]:
@@ -300,5 +318,6 @@ def _validation_share(config: RunConfig, windows: Windows, runtime: Runtime) -> 
 
 
 def _match_tokenizer(config: RunConfig, folders: list[Path], windows: list[Windows]) -> Tokenizer | None:
+    check_same_tokenizer(windows)
     manifests = [w.stream.manifest for w in windows if w.stream.manifest]
     return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.vocab_size)

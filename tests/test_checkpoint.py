@@ -107,7 +107,7 @@ def test_a_continued_run_keeps_its_options_but_for_those_given_anew(root: Path, 
     config = start.config
     assert config.optim.learning_rate == 0.5
     assert (config.optim.min_lr, config.optim.max_grad_norm, config.train.gradient_accum_step) == (0.001, 0.5, 3)
-    assert ["--train-dir", config.data.train_dir] == data_flags[:2]
+    assert ["--train-dir", *config.data.train_dir] == data_flags[:2]
     assert sorted(start.notes) == ["changed: --learning-rate 0.01 -> 0.5", "changed: --shuffle False -> True"]
 
 

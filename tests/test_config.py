@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gpt2xla.cli import parse_run
-from gpt2xla.config import TorchConfig, XlaConfig
+from gpt2xla.config import DataConfig, TorchConfig, XlaConfig
 from gpt2xla.errors import InputError
 
 PROMISED = """--checkpoints-dir --seed --train-dir --valid-dir --drop-last --vocab-size --seq-length --d-model --num-layers
@@ -105,3 +105,17 @@ def test_a_wrong_config_file_is_named_with_its_culprit(tmp_path: Path, text: str
     assert str(file) in str(error.value)
     assert culprit in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_one_train_dir_or_several_by_flag_and_by_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for text, folders in (("train_dir: a", ("a",)), ("train_dir: [a=0.7, b=0.3]", ("a=0.7", "b=0.3"))):
+        file.write_text(text + "\n")
+        assert parse_run(TorchConfig, ["--config", str(file)])[0].data.train_dir == folders
+        flags = ["--train-dir", *folders]
+        assert parse_run(TorchConfig, flags)[0].data.train_dir == folders
+    assert DataConfig(train_dir="a").train_dir == ("a",)
+    with pytest.raises(InputError, match="--train-dir is empty"):
+        parse_run(TorchConfig, ["--train-dir", ""])
+    with pytest.raises(InputError, match="--data-cache-gb -1"):
+        parse_run(TorchConfig, ["--data-cache-gb", "-1"])

@@ -7,13 +7,18 @@ uint32) and nanoGPT `.bin` (uint16 only). Shards follow one another in the order
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import get_origin, get_type_hints
 
 import numpy as np
 
+from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder, is_url
 from gpt2xla.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -69,10 +74,14 @@ class Manifest:
 
 
 class TokenStream:
-    """All tokens of a split as one memory-mapped sequence.
+    """All tokens of a split as one sequence. Shards of a local folder are memory-mapped at once; those behind a URL are
+    fetched when they are first read (`remote.py`).
 
     Attributes:
+        name: the folder or URL, as the user wrote it.
+        folder: where manifest and tokenizer lie on this machine.
         length: number of tokens.
+        dtype: that of what `read` returns.
         manifest: the split's manifest, or None for a plain folder.
         fingerprint: changes when the tokens do (by manifest), or at least their number (plain folders).
 
@@ -80,9 +89,10 @@ class TokenStream:
         InputError: the folder is missing or empty, a shard is damaged or does not agree with the manifest.
     """
 
-    def __init__(self, folder: str | Path, option: str = "--train-dir") -> None:
-        self.folder = Path(folder)
-        self.option = option
+    def __init__(self, folder: str | Path, option: str = "--train-dir", cache: Cache = DEFAULT_CACHE) -> None:
+        self.name, self.option = str(folder), option
+        self._remote = RemoteFolder(self.name, option, cache, MANIFEST) if is_url(self.name) else None
+        self.folder = self._remote.folder if self._remote else Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"{option} {folder}: no such folder; make one with scripts/prepare_text.py")
         self.manifest = Manifest.load(self.folder)
@@ -92,60 +102,142 @@ class TokenStream:
             self.files = _of_split(sorted([*self.folder.glob("*.npy"), *self.folder.glob("*.bin")]), option)
         if not self.files:
             raise InputError(f"{option} {folder}: holds no .npy or .bin shards; make some with scripts/prepare_text.py")
-        self._shards = [_map_shard(file) for file in self.files]
-        if self.manifest:
-            self._check_against(self.manifest)
-        self._ends = np.cumsum([len(shard) for shard in self._shards])
-        self.length = int(self._ends[-1])
-        self.fingerprint = self._fingerprint()
+        self._shards: list[np.ndarray | None]  # a remote one is None until it is read
+        if self._remote and self.manifest:
+            self._shards = [None] * len(self.files)
+            lengths, dtypes = [shard.tokens for shard in self.manifest.shards], {np.dtype(self.manifest.dtype)}
+        else:
+            shards = [self._map(number) for number in range(len(self.files))]
+            self._shards = [*shards]
+            lengths, dtypes = [len(shard) for shard in shards], {shard.dtype for shard in shards}
+        # Plain lists: looking up one position in them is several times faster than in an array.
+        self._ends = list(itertools.accumulate(lengths))
+        self._starts = [0, *self._ends[:-1]]
+        self.length = self._ends[-1]
+        if self.manifest and self.manifest.tokens != self.length:
+            raise InputError(
+                f"{self.folder / MANIFEST} promises {self.manifest.tokens} tokens but its shards hold {self.length}; "
+                "prepare the data again"
+            )
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.int64)
+        self.fingerprint = self._fingerprint(lengths)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1, as int64, across shard borders."""
+        """Tokens start .. start + count - 1, across shard borders; where they lie in one shard, no copy."""
         assert 0 <= start <= self.length - count, (start, count, self.length)
-        out = np.empty(count, dtype=np.int64)
+        number = bisect_right(self._ends, start) if count else 0
+        part = self._part(number, start, count)
+        if len(part) == count:
+            return part
+        out = np.empty(count, dtype=self.dtype)
         filled = 0
-        shard = int(np.searchsorted(self._ends, start, side="right"))
         while filled < count:
-            offset = start + filled - (int(self._ends[shard]) - len(self._shards[shard]))
-            part = self._shards[shard][offset : offset + count - filled]
+            part = self._part(number, start + filled, count - filled)
             out[filled : filled + len(part)] = part
             filled += len(part)
-            shard += 1
+            number += 1
         return out
 
+    @property
+    def is_remote(self) -> bool:
+        return self._remote is not None
+
+    @property
+    def bytes(self) -> int:
+        """What the tokens take on disk."""
+        return self.length * self.dtype.itemsize
+
+    @property
+    def largest_shard_bytes(self) -> int:
+        return max(end - start for start, end in zip(self._starts, self._ends, strict=True)) * self.dtype.itemsize
+
     def file_of(self, position: int) -> Path:
-        return self.files[int(np.searchsorted(self._ends, position, side="right"))]
+        return self.files[bisect_right(self._ends, position)]
 
     def check_ids(self, vocab_size: int) -> None:
-        """Refuse a split whose ids do not fit the model: by the manifest, else by a sample of each shard (the rest is
-        checked as it is read). Raises InputError."""
+        """Refuse a split whose ids do not fit the model: by the manifest, and by a sample of each shard that is here (all
+        are checked as they are read). Raises InputError."""
+        largest, file = max(
+            ((int(_sample(shard).max(initial=0)), file) for shard, file in zip(self._shards, self.files, strict=True)
+             if shard is not None), default=(0, self.folder),
+        )  # fmt: skip
         if self.manifest:
+            if largest >= self.manifest.vocab_size:
+                raise InputError(
+                    f"{file} holds id {largest}, but {MANIFEST} says that ids lie below {self.manifest.vocab_size}: it is "
+                    "damaged; copy or prepare it again"
+                )
             largest, file = self.manifest.vocab_size - 1, self.folder / MANIFEST
-            if largest < vocab_size:
-                return
-        else:
-            largest, file = max(
-                (int(_sample(shard).max(initial=0)), file) for shard, file in zip(self._shards, self.files, strict=True)
-            )
         if largest >= vocab_size:
             raise InputError(
                 f"--vocab-size {vocab_size} is too small for {file}, which holds ids up to {largest}; "
                 f"use at least {largest + 1}"
             )
 
-    def _check_against(self, manifest: Manifest) -> None:
-        for file, shard, entry in zip(self.files, self._shards, manifest.shards, strict=True):
-            if len(shard) != entry.tokens or shard.dtype != np.dtype(manifest.dtype):
+    def verify(self) -> None:
+        """Compare every shard with the hash in its manifest, some at a time. Raises InputError, naming the first that
+        differs, or where there is no manifest."""
+        if not self.manifest:
+            raise InputError(
+                f"--verify-data: {self.name} has no {MANIFEST} with hashes to check; prepare it again or leave the flag out"
+            )
+
+        def check(number_and_shard: tuple[int, ShardEntry]) -> None:
+            number, shard = number_and_shard
+            if file_sha256(self._local_file(number)) != shard.sha256:
                 raise InputError(
-                    f"{file} holds {len(shard)} {shard.dtype} tokens but {MANIFEST} says {entry.tokens} "
-                    f"{manifest.dtype}; prepare the data again"
+                    f"{self.files[number]} is not what {MANIFEST} says (sha256 differs): it is damaged; "
+                    f"{'remove' if self._remote else 'copy or prepare'} it {'and start' if self._remote else ''} again"
                 )
 
-    def _fingerprint(self) -> str:
+        # hashlib lets other threads run while it works.
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+            for _ in threads.map(check, enumerate(self.manifest.shards)):
+                pass
+
+    def _part(self, number: int, start: int, count: int) -> np.ndarray:
+        offset = start - self._starts[number]
+        return self._shard(number)[offset : offset + count]
+
+    def _shard(self, number: int) -> np.ndarray:
+        shard = self._shards[number]
+        return self._fetch(number) if shard is None else shard
+
+    def _fetch(self, number: int) -> np.ndarray:
+        assert self._remote is not None
+        assert self.manifest is not None
+        shards = self.manifest.shards
+        if self._remote.cache.limit:  # what is mapped takes room on the disk even when it is deleted
+            self._shards = [None] * len(self.files)
+        self._remote.use(shards[number].file, shards[number].sha256)
+        shard = self._shards[number] = self._map(number)
+        following = shards[(number + 1) % len(shards)]
+        self._remote.fetch_ahead(following.file, following.sha256)
+        return shard
+
+    def _local_file(self, number: int) -> Path:
+        if self._remote and self.manifest:
+            shard = self.manifest.shards[number]
+            return self._remote.fetch(shard.file, shard.sha256)
+        return self.files[number]
+
+    def _map(self, number: int) -> np.ndarray:
+        file, manifest = self.files[number], self.manifest
+        shard = _map_shard(file)
+        if manifest:
+            tokens = manifest.shards[number].tokens
+            if len(shard) != tokens or shard.dtype != np.dtype(manifest.dtype):
+                raise InputError(
+                    f"{file} holds {len(shard)} {shard.dtype} tokens but {MANIFEST} says {tokens} {manifest.dtype}; "
+                    "prepare the data again"
+                )
+        return shard
+
+    def _fingerprint(self, lengths: list[int]) -> str:
         if self.manifest:
             parts: list = [shard.sha256 for shard in self.manifest.shards]
         else:
-            parts = [(file.name, len(shard)) for file, shard in zip(self.files, self._shards, strict=True)]
+            parts = [(file.name, length) for file, length in zip(self.files, lengths, strict=True)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -183,7 +275,7 @@ def _map_shard(file: Path) -> np.ndarray:
         ) from None
     if shard.ndim != 1 or shard.dtype.kind not in "ui":
         raise InputError(f"{file} holds {shard.dtype} of shape {shard.shape}; a shard is one row of integer ids")
-    return shard
+    return np.asarray(shard)  # slicing an np.memmap costs ten times as much
 
 
 def _map_bin(file: Path) -> np.ndarray:

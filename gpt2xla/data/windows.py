@@ -3,27 +3,31 @@
 A split of N tokens is cut into (N - 1) // seq_length windows; window w predicts tokens w * L + 1 .. w * L + L from those
 before them. Training numbers all sequences it will ever see 0, 1, 2, ...: micro-step m of update s takes
 `batch_size` of them, starting with number (s * accum + m) * batch_size, and each process takes its own run of these.
-Epoch and window follow from that number by division, so resuming at any step costs nothing and needs no saved state.
+Data set (`mixture.py`), epoch and window follow from that number by division, so resuming at any step costs nothing and
+needs no saved state.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2xla.data.mixture import Mixture
+from gpt2xla.data.permutation import permute
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
 from gpt2xla.loss import IGNORED_LABEL
 
 
 class Batch(NamedTuple):
-    """`labels[b, t]` is the token after `input_ids[b, t]`; both int64 of shape (sequences, seq_length)."""
+    """`labels[b, t]` is the token after `input_ids[b, t]`; both int64 of shape (sequences, seq_length). They may share
+    memory: read only."""
 
     input_ids: Tensor
     labels: Tensor
@@ -40,7 +44,7 @@ class Windows:
     def __post_init__(self) -> None:
         if self.count == 0:
             raise InputError(
-                f"{self.stream.option} {self.stream.folder} holds {self.stream.length} tokens, too few for one window of "
+                f"{self.stream.option} {self.stream.name} holds {self.stream.length} tokens, too few for one window of "
                 f"--seq-length {self.seq_length} + 1; prepare more text or shorten --seq-length"
             )
         self.stream.check_ids(self.vocab_size)
@@ -49,22 +53,73 @@ class Windows:
     def count(self) -> int:
         return max(0, self.stream.length - 1) // self.seq_length
 
-    def batch(self, windows: np.ndarray) -> Batch:
+    def batch(self, windows: range | np.ndarray) -> Batch:
         """The given windows, in that order; a number of -1 stands for a row without labels."""
-        length = self.seq_length
-        rows = np.zeros((len(windows), length + 1), dtype=np.int64)
-        for row, window in zip(rows, windows, strict=True):
+        if isinstance(windows, range):
+            return self._run(windows)
+        length, stream = self.seq_length, self.stream
+        rows = np.zeros((len(windows), length + 1), dtype=stream.dtype)
+        for row, window in zip(rows, windows.tolist(), strict=True):
             if window >= 0:
-                row[:] = self.stream.read(int(window) * length, length + 1)
-        if rows.min() < 0 or rows.max() >= self.vocab_size:
-            row, place = (index[0] for index in np.nonzero((rows < 0) | (rows >= self.vocab_size)))
-            raise InputError(
-                f"{self.stream.file_of(int(windows[row]) * length + int(place))}: id {rows[row, place]} does not fit "
-                f"--vocab-size {self.vocab_size}; use a larger one or prepare the data again"
-            )
-        labels = rows[:, 1:].copy()
+                row[:] = stream.read(window * length, length + 1)
+        if self._has_foreign(rows):
+            for row, window in zip(rows, windows.tolist(), strict=True):
+                self._check(row, window * length)
+        labels = rows[:, 1:].astype(np.int64)
         labels[windows < 0] = IGNORED_LABEL
-        return Batch(torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(labels))
+        return Batch(torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(labels))
+
+    def _run(self, windows: range) -> Batch:
+        """Neighbours are one run of tokens, converted once: inputs and labels are the same numbers, one place apart."""
+        count, start = len(windows) * self.seq_length, windows.start * self.seq_length
+        tokens = self.stream.read(start, count + 1)
+        self._check(tokens, start)
+        run = torch.from_numpy(tokens.astype(np.int64))
+        return Batch(run[:-1].view(-1, self.seq_length), run[1:].view(-1, self.seq_length))
+
+    def _check(self, tokens: np.ndarray, start: int) -> None:
+        if self._has_foreign(tokens):
+            place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+            raise InputError(
+                f"{self.stream.file_of(start + place)}: id {tokens[place]} does not fit --vocab-size {self.vocab_size}; use "
+                "a larger one or prepare the data again"
+            )
+
+    def _has_foreign(self, tokens: np.ndarray) -> bool:
+        return bool(tokens.max() >= self.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0))
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """In which order the windows of one data set are read, epoch after epoch.
+
+    Args:
+        count: how many windows it has.
+        per_epoch: how many of them each epoch reads.
+        shuffle_key: permute the windows of each epoch, without replacement; None keeps their order.
+    """
+
+    count: int
+    per_epoch: int
+    shuffle_key: str | None
+
+    def windows(self, first: int, count: int) -> range | np.ndarray:
+        """The windows of reads first .. first + count - 1 since the start of the run; a range where they are neighbours."""
+        epoch, position = divmod(first, self.per_epoch)
+        if position + count <= self.per_epoch:
+            return self._within(epoch, position, count)
+        parts = []
+        while count:
+            part = min(count, self.per_epoch - position)
+            parts.append(np.asarray(self._within(epoch, position, part)))
+            epoch, position, count = epoch + 1, 0, count - part
+        return np.concatenate(parts)
+
+    def _within(self, epoch: int, position: int, count: int) -> range | np.ndarray:
+        if self.shuffle_key is None:
+            return range(position, position + count)
+        # The permutation runs over all windows, so that with drop_last each epoch drops others.
+        return permute(np.arange(position, position + count), self.count, f"{self.shuffle_key}/{epoch}")
 
 
 @dataclass(frozen=True)
@@ -72,15 +127,17 @@ class TrainingOrder:
     """The windows of each training step.
 
     Args:
-        windows: the training split.
+        sets: the data sets to train on.
+        mixture: which of them each sequence comes from.
         batch_size: sequences per micro-step over all processes.
         accum: micro-steps per update.
         rank, world_size: which process this is, and of how many.
-        drop_last: end each epoch before its last incomplete micro-batch.
+        drop_last: end each epoch before its last incomplete micro-batch; for a single data set.
         shuffle_seed: permute the windows of each epoch, without replacement; None keeps their order.
     """
 
-    windows: Windows
+    sets: Sequence[Windows]
+    mixture: Mixture
     batch_size: int
     accum: int
     rank: int
@@ -90,39 +147,44 @@ class TrainingOrder:
 
     def __post_init__(self) -> None:
         share_of("--train-batch-size", self.batch_size, self.world_size)
-        if self.windows_per_epoch == 0:
+        if self.drop_last and len(self.sets) > 1:
+            raise InputError("--drop-last has no meaning for several data sets, whose epochs end apart; leave it out")
+        if self.epochs[0].per_epoch == 0:
             raise InputError(
-                f"--drop-last leaves nothing: {self.windows.stream.folder} has {self.windows.count} windows, fewer than "
+                f"--drop-last leaves nothing: {self.sets[0].stream.name} has {self.sets[0].count} windows, fewer than "
                 f"--train-batch-size {self.batch_size}; lower it"
             )
 
-    @property
-    def windows_per_epoch(self) -> int:
-        return self.windows.count - (self.windows.count % self.batch_size if self.drop_last else 0)
+    @cached_property
+    def epochs(self) -> list[EpochOrder]:
+        """The order within each data set."""
+        return [
+            EpochOrder(
+                windows.count,
+                windows.count - (windows.count % self.batch_size if self.drop_last else 0),
+                None if self.shuffle_seed is None else f"{self.shuffle_seed}/{number}",
+            )
+            for number, windows in enumerate(self.sets)
+        ]
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """This process's micro-batches from update `first_step` on, without end."""
         micro_step = first_step * self.accum
         while True:
-            yield self.windows.batch(self.window_ids(micro_step))
+            yield self.batch(micro_step)
             micro_step += 1
 
-    def window_ids(self, micro_step: int) -> np.ndarray:
-        """This process's windows in micro-step number `micro_step` since the start of the run."""
+    def batch(self, micro_step: int) -> Batch:
+        """This process's share of micro-batch number `micro_step` since the start of the run."""
         share = self.batch_size // self.world_size
         first = micro_step * self.batch_size + self.rank * share
-        sequences = np.arange(first, first + share, dtype=np.int64)
-        epochs, positions = np.divmod(sequences, self.windows_per_epoch)
-        if self.shuffle_seed is None:
-            return positions
-        # The permutation runs over all windows, so that with drop_last each epoch drops others.
-        return np.array(
-            [
-                permute(int(p), self.windows.count, f"{self.shuffle_seed}/{e}")
-                for e, p in zip(epochs, positions, strict=True)
-            ],
-            dtype=np.int64,
-        )
+        if len(self.sets) == 1:
+            return self.sets[0].batch(self.epochs[0].windows(first, share))
+        together = np.empty((2, share, self.sets[0].seq_length), dtype=np.int64)
+        for number, rows, start in self.mixture.runs(first, share):
+            part = self.sets[number].batch(self.epochs[number].windows(start, len(rows)))
+            together[0, rows], together[1, rows] = part.input_ids.numpy(), part.labels.numpy()
+        return Batch(*torch.from_numpy(together))
 
 
 def validation_batches(windows: Windows, batch_size: int, steps: int, rank: int, world_size: int) -> Iterator[Batch]:
@@ -130,8 +192,12 @@ def validation_batches(windows: Windows, batch_size: int, steps: int, rank: int,
     labels, so each window counts once however many processes there are."""
     share = share_of("--eval-batch-size", batch_size, world_size)
     for step in range(min(steps, -(-windows.count // batch_size))):
-        ids = step * batch_size + rank * share + np.arange(share)
-        yield windows.batch(np.where(ids < windows.count, ids, -1))
+        first = step * batch_size + rank * share
+        if first + share <= windows.count:
+            yield windows.batch(range(first, first + share))
+        else:
+            ids = np.arange(first, first + share)
+            yield windows.batch(np.where(ids < windows.count, ids, -1))
 
 
 def share_of(option: str, batch_size: int, world_size: int) -> int:
@@ -142,21 +208,3 @@ def share_of(option: str, batch_size: int, world_size: int) -> int:
             f"{-(-batch_size // world_size) * world_size}"
         )
     return batch_size // world_size
-
-
-def permute(index: int, size: int, key: str) -> int:
-    """Position `index` of a pseudo-random permutation of range(size), in O(1) time and memory.
-
-    A four-round Feistel network over the next power of four, walked until it lands inside the range (Black and Rogaway
-    2002, "Ciphers with Arbitrary Finite Domains").
-    """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for round_number in range(4):
-            digest = hashlib.blake2b(f"{key}/{round_number}/{right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-        index = left << half | right
-        if index < size:
-            return index

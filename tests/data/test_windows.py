@@ -1,5 +1,6 @@
 """Which tokens a step reads, against brute force."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2xla.data.mixture import Mixture
 from gpt2xla.data.shards import TokenStream
-from gpt2xla.data.windows import TrainingOrder, Windows, permute, validation_batches
+from gpt2xla.data.windows import Batch, TrainingOrder, Windows, validation_batches
 from gpt2xla.errors import InputError
 from gpt2xla.loss import IGNORED_LABEL
 
@@ -19,44 +21,101 @@ LENGTH = 8  # seq_length
 def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
     """range(1003) over shards of odd sizes: 125 windows of 8, two tokens over."""
     folder = tmp_path_factory.mktemp("range")
-    for number, part in enumerate(np.split(np.arange(1003, dtype=np.uint16), [1, 14, 15, 300, 777])):
+    for number, part in enumerate(np.split(np.arange(1003, dtype=np.uint32), [1, 14, 15, 300, 777])):
         np.save(folder / f"{number}.npy", part)
     return Windows(TokenStream(folder), LENGTH, vocab_size=1003)
 
 
 def order(windows: Windows, **changes) -> TrainingOrder:
     arguments = dict(batch_size=24, accum=1, rank=0, world_size=1, drop_last=False, shuffle_seed=None)
-    return TrainingOrder(windows, **(arguments | changes))
+    return TrainingOrder([windows], Mixture.of([1.0]), **(arguments | changes))
 
 
-@pytest.mark.parametrize("shuffle_seed", [None, 7])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("accum", [1, 3])
+@settings(max_examples=60, deadline=None)
+@given(
+    world_size=st.sampled_from([1, 2, 3, 8]),
+    share=st.integers(1, 9),
+    accum=st.integers(1, 4),
+    shuffle_seed=st.sampled_from([None, 7]),
+    drop_last=st.booleans(),
+    first_step=st.integers(0, 12),
+)
 def test_an_epoch_reads_each_window_once_and_alike_for_any_number_of_processes(
-    windows: Windows, world_size: int, accum: int, shuffle_seed: int | None
+    windows: Windows,
+    world_size: int,
+    share: int,
+    accum: int,
+    shuffle_seed: int | None,
+    drop_last: bool,
+    first_step: int,
 ) -> None:
-    alone = order(windows, accum=accum, shuffle_seed=shuffle_seed)
+    """Tokens are 0, 1, 2, ...: what comes out says where it came from."""
+    changes = dict(batch_size=share * world_size, accum=accum, shuffle_seed=shuffle_seed, drop_last=drop_last)
+    per_epoch = 125 - (125 % (share * world_size) if drop_last else 0)
     shares = [
-        order(windows, accum=accum, shuffle_seed=shuffle_seed, rank=rank, world_size=world_size)
-        for rank in range(world_size)
+        order(windows, **changes, rank=rank, world_size=world_size).batches(first_step) for rank in range(world_size)
     ]
-    seen: list[int] = []
-    for micro_step in range(11 * accum):
-        expected = alone.window_ids(micro_step)
-        together = np.concatenate([share.window_ids(micro_step) for share in shares])
-        assert (together == expected).all()
-        seen += expected.tolist()
-    for epoch in range(len(seen) // 125):
-        assert sorted(seen[epoch * 125 : (epoch + 1) * 125]) == list(range(125))
-    if shuffle_seed is None:
-        assert seen == [n % 125 for n in range(len(seen))]
-    else:
-        assert seen[:125] != sorted(seen[:125])
+    number, seen = first_step * accum * share * world_size, {}
+    for _ in range(-(-2 * per_epoch // (share * world_size)) + 1):
+        for batch in (next(part) for part in shares):
+            assert batch.input_ids.shape == batch.labels.shape == (share, LENGTH)
+            for inputs, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+                assert inputs == list(range(inputs[0], inputs[0] + LENGTH))
+                assert labels == list(range(inputs[0] + 1, inputs[0] + LENGTH + 1))
+                seen[number] = inputs[0] // LENGTH
+                number += 1
+    whole_epochs = [e for e in range(100) if e * per_epoch in seen and (e + 1) * per_epoch - 1 in seen]
+    assert whole_epochs
+    for epoch in whole_epochs:
+        read = [seen[epoch * per_epoch + position] for position in range(per_epoch)]
+        assert len(set(read)) == per_epoch
+        assert drop_last or sorted(read) == list(range(125))
+        assert (read == sorted(read)) == (shuffle_seed is None)
+    alone = order(windows, **changes).batches(first_step)
+    assert seen == dict(enumerate_windows(alone, first_step * accum * share * world_size, len(seen)))
 
 
-def test_tokens_are_those_of_the_window_and_labels_the_next_ones(windows: Windows) -> None:
-    batch = windows.batch(np.array([0, 1, 124, 60]))
-    for row, window in enumerate((0, 1, 124, 60)):
+def enumerate_windows(batches: Iterator[Batch], first: int, count: int) -> Iterator[tuple[int, int]]:
+    windows = (ids[0] // LENGTH for batch in batches for ids in batch.input_ids.tolist())
+    return zip(range(first, first + count), windows, strict=False)
+
+
+def windows_of(batch: Batch) -> list[int]:
+    return (batch.input_ids[:, 0] // LENGTH).tolist()
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+def test_step_one_million_costs_what_step_one_costs(tmp_path: Path, shuffle_seed: int | None) -> None:
+    class CountingStream(TokenStream):
+        reads = tokens = 0
+
+        def read(self, start: int, count: int) -> np.ndarray:
+            self.reads += 1
+            self.tokens += count
+            return super().read(start, count)
+
+    for number in range(5):
+        np.save(tmp_path / f"{number}.npy", np.zeros(1001, dtype=np.uint16))
+    stream = CountingStream(tmp_path)
+    reading = order(Windows(stream, LENGTH, vocab_size=1), shuffle_seed=shuffle_seed, accum=4)
+    costs = []
+    for step in (1, 1_000_000, 10**12):
+        stream.reads = stream.tokens = 0
+        batches = reading.batches(step)
+        for _ in range(4):
+            next(batches)
+        costs.append((stream.reads, stream.tokens))
+    most = (4 * 24, 4 * 24 * (LENGTH + 1))
+    assert all(cost <= most for cost in costs), costs  # at an epoch's end a run is read row by row
+    if shuffle_seed is not None:
+        assert costs == [most] * 3
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_tokens_are_those_of_the_window_and_labels_the_next_ones(windows: Windows, apart: bool) -> None:
+    chosen = np.array([0, 1, 124, 60]) if apart else range(57, 61)
+    batch = windows.batch(chosen)
+    for row, window in enumerate(chosen):
         assert batch.input_ids[row].tolist() == list(range(window * LENGTH, window * LENGTH + LENGTH))
         assert batch.labels[row].tolist() == list(range(window * LENGTH + 1, window * LENGTH + LENGTH + 1))
 
@@ -73,38 +132,21 @@ def test_resuming_reads_on_where_the_run_stopped(windows: Windows) -> None:
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
 def test_drop_last_ends_epochs_at_whole_batches(windows: Windows, shuffle_seed: int | None) -> None:
     dropping = order(windows, drop_last=True, shuffle_seed=shuffle_seed)
-    assert dropping.windows_per_epoch == 120
-    epoch = np.concatenate([dropping.window_ids(step) for step in range(5)])
-    assert len(set(epoch.tolist())) == 120
+    epoch = [window for step in range(5) for window in windows_of(dropping.batch(step))]
+    assert len(set(epoch)) == 120
     if shuffle_seed is None:
-        assert (dropping.window_ids(5) == np.arange(24)).all()
+        assert windows_of(dropping.batch(5)) == list(range(24))
 
 
 def test_each_epoch_is_shuffled_anew_and_by_the_seed(windows: Windows) -> None:
     def first_windows(seed: int, epoch: int) -> list[int]:
-        return [permute(i, 125, f"{seed}/{epoch}") for i in range(125)]
+        whole_epochs = order(windows, batch_size=125, shuffle_seed=seed)
+        return windows_of(whole_epochs.batch(epoch))
 
+    assert sorted(first_windows(1, 0)) == list(range(125))
     assert first_windows(1, 0) != first_windows(1, 1)
     assert first_windows(1, 0) != first_windows(2, 0)
     assert first_windows(1, 0) == first_windows(1, 0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(size=st.integers(1, 400), key=st.text(max_size=5))
-def test_permute_is_a_permutation(size: int, key: str) -> None:
-    assert sorted(permute(i, size, key) for i in range(size)) == list(range(size))
-
-
-def test_permute_spreads_evenly() -> None:
-    """Position i lands on value j about equally often over many keys: chi-squared far below absurd."""
-    size, keys = 10, 2000
-    counts = np.zeros((size, size))
-    for key in range(keys):
-        for i in range(size):
-            counts[i, permute(i, size, str(key))] += 1
-    expected = keys / size
-    chi_squared = ((counts - expected) ** 2 / expected).sum()
-    assert chi_squared < 81 + 6 * (2 * 81) ** 0.5  # mean plus six standard deviations at 81 degrees of freedom
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -138,6 +180,8 @@ def test_an_id_that_only_a_read_finds_is_named_with_its_shard(tmp_path: Path) ->
     windows = Windows(TokenStream(tmp_path), LENGTH, vocab_size=50)
     with pytest.raises(InputError, match=r"1\.npy: id 999"):
         windows.batch(np.array([0, 1_234_567 // LENGTH]))
+    with pytest.raises(InputError, match=r"1\.npy: id 999"):
+        windows.batch(range(1_234_567 // LENGTH - 5, 1_234_567 // LENGTH + 5))
     (tmp_path / "signed").mkdir()
     np.save(tmp_path / "signed" / "0.npy", np.full(100, -1, dtype=np.int32))
     with pytest.raises(InputError, match=r"0\.npy: id -1"):

@@ -1,0 +1,99 @@
+"""Several data sets mixed by weight: which of them the n-th sequence of a run comes from, and the how-manieth of it that is.
+
+A pattern of 10,000 entries, in which each data set occurs by its weight, is repeated for ever. So both follow from n by a
+division and a look-up, and any 10,000 sequences in a row hold each data set in its exact share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gpt2xla.data.permutation import permute
+from gpt2xla.errors import InputError
+
+PATTERN = 10_000
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Attributes:
+    counts: how often each data set occurs in the pattern.
+    pattern: the data set of each entry.
+    ranks: how many entries of the same data set come before it.
+    """
+
+    counts: tuple[int, ...]
+    pattern: np.ndarray
+    ranks: np.ndarray
+
+    @classmethod
+    def of(cls, weights: Sequence[float]) -> Mixture:
+        counts = _apportion(weights)
+        pattern = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(PATTERN), PATTERN, "mixture")]
+        ranks = np.empty(PATTERN, dtype=np.int64)
+        for number, count in enumerate(counts):
+            ranks[pattern == number] = np.arange(count)
+        return cls(counts, pattern, ranks)
+
+    @property
+    def shares(self) -> list[float]:
+        return [count / PATTERN for count in self.counts]
+
+    def runs(self, first: int, count: int) -> list[tuple[int, np.ndarray, int]]:
+        """Where sequences first .. first + count - 1 come from, for each data set among them: (its number, which of the
+        `count` they are, the first of them as a number within that data set, whose sequences follow one another)."""
+        sequences = np.arange(first, first + count)
+        entries = sequences % PATTERN
+        chosen = self.pattern[entries]
+        found = []
+        for number in np.unique(chosen).tolist():
+            rows = np.flatnonzero(chosen == number)
+            start = int(sequences[rows[0]]) // PATTERN * self.counts[number] + int(self.ranks[entries[rows[0]]])
+            found.append((number, rows, start))
+        return found
+
+
+def parse_weights(option: str, entries: Sequence[str]) -> tuple[list[str], list[float]]:
+    """Folders and weights from `a=0.7 b=0.3`, or from a single folder. Raises InputError."""
+    folders: list[str] = []
+    weights: list[float] = []
+    for entry in entries:
+        folder, _, text = entry.rpartition("=")
+        weight = _as_number(text)
+        if not folder or weight is None:
+            if len(entries) == 1:  # a folder may well have = in its name
+                return [entry], [1.0]
+            raise InputError(
+                f"{option} {entry} has no weight: with several folders each needs one, such as {entry}=0.5"
+            )
+        if not (math.isfinite(weight) and weight > 0):
+            raise InputError(f"{option} {entry}: choose a weight above 0, or leave the folder out")
+        folders.append(folder)
+        weights.append(weight)
+    if doubled := [folder for number, folder in enumerate(folders) if folder in folders[:number]]:
+        raise InputError(f"{option} names {doubled[0]} twice; name it once with the sum of its weights")
+    if len(folders) > PATTERN:
+        raise InputError(f"{option} names {len(folders)} folders; at most {PATTERN} can be mixed")
+    return folders, weights
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _apportion(weights: Sequence[float]) -> tuple[int, ...]:
+    """PATTERN entries over the weights by largest remainder, at least one for each."""
+    quotas = np.array(weights, dtype=np.float64) / math.fsum(weights) * PATTERN
+    counts = np.maximum(1, np.floor(quotas).astype(np.int64))
+    while counts.sum() < PATTERN:
+        counts[np.argmax(quotas - counts)] += 1
+    while counts.sum() > PATTERN:  # many tiny weights were given one
+        counts[np.argmax(np.where(counts > 1, counts - quotas, -np.inf))] -= 1
+    return tuple(counts.tolist())
