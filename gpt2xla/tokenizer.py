@@ -73,7 +73,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no valid UTF-8 become U+FFFD; ids beyond the vocabulary (padding of the model's) vanish."""
-        return self.backend.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=False)
+        return self.backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` reads."""
@@ -154,8 +154,8 @@ def train_bpe(
 ) -> Tokenizer:
     """A byte-level byte-pair tokenizer with GPT-2's way of splitting words.
 
-    Its ids: the 256 bytes, the merges, end-of-text, then `special_tokens` in their order, `vocab_size` in all, or fewer where
-    no more pairs occur `min_frequency` times. Documents are read once; memory holds their distinct words.
+    Its ids: the 256 bytes, the merges, end-of-text, then `special_tokens` in their order; `vocab_size` in all, or fewer
+    where no more pairs occur `min_frequency` times. Documents are read once; memory holds their distinct words.
 
     Raises:
         InputError: a special token is one that merges can make, or is given twice.
@@ -254,8 +254,8 @@ def _from_hub(name: str) -> Tokenizer:
         folder = Path(snapshot_download(name, allow_patterns=list(FILES)))
     except Exception as error:  # the hub client lets errors of several HTTP libraries through
         raise InputError(
-            f"tokenizer {name!r}: no such file or folder here, and the hub did not give it ({type(error).__name__}); check the "
-            "name, go online once (logged in, if the model is gated), or give the path of a downloaded tokenizer.json"
+            f"tokenizer {name!r}: no such file or folder here, and the hub did not give it ({type(error).__name__}); check "
+            "the name, go online once (logged in, if the model is gated), or give the path of a downloaded tokenizer.json"
         ) from None
     if not has_tokenizer(folder):
         raise InputError(f"tokenizer {name!r}: it has no tokenizer.json on the hub; choose another that has one")
