@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -21,6 +23,7 @@ from gpt2xla.errors import InputError
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class Tokenizer:
@@ -29,11 +32,19 @@ class Tokenizer:
     Attributes:
         name: how the user names it: a tiktoken encoding, "bytes", or a path.
         vocab_size: one more than the largest id.
-        eot_id: id of the end-of-text token that separates documents, or None if the tokenizer has none.
+        eot_id: id of the end-of-text token that separates documents: <|endoftext|>, or where there is none, what the
+            tokenizer calls eos_token (Llama, Qwen). None if it has neither.
+        special_tokens: the names of special tokens in `tokenizer_config.json`, eos_token being end-of-text.
         sha256: hash of vocabulary and merges: the same for the same tokenizer from another library or file.
     """
 
-    def __init__(self, name: str, backend: HFTokenizer, encode_batch: Callable[[Sequence[str]], list] | None = None):
+    def __init__(
+        self,
+        name: str,
+        backend: HFTokenizer,
+        encode_batch: Callable[[Sequence[str]], list] | None = None,
+        special_tokens: dict[str, Any] | None = None,
+    ) -> None:
         backend.encode_special_tokens = True
         self.name = name
         self.backend = backend
@@ -41,7 +52,12 @@ class Tokenizer:
             lambda texts: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
         )
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.eot_id: int | None = backend.token_to_id(END_OF_TEXT)
+        named = dict.fromkeys(("bos_token", "unk_token"), END_OF_TEXT) if special_tokens is None else special_tokens
+        ends = [
+            token for token in (END_OF_TEXT, named.get("eos_token")) if token and backend.token_to_id(token) is not None
+        ]
+        self.eot_id: int | None = backend.token_to_id(ends[0]) if ends else None
+        self.special_tokens = named | {"eos_token": ends[0]} if ends else special_tokens or {}
         self.sha256 = _hash_of_vocabulary(backend)
 
     @property
@@ -57,16 +73,15 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no valid UTF-8 become U+FFFD; ids beyond the vocabulary (padding of the model's) vanish."""
-        return self.backend.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=False)
+        return self.backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` reads."""
-        special = {} if self.eot_id is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "name_or_path": self.name,
-            **special,
+            **self.special_tokens,
         }
         (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -103,10 +118,11 @@ class TextStream:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tiktoken encoding or model name ("gpt2"), "bytes", or the path of a tokenizer.json or of a folder with one.
+    """A tiktoken encoding or model name ("gpt2"), "bytes", the path of a tokenizer.json or of a folder with one, or the id
+    of a model on the Hugging Face hub ("owner/name").
 
     Raises:
-        InputError: there is no such tokenizer, or tiktoken cannot download it.
+        InputError: there is no such tokenizer, or it is not here and cannot be downloaded.
     """
     if name == "bytes":
         vocab = {char: byte for byte, char in _byte_alphabet().items()}
@@ -119,9 +135,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         encoding = tiktoken.get_encoding(name) if name in known else tiktoken.encoding_for_model(name)
     except KeyError:
+        if _HUB_ID.fullmatch(name):
+            return _from_hub(name)
         raise InputError(
-            f"tokenizer {name!r}: neither a file, nor a folder with tokenizer.json, nor one of tiktoken's "
-            f"({', '.join(known)})"
+            f"tokenizer {name!r}: neither a file, nor a folder with tokenizer.json, nor owner/name on the hub, nor one of "
+            f"tiktoken's ({', '.join(known)})"
         ) from None
     except OSError as error:
         raise InputError(
@@ -131,20 +149,43 @@ def load_tokenizer(name: str) -> Tokenizer:
     return _from_tiktoken(name, encoding)
 
 
-def train_bpe(documents: Iterable[str], name: str, vocab_size: int, min_frequency: int) -> Tokenizer:
-    """A byte-level byte-pair tokenizer with GPT-2's way of splitting words, end-of-text being its last id."""
+def train_bpe(
+    documents: Iterable[str], name: str, vocab_size: int, min_frequency: int, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """A byte-level byte-pair tokenizer with GPT-2's way of splitting words.
+
+    Its ids: the 256 bytes, the merges, end-of-text, then `special_tokens` in their order; `vocab_size` in all, or fewer
+    where no more pairs occur `min_frequency` times. Documents are read once; memory holds their distinct words.
+
+    Raises:
+        InputError: a special token is one that merges can make, or is given twice.
+    """
+    special = [END_OF_TEXT, *special_tokens]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for number, token in enumerate(special):
+        # Merges stay within the pieces that text is split into.
+        if len(byte_level.pre_tokenize_str(token)) < 2 or any(character.isspace() for character in token):
+            raise InputError(
+                f"--special-tokens {token!r} is what ordinary text may hold; choose one such as '<|user|>'"
+            )
+        if token in special[:number]:
+            raise InputError(f"--special-tokens {token!r} is there already; leave it out")
     backend = HFTokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = byte_level
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
+        vocab_size=vocab_size - len(special),
         min_frequency=min_frequency,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
-    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return Tokenizer(name, backend)
+    added = backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    assert added == len(special)
+    names: dict[str, Any] = dict.fromkeys(("bos_token", "unk_token"), END_OF_TEXT)
+    if special_tokens:
+        names["additional_special_tokens"] = list(special_tokens)
+    return Tokenizer(name, backend, special_tokens=names)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -176,7 +217,7 @@ def match_tokenizer(
     return tokenizer
 
 
-def _load_file(file: Path) -> Tokenizer:
+def _load_file(file: Path, name: str | None = None) -> Tokenizer:
     try:
         backend = HFTokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception for everything
@@ -184,10 +225,41 @@ def _load_file(file: Path) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     try:
-        name = json.loads((file.parent / "tokenizer_config.json").read_text(encoding="utf-8"))["name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):  # it only gives the tokenizer a nicer name
-        name = str(file)
-    return Tokenizer(name, backend)
+        config = json.loads((file.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
+        names = _named_special_tokens(config, backend)
+    except (OSError, ValueError, AttributeError):  # a tokenizer.json alone will do
+        config, names = {}, None
+    return Tokenizer(name or config.get("name_or_path") or str(file), backend, special_tokens=names)
+
+
+def _named_special_tokens(config: dict[str, Any], backend: HFTokenizer) -> dict[str, Any]:
+    """As strings, of a `tokenizer_config.json`: it may spell out how a token is to be matched, and name some that the
+    vocabulary lacks."""
+
+    def known(token: Any) -> str | None:
+        text = token.get("content") if isinstance(token, dict) else token
+        return text if isinstance(text, str) and backend.token_to_id(text) is not None else None
+
+    names = {name: known(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    further = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    if isinstance(further, list):
+        names["additional_special_tokens"] = [token for token in map(known, further) if token]  # type: ignore[assignment]
+    return {name: value for name, value in names.items() if value}
+
+
+def _from_hub(name: str) -> Tokenizer:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub client lets errors of several HTTP libraries through
+        raise InputError(
+            f"tokenizer {name!r}: no such file or folder here, and the hub did not give it ({type(error).__name__}); check "
+            "the name, go online once (logged in, if the model is gated), or give the path of a downloaded tokenizer.json"
+        ) from None
+    if not has_tokenizer(folder):
+        raise InputError(f"tokenizer {name!r}: it has no tokenizer.json on the hub; choose another that has one")
+    return _load_file(folder / "tokenizer.json", name)
 
 
 def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:

@@ -1,45 +1,110 @@
 #!/usr/bin/env python
-"""Text files -> a byte-level BPE tokenizer: `python scripts/train_tokenizer.py --input books/ --output-dir my-tokenizer`."""
+"""Text -> a byte-level BPE tokenizer: `python scripts/train_tokenizer.py --input books/ --output-dir my-tokenizer`."""
 
+from __future__ import annotations
+
+import itertools
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.errors import InputError, blaming
 from gpt2xla.exits import exit_code
+
+if TYPE_CHECKING:  # --help must not wait for pyarrow
+    from gpt2xla.data.corpus import Part
+    from gpt2xla.data.held_out import HeldOut
+    from gpt2xla.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Tokenizer training"""
 
-    input: tuple[str, ...] = option(MISSING, "text files, or folders to search for them")
     output_dir: str = option(MISSING, "folder for tokenizer.json, which transformers loads")
-    vocab_size: int = option(32_000, "number of ids, end-of-text included")
+    input: tuple[str, ...] = option((), "files (text, parquet, jsonl, and .gz or .zst of these), or folders of them")
+    dataset: str | None = option(None, "instead of --input: a data set's name on the hub, or a local folder of one")
+    config: str | None = option(None, "configuration of the data set")
+    split: str = option("train", "split of the data set")
+    text_column: str = option("text", "column or field that holds the text in tables and jsonl files")
+    streaming: bool = option(False, "remove each file of the data set once it has been read")
+    max_documents: int | None = option(None, "stop after this many documents (default: take all)")
+    vocab_size: int = option(32_000, "number of ids, special tokens included")
     min_frequency: int = option(2, "how often a pair must occur to be merged")
-    suffixes: tuple[str, ...] = option((".txt", ".md"), "endings of the files to take from folders")
+    special_tokens: tuple[str, ...] = option(
+        (), "tokens whose ids follow that of <|endoftext|>, which comes after the merges"
+    )
+    suffixes: tuple[str, ...] = option((".txt", ".md"), "endings of the files to take from --input's folders")
     exclude: tuple[str, ...] = option((), "names of folders to leave out")
+    split_by: Literal["file", "blank-lines", "line"] = option("file", "what a document is in a text file")
+
+    def check(self) -> None:
+        """Raises InputError."""
+        if bool(self.input) == bool(self.dataset):
+            raise InputError("give either --input or --dataset")
+        least = 257 + len(self.special_tokens)
+        if self.vocab_size < least:
+            raise InputError(f"--vocab-size {self.vocab_size}: 256 bytes and the special tokens need at least {least}")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise InputError(f"--max-documents {self.max_documents}: choose a number of at least 1")
+        if (Path(self.output_dir) / "tokenizer.json").exists():
+            raise InputError(
+                f"--output-dir {self.output_dir}: holds a tokenizer already; remove it or choose another folder"
+            )
 
 
 def main() -> None:
     options = parse_options(TokenizerConfig, "Train a byte-level byte-pair tokenizer, as GPT-2's is.")
-    from gpt2xla.data.corpus import documents_of, local_parts
-    from gpt2xla.errors import InputError, blaming
+    options.check()
+    from gpt2xla.data.corpus import documents_of
+    from gpt2xla.data.held_out import HeldOut
     from gpt2xla.tokenizer import train_bpe
 
-    if options.vocab_size < 257:
-        raise InputError(f"--vocab-size {options.vocab_size}: the 256 bytes and end-of-text need at least 257")
-    output_dir = Path(options.output_dir)
-    if (output_dir / "tokenizer.json").exists():
-        raise InputError(f"--output-dir {output_dir}: holds a tokenizer already; remove it or choose another folder")
-    documents = documents_of(local_parts(options.input, suffixes=options.suffixes, exclude=options.exclude))
-    tokenizer = train_bpe(documents, output_dir.name, options.vocab_size, options.min_frequency)
+    output_dir, held_out = Path(options.output_dir), HeldOut()
+    documents = itertools.islice(documents_of(corpus(options)), options.max_documents)
+    tokenizer = train_bpe(
+        held_out.others(documents), output_dir.name, options.vocab_size, options.min_frequency, options.special_tokens
+    )
     with blaming(f"--output-dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(output_dir)
     fewer = " (fewer than asked: the text has no more pairs that occur often enough)"
     print(f"{output_dir}: {tokenizer.vocab_size:,} ids{fewer if tokenizer.vocab_size < options.vocab_size else ''}")
+    report_compression(tokenizer, held_out)
+
+
+def corpus(options: TokenizerConfig) -> list[Part]:
+    from gpt2xla.data.corpus import local_parts
+    from gpt2xla.data.hub import HubConfig, dataset_parts
+
+    if options.dataset:
+        return dataset_parts(
+            HubConfig(
+                dataset=options.dataset, config=options.config, split=options.split, text_column=options.text_column,
+                streaming=options.streaming,
+            )
+        )  # fmt: skip
+    return local_parts(
+        options.input, suffixes=options.suffixes, exclude=options.exclude, column=options.text_column,
+        split_by=options.split_by,
+    )  # fmt: skip
+
+
+def report_compression(tokenizer: Tokenizer, held_out: HeldOut) -> None:
+    from gpt2xla.tokenizer import load_tokenizer
+
+    if not held_out.documents:
+        print("no held-out text to measure it on: each 100th document would be (--split-by line makes more of them)")
+        return
+    size = f"{len(held_out.documents):,} held-out documents, {held_out.bytes / 1e6:.2f} MB"
+    print(f"bytes per token on {size}: {held_out.bytes_per_token(tokenizer):.3f}")
+    try:
+        print(f"the same by gpt2: {held_out.bytes_per_token(load_tokenizer('gpt2')):.3f}")
+    except InputError:
+        print("not compared with gpt2: its encoding is neither cached (TIKTOKEN_CACHE_DIR) nor reachable")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The data scripts: what they write, against the text they were given."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import run, succeed, training_losses
 
+from gpt2xla.data import inspection
 from gpt2xla.data.shards import Manifest, TokenStream, file_sha256
 from gpt2xla.evals.unigram import unigram_entropy
 from gpt2xla.tokenizer import load_tokenizer
@@ -103,6 +105,136 @@ def test_a_tokenizer_is_trained_and_found_beside_the_shards(texts: Path, tmp_pat
     text = succeed(run("scripts/inspect_data.py", tmp_path / "data" / "train"))
     assert "tokenizer tokenizer, 297 ids, end of text 296" in text
     assert "Document " in text
+
+
+def test_a_tokenizer_is_measured_on_text_that_it_was_not_trained_on(tmp_path: Path) -> None:
+    """Each 100th document here is of words that occur nowhere else: the tokenizer must hold none of them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    documents = [f"zebra giraffe é{i}" if i % 100 == 0 else f"common words again, number {i}" for i in range(1, 351)]
+    parquet.write_table(pyarrow.table({"body": documents}), tmp_path / "part.parquet")
+    flags = ["--text-column", "body", "--vocab-size", 300, "--special-tokens", "<|user|>", "<|bot|>"]
+    out = succeed(
+        run(
+            "scripts/train_tokenizer.py", "--dataset", tmp_path, *flags, "--max-documents", 250,
+            "--output-dir", tmp_path / "a", TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"), HTTPS_PROXY="http://127.0.0.1:9",
+        )
+    )  # fmt: skip
+    tokenizer = load_tokenizer(str(tmp_path / "a"))
+    held_out = documents[99:250:100]
+    share = sum(len(text.encode()) for text in held_out) / sum(len(tokenizer.encode(text)) for text in held_out)
+    assert f"bytes per token on 2 held-out documents, 0.00 MB: {share:.3f}" in out
+    assert "not compared with gpt2" in out
+    vocabulary = tokenizer.backend.get_vocab()
+    assert "common" in vocabulary
+    assert not any("zeb" in token or "gir" in token for token in vocabulary)
+    table = run("scripts/train_tokenizer.py", "--input", tmp_path / "part.parquet", *flags, "--max-documents", 250,
+                "--output-dir", tmp_path / "b")  # fmt: skip
+    succeed(table)
+    assert load_tokenizer(str(tmp_path / "b")).sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        ([], "give either --input or --dataset"),
+        (["--input", "README.md", "--dataset", "x"], "give either --input or --dataset"),
+        (["--input", "README.md", "--vocab-size", "257", "--special-tokens", "<|a|>"], "at least 258"),
+        (["--input", "README.md", "--special-tokens", "the"], "--special-tokens 'the'"),
+        (["--input", "README.md", "--max-documents", "0"], "--max-documents 0"),
+    ],
+)
+def test_a_wrong_tokenizer_training_is_one_line(flags: list[str], culprit: str, tmp_path: Path) -> None:
+    result = run("scripts/train_tokenizer.py", *flags, "--output-dir", tmp_path / "out")
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert culprit in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    (tmp_path / "lines.txt").write_text("\n".join(DOCUMENTS))
+    flags = ["--input", tmp_path / "lines.txt", "--split-by", "line", "--tokenizer", "bytes", "--shard-size", 999]
+    succeed(run("scripts/prepare_text.py", *flags, "--test-fraction", 0.2, "--output-dir", tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def test_an_inspection_counts_and_shows_both_splits(prepared: Path) -> None:
+    text = succeed(run("scripts/inspect_data.py", prepared))
+    for split in ("train", "test"):
+        documents = split_documents(prepared / split)
+        lengths = sorted(len(document.encode()) for document in documents)
+        median, most = (lengths[int(np.ceil(share * len(lengths))) - 1] for share in (0.5, 0.9))
+        assert (
+            f"{len(documents)} documents counted, tokens in each: mean {np.mean(lengths):.1f}, median {median}, 90% at "
+            f"most {most}, longest {lengths[-1]}"
+        ) in text
+        tokens = TokenStream(prepared / split).read(0, sum(lengths) + len(lengths))
+        shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
+        assert f"unigram entropy {-(shares * np.log(shares)).sum():.4f}" in text
+        assert f"token 0: {documents[0]!r}" in text
+        assert repr(documents[-1]) in text
+    assert text.count("tokens that are not in the vocabulary: 0 (0.00%)") == 2
+    assert text.count("ids and hashes of all shards") == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"), [("flip", "sha256"), ("id", "not in the vocabulary"), ("cut", "cut short")]
+)
+def test_an_inspection_names_the_damaged_shard(damage: str, found: str, prepared: Path) -> None:
+    shard = sorted((prepared / "train").glob("*.npy"))[2]
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[-200] ^= 1
+    elif damage == "id":
+        data[-199] ^= 0x80  # the high byte of a uint16
+    else:
+        del data[-2:]
+    shard.write_bytes(data)
+    result = run("scripts/inspect_data.py", prepared / "train")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert str(shard) in result.stderr
+    assert found in result.stderr
+    if damage == "flip":
+        succeed(run("scripts/inspect_data.py", prepared / "train", "--no-verify"))
+
+
+def test_shards_made_elsewhere_are_inspected(tmp_path: Path) -> None:
+    """llm.c's: end-of-text before each document, both splits in one folder."""
+    for split, documents in (("train", [b"one", b"three"]), ("val", [b"seven"])):
+        tokens = [token for document in documents for token in (256, *document)]
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, len(tokens)
+        (tmp_path / f"x_{split}_000.bin").write_bytes(header.tobytes() + np.array(tokens, np.uint16).tobytes())
+    text = succeed(run("scripts/inspect_data.py", tmp_path, "--tokenizer", "bytes"))
+    assert "2 documents counted, tokens in each: mean 4.0, median 3, 90% at most 5, longest 5" in text
+    assert "token 0: 'one'" in text
+    assert "'three'" in text
+    assert "'seven'" in text
+    plain = succeed(run("scripts/inspect_data.py", tmp_path))
+    assert "7 different ids, the largest 256" in plain
+    assert "token 0: 256 111 110 101 256" in plain
+
+
+def test_documents_longer_than_a_chunk_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "_CHUNK", 7)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 40, 100)
+    tokens = np.concatenate([[*rng.integers(0, 9, length), 9] for length in lengths]).astype(np.uint16)
+    for number, part in enumerate(np.array_split(tokens, 4)):
+        np.save(tmp_path / f"{number}.npy", part)
+    stream = TokenStream(tmp_path)
+    found = inspection.contents(stream, 10, 9)
+    assert found.lengths == Counter(lengths.tolist())
+    assert found.tokens.tolist() == np.bincount(tokens).tolist()
+    for share in (0.1, 0.5, 0.9, 1.0):
+        assert found.length_quantile(share) == np.quantile(lengths, share, method="inverted_cdf")
+    starts = [0, *(np.flatnonzero(tokens == 9) + 1)]
+    for start, ids in inspection.sample(stream, 9, 5, 300):
+        assert ids == tokens[start : start + lengths[starts.index(start)]].tolist()
 
 
 def test_a_data_set_in_parquet_is_streamed(tmp_path: Path) -> None:

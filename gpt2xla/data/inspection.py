@@ -1,0 +1,156 @@
+"""What a split holds, from one pass over its tokens in chunks: counts, lengths of documents, damage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from gpt2xla.data.shards import TokenStream
+from gpt2xla.errors import InputError
+from gpt2xla.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+
+_CHUNK = 1 << 20
+_MOST_IDS = 1 << 24  # where nothing tells the vocabulary: beyond this an id is taken for damage
+_TOKENS_PER_CHARACTER = 4  # at most: those of a byte each
+
+
+@dataclass
+class Contents:
+    """Attributes:
+    tokens: how many times each id below the vocabulary's size occurs.
+    lengths: how many documents are of a length in tokens, end-of-text not counted; no empty ones.
+    foreign: number of tokens whose id is not in the vocabulary.
+    first_foreign: the position of the first of these.
+    """
+
+    tokens: np.ndarray
+    lengths: Counter[int] = field(default_factory=Counter)
+    foreign: int = 0
+    first_foreign: int | None = None
+
+    @property
+    def documents(self) -> int:
+        return self.lengths.total()
+
+    @property
+    def mean_length(self) -> float:
+        return sum(length * count for length, count in self.lengths.items()) / self.documents
+
+    def length_quantile(self, share: float) -> int:
+        """The shortest length that at least `share` of the documents do not exceed."""
+        lengths = sorted(self.lengths)
+        up_to = np.cumsum([self.lengths[length] for length in lengths])
+        return lengths[int(np.searchsorted(up_to, share * up_to[-1]))]
+
+    @property
+    def unigram_entropy(self) -> float:
+        """In nats per token: the loss of the best model that ignores context."""
+        shares = self.tokens[self.tokens > 0] / self.tokens.sum()
+        return float(-(shares * np.log(shares)).sum())
+
+
+def contents(stream: TokenStream, vocab_size: int | None, eot_id: int | None) -> Contents:
+    """One pass over all tokens. Memory: a chunk, the vocabulary, and the distinct lengths of documents."""
+    limit = vocab_size or _MOST_IDS
+    found = Contents(np.zeros(vocab_size or 1, dtype=np.int64))
+    document = 0  # its start
+    for start in range(0, stream.length, _CHUNK):
+        chunk = stream.read(start, min(_CHUNK, stream.length - start)).astype(np.int64)
+        if eot_id is not None:
+            ends = np.flatnonzero(chunk == eot_id) + start
+            _count_lengths(np.diff(ends, prepend=document - 1) - 1, found)
+            document = int(ends[-1]) + 1 if len(ends) else document
+        foreign = (chunk < 0) | (chunk >= limit)
+        if foreign.any():
+            found.foreign += int(foreign.sum())
+            if found.first_foreign is None:
+                found.first_foreign = start + int(foreign.argmax())
+            chunk = chunk[~foreign]
+        counts = np.bincount(chunk, minlength=len(found.tokens))
+        counts[: len(found.tokens)] += found.tokens
+        found.tokens = counts
+    if eot_id is not None:
+        _count_lengths(np.array([stream.length - document]), found)
+    return found
+
+
+def _count_lengths(lengths: np.ndarray, found: Contents) -> None:
+    # Where end-of-text comes before each document instead (llm.c's shards), the first length is 0.
+    values, counts = np.unique(lengths[lengths > 0], return_counts=True)
+    found.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+
+def check(stream: TokenStream, found: Contents, verify: bool) -> None:
+    """Raises InputError naming a shard with ids beyond the vocabulary, or (`verify`) with another hash than the
+    manifest's. Sizes and types were checked when the stream was opened."""
+    if found.first_foreign is not None:
+        raise InputError(
+            f"{stream.file_of(found.first_foreign)} holds ids that are not in the vocabulary ({found.foreign:,} in all "
+            "shards): it is damaged, or of another tokenizer; copy or prepare it again"
+        )
+    if verify and stream.manifest:
+        stream.verify()
+
+
+def tokenizer_of(stream: TokenStream, asked: str | None) -> Tokenizer | None:
+    """The one asked for, else the one beside the shards.
+
+    Raises:
+        InputError: it is not the one that made them, by the manifest.
+    """
+    if not asked and not has_tokenizer(stream.folder):
+        return None
+    tokenizer = load_tokenizer(asked or str(stream.folder))
+    if stream.manifest and stream.manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise InputError(
+            f"{'--tokenizer ' + asked if asked else stream.folder / 'tokenizer.json'} is not the tokenizer that the "
+            f"manifest names ({stream.manifest.tokenizer}); give that one, or prepare the data again"
+        )
+    return tokenizer
+
+
+def sample(stream: TokenStream, eot_id: int | None, number: int, characters: int) -> Iterator[tuple[int, list[int]]]:
+    """Beginnings of documents evenly spread from the first to the last: the position of each, and enough ids for that many
+    characters. Without end-of-text, just places."""
+    seen = set()
+    # The last token may be the end-of-text of the last document, which is no document of its own.
+    for position in np.linspace(0, max(0, stream.length - 2), number, dtype=np.int64).tolist():
+        start = position if eot_id is None else _start_of_document(stream, position, eot_id)
+        if start in seen:
+            continue
+        seen.add(start)
+        ids = stream.read(start, min(_TOKENS_PER_CHARACTER * characters, stream.length - start))
+        if eot_id is not None:
+            ids = ids[int(ids[0] == eot_id) :]  # it came before the document
+            ids = ids[: int(np.argmax(ids == eot_id)) if (ids == eot_id).any() else None]
+        yield start, ids.tolist()
+
+
+def _start_of_document(stream: TokenStream, position: int, eot_id: int) -> int:
+    while position > 0:
+        start = max(0, position - _CHUNK)
+        ends = np.flatnonzero(stream.read(start, position - start) == eot_id)
+        if len(ends):
+            return start + int(ends[-1]) + 1
+        position = start
+    return 0
+
+
+def splits(folder: str) -> dict[str, TokenStream]:
+    """What is in a folder, by name: `train/` and `test/` where it has these, else its own shards, which may be of two splits
+    by their names (llm.c, nanoGPT).
+
+    Raises:
+        InputError: there are no shards, or damaged ones.
+    """
+    below = [Path(folder, name) for name in ("train", "test") if Path(folder, name).is_dir()]
+    if below:
+        return {str(split): TokenStream(split, "DIR") for split in below}
+    train, valid = TokenStream(folder, "DIR"), TokenStream(folder, "--valid-dir")
+    if train.files == valid.files:
+        return {folder: train}
+    return {f"{folder} (train)": train, f"{folder} (val)": valid}
