@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 REFERENCE ?=
+# A file's tests share what is slow to make, so they stay together.
+PYTEST_ARGS ?= -n auto --dist loadfile
 
 .PHONY: demo test test-all check tpu-table install clean
 
@@ -12,10 +14,10 @@ demo: install
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-all: install
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
 
 check: install
 	$(BIN)/ruff check .
