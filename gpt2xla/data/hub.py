@@ -188,9 +188,7 @@ class _Hub:
 
         def download() -> Path:
             try:
-                return Path(
-                    hf_hub_download(file.repo, file.name, repo_type="dataset", revision=file.revision, **where)
-                )
+                return Path(hf_hub_download(file.repo, file.name, repo_type="dataset", revision=file.revision, **where))
             except (HfHubHTTPError, EntryNotFoundError) as error:
                 raise InputError(f"{file.repo}/{file.name}: {_reason(error)}") from None
 
@@ -234,7 +232,9 @@ def _is_final(error: Exception) -> bool:
 
 def _seconds_asked(headers: Any) -> float:
     """Of "Retry-After: 7" or the hub's own "RateLimit: "api";r=0;t=7"."""
-    found = re.search(r"^\d+$", headers.get("Retry-After", "")) or re.search(r"(?<=t=)\d+", headers.get("RateLimit", ""))
+    found = re.search(r"^\d+$", headers.get("Retry-After", "")) or re.search(
+        r"(?<=t=)\d+", headers.get("RateLimit", "")
+    )
     return float(found[0]) if found else 0.0
 
 

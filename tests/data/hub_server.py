@@ -41,7 +41,7 @@ class Hub(ThreadingHTTPServer):
         self.commit = _hash("first commit")
         self.faults: dict[tuple[str, str], Iterator[Any]] = {}
         self.requests: list[Request] = []
-        self.paused = threading.Event()
+        self.paused, self.resumed = threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -58,6 +58,7 @@ class Hub(ThreadingHTTPServer):
     def behave(self) -> None:
         self.faults.clear()
         self.requests.clear()
+        self.paused, self.resumed = threading.Event(), threading.Event()
 
     def sent(self, path: str) -> int:
         """Bytes of a file that went over the wire."""
@@ -104,7 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_faulty(self, path: str) -> bool:
         self.cut = self.slow = False
-        faults = [iter_ for (method, end), iter_ in self.server.faults.items() if method == self.command and path.endswith(end)]
+        faults = [
+            iter_
+            for (method, end), iter_ in self.server.faults.items()
+            if method == self.command and path.endswith(end)
+        ]
         fault = next(faults[0], None) if faults else None
         self.cut, self.slow = fault == CUT, fault == SLOW
         if fault is None or self.cut or self.slow:
@@ -147,7 +152,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if (folder and inside == path) or ("/" in inside and not recursive):
                     continue
                 is_file = path == name
-                entries[path] = self._entry(path) if is_file else {"type": "directory", "oid": _hash(path), "path": path, "size": 0}
+                entries[path] = (
+                    self._entry(path) if is_file else {"type": "directory", "oid": _hash(path), "path": path, "size": 0}
+                )
         return list(entries.values())
 
     def _entry(self, name: str) -> dict[str, Any]:
@@ -173,8 +180,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             if self.slow:
+                resumed = self.server.resumed
                 self.server.paused.set()
                 time.sleep(10)
+                resumed.set()
             body, self.close_connection = body[: len(body) // 2], True
         else:
             self.wfile.write(body)

@@ -33,14 +33,18 @@ configs:
 ---
 # A data set
 """
+SMALL_BLOCKS = "tests/data/slow_prepare_worker.py"
 TRAIN = ("data/train-0.parquet", "data/train-1.parquet")
 SAMPLE = ("sample/10BT/000.jsonl", "sample/10BT/001.jsonl.gz", "sample/10BT/002.parquet")
 
 
-def parquet(seed: int, count: int) -> bytes:
+def parquet(seed: int, count: int, padding: int = 0) -> bytes:
+    """`padding`: bytes in a column beside the text's. The hub's library keeps what arrives 10 MiB at a time."""
     stream = io.BytesIO()
-    texts = documents(count, seed)
-    pq.write_table(pa.table({"id": range(count), "text": texts}), stream, compression="none", use_dictionary=False)
+    table = pa.table(
+        {"id": range(count), "text": documents(count, seed), "padding": [b"x" * (padding // count)] * count}
+    )
+    pq.write_table(table, stream, compression="none", use_dictionary=False)
     return stream.getvalue()
 
 
@@ -50,7 +54,7 @@ def lines(seed: int) -> bytes:
 
 FILES = {
     "README.md": CARD.encode(),
-    TRAIN[0]: parquet(1, 600),
+    TRAIN[0]: parquet(1, 600, padding=24 << 20),
     TRAIN[1]: parquet(2, 600),
     "data/validation-0.parquet": parquet(3, 100),
     SAMPLE[0]: lines(4),
@@ -100,7 +104,18 @@ def command(tmp_path: Path, *flags: object, script: str = "dataset") -> list[str
     """Into `out`, files in `cache`; later flags win."""
     (tmp_path / "cache").mkdir(exist_ok=True)
     folders = ["--output-dir", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
-    common = ["--dataset", "me/set", "--config", "plain", "--tokenizer", "bytes", "--shard-size", 50_000, "--retries", 2]
+    common = [
+        "--dataset",
+        "me/set",
+        "--config",
+        "plain",
+        "--tokenizer",
+        "bytes",
+        "--shard-size",
+        50_000,
+        "--retries",
+        2,
+    ]
     return [f"scripts/prepare_{script}.py", *map(str, [*common, *folders, *flags])]
 
 
@@ -124,15 +139,15 @@ def test_failures_change_nothing(
     hub.misbehave("HEAD", "main/README.md", [500])
     hub.misbehave("POST", f"paths-info/{hub.commit}", [503])
     hub.misbehave("GET", "elsewhere/" + TRAIN[0], [(429, {"Retry-After": "2"}), CUT, 503])
-    hub.misbehave("HEAD", TRAIN[1], [CLOSED, 429])
+    hub.misbehave("HEAD", TRAIN[1], [429])
     hub.misbehave("GET", "elsewhere/" + TRAIN[1], [CLOSED])
     out = succeed(prepare(hub, tmp_path, "--streaming" if streaming else "--no-streaming"))
     assert shards(tmp_path / "out") == expected["plain"]
     assert "README.md: 500 Internal Server Error; trying again in 1 s" in out
     assert f"{TRAIN[0]}: 429 Too Many Requests; trying again in 2 s" in out
-    assert out.count("trying again in") == 7
-    for name in TRAIN:
-        assert hub.sent(name) == len(FILES[name]), "what has arrived is not sent again"
+    assert out.count("trying again in") == 6
+    assert hub.sent(TRAIN[0]) < 1.2 * len(FILES[TRAIN[0]]), "what has arrived is not sent again"
+    assert hub.sent(TRAIN[1]) == len(FILES[TRAIN[1]])
     kept = files_in(tmp_path / "cache")
     assert kept == [] if streaming else all(any(file.endswith(name) for file in kept) for name in TRAIN)
 
@@ -163,12 +178,12 @@ def test_a_hub_that_is_dead_from_the_start(hub: Hub, tmp_path: Path) -> None:
 def test_killed_within_the_second_file_it_ends_with_the_same_bytes(
     hub: Hub, expected: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    hub.paused.clear()
     hub.misbehave("GET", SAMPLE[1], [SLOW])
     flags = command(tmp_path, "--config", "sample-10BT", script="fineweb")
-    worker = [sys.executable, "tests/data/slow_prepare_worker.py", *flags[1:]]
-    variables = os.environ | environment(hub, tmp_path)
-    with subprocess.Popen(worker, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    worker, variables = [sys.executable, SMALL_BLOCKS, *flags[1:]], os.environ | environment(hub, tmp_path)
+    with subprocess.Popen(
+        worker, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         assert hub.paused.wait(60)
         process.send_signal(signal.SIGKILL)
     hub.behave()
@@ -185,17 +200,19 @@ def test_files_named_by_the_card_alone(hub: Hub, expected: dict[str, dict[str, s
 def test_a_split_becomes_test(hub: Hub, tmp_path: Path) -> None:
     out = succeed(prepare(hub, tmp_path, "--test-split", "validation"))
     assert f"{tmp_path / 'out' / 'train'}: " in out
-    manifests = {split: json.loads((tmp_path / "out" / split / "manifest.json").read_text()) for split in ("train", "test")}
+    manifests = {
+        split: json.loads((tmp_path / "out" / split / "manifest.json").read_text()) for split in ("train", "test")
+    }
     assert [manifests[split]["documents"] for split in ("train", "test")] == [1200, 100]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_stopping_early_leaves_nothing_half_done(streaming: bool, hub: Hub, tmp_path: Path) -> None:
+def test_stopping_early_waits_for_no_file_and_leaves_none(hub: Hub, tmp_path: Path) -> None:
     hub.misbehave("GET", "elsewhere/" + TRAIN[1], [SLOW])
-    flags = ["--max-tokens", 1000, "--test-fraction", 0.3, "--streaming" if streaming else "--no-streaming"]
-    succeed(prepare(hub, tmp_path, *flags))
-    kept = files_in(tmp_path / "cache")
-    assert kept == [] if streaming else not [file for file in kept if file.endswith(".incomplete")]
+    flags = ["--max-tokens", 1000, "--test-fraction", 0.3, "--streaming"]
+    succeed(run(SMALL_BLOCKS, *command(tmp_path, *flags)[1:], **environment(hub, tmp_path)))
+    assert hub.paused.is_set()
+    assert not hub.resumed.is_set(), "nobody waits for a file that nobody reads"
+    assert files_in(tmp_path / "cache") == []
 
 
 WRONG = {
@@ -203,7 +220,7 @@ WRONG = {
     "config": (["--config", "nope"], ["'nope' not found", "['plain', 'sample-10BT']", "--config"]),
     "split": (["--split", "nope"], ["no split 'nope' but train, validation", "--split"]),
     "test split": (["--test-split", "nope"], ["no split 'nope' but train, validation"]),
-    "column": (["--text-column", "nope", "--streaming"], ["no column 'nope' but id, text", "--text-column"]),
+    "column": (["--text-column", "nope", "--streaming"], ["no column 'nope' but id, text, padding", "--text-column"]),
 }
 
 
@@ -218,8 +235,7 @@ def test_mistakes_are_named(mistake: str, hub: Hub, tmp_path: Path) -> None:
 
 
 def test_a_configuration_must_be_chosen_of_several(hub: Hub, tmp_path: Path) -> None:
-    flags = command(tmp_path)
-    del flags[flags.index("--config") :][:2], flags[flags.index("--config") : flags.index("--config") + 2]
+    flags = " ".join(command(tmp_path)).replace(" --config plain", "").split()
     result = run(*flags, **environment(hub, tmp_path))
     assert result.returncode == 2
     assert "among the available configs: ['plain', 'sample-10BT']; check" in result.stderr
@@ -236,5 +252,5 @@ def test_a_file_that_may_not_be_had(status: int, told: str, hub: Hub, tmp_path: 
 def test_offline_it_says_so_at_once(hub: Hub, tmp_path: Path) -> None:
     result = prepare(hub, tmp_path, HF_HUB_OFFLINE="1")
     assert result.returncode == 2
-    assert "unset the `HF_HUB_OFFLINE` environment variable" in result.stderr or "offline" in result.stderr.lower()
+    assert "HF_HUB_OFFLINE" in result.stderr
     assert hub.requests == []
