@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http
 import re
 import sys
 import tempfile
@@ -114,8 +115,11 @@ class _Hub:
         """Let each request that the hub's library makes be made again here: in its own way it would do so silently, and
         begin a file anew if a request fails in the midst of it."""
         import datasets
+        from huggingface_hub import constants
         from huggingface_hub.utils import _http, disable_progress_bars, logging
 
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(f"{self._what}: HF_HUB_OFFLINE is set; unset it, or name a local folder")
         if hasattr(_http, "set_client_factory"):
             make, use = _http.default_client_factory, _http.set_client_factory
         else:  # before 1.0
@@ -224,10 +228,8 @@ def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
 
 def _is_final(error: Exception) -> bool:
     """Everything else is the network: requests, httpx and xet have no common error for it."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     is_local = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError)
-    return bool(is_local) or isinstance(error, InputError | RunFailed | OfflineModeIsEnabled)
+    return bool(is_local) or isinstance(error, InputError | RunFailed)
 
 
 def _seconds_asked(headers: Any) -> float:
@@ -239,8 +241,6 @@ def _seconds_asked(headers: Any) -> float:
 
 
 def _status(response: Any) -> str:
-    import http
-
     return f"{response.status_code} {http.HTTPStatus(response.status_code).phrase}"
 
 

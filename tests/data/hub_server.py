@@ -1,6 +1,6 @@
 """A stand-in for the Hugging Face hub with one data set, on this machine, which misbehaves as it is told.
 
-It answers what `datasets` and `huggingface_hub` ask before they read files: repository, tree, paths, HEAD and GET with ranges.
+It answers what `datasets` and `huggingface_hub` ask before they read files: repository, tree, paths, files by ranges.
 Large files lie on another host, as the hub's do.
 """
 
@@ -31,7 +31,7 @@ class Request(NamedTuple):
 
 
 class Hub(ThreadingHTTPServer):
-    """Faults are taken from `faults[method, end of path]`, one a request: a status, (status, headers), CUT, CLOSED, or None."""
+    """Faults are taken from `faults[method, end of path]`, one a request: status, (status, headers), CUT, CLOSED, SLOW."""
 
     daemon_threads = True
 

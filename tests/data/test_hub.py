@@ -132,7 +132,7 @@ def files_in(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_failures_change_nothing(
     streaming: bool, hub: Hub, expected: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
