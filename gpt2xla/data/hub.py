@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import http
+import http.client
 import re
 import sys
 import tempfile
@@ -241,7 +241,7 @@ def _seconds_asked(headers: Any) -> float:
 
 
 def _status(response: Any) -> str:
-    return f"{response.status_code} {http.HTTPStatus(response.status_code).phrase}"
+    return f"{response.status_code} {http.client.responses.get(response.status_code, str())}".strip()
 
 
 def _reason(error: BaseException) -> str:
