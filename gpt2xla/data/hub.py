@@ -241,7 +241,7 @@ def _seconds_asked(headers: Any) -> float:
 
 
 def _status(response: Any) -> str:
-    return f"{response.status_code} {http.client.responses.get(response.status_code, str())}".strip()
+    return f"{response.status_code} {http.client.responses.get(response.status_code, '')}".strip()
 
 
 def _reason(error: BaseException) -> str:
