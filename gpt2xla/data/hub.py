@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import http.client
+import re
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gpt2xla.config import option
 from gpt2xla.data.corpus import ALL_SUFFIXES, Part, Split, local_parts, reader
@@ -19,6 +22,7 @@ from gpt2xla.errors import InputError, RunFailed, blaming
 
 T = TypeVar("T")
 _LONGEST_WAIT = 60.0
+_NAMES_PER_REQUEST = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,132 +48,206 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
     """
     if Path(options.dataset).is_dir():
         return local_parts([options.dataset], column=options.text_column, option="--dataset")
-    import datasets
-    from huggingface_hub import HfApi, HfFileSystem
+    return _Hub(options, say).parts()
 
-    def resolve() -> tuple[str, str, dict[str, int], dict[str, list[str]]]:
-        builder = datasets.load_dataset_builder(options.dataset, name=options.config, cache_dir=options.cache_dir)
-        by_split = {
-            str(split): [HfFileSystem().resolve_path(str(url)) for url in urls]
-            for split, urls in (builder.config.data_files or {}).items()
-        }
-        if not by_split:
-            raise ValueError("it is made by a script; choose one that consists of files")
-        some = next(iter(by_split.values()))[0]
-        names = [file.path_in_repo for files in by_split.values() for file in files]
-        infos = HfApi().get_paths_info(some.repo_id, names, repo_type="dataset", revision=some.revision)
-        files = {split: [file.path_in_repo for file in files] for split, files in by_split.items()}
-        return some.repo_id, some.revision, {info.path: info.size for info in infos}, files
 
-    hub = _Hub(options, say)
-    what = f"--dataset {options.dataset}"
-    try:
-        repo, revision, sizes, by_split = hub.retrying(resolve, what)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{what}: {_first_line(error)}; check the name and --config") from None
-    taken: list[tuple[str, Split | None]] = [(options.split, "train" if options.test_split else None)]
-    if options.test_split:
-        taken.append((options.test_split, "test"))
-    parts = []
-    for split, destination in taken:
-        if split not in by_split:
-            raise InputError(f"{what} has no split {split!r} but {', '.join(by_split)}; choose one of them")
-        for name in by_split[split]:
-            if not name.endswith(ALL_SUFFIXES):
-                raise InputError(f"{what} holds {name}, which is none of {', '.join(ALL_SUFFIXES)}; choose another")
-            opened = partial(hub.opened, len(hub.files))
-            hub.files.append((repo, revision, name))
-            parts.append(
-                Part(f"{repo}@{revision}/{name}", sizes[name], opened, reader(name, options.text_column), destination)
-            )
-    return parts
+@dataclass(frozen=True)
+class _File:
+    repo: str
+    revision: str
+    name: str
+    size: int
+    content: str  # the hub's hash of it
+
+
+class _Unanswered(Exception):
+    """A request that the hub turned down for now, and after how many seconds it wants to see it again, if it says so."""
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class _Hub:
-    """Fetches files, one ahead of the reader."""
+    """One data set on the hub. Fetches its files, one ahead of the reader."""
 
     def __init__(self, options: HubConfig, say: Callable[[str], None]) -> None:
-        self.files: list[tuple[str, str, str]] = []  # repository, revision, path
         self._options, self._say = options, say
-        self._fetcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub")
+        self._what = f"--dataset {options.dataset}"
+        self._files: list[_File] = []
         self._fetching: dict[int, Future[Path]] = {}
-        self._passing: Path | None = None
-        if options.streaming:
-            with blaming(f"--cache-dir {options.cache_dir}"):
-                self._passing = Path(tempfile.mkdtemp(prefix="gpt2xla-", dir=options.cache_dir))
+        self._passing: tempfile.TemporaryDirectory | None = None
+        self._gave_up: RunFailed | None = None
+
+    def parts(self) -> list[Part]:
+        wanted: list[tuple[str, Split | None]] = [(self._options.split, "train" if self._options.test_split else None)]
+        if self._options.test_split:
+            wanted.append((self._options.test_split, "test"))
+        self._join()
+        parts = []
+        for file, destination in self._find(wanted):
+            if not file.name.endswith(ALL_SUFFIXES):
+                raise InputError(f"{self._what} holds {file.name}, none of {', '.join(ALL_SUFFIXES)}; choose another")
+            # By its content, not by the revision: a new commit to the data set's card changes no token.
+            name = f"{file.repo}/{file.name}@{file.content}"
+            opened = partial(self.opened, len(self._files))
+            parts.append(Part(name, file.size, opened, reader(file.name, self._options.text_column), destination))
+            self._files.append(file)
+        if self._options.streaming:
+            with blaming(f"--cache-dir {self._options.cache_dir}"):
+                self._passing = tempfile.TemporaryDirectory(
+                    prefix="gpt2xla-", dir=self._options.cache_dir, ignore_cleanup_errors=True
+                )
+        return parts
 
     @contextlib.contextmanager
     def opened(self, number: int) -> Iterator[Path]:
-        for wanted in (number, number + 1):
-            if wanted < len(self.files) and wanted not in self._fetching:
-                self._fetching[wanted] = self._fetcher.submit(self._fetch, wanted)
+        self._start_fetching(number)
         file = self._fetching.pop(number).result()
+        self._start_fetching(number + 1)
         try:
             yield file
         finally:
             if self._passing:
                 file.unlink(missing_ok=True)
-                if number + 1 == len(self.files):
-                    shutil.rmtree(self._passing, ignore_errors=True)
+
+    def _join(self) -> None:
+        """Let each request that the hub's library makes be made again here: in its own way it would do so silently, and
+        begin a file anew if a request fails in the midst of it."""
+        import datasets
+        from huggingface_hub import constants
+        from huggingface_hub.utils import _http, disable_progress_bars, logging
+
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(f"{self._what}: HF_HUB_OFFLINE is set; unset it, or name a local folder")
+        if hasattr(_http, "set_client_factory"):
+            make, use = _http.default_client_factory, _http.set_client_factory
+        else:  # before 1.0
+            make, use = _http._default_backend_factory, _http.configure_http_backend
+
+        def patient() -> Any:
+            client = make()
+            client.send = partial(self._send, client.send)
+            return client
+
+        use(patient)
+        logging.set_verbosity_error()
+        datasets.logging.set_verbosity_error()
+        # Requests to other servers, for what we do not need.
+        datasets.config.USE_PARQUET_EXPORT = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+            datasets.disable_progress_bars()
+
+    def _send(self, send: Callable[..., Any], request: Any, **how: Any) -> Any:
+        def answered() -> Any:
+            response = send(request, **how)
+            if response.status_code == 429 or response.status_code >= 500:
+                response.close()
+                raise _Unanswered(_status(response), _seconds_asked(response.headers))
+            return response
+
+        url = str(request.url).split("?")[0]
+        if "/api/" in url and "/api/datasets/" not in url:  # the library's statistics: it goes on without an answer
+            return send(request, **how)
+        return self.retrying(answered, url)
+
+    def _find(self, wanted: list[tuple[str, Split | None]]) -> Iterator[tuple[_File, Split | None]]:
+        import datasets
+        from huggingface_hub import HfApi, HfFileSystem
+
+        options = self._options
+        try:
+            builder = datasets.load_dataset_builder(options.dataset, name=options.config)
+            by_split = {str(split): list(map(str, urls)) for split, urls in (builder.config.data_files or {}).items()}
+            for split, destination in wanted:
+                if split not in by_split:
+                    raise ValueError(f"no split {split!r} but {', '.join(by_split)}")
+                files = [HfFileSystem().resolve_path(url) for url in by_split[split]]
+                for first in range(0, len(files), _NAMES_PER_REQUEST):
+                    some = files[first : first + _NAMES_PER_REQUEST]
+                    repo, revision, names = some[0].repo_id, some[0].revision, [file.path_in_repo for file in some]
+                    found = HfApi().get_paths_info(repo, names, repo_type="dataset", revision=revision)
+                    infos = {info.path: info for info in found}
+                    for name in names:
+                        info = infos[name]
+                        yield _File(repo, revision, name, info.size, info.blob_id), destination
+        except (ValueError, OSError, RuntimeError) as error:
+            if self._gave_up:  # whatever the libraries made of it
+                raise self._gave_up from None
+            raise InputError(f"{self._what}: {_reason(error)}; check the name, --config and --split") from None
+
+    def _start_fetching(self, number: int) -> None:
+        if number < len(self._files) and number not in self._fetching:
+            future = self._fetching[number] = Future()
+            # A daemon: the end of the program waits for no file that nobody will read.
+            threading.Thread(target=_fulfil, args=(future, partial(self._fetch, number)), daemon=True).start()
 
     def _fetch(self, number: int) -> Path:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-        repo, revision, name = self.files[number]
-        where = {"local_dir": self._passing} if self._passing else {"cache_dir": self._options.cache_dir}
-        try:
-            return Path(
-                self.retrying(
-                    lambda: hf_hub_download(repo, name, repo_type="dataset", revision=revision, **where),
-                    f"{repo}/{name}",
-                )
-            )
-        except HfHubHTTPError as error:
-            raise InputError(f"{repo}/{name}: {_first_line(error)}") from None
+        file = self._files[number]
+        where = {"local_dir": self._passing.name} if self._passing else {"cache_dir": self._options.cache_dir}
+
+        def download() -> Path:
+            try:
+                return Path(hf_hub_download(file.repo, file.name, repo_type="dataset", revision=file.revision, **where))
+            except (HfHubHTTPError, EntryNotFoundError) as error:
+                raise InputError(f"{file.repo}/{file.name}: {_reason(error)}") from None
+
+        return self.retrying(download, f"{file.repo}/{file.name}")
 
     def retrying(self, request: Callable[[], T], what: str) -> T:
-        """What `request` gives at last. Raises RunFailed if the hub does not answer, and other errors as they come."""
+        """What `request` gives at last. Raises RunFailed if that is nothing, and at once what waiting cannot mend."""
         failures = 0
         while True:
             try:
                 return request()
             except Exception as error:
-                wait = _seconds_to_wait(error, failures)
-                if wait is None:
+                if _is_final(error):
                     raise
                 if failures == self._options.retries:
-                    raise RunFailed(
-                        f"{what}: {_first_line(error)}, {failures + 1} times. What is prepared is kept: give the same "
+                    self._gave_up = RunFailed(
+                        f"{what}: {_reason(error)}, {failures + 1} times. What is prepared is kept: give the same "
                         "command again once the hub answers"
-                    ) from None
-                self._say(f"{what}: {_first_line(error)}; trying again in {wait:.0f} s")
+                    )
+                    raise self._gave_up from None
+                wait = min(max(2.0**failures, getattr(error, "seconds", 0.0)), _LONGEST_WAIT)
+                self._say(f"{what}: {_reason(error)}; trying again in {wait:.0f} s")
                 failures += 1
                 time.sleep(wait)
 
 
-def _seconds_to_wait(error: Exception, failures: int) -> float | None:
-    """Before the request is made again; None where that would not help."""
-    import httpx
-    import requests
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
 
-    wait = min(2.0**failures, _LONGEST_WAIT)
-    if isinstance(error, HfHubHTTPError):
-        if error.response.status_code != 429 and error.response.status_code < 500:
-            return None
-        asked = error.response.headers.get("Retry-After", "")
-        return min(max(wait, float(asked)), _LONGEST_WAIT) if asked.isdigit() else wait
-    unreachable = (
-        LocalEntryNotFoundError,
-        ConnectionError,
-        TimeoutError,
-        requests.RequestException,
-        httpx.TransportError,
+
+def _is_final(error: Exception) -> bool:
+    """Everything else is the network: requests, httpx and xet have no common error for it."""
+    is_local = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError)
+    return bool(is_local) or isinstance(error, InputError | RunFailed)
+
+
+def _seconds_asked(headers: Any) -> float:
+    """Of "Retry-After: 7" or the hub's own "RateLimit: "api";r=0;t=7"."""
+    found = re.search(r"^\d+$", headers.get("Retry-After", "")) or re.search(
+        r"(?<=t=)\d+", headers.get("RateLimit", "")
     )
-    cut_short = isinstance(error, OSError) and "Consistency check failed" in str(error)
-    return wait if cut_short or isinstance(error, unreachable) else None
+    return float(found[0]) if found else 0.0
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _status(response: Any) -> str:
+    return f"{response.status_code} {http.client.responses.get(response.status_code, '')}".strip()
+
+
+def _reason(error: BaseException) -> str:
+    """In a line."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    if (response := getattr(cause, "response", None)) is not None:
+        return f"{_status(response)} for {str(response.url).split('?')[0]}"
+    text = str(error).split("\nExample")[0]
+    return " ".join(text.split()).rstrip(".") or type(error).__name__
