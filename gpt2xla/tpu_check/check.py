@@ -85,15 +85,14 @@ def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int
 
 
 def _next_try(config: RunConfig, last: dict[str, Any], best: int, too_many: int) -> int:
-    """Half way between a batch that fits and one that does not. Before both are known, where memory would meet the limit;
-    near it the compiler computes things twice to save memory, so upwards by an eighth at least, and a quarter at most."""
+    """Half way between a batch that fits and one that does not. Before both are known, where memory would meet the limit,
+    but upwards by a quarter at least: near it the compiler computes things twice, and memory hardly grows any more."""
     if best and too_many <= _MOST_SEQUENCES:
         return (best + too_many) // 2
     room = (last["memory_gib"] - last["peak_gib"]) * 2**30
     guess = last["sequences_per_device"] + int(room / _bytes_per_sequence(config))
-    if best:
-        guess = min(max(guess, best + best // 8), best + best // 4)
-    return min(max(guess, best + 1), too_many - 1)
+    least = best + max(1, best // 4) if best else 1
+    return min(max(guess, least), too_many - 1)
 
 
 def _parameters(config: RunConfig) -> int:
