@@ -43,7 +43,8 @@ def report(error: BaseException) -> int:
     """Print what went wrong; the exit code that goes with it."""
     if isinstance(error, InputError | RunFailed):
         if _is_first_to_report():
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+            line = str(error).replace("\n", "\\n")  # a name in it may hold one
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, InputError) else 1
     if isinstance(error, KeyboardInterrupt):
         return 130

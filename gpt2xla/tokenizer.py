@@ -222,6 +222,8 @@ def _load_file(file: Path, name: str | None = None) -> Tokenizer:
         backend = HFTokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception for everything
         raise InputError(f"{file} is not a tokenizer.json: {error}") from None
+    if not backend.get_vocab():
+        raise InputError(f"{file} has an empty vocabulary; choose another tokenizer")
     backend.no_padding()
     backend.no_truncation()
     try:

@@ -43,6 +43,9 @@ def prepare(environment: MutableMapping[str, str]) -> None:
         raise InputError(f"PJRT_DEVICE={device}: unknown; choose TPU, CPU or CUDA")
     if device == "TPU" and tpu_chips() == 0:
         raise InputError("PJRT_DEVICE=TPU: this machine has no TPU; choose a TPU machine, or PJRT_DEVICE=CPU")
+    replicas = environment.get("CPU_NUM_DEVICES", "1")
+    if device == "CPU" and not (replicas.isdecimal() and int(replicas) >= 1):
+        raise InputError(f"CPU_NUM_DEVICES={replicas}: give the number of replicas to start, such as 2")
     if device in ("CUDA", "GPU"):
         if not _is_installed(CUDA_PLUGIN):
             raise InputError(

@@ -27,6 +27,7 @@ Split = Literal["train", "test"]
 TEXT_SUFFIXES = (".txt", ".md")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
 ALL_SUFFIXES = (".parquet", ".arrow", *JSON_SUFFIXES, *TEXT_SUFFIXES, ".txt.gz", ".txt.zst")
+_NO_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".tar.gz", ".npy", ".bin", ".pdf", ".xml.gz")
 _BLOCK_BYTES = 4 << 20
 _ROWS_AT_ONCE = 64
 _LONGEST_JSON_LINE = 16 << 20
@@ -37,7 +38,7 @@ class Part:
     """One file of a corpus.
 
     Attributes:
-        name, size: what it is known by when an interrupted preparation goes on. Size in bytes.
+        name, size, how: what it is known by when an interrupted preparation goes on: size in bytes, and how it is read.
         opened: around its reading; brings the file here if it is elsewhere.
         read: the documents of the file, in arrays of texts.
         split: where its documents go; None: each is drawn.
@@ -47,6 +48,7 @@ class Part:
     size: int
     opened: Callable[[], AbstractContextManager[Path]]
     read: Callable[[Path], Iterator[pa.Array]]
+    how: str
     split: Split | None = None
 
 
@@ -92,13 +94,28 @@ def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
 def _readable(part: Part, file: Path) -> Iterator[pa.LargeStringArray]:
     try:
         for array in part.read(file):
+            _check_type(part, array.type)
             texts = array.cast(pa.large_string())
             texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
             texts.validate(full=True)  # parquet promises UTF-8, and nobody checks
             yield texts
     except (pa.ArrowException, OSError, EOFError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{part.name} cannot be read ({reason}); it may be cut short: copy or make it again") from None
+        raise InputError(f"{part.name} cannot be read ({reason}); mend it, or copy or make it again") from None
+
+
+def _check_type(part: Part, kind: pa.DataType) -> None:
+    """Numbers and dates would become text, too, without a word."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_null,
+    )
+    if not any(is_text(kind) for is_text in texts):
+        raise InputError(f"{part.name}: {part.how} holds {kind}, not text; choose another with --text-column")
 
 
 def local_parts(
@@ -123,21 +140,24 @@ def local_parts(
     for file in _files(paths, suffixes, exclude, option):
         with blaming(f"{option} {file}"):
             size = file.stat().st_size
-        parts.append(Part(str(file), size, partial(_here, file), reader(file.name, column, split_by)))
+        parts.append(Part(str(file), size, partial(_here, file), *reader(file.name, column, split_by)))
     if not parts:
         raise InputError(f"{option} {' '.join(map(str, paths))}: no files ending in {', '.join(suffixes)}")
     return parts
 
 
-def reader(name: str, column: str, split_by: str = "line") -> Callable[[Path], Iterator[pa.Array]]:
-    """What reads a file of this name."""
+def reader(name: str, column: str, split_by: str = "line") -> tuple[Callable[[Path], Iterator[pa.Array]], str]:
+    """What reads a file of this name, and how."""
+    name = name.lower()
     if name.endswith(".parquet"):
-        return partial(_read_parquet, column=column)
+        return partial(_read_parquet, column=column), f"column {column!r}"
     if name.endswith(".arrow"):
-        return partial(_read_arrow, column=column)
+        return partial(_read_arrow, column=column), f"column {column!r}"
     if name.endswith(JSON_SUFFIXES):
-        return partial(_read_json_lines, column=column)
-    return partial(_read_text, split_by=split_by)
+        return partial(_read_json_lines, column=column), f"field {column!r}"
+    if name.endswith(_NO_TEXT):
+        raise InputError(f"{name} is no text; can read {', '.join(ALL_SUFFIXES)}, and what else is text")
+    return partial(_read_text, split_by=split_by), f"split by {split_by}"
 
 
 def documents_of(parts: Sequence[Part]) -> Iterator[str]:
@@ -159,13 +179,38 @@ def _files(
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             yield from sorted(path.glob("data-*.arrow"))
         elif path.is_file():
-            yield path
+            yield _checked(path, option)
         elif path.is_dir():
-            for folder, subfolders, files in os.walk(path):
-                subfolders[:] = sorted(name for name in subfolders if name not in exclude)
-                yield from (Path(folder, name) for name in sorted(files) if name.endswith(suffixes))
+            yield from _files_below(path, suffixes, exclude, option)
         else:
             raise InputError(f"{option} {path}: no such file or folder")
+
+
+def _files_below(top: Path, suffixes: tuple[str, ...], exclude: tuple[str, ...], option: str) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{option} {error.filename}: {error.strerror}; make it readable, or leave it out: --exclude")
+
+    seen = {os.path.realpath(top)}
+    for folder, subfolders, files in os.walk(top, onerror=refuse, followlinks=True):
+        for name in sorted(subfolders):
+            real = os.path.realpath(Path(folder, name))
+            if name in exclude or real in seen:  # links may lead back
+                subfolders.remove(name)
+            seen.add(real)
+        subfolders.sort()
+        for name in sorted(files):
+            if name.lower().endswith(suffixes):
+                yield _checked(Path(folder, name), option)
+
+
+def _checked(file: Path, option: str) -> Path:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{option} {str(file)!a}: its name is not UTF-8; rename it") from None
+    if file.exists() and not file.is_file():  # to read from a pipe would wait for ever
+        raise InputError(f"{option} {file} is no regular file; leave it out")
+    return file
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[pa.Array]:

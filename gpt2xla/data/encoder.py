@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gpt2xla.errors import InputError
 from gpt2xla.tokenizer import Tokenizer
 
 # Ids of all documents one after the other, and where each document's end.
@@ -72,7 +73,10 @@ class Encoder:
         return same
 
     def _reference(self, texts: pa.LargeStringArray) -> Ids:
-        documents = self.tokenizer.encode_batch(texts.to_pylist())
+        try:
+            documents = self.tokenizer.encode_batch(texts.to_pylist())
+        except Exception as error:  # the Rust libraries raise bare Exception for everything
+            raise InputError(f"tokenizer {self.tokenizer.name} cannot encode this text: {error}") from None
         ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
         return np.concatenate([np.asarray(ids, dtype=np.uint32) for ids in documents]), ends
 

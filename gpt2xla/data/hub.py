@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,8 +46,20 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
         InputError: no such data set, configuration or split, or none that consists of files we read.
         RunFailed: the hub does not answer.
     """
-    if Path(options.dataset).is_dir():
-        return local_parts([options.dataset], column=options.text_column, option="--dataset")
+    folder = Path(options.dataset)
+    if (folder / "dataset_dict.json").is_file():
+        parts = local_parts([folder / options.split], column=options.text_column, option="--dataset")
+        if options.test_split:
+            parts = [replace(part, split="train") for part in parts]
+            tests = local_parts([folder / options.test_split], column=options.text_column, option="--dataset")
+            parts += [replace(part, split="test") for part in tests]
+        return parts
+    if folder.is_dir():
+        if options.split != "train" or options.test_split:
+            raise InputError(
+                f"--dataset {folder} is a folder of files without splits; leave --split and --test-split out"
+            )
+        return local_parts([folder], column=options.text_column, option="--dataset")
     return _Hub(options, say).parts()
 
 
@@ -91,7 +103,7 @@ class _Hub:
             # By its content, not by the revision: a new commit to the data set's card changes no token.
             name = f"{file.repo}/{file.name}@{file.content}"
             opened = partial(self.opened, len(self._files))
-            parts.append(Part(name, file.size, opened, reader(file.name, self._options.text_column), destination))
+            parts.append(Part(name, file.size, opened, *reader(file.name, self._options.text_column), destination))
             self._files.append(file)
         if self._options.streaming:
             with blaming(f"--cache-dir {self._options.cache_dir}"):

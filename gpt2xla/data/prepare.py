@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -27,13 +28,14 @@ from tqdm import tqdm
 from gpt2xla.config import option
 from gpt2xla.data.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.encoder import Encoded, Encoder
-from gpt2xla.data.shards import Manifest
+from gpt2xla.data.shards import Manifest, TokenStream
 from gpt2xla.data.writer import ShardWriter, Written
 from gpt2xla.errors import InputError, RunFailed, blaming
 from gpt2xla.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 RECORD = "preparation.json"
+_MOST_TOKENS = 10**12  # per shard
 _SECONDS_BETWEEN_RECORDS = 2.0
 _LEAST_BYTES_PER_BYTE = 0.3  # shards per corpus: text of 6.7 bytes per token, where English has 4.5 with GPT-2's tokens
 
@@ -59,6 +61,8 @@ class PrepareConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value}: choose a number of at least 1")
+        if self.shard_size > _MOST_TOKENS:
+            raise InputError(f"--shard-size {self.shard_size}: choose at most {_MOST_TOKENS:,}")
 
 
 def prepare_and_report(corpus: Callable[[], Sequence[Part]], config: PrepareConfig) -> None:
@@ -101,35 +105,52 @@ def prepare(
         },
     }
     if (output_dir / RECORD).exists():
-        _Record.load(output_dir / RECORD).check(settings, parts, output_dir)
+        _Record.load(output_dir / RECORD).check(settings, parts, output_dir, complete=True)
+        _check_complete(output_dir)
         say(f"{output_dir} is prepared already: nothing to do")
         return {split: manifest for split in SPLITS if (manifest := Manifest.load(output_dir / split))}
-    partial = output_dir / ".partial"
-    record = _Record(settings, [], Position(0, 0), {split: Written([]) for split in SPLITS})
-    if (partial / RECORD).exists():
-        record = _Record.load(partial / RECORD)
-        record.check(settings, parts, partial)
-        tokens = sum(written.tokens for written in record.splits.values())
-        say(f"going on after {tokens:,} tokens, in part {min(record.position.part + 1, len(parts))} of {len(parts)}")
-    else:
-        for split in SPLITS:
-            if (output_dir / split).exists():
-                raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another")
-        _check_space(output_dir, parts, config)
-    is_new = not output_dir.exists()
+    partial, is_new = output_dir / ".partial", not output_dir.exists()
     with blaming(f"--output-dir {output_dir}"):
         partial.mkdir(parents=True, exist_ok=True)
-    try:
-        with _explaining_a_full_disk(output_dir):
+    with _explaining(output_dir), _alone(partial, output_dir):
+        try:
+            record = _record(settings, parts, tokenizer, config, output_dir, partial, say)
             if record.position.part < len(parts):
                 _Preparation(parts, tokenizer, config, record, partial, say).run()
             return _finish(record, tokenizer, config, partial, output_dir)
-    except InputError:
-        if not (partial / RECORD).exists():  # nothing is lost with it
-            shutil.rmtree(partial, ignore_errors=True)
-            if is_new:
-                output_dir.rmdir()
-        raise
+        except InputError:
+            if not (partial / RECORD).exists():  # nothing is lost with it
+                shutil.rmtree(partial, ignore_errors=True)
+                if is_new:
+                    output_dir.rmdir()
+            raise
+
+
+def _record(
+    settings: dict[str, Any],
+    parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    config: PrepareConfig,
+    output_dir: Path,
+    partial: Path,
+    say: Callable[[str], None],
+) -> _Record:
+    """Of an interrupted preparation, or a new one."""
+    if (partial / RECORD).exists():
+        record = _Record.load(partial / RECORD)
+        record.check(settings, parts, partial, complete=False)
+        tokens = sum(written.tokens for written in record.splits.values())
+        say(f"going on after {tokens:,} tokens, in part {min(record.position.part + 1, len(parts))} of {len(parts)}")
+        return record
+    for split in SPLITS:
+        if (output_dir / split).exists():
+            raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another")
+    if not config.test_fraction and not any(part.split == "test" for part in parts):
+        raise InputError("--test-fraction 0 leaves nothing for test/; choose a share above 0")
+    _check_space(output_dir, parts, config)
+    if tokenizer.eot_id is None:
+        say(f"note: tokenizer {tokenizer.name} has no end-of-text token: documents follow one another without a border")
+    return _Record(settings, [], Position(0, 0), {split: Written([]) for split in SPLITS})
 
 
 @dataclass
@@ -137,7 +158,7 @@ class _Record:
     """How far a preparation came: the parts it read, the last perhaps not to its end, and what is written."""
 
     settings: dict[str, Any]
-    parts: list[tuple[str, int]]
+    parts: list[tuple[str, int, str]]
     position: Position
     splits: dict[Split, Written]
 
@@ -161,14 +182,14 @@ class _Record:
             values = json.loads(file.read_text(encoding="utf-8"))
             return cls(
                 values["settings"],
-                [(name, size) for name, size in values["parts"]],
+                [(name, size, how) for name, size, how in values["parts"]],
                 Position(*values["position"]),
                 {split: Written.from_json(values["splits"][split]) for split in SPLITS},
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error}); remove its folder and prepare again") from None
 
-    def check(self, settings: dict[str, Any], parts: Sequence[Part], folder: Path) -> None:
+    def check(self, settings: dict[str, Any], parts: Sequence[Part], folder: Path, *, complete: bool) -> None:
         """Raises InputError if it is of a preparation with other options or of another corpus."""
         for name, value in settings.items():
             if self.settings.get(name) != value and name != "tokenizer":
@@ -178,13 +199,19 @@ class _Record:
                     f"{settings[name.removesuffix('_sha256')]}; give the same options, or remove it, or choose another "
                     "--output-dir"
                 )
-        for number, (name, size) in enumerate(self.parts):
-            now = (parts[number].name, parts[number].size) if number < len(parts) else ("nothing", 0)
-            if now != (name, size):
+        now = [(part.name, part.size, part.how) for part in parts]
+        for number in range(max(len(self.parts), len(now)) if complete else len(self.parts)):
+            then, there = (_described(of[number]) if number < len(of) else "nothing" for of in (self.parts, now))
+            if then != there:
                 raise InputError(
-                    f"{folder} was prepared from {name} of {size:,} bytes, where there is now {now[0]} of {now[1]:,}; give "
-                    "the same input, or remove it, or choose another --output-dir"
+                    f"{folder} was prepared from {then}, where there is now {there}; give the same input, or remove it, or "
+                    "choose another --output-dir"
                 )
+
+
+def _described(part: tuple[str, int, str]) -> str:
+    name, size, how = part
+    return f"{name} of {size:,} bytes, {how}"
 
 
 @dataclass
@@ -218,7 +245,12 @@ class _Preparation:
         self.record.position = Position(len(self.parts), 0)
         for split, writer in self.writers.items():
             if writer.written.tokens == 0:
-                raise InputError(f"the {split} split came out empty: give more documents or change --test-fraction")
+                why = (
+                    "give more documents, or change --test-fraction or --test-tokens"
+                    if self.tokens
+                    else "there is no text"
+                )
+                raise InputError(f"the {split} split came out empty: {why}")
         self._save()
 
     @property
@@ -270,7 +302,7 @@ class _Preparation:
     def _save(self) -> None:
         for writer in self.writers.values():
             writer.save()
-        self.record.parts = [(part.name, part.size) for part in self.parts[: self.record.position.part + 1]]
+        self.record.parts = [(part.name, part.size, part.how) for part in self.parts[: self.record.position.part + 1]]
         self.record.save(self.folder / RECORD)
 
 
@@ -315,14 +347,34 @@ def _check_space(output_dir: Path, parts: Sequence[Part], config: PrepareConfig)
         )
 
 
+def _check_complete(output_dir: Path) -> None:
+    for split in SPLITS:
+        try:
+            TokenStream(output_dir / split, "--output-dir")
+        except InputError as error:
+            raise InputError(f"{error}; to prepare it again remove what is left, {output_dir / RECORD} too") from None
+
+
 @contextlib.contextmanager
-def _explaining_a_full_disk(output_dir: Path) -> Iterator[None]:
-    try:
+def _alone(partial: Path, output_dir: Path) -> Iterator[None]:
+    with (partial / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--output-dir {output_dir}: another process is preparing there; choose another") from None
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunFailed(
-            f"--output-dir {output_dir}: no space left on the disk. What is prepared is kept: free some and give the same "
-            "command again"
-        ) from None
+
+
+@contextlib.contextmanager
+def _explaining(output_dir: Path) -> Iterator[None]:
+    """What goes wrong with writing."""
+    with blaming(f"--output-dir {output_dir}"):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunFailed(
+                f"--output-dir {output_dir}: no space left on the disk. What is prepared is kept: free some and give the "
+                "same command again"
+            ) from None

@@ -81,7 +81,8 @@ def find_batch(
 
 def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int:
     state = 16 * _parameters(config) / (topology.devices if options.fsdp else 1)  # weights, gradients, two moments
-    return max(1, int((topology.memory * 2**30 - state) / _bytes_per_sequence(config)))
+    room = int((topology.memory * 2**30 - state) / _bytes_per_sequence(config))
+    return min(max(1, room), _MOST_SEQUENCES)
 
 
 def _next_try(config: RunConfig, last: dict[str, Any], best: int, too_many: int) -> int:

@@ -267,3 +267,72 @@ def test_a_full_disk_keeps_what_is_there(parquet: Path, tokenizer_folder: Path, 
     succeed(run(*command))
     succeed(run(*prepare_command(parquet, tokenizer_folder, tmp_path / "unbroken", 1)))
     assert hashes(tmp_path / "out") == hashes(tmp_path / "unbroken")
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[list[str], Path, Path]:
+    """A preparation that is done: its command, the input folder and the output."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("\n\n".join(documents(60)))
+    command = ["scripts/prepare_text.py", "--input", texts, "--output-dir", tmp_path / "out", "--tokenizer", "bytes"]
+    command = [*map(str, command), "--test-fraction", "0.3", "--split-by", "blank-lines"]
+    succeed(run(*command))
+    return command, texts, tmp_path / "out"
+
+
+@pytest.mark.parametrize("change", ["split by", "new file", "no shard", "no split"])
+def test_what_is_prepared_is_only_called_so_if_it_is(change: str, finished: tuple[list[str], Path, Path]) -> None:
+    command, texts, output = finished
+    assert "nothing to do" in succeed(run(*command))
+    if change == "split by":
+        command = [*command, "--split-by", "line"]
+    elif change == "new file":
+        (texts / "b.txt").write_text("another")
+    elif change == "no shard":
+        (output / "test" / "shard_000000.npy").unlink()
+    else:
+        subprocess.run(["rm", "-r", output / "train"], check=True)
+    result = run(*command)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    says = {"split by": "split by blank-lines, where there is now", "new file": "from nothing, where there is now"}
+    assert says.get(change, "to prepare it again remove what is left") in result.stderr
+
+
+@pytest.mark.parametrize("harm", ["pipe", "numbers", "name"])
+def test_odd_input_is_refused(harm: str, tmp_path: Path) -> None:
+    if harm == "pipe":
+        os.mkfifo(tmp_path / "x.txt")
+    elif harm == "numbers":
+        pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "x.parquet")
+    else:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_text("x")
+    with pytest.raises(InputError, match=r"no regular file|holds int64, not text|not UTF-8"):
+        prepare(local_parts([tmp_path]), load_tokenizer("bytes"), PrepareConfig(output_dir=str(tmp_path / "out")))
+
+
+def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "A.TXT").write_text("upper case")
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "top")
+    assert list(documents_of(local_parts([tmp_path / "top"]))) == ["upper case"]
+
+
+def test_two_at_once_are_refused(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    command = prepare_command(parquet, tokenizer_folder, tmp_path / "out", 1)
+    worker = [sys.executable, "tests/data/slow_prepare_worker.py", *command[1:]]
+    with subprocess.Popen(
+        worker, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        assert "started" in first.stdout.readline()
+        second = run(*command)
+        assert second.returncode == 2
+        assert "another process is preparing there" in second.stderr
+        first.communicate()
+    assert first.returncode == 0
+    succeed(run(*prepare_command(parquet, tokenizer_folder, tmp_path / "alone", 1)))
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "alone")
