@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 REFERENCE ?=
-# A file's tests share what is slow to make, so they stay together.
-PYTEST_ARGS ?= -n auto --dist loadfile
+# A file's tests share what is slow to make, so they stay together. In order of name the files with long tests are not last.
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all check tpu-table install clean
 

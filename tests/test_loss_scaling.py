@@ -74,7 +74,9 @@ def test_a_step_is_made_or_leaves_everything() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.fixture(scope="module", params=["--use-syncfree-optim", "--no-use-syncfree-optim"])
+@pytest.fixture(
+    scope="module", params=["--use-syncfree-optim", pytest.param("--no-use-syncfree-optim", marks=pytest.mark.slow)]
+)
 def overflowing(
     request: pytest.FixtureRequest, data_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict:

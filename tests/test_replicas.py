@@ -147,7 +147,7 @@ def alive(pid: int) -> bool:
     ("target", "number", "code"),
     [
         pytest.param("replica 0", signal.SIGKILL, 1, marks=pytest.mark.slow),
-        ("replica 1", signal.SIGKILL, 1),
+        pytest.param("replica 1", signal.SIGKILL, 1, marks=pytest.mark.slow),
         pytest.param("launcher", signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param("launcher", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
         ("all", signal.SIGINT, 130),

@@ -89,7 +89,11 @@ def test_the_sync_free_optimizer_equals_the_plain_one(trained: Path, data_flags:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--activation-checkpointing block --loss-chunks 4", "--attention sdpa --loss-chunks 1"]
+    "flags",
+    [
+        "--activation-checkpointing block --loss-chunks 4",
+        pytest.param("--attention sdpa --loss-chunks 1", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_on_xla_equal_torch(flags: str, trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     succeed(run_xla(*data_flags, *SMALL_RUN, *flags.split(), "--checkpoints-dir", tmp_path))
@@ -102,6 +106,7 @@ def test_kernels_in_ddp_equal_one_process(trained: Path, data_flags: list[str], 
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=RELATIVE)
 
 
+@pytest.mark.slow
 def test_ddp_on_xla_equals_torch(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     result = run_xla(*data_flags, *SMALL_RUN, "--ddp", "--checkpoints-dir", tmp_path)
     succeed(result)

@@ -72,6 +72,7 @@ def test_a_step_that_fits(tmp_path: Path) -> None:
     assert f"fits, {report['peak_gib']:.2f} of 15.75 GiB" in output
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_exit_code_3() -> None:
     code, output = check(
         "--topology", "v5e-8", "--train-batch-size", 8 * 1024, "--gradient-accum-step", 1, "--num-layers", 1,

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, require_xla, run, succeed
 
 # What torch_xla asks a plugin before it starts a client, which would need the GPU.
@@ -47,6 +48,7 @@ def test_one_process_takes_the_first_gpu(tmp_path: Path) -> None:
     assert not answers["jax"], "the plugin is a library; JAX itself stays out"
 
 
+@pytest.mark.slow
 def test_the_second_of_two_processes_takes_the_second_gpu(tmp_path: Path) -> None:
     answers = ask(tmp_path, GPU_NUM_DEVICES="2", PJRT_LOCAL_PROCESS_RANK="1", PJRT_LOCAL_PROCESS_COUNT="2")
     assert answers["chips"] == 2
