@@ -10,7 +10,9 @@ from conftest import SMALL_RUN, metrics, run_xla, succeed
 STEPS, VALID_INTERVAL, SAVE_INTERVAL, VALID_BATCHES = 60, 15, 20, 3
 
 
-@pytest.fixture(scope="module", params=["--use-syncfree-optim", "--no-use-syncfree-optim"])
+@pytest.fixture(
+    scope="module", params=["--use-syncfree-optim", pytest.param("--no-use-syncfree-optim", marks=pytest.mark.slow)]
+)
 def counts(request: pytest.FixtureRequest, data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Of a run whose learning rate falls to exactly 0, past where 1 - rate * decay rounds to 1: both are traps."""
     folder = tmp_path_factory.mktemp("counted")

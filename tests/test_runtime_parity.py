@@ -88,12 +88,9 @@ def test_the_sync_free_optimizer_equals_the_plain_one(trained: Path, data_flags:
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=RELATIVE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags",
-    [
-        "--activation-checkpointing block --loss-chunks 4",
-        pytest.param("--attention sdpa --loss-chunks 1", marks=pytest.mark.slow),
-    ],
+    "flags", ["--activation-checkpointing block --loss-chunks 4", "--attention sdpa --loss-chunks 1"]
 )
 def test_kernels_on_xla_equal_torch(flags: str, trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     succeed(run_xla(*data_flags, *SMALL_RUN, *flags.split(), "--checkpoints-dir", tmp_path))
@@ -123,6 +120,7 @@ def test_a_resumed_torch_run_is_bit_identical(trained: Path, data_flags: list[st
     assert same_weights(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_dropout_and_shuffling_is_bit_identical(data_flags: list[str], tmp_path: Path) -> None:
     """On four processes: from three on the order of summation shows, which DDP changes after its first step."""
     flags = [*data_flags, *SMALL_RUN, "--dropout", "0.2", "--shuffle"]
