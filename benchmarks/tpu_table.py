@@ -111,16 +111,22 @@ def fits(models: list[str], topologies: list[str]) -> None:
             report = find_batch(RunConfig.from_flat(flat), LARGER[model], topology, print, tolerance=1 / 8)
             rows = [row for row in rows if (row["model"], row["topology"]) != (model, topology)]
             rows.append({"model": model, "sharded": LARGER[model].fsdp, **report})
-            lines = [
-                "| model | TPU | sequences per device that fit | that do not | alive at the peak, GiB |",
-                "|---|---|---|---|---|",
-            ]
-            for row in sorted(rows, key=lambda row: (list(LARGER).index(row["model"]), row["topology"])):
-                largest = row["sequences_per_device"] if row["fits"] else "none"
-                alive = f"{row.get('alive_gib', row['peak_gib']):.2f} of {row['memory_gib']:.2f}"
-                how = ", --spmd --fsdp" if row["sharded"] else ""
-                lines.append(f"| {row['model']}{how} | {row['topology']} | {largest} | {row['too_many']} | {alive} |")
-            write("tpu_fits", rows, lines)
+            write("tpu_fits", rows, fits_table(rows))
+
+
+def fits_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| model | TPU | sequences per device that fit | that do not | alive at the peak, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (list(LARGER).index(row["model"]), row["topology"])):
+        largest = row["sequences_per_device"] if row["fits"] else "none"
+        alive = f"{row.get('alive_gib', row['peak_gib']):.2f} of {row['memory_gib']:.2f}"
+        how = ", --spmd --fsdp" if row["sharded"] else ""
+        lines.append(
+            f"| {row['model']}{how} | {row['topology']} | {largest} | {row['too_many'] or 'not sought'} | {alive} |"
+        )
+    return lines
 
 
 def write(name: str, rows: list[dict[str, Any]], lines: list[str]) -> None:
