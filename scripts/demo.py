@@ -15,9 +15,9 @@ from pathlib import Path
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.data.inspection import contents
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
-from gpt2xla.evals.unigram import unigram_entropy
 from gpt2xla.exits import exit_code
 from gpt2xla.metrics import METRICS_FILE
 
@@ -73,7 +73,7 @@ def run(program: str, *arguments: object, **environment: str) -> None:
 def report(metrics: Path, test: TokenStream) -> None:
     losses = [json.loads(line).get("valid_loss") for line in metrics.read_text().splitlines()]
     loss = [value for value in losses if value is not None][-1]
-    entropy = unigram_entropy(test)
+    entropy = contents(test, vocab_size=None, eot_id=None).unigram_entropy
     print(
         f"\nunigram entropy of the test tokens  {entropy:.4f} nats per token (the loss of a model that ignores context)"
     )

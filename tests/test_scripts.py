@@ -9,8 +9,8 @@ import pytest
 from conftest import run, succeed, training_losses
 
 from gpt2xla.data import inspection
+from gpt2xla.data.inspection import contents
 from gpt2xla.data.shards import Manifest, TokenStream, file_sha256
-from gpt2xla.evals.unigram import unigram_entropy
 from gpt2xla.tokenizer import load_tokenizer
 
 DOCUMENTS = [f"Document {i}: naïve 🙂 {'text ' * (i % 7)}" for i in range(200)]
@@ -283,7 +283,8 @@ def test_an_output_that_cannot_be_is_one_line(texts: Path, trained: Path, tmp_pa
 def test_unigram_entropy_equals_its_definition(tmp_path: Path) -> None:
     np.save(tmp_path / "0.npy", np.array([0, 0, 0, 0, 5, 5, 7, 9], dtype=np.uint16))
     shares = np.array([4, 2, 1, 1]) / 8
-    assert unigram_entropy(TokenStream(tmp_path)) == pytest.approx(-(shares * np.log(shares)).sum())
+    entropy = contents(TokenStream(tmp_path), vocab_size=None, eot_id=None).unigram_entropy
+    assert entropy == pytest.approx(-(shares * np.log(shares)).sum())
 
 
 def test_losses_are_drawn(trained: Path, tmp_path: Path) -> None:

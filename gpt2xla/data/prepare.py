@@ -114,7 +114,7 @@ def prepare(
         partial.mkdir(parents=True, exist_ok=True)
     with _explaining(output_dir), _alone(partial, output_dir):
         try:
-            record = _record(settings, parts, tokenizer, config, output_dir, partial, say)
+            record = _begin_or_go_on(settings, parts, tokenizer, config, output_dir, partial, say)
             if record.position.part < len(parts):
                 _Preparation(parts, tokenizer, config, record, partial, say).run()
             return _finish(record, tokenizer, config, partial, output_dir)
@@ -126,7 +126,7 @@ def prepare(
             raise
 
 
-def _record(
+def _begin_or_go_on(
     settings: dict[str, Any],
     parts: Sequence[Part],
     tokenizer: Tokenizer,
@@ -135,7 +135,7 @@ def _record(
     partial: Path,
     say: Callable[[str], None],
 ) -> _Record:
-    """Of an interrupted preparation, or a new one."""
+    """The record of an interrupted preparation, or a new one."""
     if (partial / RECORD).exists():
         record = _Record.load(partial / RECORD)
         record.check(settings, parts, partial, complete=False)
