@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import http.client
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -88,7 +90,8 @@ class _Hub:
         self._what = f"--dataset {options.dataset}"
         self._files: list[_File] = []
         self._fetching: dict[int, Future[Path]] = {}
-        self._passing: tempfile.TemporaryDirectory | None = None
+        self._passing: Path | None = None
+        self._left = False
         self._gave_up: RunFailed | None = None
 
     def parts(self) -> list[Part]:
@@ -107,9 +110,8 @@ class _Hub:
             self._files.append(file)
         if self._options.streaming:
             with blaming(f"--cache-dir {self._options.cache_dir}"):
-                self._passing = tempfile.TemporaryDirectory(
-                    prefix="gpt2xla-", dir=self._options.cache_dir, ignore_cleanup_errors=True
-                )
+                self._passing = Path(tempfile.mkdtemp(prefix="gpt2xla-", dir=self._options.cache_dir))
+            atexit.register(self._leave, self._passing)
         return parts
 
     @contextlib.contextmanager
@@ -153,6 +155,8 @@ class _Hub:
 
     def _send(self, send: Callable[..., Any], request: Any, **how: Any) -> Any:
         def answered() -> Any:
+            if self._left:
+                raise RunFailed("the program has ended")
             response = send(request, **how)
             if response.status_code == 429 or response.status_code >= 500:
                 response.close()
@@ -189,6 +193,14 @@ class _Hub:
                 raise self._gave_up from None
             raise InputError(f"{self._what}: {_reason(error)}; check the name, --config and --split") from None
 
+    def _leave(self, passing: Path) -> None:
+        """Remove the folder from under a thread that may still be fetching: it makes no more requests, but files for a
+        moment."""
+        self._left = True
+        for _ in range(10):
+            shutil.rmtree(passing, ignore_errors=True)
+            time.sleep(0.01)
+
     def _start_fetching(self, number: int) -> None:
         if number < len(self._files) and number not in self._fetching:
             future = self._fetching[number] = Future()
@@ -200,7 +212,7 @@ class _Hub:
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
         file = self._files[number]
-        where = {"local_dir": self._passing.name} if self._passing else {"cache_dir": self._options.cache_dir}
+        where = {"local_dir": self._passing} if self._passing else {"cache_dir": self._options.cache_dir}
 
         def download() -> Path:
             try:
@@ -221,8 +233,7 @@ class _Hub:
                     raise
                 if failures == self._options.retries:
                     self._gave_up = RunFailed(
-                        f"{what}: {_reason(error)}, {failures + 1} times. What is prepared is kept: give the same "
-                        "command again once the hub answers"
+                        f"{what}: {_reason(error)}, {failures + 1} times; give the same command again once the hub answers"
                     )
                     raise self._gave_up from None
                 wait = min(max(2.0**failures, getattr(error, "seconds", 0.0)), _LONGEST_WAIT)

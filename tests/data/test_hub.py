@@ -158,7 +158,7 @@ def test_a_hub_that_stays_dead_and_comes_back_with_a_new_commit(
     hub.misbehave("GET", "elsewhere/" + TRAIN[1], itertools.repeat(503))
     result = prepare(hub, tmp_path, "--retries", 1)
     assert result.returncode == 1
-    assert f"{TRAIN[1]}: 503 Service Unavailable, 2 times. What is prepared is kept" in result.stderr
+    assert f"{TRAIN[1]}: 503 Service Unavailable, 2 times; give the same command again" in result.stderr
     hub.behave()
     hub.commit = hub.commit[::-1]
     succeed(prepare(hub, tmp_path))
