@@ -277,6 +277,10 @@ def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
 
 def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
     """The two parts whose merge makes `token`: byte-pair encode it with only the merges that came before it."""
+    halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+    known = [(a, b) for a, b in halves if a in ranks and b in ranks]
+    if len(known) == 1:  # as of most tokens
+        return known[0]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         candidates = (ranks.get(a + b, ranks[token]) for a, b in itertools.pairwise(parts))
