@@ -12,9 +12,11 @@ def main() -> None:
     config, options = parse_run(TorchConfig)
     # Imported after parsing, so that --help and wrong flags answer at once.
     from gpt2xla.runtime.torch import TorchRuntime
+    from gpt2xla.stopping import StopSignals
     from gpt2xla.trainer import pretrain
 
-    pretrain(config, lambda train: TorchRuntime(options, train))
+    with StopSignals() as signals:
+        pretrain(config, lambda train: TorchRuntime(options, train), signals)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
 
 from gpt2xla import xla_environment
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.exits import exit_code
+
+if TYPE_CHECKING:  # it imports torch, for which --help must not wait
+    from gpt2xla.stopping import StopSignals
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,42 +34,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Nothing may touch a device before this: the workers could not have it then.
     if torch_xla._XLAC._xla_runtime_is_initialized():
         raise InputError("this process uses the device already, so its workers cannot; restart the notebook's kernel")
-    if options.spmd:
-        train_spmd(config, options)
-        return
+    from gpt2xla.stopping import StopSignals
+
+    with StopSignals() as signals:
+        launch(config, options, signals)
+
+
+def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
+    """Start the processes that train, and return when they are done."""
     several = os.environ.get("CPU_NUM_DEVICES", "1") != "1" or "RANK" in os.environ  # or by torchrun
-    if os.environ["PJRT_DEVICE"] == "CPU" and several:
+    if options.spmd:
+        train_spmd(config, options, signals)
+    elif os.environ["PJRT_DEVICE"] == "CPU" and several:
         from gpt2xla.runtime import xla_cpu
 
-        xla_cpu.launch(replica, (config, options), options.mp_start_method)
-        return
+        xla_cpu.launch(replica, (config, options, signals), options.mp_start_method)
+    else:
+        import torch_xla
 
-    try:
-        torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
-    except BrokenProcessPool:
-        raise RunFailed("a worker process ended early, and with it the run; its own message stands above") from None
+        try:
+            torch_xla.launch(worker, args=(config, options, signals), start_method=options.mp_start_method)
+        except BrokenProcessPool:
+            raise RunFailed("a worker process ended early, and with it the run; its own message stands above") from None
 
 
-def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
+def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     from gpt2xla.runtime.xla import XlaRuntime
     from gpt2xla.trainer import pretrain
 
-    pretrain(config, lambda train: XlaRuntime(options, train))
+    pretrain(config, lambda train: XlaRuntime(options, train), signals)
 
 
-def train_spmd(config: RunConfig, options: XlaConfig) -> None:
+def train_spmd(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     """In this very process, which drives all devices of the host."""
     from gpt2xla.runtime.xla_spmd import SpmdRuntime
     from gpt2xla.trainer import pretrain
 
-    pretrain(config, lambda train: SpmdRuntime(options, train))
+    pretrain(config, lambda train: SpmdRuntime(options, train), signals)
 
 
-def replica(config: RunConfig, options: XlaConfig) -> None:
+def replica(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     from gpt2xla.runtime.xla_cpu import XlaCpuRuntime
     from gpt2xla.trainer import pretrain
 
-    pretrain(config, lambda train: XlaCpuRuntime(options, train))
+    pretrain(config, lambda train: XlaCpuRuntime(options, train), signals)
 
 
 if __name__ == "__main__":

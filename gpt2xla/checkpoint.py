@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gpt2xla import hf
@@ -42,31 +43,55 @@ def save(
 
     `weights` are by our names and on the CPU. If the folder `shards` exists, it holds the part of the training state that
     `sharded_state` wrote, and is moved in. An older folder of the same step is set aside.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
     """
     final = root / f"step-{training['step']:08d}"
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    hf.save_model(partial, config.model, weights, tokenizer.eot_id if tokenizer else None)
-    if tokenizer:
-        tokenizer.save(partial)
-    torch.save(training, partial / TRAINING_STATE)
-    if shards and shards.is_dir():
-        shards.rename(partial / SHARDS)
-    write_run_config(partial, config)
-    files = {
-        file.relative_to(partial).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(partial.rglob("*"))
-        if file.is_file()
-    }
-    (partial / COMPLETE).write_text(json.dumps({"step": training["step"], "files": files}, indent=2) + "\n")
-    for file in [*partial.rglob("*"), partial]:
-        _fsync(file)
-    if final.exists():
-        _set_aside(final)
-    os.rename(partial, final)
+    try:
+        partial.mkdir(parents=True)
+        _write(partial, config, weights, training, tokenizer, shards)
+        if final.exists():
+            _set_aside(final)
+        os.rename(partial, final)
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have errors of their own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        if shards:
+            shutil.rmtree(shards, ignore_errors=True)
+        raise OSError(f"{final} could not be saved: {error}") from None
     _fsync(root)
     return final
+
+
+def _write(
+    folder: Path,
+    config: RunConfig,
+    weights: dict[str, Tensor],
+    training: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    shards: Path | None,
+) -> None:
+    hf.save_model(folder, config.model, weights, tokenizer.eot_id if tokenizer else None)
+    if tokenizer:
+        tokenizer.save(folder)
+    torch.save(training, folder / TRAINING_STATE)
+    if shards and shards.is_dir():
+        shards.rename(folder / SHARDS)
+    write_run_config(folder, config)
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    (folder / COMPLETE).write_text(json.dumps({"step": training["step"], "files": files}, indent=2) + "\n")
+    for file in [*folder.rglob("*"), folder]:
+        _fsync(file)
 
 
 def shards_folder(root: Path, step: int) -> Path:

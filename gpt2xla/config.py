@@ -192,6 +192,13 @@ class TrainConfig:
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
     save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
     saved_checkpoint_limit: int = option(6, "newest checkpoints to keep; 0 keeps all")
+    on_save_error: Literal["stop", "go-on"] = option(
+        "stop", "when a checkpoint cannot be written: stop: try once more and end the run; go-on: train on"
+    )
+    skip_nonfinite: int = option(
+        0,
+        "updates to leave out because loss or gradient is NaN or infinite before the run fails; fp16's own are not counted",
+    )
     max_hours: float | None = option(
         None, "stop with a checkpoint after this many hours, for sessions with a time limit"
     )
@@ -200,7 +207,7 @@ class TrainConfig:
         _require_positive(
             self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size", "valid_steps"
         )
-        for name in ("valid_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks"):
+        for name in ("valid_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite"):
             value = getattr(self, name)
             _require(value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
         if self.max_hours is not None:

@@ -12,6 +12,7 @@ from gpt2xla.config import RunConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.model import GPT2
 from gpt2xla.runtime.base import Runtime
+from gpt2xla.stopping import Stop
 
 
 class TrainStep:
@@ -20,6 +21,7 @@ class TrainStep:
     Args:
         model: on the CPU; it is moved.
         saved: the optimizer's state and the runtime's own, as a checkpoint stored them; None starts from zeros.
+        stop: hears which processes wish to stop.
         report: called as `report(step, lr)` in the loop, it returns what receives (loss, gradient norm) once the device has
             them; `step` counts from 1.
     """
@@ -30,9 +32,10 @@ class TrainStep:
         runtime: Runtime,
         model: GPT2,
         saved: dict[str, Any] | None,
+        stop: Stop,
         report: Callable[[int, float], Callable[[float, float], None]],
     ) -> None:
-        self.config, self.runtime, self.model, self.report = config, runtime, model, report
+        self.config, self.runtime, self.model, self.stop, self.report = config, runtime, model, stop, report
         self.parallel_model = runtime.setup_model(model)
         self.optimizer = runtime.build_optimizer(model, config.optim, saved["optimizer"] if saved else None)
         runtime.load_state_dict(saved["runtime"] if saved else {})
@@ -53,6 +56,14 @@ class TrainStep:
                 runtime.backward(loss / self.tokens)
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         assert loss_sum is not None
-        grad_norm = runtime.optimizer_step(self.model, self.optimizer, max_grad_norm=self.config.optim.max_grad_norm)
-        loss = runtime.sum(loss_sum) / self.tokens
-        runtime.when_ready(self.report(step + 1, lr), torch.stack([loss, grad_norm]))
+        loss, grad_norm = runtime.optimizer_step(
+            self.model, self.optimizer, loss_sum, max_grad_norm=self.config.optim.max_grad_norm
+        )
+        wishes, hear = self.stop.ask(), self.stop.hearer()
+        log = self.report(step + 1, lr)
+
+        def ready(loss: float, grad_norm: float, wishes: float) -> None:
+            hear(wishes)
+            log(loss, grad_norm)
+
+        runtime.when_ready(ready, torch.stack([loss / self.tokens, grad_norm, wishes]))

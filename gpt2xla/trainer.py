@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from gpt2xla import checkpoint, optim
 from gpt2xla.config import RunConfig, TrainConfig
@@ -16,23 +21,27 @@ from gpt2xla.data.windows import Batch, TrainingOrder, Windows, share_of, valida
 from gpt2xla.errors import InputError, RunFailed, blaming
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.exits import leaving_together
+from gpt2xla.lock import alone
 from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
 from gpt2xla.runtime.base import Runtime
+from gpt2xla.saving import BackgroundSaves
 from gpt2xla.start import Start, find_start
+from gpt2xla.stopping import Stop, StopSignals
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
 from gpt2xla.train_step import TrainStep
 
-_STEPS_BETWEEN_CLOCK_CHECKS = 10  # processes must agree on the time, which costs them a wait for each other
 
-
-def pretrain(config: RunConfig, make_runtime: Callable[[TrainConfig], Runtime]) -> None:
+def pretrain(
+    config: RunConfig, make_runtime: Callable[[TrainConfig], Runtime], signals: StopSignals | None = None
+) -> None:
     """Train, or with --do-test only validate, as `config` says. Every process calls it.
 
-    The runtime is made when the run's options are known: a continued run brings its own.
+    The runtime is made when the run's options are known: a continued run brings its own. With `signals`, SIGTERM and SIGINT
+    end training with a checkpoint.
 
     Raises:
         InputError: before the first step, when data, checkpoint and options do not fit together.
-        RunFailed: the loss is no longer a number.
+        RunFailed: the loss is no longer a number, or a checkpoint cannot be written.
     """
     start = find_start(config)
     runtime = make_runtime(start.config.train)
@@ -48,7 +57,7 @@ def pretrain(config: RunConfig, make_runtime: Callable[[TrainConfig], Runtime]) 
             if runtime.is_main:
                 print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to go on")
         else:
-            trainer = Trainer(start, runtime)
+            trainer = Trainer(start, runtime, signals)
             del start  # host copies of weights and optimizer state, which would stay for the whole run
             trainer.run()
 
@@ -72,7 +81,7 @@ def test(start: Start, runtime: Runtime) -> None:
 class Trainer:
     """One training run on one process."""
 
-    def __init__(self, start: Start, runtime: Runtime) -> None:
+    def __init__(self, start: Start, runtime: Runtime, signals: StopSignals | None) -> None:
         self.config = config = start.config
         self.runtime = runtime
         train = config.train
@@ -95,11 +104,17 @@ class Trainer:
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
         self._check_continues_same_data(start)
         self.folder = Path(config.general.checkpoints_dir)
-        with blaming(f"--checkpoints-dir {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.holding = contextlib.ExitStack()
+        if runtime.is_main:
+            with blaming(f"--checkpoints-dir {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.holding.enter_context(alone(self.folder / ".lock", f"--checkpoints-dir {self.folder}"))
+        self.stop = Stop(runtime, signals, train.max_hours)
+        self.saves = BackgroundSaves(self._save_failed)
+        self.skipped = 0
 
         self.model = start.build_model()
-        self.train_step = TrainStep(config, runtime, self.model, start.training, self._log_training)
+        self.train_step = TrainStep(config, runtime, self.model, start.training, self.stop, self._log_training)
         self.validator = Validator(self.model, runtime)
         self.first_step = start.step
         self.throughput = Throughput(self.tokens_per_step, self.model.flops_per_token(), runtime.peak_flops())
@@ -110,25 +125,31 @@ class Trainer:
             self._open_sinks(start)
 
     def run(self) -> None:
-        try:
-            step, validated = self._loop()
-        finally:
-            for sink in self.sinks:
-                sink.close()
+        with self.holding:
+            try:
+                step, validated = self._loop()
+            finally:
+                is_saved = self.saves.wait()
+                for sink in self.sinks:
+                    sink.close()
+        self.runtime.barrier("saved")
+        if not is_saved:
+            raise RunFailed(
+                f"there is no checkpoint of step {step}; mend what stands above, and start the same command again"
+            )
         if self.runtime.is_main:
             self._print_end(step, validated)
 
     def _loop(self) -> tuple[int, Validation | None]:
-        """Train until the last step or the deadline: (the step reached, the last validation if it was of that step)."""
+        """Train to the last step or until all agree to stop: (the step reached, the last validation if it was of that step)."""
         config, runtime = self.config.train, self.runtime
         train_step = runtime.compile_step(self.train_step, "training step")
         batches = runtime.device_batches(self.order.batches(self.first_step))
-        deadline = time.monotonic() + config.max_hours * 3600 if config.max_hours else None
         validated: Validation | None = None
-        step, out_of_time = self.first_step, False
+        step, stopping = self.first_step, False
         self.model.train()
         self.throughput.restart()
-        while step < config.train_steps and not out_of_time:
+        while step < config.train_steps and not stopping:
             train_step(batches, step)
             step += 1
             if step == self.first_step + 1:
@@ -136,15 +157,15 @@ class Trainer:
                 runtime.wait()
                 self.throughput.restart()
 
-            if deadline is not None and step % _STEPS_BETWEEN_CLOCK_CHECKS == 0:
-                out_of_time = any(runtime.gather(time.monotonic() > deadline))
+            stopping = self.stop.agreed()
             is_last = step == config.train_steps
             validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
-            save = is_last or out_of_time or (config.save_interval and step % config.save_interval == 0)
             validated = None
-            if validate:
+            if validate and not stopping:
                 with runtime.part("validation"):
                     validated = self._validate(step)
+                stopping = validated is None
+            save = is_last or stopping or (config.save_interval and step % config.save_interval == 0)
             if save:
                 with runtime.part("saving"):
                     self._save(step)
@@ -157,22 +178,32 @@ class Trainer:
         trace_ms = self.runtime.trace_ms()
 
         def log(loss: float, grad_norm: float) -> None:
-            self._check_finite(step, loss, grad_norm)
+            self._count_skipped(step, loss, grad_norm)
             self._log(
                 {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
                 | self.throughput.step()
-                | {"compiles": self.runtime.compiles(), "trace_ms": trace_ms, "time": time.time()}
+                | {
+                    "compiles": self.runtime.compiles(),
+                    "trace_ms": trace_ms,
+                    "skipped": self.skipped,
+                    "time": time.time(),
+                }
             )
 
         return log
 
-    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
-        """Every process sees the same values and stops; as a save waits for all checks before it, nothing bad is saved.
-        With fp16 the scaler skips an update whose gradient overflowed, which is no fault."""
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.config.train.mixed_precision == "fp16"):
+    def _count_skipped(self, step: int, loss: float, grad_norm: float) -> None:
+        """Every process sees the same values and fails at the same step; as a save waits for all counts before it, nothing
+        is saved after. With fp16 the scaler skips an update whose gradient overflowed, which is no fault."""
+        is_fp16 = self.config.train.mixed_precision == "fp16"
+        if math.isfinite(loss) and (math.isfinite(grad_norm) or is_fp16):
+            return
+        self.skipped += 1
+        if self.skipped > self.config.train.skip_nonfinite:
             raise RunFailed(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: the run has diverged; older checkpoints are good; "
-                "go on from one with --resume and a lower --learning-rate"
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: the run has diverged. It read {self.order.describe(step - 1)}; "
+                "this update was not made, and older checkpoints are good: go on from one with --resume and a lower "
+                "--learning-rate, or leave such updates out with --skip-nonfinite"
             )
 
     def _validate(self, step: int) -> Validation:
@@ -195,6 +226,7 @@ class Trainer:
         weights = self.runtime.to_host(self.model.state_dict())
         moments = self.runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS}, shards)
         updates = self.runtime.to_host({"step": optimizer["step"]})
+        self.runtime.barrier("shards are written")
         if self.runtime.is_main:
             training = {
                 "step": step,
@@ -203,16 +235,23 @@ class Trainer:
                 "data": self._data_position(),
                 "wandb_id": self.wandb.run_id if self.wandb else None,
             }
-            folder = checkpoint.save(
-                self.folder,
-                config=self.config,
-                weights=weights,
-                training=training,
-                tokenizer=self.tokenizer,
-                shards=shards,
-            )
-            checkpoint.prune(self.folder, folder, self.config.train.saved_checkpoint_limit)
-        self.runtime.barrier("saved")
+            self.saves.start(partial(self._write_checkpoint, weights, training, shards))
+
+    def _write_checkpoint(self, weights: dict[str, Tensor], training: dict[str, Any], shards: Path) -> None:
+        folder = checkpoint.save(
+            self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer, shards=shards
+        )
+        checkpoint.prune(self.folder, folder, self.config.train.saved_checkpoint_limit)
+
+    def _save_failed(self, error: OSError) -> None:
+        goes_on = self.config.train.on_save_error == "go-on"
+        print(
+            f"{error}; older checkpoints are good; training {'goes on' if goes_on else 'stops'}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if not goes_on:
+            self.stop.wish("a checkpoint that could not be written")
 
     def _log(self, line: dict[str, Any]) -> None:
         for sink in self.sinks:
@@ -229,7 +268,9 @@ class Trainer:
 
     def _print_end(self, step: int, validated: Validation | None) -> None:
         if step < self.config.train.train_steps:
-            print(f"stopped by --max-hours after step {step}; the same command goes on from there")
+            print(
+                f"stopped by {self.stop.reason or 'another process'} after step {step}; the same command goes on from there"
+            )
         elif validated:
             print(f"done: validation loss {validated.loss:.4f}, perplexity {perplexity(validated.loss):.2f}")
         print(f"checkpoint: {self.folder / f'step-{step:08d}'}")

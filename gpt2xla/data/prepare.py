@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -31,6 +30,7 @@ from gpt2xla.data.encoder import Encoded, Encoder
 from gpt2xla.data.shards import Manifest, TokenStream
 from gpt2xla.data.writer import ShardWriter, Written
 from gpt2xla.errors import InputError, RunFailed, blaming
+from gpt2xla.lock import alone
 from gpt2xla.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -112,7 +112,7 @@ def prepare(
     partial, is_new = output_dir / ".partial", not output_dir.exists()
     with blaming(f"--output-dir {output_dir}"):
         partial.mkdir(parents=True, exist_ok=True)
-    with _explaining(output_dir), _alone(partial, output_dir):
+    with _explaining(output_dir), alone(partial / "lock", f"--output-dir {output_dir}"):
         try:
             record = _begin_or_go_on(settings, parts, tokenizer, config, output_dir, partial, say)
             if record.position.part < len(parts):
@@ -353,16 +353,6 @@ def _check_complete(output_dir: Path) -> None:
             TokenStream(output_dir / split, "--output-dir")
         except InputError as error:
             raise InputError(f"{error}; to prepare it again remove what is left, {output_dir / RECORD} too") from None
-
-
-@contextlib.contextmanager
-def _alone(partial: Path, output_dir: Path) -> Iterator[None]:
-    with (partial / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"--output-dir {output_dir}: another process is preparing there; choose another") from None
-        yield
 
 
 @contextlib.contextmanager

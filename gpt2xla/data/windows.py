@@ -186,6 +186,19 @@ class TrainingOrder:
             together[0, rows], together[1, rows] = part.input_ids.numpy(), part.labels.numpy()
         return Batch(*torch.from_numpy(together))
 
+    def describe(self, step: int) -> str:
+        """Which windows update `step` reads, on all processes together."""
+        first, count = step * self.accum * self.batch_size, self.accum * self.batch_size
+        parts = []
+        for number, rows, start in (
+            self.mixture.runs(first, count) if len(self.sets) > 1 else [(0, range(count), first)]
+        ):
+            windows = np.asarray(self.epochs[number].windows(start, len(rows)))
+            is_run = len(windows) > 1 and bool((np.diff(windows) == 1).all())
+            listed = f"{windows[0]} to {windows[-1]}" if is_run else ", ".join(map(str, windows))
+            parts.append(f"windows {listed} of {self.sets[number].stream.name}")
+        return " and ".join(parts)
+
 
 def validation_batches(windows: Windows, batch_size: int, steps: int, rank: int, world_size: int) -> Iterator[Batch]:
     """This process's share of the first `steps` batches, all of one shape: past the last window come rows without

@@ -90,13 +90,23 @@ class Runtime(Protocol):
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None: ...
 
-    def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
-        """Reduce, unscale, clip, step, zero: one method, so that the order cannot be wrong. The norm before clipping.
-        Collective."""
+    def optimizer_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, *, max_grad_norm: float
+    ) -> tuple[Tensor, Tensor]:
+        """Reduce, unscale, clip, step, zero: one method, so that the order cannot be wrong. Where loss or gradient is not
+        finite on any process, no process updates anything. Collective.
+
+        Returns:
+            `loss` added up over processes, and the norm of the gradient before clipping.
+        """
         ...
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all processes, on the device. Collective."""
+        ...
+
+    def flag(self, value: bool) -> Tensor:
+        """1.0 or 0.0 on the device, as data: what `sum` makes into the number of processes with a True."""
         ...
 
     def gather(self, value: float) -> list[float]:
@@ -112,8 +122,8 @@ class Runtime(Protocol):
         """
         ...
 
-    def wait(self) -> None:
-        """Return when every callback has run."""
+    def wait(self, behind: int = 0) -> None:
+        """Return when every callback has run, but perhaps those of the last `behind` calls of `when_ready`."""
         ...
 
     def to_device(self, tensor: Tensor) -> Tensor:

@@ -115,19 +115,28 @@ class TorchRuntime:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-    def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
+    def optimizer_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, *, max_grad_norm: float
+    ) -> tuple[Tensor, Tensor]:
         self.scaler.unscale_(optimizer)
+        loss = self.sum(loss)
         grad_norm = clip_gradients(model, max_grad_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            _step_if(torch.isfinite(loss) & torch.isfinite(grad_norm), optimizer)
         optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        return loss, grad_norm
 
     def sum(self, value: Tensor) -> Tensor:
         if self.distributed:
             value = value.clone()
             dist.all_reduce(value)
         return value
+
+    def flag(self, value: bool) -> Tensor:
+        return torch.tensor(float(value), device=self.device)
 
     def gather(self, value: float) -> list[float]:
         if not self.distributed:
@@ -148,11 +157,11 @@ class TorchRuntime:
         if event is None:
             self._run_pending()
 
-    def wait(self) -> None:
-        self._run_pending()
+    def wait(self, behind: int = 0) -> None:
+        self._run_pending(behind)
 
-    def _run_pending(self) -> None:
-        while self._pending:
+    def _run_pending(self, behind: int = 0) -> None:
+        while len(self._pending) > behind:
             callback, values, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
@@ -188,6 +197,16 @@ class TorchRuntime:
     def close(self) -> None:
         if self.distributed and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()`, where `finite` is true."""
+    if any(group["fused"] for group in optimizer.param_groups):
+        # As torch.amp.GradScaler asks for it: fused kernels decide on the device.
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
 
 
 def _pick_device(distributed: bool) -> torch.device:

@@ -72,8 +72,6 @@ class XlaRuntime:
         set_matmul_precision(config.matmul_precision)
         self.name = f"XLA:{xr.device_type()}"
         self.description = f"{self.devices} x {self.name} (torch_xla {torch_xla.__version__})"
-        # The sync-free optimizers stay off the host only when told whether a gradient overflowed: never, but in fp16.
-        self.found_inf = self.to_device(torch.zeros(())) if options.use_syncfree_optim else None
         # DistributedDataParallel regroups gradients after its first step: its second and third ones are other programs.
         self._watch = CompileWatch(speaks=self.is_main, warm_up=3 if options.ddp else 1)
         self._step_began = time.perf_counter()
@@ -193,20 +191,23 @@ class XlaRuntime:
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-    def optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> Tensor:
+    def optimizer_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, *, max_grad_norm: float
+    ) -> tuple[Tensor, Tensor]:
         self.reduce_gradients(optimizer)
+        loss = self.sum(loss)
         if self.scaler:
             self.scaler.unscale(model)
         grad_norm = clip_gradients(model, max_grad_norm)
-        found_inf = self.scaler.follow(grad_norm) if self.scaler else self.found_inf
+        found_inf = (
+            self.scaler.follow(grad_norm) if self.scaler else (~torch.isfinite(loss + grad_norm)).to(torch.float32)
+        )
         if self.options.use_syncfree_optim:
             optimizer.step(found_inf=found_inf)  # type: ignore[call-overload]
-        elif found_inf is not None:
-            step_unless(found_inf, optimizer)
         else:
-            optimizer.step()
+            step_unless(found_inf, optimizer)
         optimizer.zero_grad(set_to_none=True)
-        return grad_norm
+        return loss, grad_norm
 
     def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.options.ddp:
@@ -214,6 +215,9 @@ class XlaRuntime:
 
     def sum(self, value: Tensor) -> Tensor:
         return xm.all_reduce(xm.REDUCE_SUM, value) if self.world_size > 1 else value
+
+    def flag(self, value: bool) -> Tensor:
+        return self.to_device(torch.tensor(float(value)))
 
     def gather(self, value: float) -> list[float]:
         if self.world_size == 1:
@@ -230,9 +234,10 @@ class XlaRuntime:
 
         xm.add_step_closure(lambda: self._unread.append(self._reader.submit(read)))
 
-    def wait(self) -> None:
-        torch_xla.sync()
-        while self._unread:
+    def wait(self, behind: int = 0) -> None:
+        if not behind:
+            torch_xla.sync()
+        while len(self._unread) > behind:
             self._unread.popleft().result()
 
     def to_device(self, tensor: Tensor) -> Tensor:

@@ -109,6 +109,14 @@ class SpmdRuntime(XlaRuntime):
     def sum(self, value: Tensor) -> Tensor:
         return value
 
+    def flag(self, value: bool) -> Tensor:
+        # Each host's devices hold its own: a whole tensor would have to be the same everywhere.
+        flags = torch.full(
+            (xr.addressable_runtime_device_count(),), float(value) / xr.addressable_runtime_device_count()
+        )
+        spec = xs.ShardingSpec(self.mesh, (_AXIS,), minibatch=self.world_size > 1)
+        return xm.send_cpu_data_to_device([flags], self.device, spec)[0].sum()
+
     def gather(self, value: float) -> list[float]:
         values = torch.zeros(self.world_size, dtype=torch.float64)
         values[self.rank] = value

@@ -51,6 +51,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
 
     from gpt2xla.model import GPT2
     from gpt2xla.runtime.xla_tracing import TracingRuntime, TracingSpmdRuntime, name_operations
+    from gpt2xla.stopping import Stop
     from gpt2xla.train_step import TrainStep
 
     runtime: TracingRuntime = (TracingSpmdRuntime if options.spmd else TracingRuntime)(
@@ -58,7 +59,9 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     )
     with torch.device("meta"):
         model = GPT2(config.model)
-    step = TrainStep(config, runtime, model, None, lambda step, lr: lambda loss, grad_norm: None)
+    step = TrainStep(
+        config, runtime, model, None, Stop(runtime, None, None), lambda step, lr: lambda loss, grad_norm: None
+    )
     batches = runtime.batches(config.train.train_batch_size, config.model.seq_length)
     seconds = []
     for number in range(_TIMED_STEPS + 2):
