@@ -239,6 +239,59 @@ def test_input_that_cannot_be_read_is_named(harm: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+LINES = '{"text": "x", "n": 1, "body": "b"}\n'
+UNFIT = {
+    "struct.parquet": ({"text": [{"a": 1}], "body": ["x"], "n": [1]}, ["'text' holds struct", "text is in body; choose"]),
+    "list.parquet": ({"text": [["x"]], "n": [1]}, ["'text' holds list", "no column holds text"]),
+    "missing.parquet": ({"body": ["x"], "n": [1]}, ["no column 'text' but body, n; text is in body"]),
+    "broken.jsonl": (f'{LINES}\n{{"text": }}\n', ["line 3, is not JSON", "remove it"]),
+    "array.jsonl": (f'{LINES}["x"]\n', ["line 2, is JSON, but no object"]),
+    "object.jsonl": (f'{LINES}{{"text": {{"a": 1}}, "b": "x"}}\n', ["line 2: the field 'text' holds an object", "is in b;"]),
+    "missing.jsonl": (LINES.replace("text", "title"), ["which hold title, n, body; text is in title, body; choose with"]),
+    "long.jsonl": (f'{LINES}{{"text": "{"x" * (40 << 20)}"}}\n', ["line 2, is of 40 MiB, and 16"]),
+    "utf16.txt": ("hello".encode("utf-16"), ["is text in UTF-16; save it as UTF-8, or leave it out (--exclude)"]),
+    "binary.txt": (b"GIF89a\0\1", ["holds NUL bytes"]),
+    "late.txt": (b"x" * 200_000 + b"\0", ["holds NUL bytes"]),
+    "cyrillic.txt": ("привет, мир".encode("cp1251"), ["another encoding than UTF-8; convert it"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_is_unfit_is_named_with_the_mend(name: str, tmp_path: Path) -> None:
+    content, words = UNFIT[name]
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError) as raised:
+        list(documents_of(local_parts([tmp_path / name])))
+    assert str(raised.value).startswith(str(tmp_path / name))
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_a_binary_file_among_texts_is_refused_at_once_and_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "b.txt").write_bytes(b"\x7fELF\0")
+    with pytest.raises(InputError, match=r"b\.txt holds NUL bytes"):
+        local_parts([tmp_path])
+    assert list(documents_of(local_parts([tmp_path], exclude=("b.txt",)))) == ["a text"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_few_bad_bytes_are_replaced_and_counted(packed: bool, tmp_path: Path) -> None:
+    """U+FFFD that is in the file itself is not one of them."""
+    content = b"one \xff two \xe6\xbc three " + "\ufffd".encode() + b" text" * 100 + b"\n\xfe"
+    file = tmp_path / ("a.txt.gz" if packed else "a.txt")
+    file.write_bytes(gzip.compress(content) if packed else content)
+    said: list[str] = []
+    found = list(documents_of(local_parts([file], split_by="line", say=said.append)))
+    assert "\n".join(found) == content.decode(errors="replace")
+    (line,) = said
+    assert line.startswith(f"warning: {file}: bytes that are not UTF-8 became U+FFFD, 3 times")
+    assert list(documents_of(local_parts([ROOT / "README.md"], say=said.append)))
+    assert len(said) == 1
+
+
 def test_going_on_with_another_corpus_is_refused(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     subprocess.run(["cp", "-r", parquet, data], check=True)
