@@ -64,7 +64,8 @@ class Block(NamedTuple):
 
 
 def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
-    """The documents from `start` on, without the empty ones, in blocks of about 4 MB.
+    """The documents from `start` on, without the empty ones, in blocks of about 4 MB. The last one, and no other, is `after`
+    all parts.
 
     Raises:
         InputError: a part cannot be read as what its name says.
@@ -79,12 +80,12 @@ def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
         with part.opened() as file:
             for texts in _readable(part, file):
                 fresh = texts[max(0, skipped - documents) :]
-                documents += len(texts)
-                if len(fresh):
-                    held.append(fresh)
-                if sum(array.nbytes for array in held) >= _BLOCK_BYTES:
+                if len(fresh) and sum(array.nbytes for array in held) >= _BLOCK_BYTES:
                     yield Block(pa.concat_arrays(held), part.split, Position(number, documents))
                     held = []
+                if len(fresh):
+                    held.append(fresh)
+                documents += len(texts)
     if held:
         yield Block(pa.concat_arrays(held), parts[-1].split, Position(len(parts), 0))
 

@@ -11,16 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from conftest import ROOT, run, succeed
 
+from gpt2xla.data import corpus
 from gpt2xla.data.corpus import Position, blocks, documents_of, local_parts
 from gpt2xla.data.encoder import Encoder
 from gpt2xla.data.prepare import PrepareConfig, prepare, uniform
+from gpt2xla.data.round_trip import first_loss
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
 from gpt2xla.tokenizer import load_tokenizer, train_bpe
@@ -148,8 +152,8 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
             command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
-        text = ""
-        while (line := process.stdout.readline()) and "started" not in line:
+        text, awaited = "", "recorded" if killed % 2 else "started"
+        while (line := process.stdout.readline()) and awaited not in line:
             text += line
         time.sleep(rng.uniform(0, 0.8))
         process.send_signal(signal.SIGKILL)
@@ -170,6 +174,43 @@ def test_a_limit_ends_with_the_document_that_reaches_it(parquet: Path, tokenizer
     tokens, most = sum(m.tokens for m in manifests.values()), 5 * 200
     assert 100_000 <= tokens < 100_000 + most
     assert 2000 - most < manifests["test"].tokens <= 2000
+
+
+@pytest.mark.parametrize("flags", [{}, {"test_tokens": 3, "test_fraction": 0.5}, {"max_tokens": 300}], ids=str)
+def test_test_gets_the_last_document_where_none_was_drawn(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 100)  # several blocks
+    texts = [f"document {i} has so many words that there are a few blocks" for i in range(12)]
+    (tmp_path / "a.txt").write_text("\n".join([*texts, "", "  "]))
+    config, said = PrepareConfig(output_dir=str(tmp_path / "out"), **flags), []
+    prepare(local_parts([tmp_path / "a.txt"], split_by="line"), load_tokenizer("bytes"), config, said.append)
+    ids = [[*text.encode(), 256] for text in texts]
+    if "max_tokens" in flags:
+        ids = ids[: int(np.searchsorted(np.cumsum([len(one) for one in ids]), 300)) + 1]
+    assert ids_of(tmp_path / "out" / "train") == list(itertools.chain(*ids[:-1]))
+    assert ids_of(tmp_path / "out" / "test") == ids[-1]
+    assert said == [f"note: of {len(ids)} documents none was drawn for test/ within --test-tokens; the last goes there"]
+
+
+def test_a_tokenizer_that_loses_text_is_told_of(tmp_path: Path) -> None:
+    """A word-level one that knows two words, and lower case alone."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "known": 1, "word": 2}, unk_token="?"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    lossy, whole = load_tokenizer(str(tmp_path / "tokenizer.json")), load_tokenizer("bytes")
+    texts = ["known word", "  word ", "known Word", "new word"]
+    assert first_loss(lossy, texts[:2]) is None
+    assert first_loss(lossy, texts) == ("known Word", "known word")
+    assert first_loss(lossy, texts[3:]) == ("new word", "? word")
+    assert first_loss(whole, [*texts, "naïve\r\n\x01🙂 <|endoftext|>"]) is None
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    said: list[str] = []
+    config = PrepareConfig(output_dir=str(tmp_path / "out"))
+    prepare(local_parts([tmp_path / "a.txt"], split_by="line"), lossy, config, said.append)
+    warnings = [line for line in said if line.startswith("warning")]
+    assert warnings == [f"warning: tokenizer {lossy.name} loses text: 'known Word' comes back as 'known word'"]
 
 
 @pytest.mark.parametrize("kind", ["trained", "bytes", "gpt2"])
