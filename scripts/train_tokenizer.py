@@ -43,6 +43,8 @@ class TokenizerConfig:
 
     def check(self) -> None:
         """Raises InputError."""
+        if not self.output_dir:
+            raise InputError("--output-dir is empty; name a folder")
         if bool(self.input) == bool(self.dataset):
             raise InputError("give either --input or --dataset")
         least = 257 + len(self.special_tokens)

@@ -6,7 +6,7 @@ Texts travel as Arrow arrays, a few MB at a time: no Python string is made of a 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +103,7 @@ def _readable(part: Part, file: Path) -> Iterator[pa.LargeStringArray]:
 
 
 def local_parts(
-    paths: Iterable[str | Path],
+    paths: Sequence[str | Path],
     *,
     suffixes: tuple[str, ...] = ALL_SUFFIXES,
     exclude: tuple[str, ...] = (),
@@ -164,8 +164,10 @@ def _here(file: Path) -> AbstractContextManager[Path]:
 
 
 def _files(
-    paths: Iterable[str | Path], suffixes: tuple[str, ...], exclude: tuple[str, ...], option: str
+    paths: Sequence[str | Path], suffixes: tuple[str, ...], exclude: tuple[str, ...], option: str
 ) -> Iterator[Path]:
+    if "" in paths:
+        raise InputError(f"{option} is empty; name a file or folder, the one you are in as .")
     for path in map(Path, paths):
         if (path / "dataset_dict.json").is_file():
             path = path / "train"

@@ -49,6 +49,8 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
         InputError: no such data set, configuration or split, or none that consists of files we read.
         RunFailed: the hub does not answer.
     """
+    if not options.dataset:
+        raise InputError("--dataset is empty; give a name on the hub, or a local folder")
     folder = Path(options.dataset)
     if (folder / "dataset_dict.json").is_file():
         parts = local_parts([folder / options.split], column=options.text_column, option="--dataset", say=say)

@@ -56,6 +56,8 @@ class PrepareConfig:
 
     def check(self) -> None:
         """Raises InputError."""
+        if not self.output_dir:
+            raise InputError("--output-dir is empty; name a folder")
         if not 0 <= self.test_fraction < 1:
             raise InputError(f"--test-fraction {self.test_fraction}: choose a share of at least 0 and below 1")
         for name in ("test_tokens", "max_tokens", "shard_size", "num_workers"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterable
 
 from gpt2xla.tokenizer import Tokenizer
@@ -21,8 +21,9 @@ def first_loss(tokenizer: Tokenizer, documents: Iterable[str]) -> tuple[str, str
         seen += len(text)
         back = tokenizer.decode(tokenizer.encode(text)).strip()
         if back != text:
-            start = max(0, len(os.path.commonprefix([text, back])) - _SHOWN_BEFORE)
-            return tuple(whole[start:][: _SHOWN_BEFORE + _SHOWN_AFTER] for whole in (text, back))  # type: ignore[return-value]
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, back, strict=False)))
+            shown = slice(max(0, same - _SHOWN_BEFORE), same + _SHOWN_AFTER)
+            return text[shown], back[shown]
         if seen >= _CHARACTERS:
             break
     return None
