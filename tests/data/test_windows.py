@@ -154,7 +154,7 @@ def test_each_epoch_is_shuffled_anew_and_by_the_seed(windows: Windows) -> None:
 def test_validation_counts_each_window_once(windows: Windows, world_size: int, steps: int) -> None:
     labels: list[int] = []
     for rank in range(world_size):
-        for batch in validation_batches(windows, 12, steps, rank, world_size):
+        for batch in validation_batches(windows, 12, steps, rank, world_size, world_size):
             assert batch.labels.shape == (12 // world_size, LENGTH), "one shape, whatever is left"
             labels += [label for label in batch.labels.flatten().tolist() if label != IGNORED_LABEL]
     assert sorted(labels) == list(range(1, 1 + LENGTH * min(12 * steps, 125)))
