@@ -5,6 +5,7 @@ scorers in float64, made of Hugging Face's model and tokenizer.
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def make_model(folder: Path, seq_length: int = 192, seed: int = 0) -> Path:
 
 def make_items(file: Path, count: int = 200) -> list[dict]:
     """Of the data set's two kinds, with marks of WikiHow's pages, letters beyond ASCII, and contexts beyond 192 bytes."""
-    draw = random.Random(0)
+    draw = random.Random(1)
     words = (
         "a naïve man [header] lifts the 🙂 bar [title] over his Head  twice [substeps] and smiles. then stops".split(
             " "
@@ -115,6 +116,6 @@ def reference_log_probabilities(model_folder: Path, items: list[dict]) -> tuple[
             row.append(sum(log_probabilities[-count + i, whole[-count + i]].item() for i in range(count)))
         label = int(item["label"])
         right += max(range(4), key=lambda i: row[i]) == label
-        right_norm += max(range(4), key=lambda i: row[i] / len(endings[i])) == label
+        right_norm += max(range(4), key=lambda i: row[i] / len(endings[i]) if endings[i] else -math.inf) == label
         rows.append(row)
     return np.array(rows), right / len(items), right_norm / len(items)

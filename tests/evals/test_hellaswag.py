@@ -30,19 +30,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("items") / "hellaswag.jsonl"
     make_items(file, ITEMS)
     return file
 
 
-def items_of(data: Path) -> list[dict]:
-    return [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+def items_of(items: Path) -> list[dict]:
+    return [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, data: Path) -> tuple[np.ndarray, float, float]:
-    return reference_log_probabilities(model, items_of(data))
+def expected(model: Path, items: Path) -> tuple[np.ndarray, float, float]:
+    return reference_log_probabilities(model, items_of(items))
 
 
 def shown(output: str) -> tuple[float, float]:
@@ -52,10 +52,10 @@ def shown(output: str) -> tuple[float, float]:
 
 
 def test_log_probabilities_and_accuracies_equal_a_plain_loop(
-    model: Path, data: Path, expected: tuple[np.ndarray, float, float]
+    model: Path, items: Path, expected: tuple[np.ndarray, float, float]
 ) -> None:
     """Items of all buckets, some with contexts beyond the model's length, in batches that do not divide them."""
-    questions = encode_items(read_items(str(data), "--data"), load_tokenizer(str(model)), 192)
+    questions = encode_items(read_items(str(items), "--data"), load_tokenizer(str(model)), 192)
     lengths = {len(row) - 1 for row in questions.rows}
     assert min(lengths) < 128 < max(lengths) == 192
     config, weights = load_weights(model)
@@ -69,42 +69,42 @@ def test_log_probabilities_and_accuracies_equal_a_plain_loop(
     assert ours.training, "training goes on after it"
 
 
-def test_one_and_two_processes_are_equal(model: Path, data: Path, expected: tuple[np.ndarray, float, float]) -> None:
-    flags = ["--model", model, "--data", data, "--batch-size", 15]
+def test_one_and_two_processes_are_equal(model: Path, items: Path, expected: tuple[np.ndarray, float, float]) -> None:
+    flags = ["--model", model, "--data", items, "--batch-size", 15]
     for result in (run("scripts/eval_hellaswag.py", *flags), torchrun(2, *flags, program="scripts/eval_hellaswag.py")):
         assert shown(succeed(result)) == expected[1:]
 
 
-def test_on_four_xla_devices_too(model: Path, data: Path, expected: tuple[np.ndarray, float, float]) -> None:
-    flags = ["--model", model, "--data", data, "--batch-size", 15, "--device", "xla"]
+def test_on_four_xla_devices_too(model: Path, items: Path, expected: tuple[np.ndarray, float, float]) -> None:
+    flags = ["--model", model, "--data", items, "--batch-size", 15, "--device", "xla"]
     result = run_xla(*flags, program="scripts/eval_hellaswag.py", CPU_NUM_DEVICES="4")
     assert shown(succeed(result)) == expected[1:]
     assert "warning: XLA" not in result.stderr
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[object]:
+def training(tmp_path_factory: pytest.TempPathFactory, items: Path) -> list[object]:
     split = make_split(tmp_path_factory.mktemp("documents") / "data")
     return [
         *MODEL_FLAGS, "--train-dir", split.parent / "train", "--valid-dir", split, "--train-steps", 4, "--warmup-steps", 0,
-        "--train-batch-size", 2, "--gradient-accum-step", 1, "--eval-batch-size", 8, "--valid-interval", 2, "--valid-steps", 2,
-        "--hellaswag-interval", 2, "--hellaswag-data", data,
+        "--train-batch-size", 2, "--gradient-accum-step", 1, "--eval-batch-size", 8, "--valid-interval", 2,
+        "--valid-steps", 2, "--hellaswag-interval", 2, "--hellaswag-data", items,
     ]  # fmt: skip
 
 
-def assert_logged(folder: Path, data: Path) -> None:
+def assert_logged(folder: Path, items: Path) -> None:
     """Twice, and the second time what the checkpoint of that step says."""
     lines = [line for line in metrics(folder) if "hellaswag_acc" in line]
     assert [line["step"] for line in lines] == [2, 4]
     assert [line["hellaswag_items"] for line in lines] == [ITEMS] * 2
-    _, acc, acc_norm = reference_log_probabilities(folder / "step-00000004", items_of(data))
+    _, acc, acc_norm = reference_log_probabilities(folder / "step-00000004", items_of(items))
     # Four steps from random weights, endings of the same words are close: an item or two may be decided by rounding.
     assert lines[-1]["hellaswag_acc"] == pytest.approx(acc, abs=2 / ITEMS)
     assert lines[-1]["hellaswag_acc_norm"] == pytest.approx(acc_norm, abs=2 / ITEMS)
 
 
 def test_in_a_training_run_on_xla_each_length_is_compiled_once(
-    training: list[object], data: Path, tmp_path: Path
+    training: list[object], items: Path, tmp_path: Path
 ) -> None:
     result = run_xla(*training, "--checkpoints-dir", tmp_path, program="tests/compile_count_worker.py")
     *text, counts = succeed(result).splitlines()
@@ -114,16 +114,16 @@ def test_in_a_training_run_on_xla_each_length_is_compiled_once(
         f"compiling the HellaSwag step of {length} tokens (on a TPU this takes minutes) ..." for length in (128, 192)
     ]
     assert "warning: XLA" not in result.stderr
-    assert_logged(tmp_path, data)
+    assert_logged(tmp_path, items)
     assert any(line.startswith("step      2: HellaSwag acc ") for line in text)
 
 
 @pytest.mark.slow
-def test_in_a_training_run_of_two_replicas(training: list[object], data: Path, tmp_path: Path) -> None:
+def test_in_a_training_run_of_two_replicas(training: list[object], items: Path, tmp_path: Path) -> None:
     result = run_xla(*training, "--checkpoints-dir", tmp_path, CPU_NUM_DEVICES="2")
     succeed(result)
     assert "warning: XLA" not in result.stderr
-    assert_logged(tmp_path, data)
+    assert_logged(tmp_path, items)
 
 
 def test_buckets_reach_the_models_length() -> None:
@@ -187,10 +187,12 @@ def test_training_needs_a_tokenizer_and_items(data_flags: list[str], tmp_path: P
     assert not (tmp_path / "c").exists()
 
 
-def test_items_from_the_hub(model: Path, data: Path, expected: tuple[np.ndarray, float, float], tmp_path: Path) -> None:
+def test_items_from_the_hub(
+    model: Path, items: Path, expected: tuple[np.ndarray, float, float], tmp_path: Path
+) -> None:
     """A stand-in for the hub, with the validation set in the form and under the name that it has there."""
     table = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([item | {"label": str(item["label"])} for item in items_of(data)]), table)
+    pq.write_table(pa.Table.from_pylist([item | {"label": str(item["label"])} for item in items_of(items)]), table)
     with Hub("Rowan/hellaswag", {"data/validation-00000-of-00001.parquet": table.getvalue()}) as hub:
         own = {
             "HF_ENDPOINT": hub.url,
