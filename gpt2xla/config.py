@@ -188,8 +188,12 @@ class TrainConfig:
     )
     compile: bool = option(False, "torch.compile the model; XLA always compiles and needs no flag")
     eval_batch_size: int = option(32, "sequences per validation step, over all devices together")
-    valid_steps: int = option(100, "validation batches; stops early where the split ends")
+    valid_steps: int | Literal["all"] = option(
+        100, "validation batches; stops early where the split ends; all: each token of the split once"
+    )
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
+    hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, one more at the end; 0 means none")
+    hellaswag_data: str | None = option(None, "HellaSwag's items as JSON lines (default: 10,042 from the hub)")
     save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
     saved_checkpoint_limit: int = option(6, "newest checkpoints to keep; 0 keeps all")
     max_hours: float | None = option(
@@ -197,10 +201,12 @@ class TrainConfig:
     )
 
     def check(self) -> None:
-        _require_positive(
-            self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size", "valid_steps"
+        _require_positive(self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
+        _require(
+            self.valid_steps == "all" or self.valid_steps > 0,
+            f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
         )
-        for name in ("valid_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks"):
+        for name in ("valid_interval", "hellaswag_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks"):
             value = getattr(self, name)
             _require(value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
         if self.max_hours is not None:

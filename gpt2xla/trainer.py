@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from gpt2xla import checkpoint, optim
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.mixture import PATTERN
 from gpt2xla.data.opening import check_same_tokenizer, open_training, open_validation
-from gpt2xla.data.windows import Batch, TrainingOrder, Windows, share_of, validation_batches
+from gpt2xla.data.windows import TrainingOrder, Windows, share_of
 from gpt2xla.errors import InputError, RunFailed, blaming
+from gpt2xla.evals.hellaswag import HellaSwag, Questions, encode_items, read_items
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.exits import leaving_together
-from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
+from gpt2xla.metrics import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.start import Start, find_start
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
@@ -54,19 +55,39 @@ def pretrain(config: RunConfig, make_runtime: Callable[[TrainConfig], Runtime]) 
 
 
 def test(start: Start, runtime: Runtime) -> None:
-    """Print loss and perplexity of the checkpoint on the validation split."""
+    """Print loss and perplexity of the checkpoint on the validation split. If --checkpoints-dir was given or exists, they
+    are added to its test.jsonl; a run's own log stays as it is."""
     if start.source is None:
         raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
     config = start.config
-    windows = _validation_windows(config, runtime)
+    windows = open_validation(config)
     _match_tokenizer(config, [start.source], [windows])
     model = start.build_model()
     runtime.setup_model(model)
-    result = Validator(model, runtime).run(_validation_share(config, windows, runtime))
+    result = Validator(config, windows, model, runtime).run()
     if runtime.is_main:
-        print(
-            f"{start.source}: loss {result.loss:.6f}, perplexity {perplexity(result.loss):.4f} on {result.tokens:,} tokens"
-        )
+        print(f"{start.source}: {result}; the split has {windows.stream.length - 1:,} to predict")
+        _log_test(config, start.source, result)
+
+
+def _log_test(config: RunConfig, source: Path, result: Validation) -> None:
+    folder = Path(config.general.checkpoints_dir)
+    line = {
+        "step": checkpoint.step_of(source),
+        "checkpoint": str(source),
+        "valid_dir": config.data.valid_dir,
+    }
+    line |= result.line() | {"valid_perplexity": perplexity(result.loss), "time": time.time()}
+    sinks: list[Sink] = []
+    if "checkpoints_dir" in config.given or folder.is_dir():
+        with blaming(f"--checkpoints-dir {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            sinks.append(JsonlSink(folder / TEST_FILE))
+    if config.wandb.wandb_logging:
+        sinks.append(WandbSink(config, folder, None))
+    for sink in sinks:
+        sink.write(line)
+        sink.close()
 
 
 class Trainer:
@@ -77,7 +98,7 @@ class Trainer:
         self.runtime = runtime
         train = config.train
         sets, mixture = open_training(config)
-        self.valid_windows = _validation_windows(config, runtime)
+        self.valid_windows = open_validation(config)
         self.per_device = share_of("--train-batch-size", train.train_batch_size, runtime.devices)
         self.order = TrainingOrder(
             sets,
@@ -94,13 +115,15 @@ class Trainer:
         self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
         self._check_continues_same_data(start)
+        questions = self._hellaswag_questions()
         self.folder = Path(config.general.checkpoints_dir)
         with blaming(f"--checkpoints-dir {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
 
         self.model = start.build_model()
         self.train_step = TrainStep(config, runtime, self.model, start.training, self._log_training)
-        self.validator = Validator(self.model, runtime)
+        self.validator = Validator(config, self.valid_windows, self.model, runtime)
+        self.hellaswag = questions and HellaSwag(questions, self.model, runtime, train.eval_batch_size)
         self.first_step = start.step
         self.throughput = Throughput(self.tokens_per_step, self.model.flops_per_token(), runtime.peak_flops())
         self.wandb: WandbSink | None = None
@@ -141,14 +164,18 @@ class Trainer:
             is_last = step == config.train_steps
             validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
             save = is_last or out_of_time or (config.save_interval and step % config.save_interval == 0)
+            hellaswag = config.hellaswag_interval and (is_last or step % config.hellaswag_interval == 0)
             validated = None
             if validate:
                 with runtime.part("validation"):
                     validated = self._validate(step)
+            if hellaswag:
+                with runtime.part("HellaSwag"):
+                    self._evaluate_hellaswag(step)
             if save:
                 with runtime.part("saving"):
                     self._save(step)
-            if validate or save:
+            if validate or hellaswag or save:
                 self.throughput.restart()
         runtime.wait()
         return step, validated
@@ -177,16 +204,14 @@ class Trainer:
 
     def _validate(self, step: int) -> Validation:
         self.runtime.wait()
-        result = self.validator.run(_validation_share(self.config, self.valid_windows, self.runtime))
-        self._log(
-            {
-                "step": step,
-                "tokens": step * self.tokens_per_step,
-                "valid_loss": result.loss,
-                "valid_tokens": result.tokens,
-            }
-        )
+        result = self.validator.run()
+        self._log({"step": step, "tokens": step * self.tokens_per_step} | result.line())
         return result
+
+    def _evaluate_hellaswag(self, step: int) -> None:
+        assert self.hellaswag
+        self.runtime.wait()
+        self._log({"step": step, "tokens": step * self.tokens_per_step} | self.hellaswag.run().line())
 
     def _save(self, step: int) -> None:
         self.runtime.wait()
@@ -222,7 +247,10 @@ class Trainer:
         for note in checkpoint.prepare_folder(self.folder, start.step):
             print(note)
         checkpoint.write_run_config(self.folder, self.config)
-        self.sinks = [JsonlSink(self.folder, start.step), ConsoleSink(start.step, self.config.train.train_steps)]
+        self.sinks = [
+            JsonlSink(self.folder / METRICS_FILE, start.step),
+            ConsoleSink(start.step, self.config.train.train_steps),
+        ]
         if self.config.wandb.wandb_logging:
             self.wandb = WandbSink(self.config, self.folder, start.training["wandb_id"] if start.training else None)
             self.sinks.append(self.wandb)
@@ -292,6 +320,19 @@ class Trainer:
             return sets[0].stream.fingerprint
         return " + ".join(f"{c}/{PATTERN} of {w.stream.fingerprint}" for w, c in zip(sets, counts, strict=True))
 
+    def _hellaswag_questions(self) -> Questions | None:
+        """Read before the first step, so that what is wrong with them shows at once."""
+        train = self.config.train
+        if not train.hellaswag_interval:
+            return None
+        if self.tokenizer is None:
+            raise InputError(
+                f"--hellaswag-interval {train.hellaswag_interval} needs a tokenizer, and none lies beside the shards; name "
+                "theirs with --tokenizer"
+            )
+        items = read_items(train.hellaswag_data, "--hellaswag-data")
+        return encode_items(items, self.tokenizer, self.config.model.seq_length)
+
     def _check_continues_same_data(self, start: Start) -> None:
         saved = start.training["data"] if start.training else {}
         for option, value in self._data_position().items():
@@ -304,17 +345,6 @@ class Trainer:
             raise InputError(
                 f"--train-steps {self.config.train.train_steps}: {start.source} is already at step {start.step}; raise it"
             )
-
-
-def _validation_windows(config: RunConfig, runtime: Runtime) -> Windows:
-    share_of("--eval-batch-size", config.train.eval_batch_size, runtime.devices)
-    return open_validation(config)
-
-
-def _validation_share(config: RunConfig, windows: Windows, runtime: Runtime) -> Iterator[Batch]:
-    return validation_batches(
-        windows, config.train.eval_batch_size, config.train.valid_steps, runtime.rank, runtime.world_size
-    )
 
 
 def _match_tokenizer(config: RunConfig, folders: list[Path], windows: list[Windows]) -> Tokenizer | None:

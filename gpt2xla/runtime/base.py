@@ -99,6 +99,11 @@ class Runtime(Protocol):
         """The sum of `value` over all processes, on the device. Collective."""
         ...
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """What the processes hold of `values`, 1-d and of one length, side by side in the order of ranks, for each to read
+        whole. Called inside a compiled step. Collective."""
+        ...
+
     def gather(self, value: float) -> list[float]:
         """Every process's value (in float64, so integers up to 2^53 are exact), by rank, on the host. Collective; makes the
         host wait for the other processes."""

@@ -129,6 +129,13 @@ class TorchRuntime:
             dist.all_reduce(value)
         return value
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        if not self.distributed:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
     def gather(self, value: float) -> list[float]:
         if not self.distributed:
             return [value]

@@ -215,6 +215,9 @@ class XlaRuntime:
     def sum(self, value: Tensor) -> Tensor:
         return xm.all_reduce(xm.REDUCE_SUM, value) if self.world_size > 1 else value
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        return xm.all_gather(values) if self.world_size > 1 else values
+
     def gather(self, value: float) -> list[float]:
         if self.world_size == 1:
             return [value]

@@ -150,6 +150,12 @@ class XlaCpuRuntime(XlaRuntime):
         with self._not_tracing():
             return self.to_device(_sum_over_replicas(value.cpu()))
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        with self._not_tracing():
+            on_host = torch.zeros(self.world_size, len(values))
+            on_host[self.rank] = values.cpu()
+            return self.to_device(_sum_over_replicas(on_host).flatten())
+
     @contextlib.contextmanager
     def _not_tracing(self) -> Iterator[None]:
         start = time.perf_counter()

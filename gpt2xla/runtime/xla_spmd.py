@@ -109,6 +109,11 @@ class SpmdRuntime(XlaRuntime):
     def sum(self, value: Tensor) -> Tensor:
         return value
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        # Whole on every device: reading a split tensor would compile another program.
+        xs.mark_sharding(values, self.mesh, (None,))
+        return values
+
     def gather(self, value: float) -> list[float]:
         values = torch.zeros(self.world_size, dtype=torch.float64)
         values[self.rank] = value
