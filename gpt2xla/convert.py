@@ -35,10 +35,10 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
         if found:
             found.save(partial)
         partial.rename(output)
+    head, biases = "tied" if config.tie_weights else "untied", "biases" if config.bias else "no biases"
     say(
-        f"{source}: {config.num_layers} layers, d_model {config.d_model}, {config.num_heads} heads, {config.real_vocab_size:,} "
-        f"ids, {config.seq_length} positions, {config.activation}, {'tied' if config.tie_weights else 'untied'} head, "
-        f"{'biases' if config.bias else 'no biases'}"
+        f"{source}: {config.num_layers} layers, d_model {config.d_model}, {config.num_heads} heads, "
+        f"{config.real_vocab_size:,} ids, {config.seq_length} positions, {config.activation}, {head} head, {biases}"
     )
     say(f"tokenizer: {why}")
     say(f"wrote {output}; from_pretrained, generate.py --model and --from-checkpoint read it")

@@ -88,17 +88,20 @@ def _our_name(name: str) -> str:
 def _our_options(saved: dict[str, Any]) -> dict[str, Any] | None:
     """Of ModelConfig; None if the file is in neither layout."""
     if isinstance(arguments := saved.get("model_args"), dict):
-        values: dict[str, Any] = {_NANOGPT_ARGUMENTS.get(key, key): value for key, value in arguments.items()}
+        values = _renamed(arguments, _NANOGPT_ARGUMENTS)
         # Its GELU is the exact one, also for models that began as OpenAI's. Files that leave out `bias` are from before
         # that was an option.
         return {"bias": True, **values, "activation": "gelu"}
     if not isinstance(config := saved.get("config"), dict):
         return None
-    renamed = {"eps": "layer_norm_eps"}
-    values = {renamed.get(key, key): value for key, value in config.items()}
+    values = _renamed(config, {"eps": "layer_norm_eps"})
     if values.get("activation") == "gelu":  # there, gelu means the tanh form
         values["activation"] = "gelu-tanh"
     return values
+
+
+def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {str(names.get(key, key)): value for key, value in values.items()}
 
 
 def _our_config(file: Path, values: dict[str, Any]) -> ModelConfig:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Any GPT-2 checkpoint -> a Hugging Face folder: `python scripts/convert_checkpoint.py --input ckpt.pt --output-dir gpt2`."""
+"""GPT-2 checkpoint -> Hugging Face folder: `python scripts/convert_checkpoint.py --input ckpt.pt --output-dir my-gpt2`."""
 
 import sys
 from dataclasses import MISSING, dataclass
