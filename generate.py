@@ -44,9 +44,9 @@ def main() -> None:
     model = build_model(model_config, weights, source)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(options.tokenizer or (str(source) if has_tokenizer(source) else "gpt2"))
-    if tokenizer.vocab_size > model_config.vocab_size:
+    if tokenizer.vocab_size > model_config.real_vocab_size:
         raise InputError(
-            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {model_config.vocab_size}; "
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {model_config.real_vocab_size}; "
             "name the tokenizer that the model was trained with"
         )
     generator = torch.Generator().manual_seed(options.seed)

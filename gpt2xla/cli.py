@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from gpt2xla.config import GROUPS, PRESETS, RunConfig, flag
+from gpt2xla.config import GROUPS, PRESETS, RunConfig, flag, options_of
 from gpt2xla.errors import InputError
 
 Options = TypeVar("Options")
@@ -97,7 +97,7 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
     default is a required flag."""
     target = parser.add_argument_group((group.__doc__ or "").strip())
     types_by_name = typing.get_type_hints(group)
-    for f in dataclasses.fields(group):
+    for f in options_of(group):
         target.add_argument(
             flag(f.name),
             dest=f.name,

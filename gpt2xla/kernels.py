@@ -24,7 +24,7 @@ class Kernels:
 
     Attributes:
         attention: (q, k, v, num_heads) -> y, each (B, T, D). None: torch's own, the one that knows dropout.
-        cross_entropy: (x, head weight, labels) -> summed loss, as in `loss.py`.
+        cross_entropy: (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`.
         layer_norm: (x, module) -> module(x).
         separate_qkv: project queries, keys and values by three products instead of one. XLA then writes each in the layout
             that attention reads, where it would copy the parts of a joint one.
@@ -33,7 +33,7 @@ class Kernels:
     """
 
     attention: Attention | None = None
-    cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = plain_cross_entropy
+    cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm
     separate_qkv: bool = False
     checkpoint: Callable[..., Any] | None = None

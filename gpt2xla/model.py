@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gpt2xla.attention import sdpa_attention
 from gpt2xla.config import ModelConfig
 from gpt2xla.kernels import Kernels
-from gpt2xla.loss import IGNORED_LABEL
+from gpt2xla.loss import IGNORED_LABEL, mask_padding
 
 
 class GPT2(nn.Module):
@@ -40,12 +40,14 @@ class GPT2(nn.Module):
 
         `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
         """
-        loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT)
+        padding = self.config.vocab_padding
+        loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT, padding)
         return loss, (labels_BT != IGNORED_LABEL).sum()
 
     def logits(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Next-token logits (B, T, V). With a cache, `ids_BT` go on where the cache ends and are added to it."""
-        return F.linear(self.hidden(ids_BT, cache), self.head_weight)
+        """Next-token logits (B, T, V). With a cache, `ids_BT` go on where the cache ends and are added to it.
+        Ids that only pad the vocabulary have -inf."""
+        return mask_padding(F.linear(self.hidden(ids_BT, cache), self.head_weight), self.config.vocab_padding)
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         past = cache.length if cache else 0

@@ -350,4 +350,4 @@ class Trainer:
 def _match_tokenizer(config: RunConfig, folders: list[Path], windows: list[Windows]) -> Tokenizer | None:
     check_same_tokenizer(windows)
     manifests = [w.stream.manifest for w in windows if w.stream.manifest]
-    return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.vocab_size)
+    return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.real_vocab_size)

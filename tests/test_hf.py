@@ -102,7 +102,7 @@ def test_a_cut_weights_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_offline_says_how_to_go_on() -> None:
-    with pytest.raises(InputError, match="give the path of a downloaded folder"):
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set; unset it, or give the path of a folder"):
         hf.find_folder("gpt2-medium")
     with pytest.raises(InputError, match="no such folder"):
         hf.find_folder("./no/such/folder/at/all")
