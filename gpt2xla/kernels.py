@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2xla.config import ModelConfig, TrainConfig
@@ -28,6 +29,8 @@ class Kernels:
         layer_norm: (x, module) -> module(x).
         separate_qkv: project queries, keys and values by three products instead of one. XLA then writes each in the layout
             that attention reads, where it would copy the parts of a joint one.
+        head: (x, head weight) -> logits.
+        static_shapes: whether a shape that was not there before costs a compile; then shapes must not follow a text's length.
         checkpoint: called as checkpoint(block, x, ...) to keep nothing of a block but its input; None keeps all.
         description: for the summary at start.
     """
@@ -36,6 +39,8 @@ class Kernels:
     cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm
     separate_qkv: bool = False
+    head: Callable[[Tensor, Tensor], Tensor] = F.linear
+    static_shapes: bool = False
     checkpoint: Callable[..., Any] | None = None
     description: str = "torch's own"
 
