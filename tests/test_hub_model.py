@@ -1,7 +1,6 @@
 """Models from the hub: fetched once however many processes ask, and every refusal is one line."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, run, run_xla, succeed, torchrun
+from conftest import ROOT, SMALL_RUN, run, run_xla, succeed, torchrun, training_losses
 from data.hub_server import CLOSED, Hub
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -82,18 +81,21 @@ print(folder, sum(tensor.double().sum().item() for tensor in weights.values()))
     assert fetched_once(hub)
 
 
-def test_both_runners_fetch_once_and_start_from_it(hub: Hub, data_flags: list[str], tmp_path: Path) -> None:
-    """Two processes under torchrun; then one of XLA, offline, which finds what those fetched."""
-    flags = [*data_flags, *SHORT, "--from-checkpoint", "gpt2", "--dropout", "0", "--checkpoints-dir"]
-    succeed(torchrun(2, *flags, tmp_path / "torch", **environment(hub.url, tmp_path)))
+def test_two_processes_of_torchrun_fetch_once(hub: Hub, data_flags: list[str], tmp_path: Path) -> None:
+    flags = [*data_flags, *SHORT, "--from-checkpoint", "gpt2", "--checkpoints-dir", tmp_path / "run"]
+    succeed(torchrun(2, *flags, **environment(hub.url, tmp_path)))
     assert fetched_once(hub)
-    offline = environment(hub.url, tmp_path) | {"HF_HUB_OFFLINE": "1"}
-    succeed(run_xla(*flags, tmp_path / "xla", **offline))
-    losses = [
-        [json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("torch", "xla")
-    ]
-    assert losses[0][:2] == pytest.approx(losses[1][:2], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_replicas_of_xla_fetch_once_and_equal_torch(hub: Hub, data_flags: list[str], tmp_path: Path) -> None:
+    """Then torch, offline, with what those fetched."""
+    flags = [*data_flags, *SHORT, "--from-checkpoint", "gpt2", "--dropout", "0", "--checkpoints-dir"]
+    own = environment(hub.url, tmp_path)
+    succeed(run_xla(*flags, tmp_path / "xla", CPU_NUM_DEVICES="2", **own))
+    assert fetched_once(hub)
+    succeed(run("run_pretrain.py", *flags, tmp_path / "torch", **own | {"HF_HUB_OFFLINE": "1"}))
+    assert training_losses(tmp_path / "xla") == pytest.approx(training_losses(tmp_path / "torch"), rel=1e-5)
 
 
 REFUSALS = {
