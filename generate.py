@@ -124,7 +124,9 @@ def move(model: GPT2, name: str, dtype: str) -> Device:
         try:
             from gpt2xla.runtime.xla_generation import XlaDevice
         except ImportError as error:
-            raise InputError(f"--device xla: torch_xla is missing or broken ({error}); see requirements-*.txt") from None
+            raise InputError(
+                f"--device xla: torch_xla is missing or broken ({error}); see requirements-*.txt"
+            ) from None
         xla = XlaDevice()
         xla.place(model)
         return xla

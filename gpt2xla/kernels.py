@@ -30,7 +30,7 @@ class Kernels:
         separate_qkv: project queries, keys and values by three products instead of one. XLA then writes each in the layout
             that attention reads, where it would copy the parts of a joint one.
         head: (x, head weight) -> logits.
-        static_shapes: whether a shape that was not there before costs a compile; then shapes must not follow a text's length.
+        static_shapes: whether each new shape costs a compile; then shapes must not follow a text's length.
         checkpoint: called as checkpoint(block, x, ...) to keep nothing of a block but its input; None keeps all.
         description: for the summary at start.
     """

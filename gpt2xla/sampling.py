@@ -44,8 +44,8 @@ def pick(logits_V: Tensor, text: Sequence[int], sampling: SamplingConfig, genera
 
 
 def penalise(logits_V: Tensor, text: Sequence[int], penalty: float) -> Tensor:
-    """Logits in which the ids of `text` are less likely: positive ones divided by `penalty`, negative ones multiplied (Keskar
-    et al. 2019, CTRL, section 4.1, as transformers has it for negative ones)."""
+    """Logits in which the ids of `text` are less likely: positive ones divided by `penalty` (Keskar et al. 2019, CTRL,
+    section 4.1), negative ones multiplied, as transformers does."""
     ids = torch.tensor(list(text))
     found = logits_V[ids]
     return logits_V.index_put((ids,), torch.where(found < 0, found * penalty, found / penalty))

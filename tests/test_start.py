@@ -17,6 +17,7 @@ from gpt2xla import hf
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.errors import InputError
+from gpt2xla.generation import generate
 from gpt2xla.kernels import Kernels
 from gpt2xla.loss import chunked_cross_entropy
 from gpt2xla.model import GPT2
