@@ -117,7 +117,7 @@ def test_padding_is_never_drawn_and_carries_no_probability_where_zero_would_win(
         expected = torch.nn.functional.cross_entropy(real, labels.flatten(), reduction="sum")
         torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     steps = list(generate(model, [[1]], 200, SamplingConfig(temperature=100.0)))
-    assert max(token for token, in steps) < 97
+    assert max(token for (token,) in steps) < 97
     assert next(generate(model, [[1]], 1))[0] < 97
 
 
