@@ -42,7 +42,7 @@ def make_model(folder: Path, seq_length: int = 192, seed: int = 0) -> Path:
 
 def make_items(file: Path, count: int = 200) -> list[dict]:
     """Of the data set's two kinds, with marks of WikiHow's pages, letters beyond ASCII, contexts beyond 192 bytes, and
-    endings of which nothing is left without the marks (not the first item's, at which the harness looks before it starts)."""
+    endings of which nothing is left without the marks (not the first item's, which the harness looks at first)."""
     draw = random.Random(1)
     words = (
         "a naïve man [header] lifts the 🙂 bar [title] over his Head  twice [substeps] and smiles. then stops".split(
