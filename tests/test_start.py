@@ -254,6 +254,17 @@ def test_a_padded_run_on_xla_equals_torch_in_two_graphs(
     assert [line["compiles"] for line in metrics(tmp_path) if "loss" in line][-1] == 2
 
 
+@pytest.mark.slow
+def test_a_padded_run_under_fsdp_equals_torch_and_goes_on(
+    theirs: Path, padded_run: Path, data_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*data_flags, *PADDED, "--from-checkpoint", theirs, "--checkpoints-dir", tmp_path, "--spmd", "--fsdp"]
+    succeed(run_xla(*flags, "--train-steps", 10, CPU_NUM_DEVICES="4"))
+    succeed(run_xla(*flags, CPU_NUM_DEVICES="4"))
+    assert training_losses(tmp_path) == pytest.approx(training_losses(padded_run), rel=1e-5)
+    assert load_file(tmp_path / "step-00000020" / "model.safetensors")["transformer.wte.weight"].shape == (97, 32)
+
+
 def test_padding_is_no_option() -> None:
     config = RunConfig(model=dataclasses.replace(ModelConfig(), vocab_padding=47))
     assert "vocab_padding" not in config.to_flat()
