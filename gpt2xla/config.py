@@ -190,6 +190,8 @@ class TrainConfig:
     eval_batch_size: int = option(32, "sequences per validation step, over all devices together")
     valid_steps: int = option(100, "validation batches; stops early where the split ends")
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
+    sample_interval: int = option(0, "updates between texts that the model writes, to look at; 0 means none")
+    sample_prompt: str = option("", "text that these continue (default: they begin after an end of text)")
     save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
     saved_checkpoint_limit: int = option(6, "newest checkpoints to keep; 0 keeps all")
     max_hours: float | None = option(
@@ -200,7 +202,7 @@ class TrainConfig:
         _require_positive(
             self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size", "valid_steps"
         )
-        for name in ("valid_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks"):
+        for name in ("valid_interval", "sample_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks"):
             value = getattr(self, name)
             _require(value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
         if self.max_hours is not None:

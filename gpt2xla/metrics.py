@@ -21,7 +21,7 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 class Sink(Protocol):
-    """Takes lines: training lines have "loss", validation lines "valid_loss", both "step", counted from 1."""
+    """Takes lines: training lines have "loss", validation lines "valid_loss", samples "sample"; all "step", from 1."""
 
     def write(self, line: dict[str, Any]) -> None: ...
 
@@ -67,6 +67,9 @@ class ConsoleSink:
             loss = line["valid_loss"]
             text = f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f} on {line['valid_tokens']:,} tokens"
             tqdm.write(f"step {step:>6}: {text}", file=sys.stdout)
+            return
+        if "sample" in line:
+            tqdm.write(f"step {step:>6}: sample: {line['sample']}", file=sys.stdout)
             return
         mfu = "" if line["mfu"] is None else f", mfu {line['mfu']:.1%}"
         text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {line['tokens_per_second']:,.0f} tokens/s{mfu}"
@@ -117,7 +120,7 @@ class WandbSink:
 
     def write(self, line: dict[str, Any]) -> None:
         self._waiting.append(line)
-        if "valid_loss" in line or line["step"] % self._interval == 0:
+        if "loss" not in line or line["step"] % self._interval == 0:
             self._upload()
 
     def close(self) -> None:

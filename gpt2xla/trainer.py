@@ -18,6 +18,7 @@ from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.exits import leaving_together
 from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
 from gpt2xla.runtime.base import Runtime
+from gpt2xla.samples import Sampler
 from gpt2xla.start import Start, find_start
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
 from gpt2xla.train_step import TrainStep
@@ -101,6 +102,7 @@ class Trainer:
         self.model = start.build_model()
         self.train_step = TrainStep(config, runtime, self.model, start.training, self._log_training)
         self.validator = Validator(self.model, runtime)
+        self.sampler = Sampler(config, self.model, self.tokenizer, runtime) if train.sample_interval else None
         self.first_step = start.step
         self.throughput = Throughput(self.tokens_per_step, self.model.flops_per_token(), runtime.peak_flops())
         self.wandb: WandbSink | None = None
@@ -141,14 +143,18 @@ class Trainer:
             is_last = step == config.train_steps
             validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
             save = is_last or out_of_time or (config.save_interval and step % config.save_interval == 0)
+            sample = self.sampler is not None and (is_last or step % config.sample_interval == 0)
             validated = None
             if validate:
                 with runtime.part("validation"):
                     validated = self._validate(step)
+            if sample:
+                with runtime.part("sampling"):
+                    self._sample(step)
             if save:
                 with runtime.part("saving"):
                     self._save(step)
-            if validate or save:
+            if validate or sample or save:
                 self.throughput.restart()
         runtime.wait()
         return step, validated
@@ -187,6 +193,11 @@ class Trainer:
             }
         )
         return result
+
+    def _sample(self, step: int) -> None:
+        assert self.sampler is not None
+        self.runtime.wait()
+        self._log({"step": step, "tokens": step * self.tokens_per_step, "sample": self.sampler.run()})
 
     def _save(self, step: int) -> None:
         self.runtime.wait()
