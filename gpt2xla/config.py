@@ -210,6 +210,8 @@ class TrainConfig:
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
     hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, one more at the end; 0 means none")
     hellaswag_data: str | None = option(None, "HellaSwag's items as JSON lines (default: 10,042 from the hub)")
+    sample_interval: int = option(0, "updates between texts that the model writes, to look at; 0 means none")
+    sample_prompt: str = option("", "text that these continue (default: they begin after an end of text)")
     save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
     saved_checkpoint_limit: int = option(6, "newest checkpoints to keep; 0 keeps all")
     max_hours: float | None = option(
@@ -222,7 +224,8 @@ class TrainConfig:
             self.valid_steps == "all" or self.valid_steps > 0,
             f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
         )
-        for name in ("valid_interval", "hellaswag_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks"):
+        intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
+        for name in (*intervals, "saved_checkpoint_limit", "loss_chunks"):
             value = getattr(self, name)
             _require(value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
         if self.max_hours is not None:

@@ -55,6 +55,7 @@ def choose_kernels(
     checkpoint: Callable[..., Any],
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
     fence: Fence = no_fence,
+    static_shapes: bool = False,
 ) -> Kernels:
     """What the user asked for, or else what the runtime prefers.
 
@@ -80,6 +81,7 @@ def choose_kernels(
         cross_entropy=partial(chunked_cross_entropy, chunks=chunks, fence=fence) if chunks else plain_cross_entropy,
         layer_norm=layer_norm,
         separate_qkv=name != "sdpa",
+        static_shapes=static_shapes,
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,
         description=f"{name} attention, {pieces}{checkpointed}",
     )

@@ -22,8 +22,8 @@ _SECONDS_BETWEEN_LINES = 10
 
 
 class Sink(Protocol):
-    """Takes lines: training lines have "loss", validation lines "valid_loss", HellaSwag's "hellaswag_acc"; all have "step",
-    counted from 1."""
+    """Takes lines: training lines have "loss", validation lines "valid_loss", HellaSwag's "hellaswag_acc", samples "sample";
+    all have "step", counted from 1."""
 
     def write(self, line: dict[str, Any]) -> None: ...
 
@@ -74,6 +74,9 @@ class ConsoleSink:
             tqdm.write(
                 f"step {step:>6}: HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items", file=sys.stdout
             )
+            return
+        if "sample" in line:
+            tqdm.write(f"step {step:>6}: sample: {line['sample']}", file=sys.stdout)
             return
         mfu = "" if line["mfu"] is None else f", mfu {line['mfu']:.1%}"
         text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {line['tokens_per_second']:,.0f} tokens/s{mfu}"

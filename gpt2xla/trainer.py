@@ -19,6 +19,7 @@ from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.exits import leaving_together
 from gpt2xla.metrics import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
 from gpt2xla.runtime.base import Runtime
+from gpt2xla.samples import Sampler
 from gpt2xla.start import Start, find_start
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
 from gpt2xla.train_step import TrainStep
@@ -124,6 +125,7 @@ class Trainer:
         self.train_step = TrainStep(config, runtime, self.model, start.training, self._log_training)
         self.validator = Validator(config, self.valid_windows, self.model, runtime)
         self.hellaswag = questions and HellaSwag(questions, self.model, runtime, train.eval_batch_size)
+        self.sampler = Sampler(config, self.model, self.tokenizer, runtime) if train.sample_interval else None
         self.first_step = start.step
         self.throughput = Throughput(self.tokens_per_step, self.model.flops_per_token(), runtime.peak_flops())
         self.wandb: WandbSink | None = None
@@ -165,6 +167,7 @@ class Trainer:
             validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
             save = is_last or out_of_time or (config.save_interval and step % config.save_interval == 0)
             hellaswag = config.hellaswag_interval and (is_last or step % config.hellaswag_interval == 0)
+            sample = self.sampler is not None and (is_last or step % config.sample_interval == 0)
             validated = None
             if validate:
                 with runtime.part("validation"):
@@ -172,10 +175,13 @@ class Trainer:
             if hellaswag:
                 with runtime.part("HellaSwag"):
                     self._evaluate_hellaswag(step)
+            if sample:
+                with runtime.part("sampling"):
+                    self._sample(step)
             if save:
                 with runtime.part("saving"):
                     self._save(step)
-            if validate or hellaswag or save:
+            if validate or hellaswag or sample or save:
                 self.throughput.restart()
         runtime.wait()
         return step, validated
@@ -212,6 +218,11 @@ class Trainer:
         assert self.hellaswag
         self.runtime.wait()
         self._log({"step": step, "tokens": step * self.tokens_per_step} | self.hellaswag.run().line())
+
+    def _sample(self, step: int) -> None:
+        assert self.sampler is not None
+        self.runtime.wait()
+        self._log({"step": step, "tokens": step * self.tokens_per_step, "sample": self.sampler.run()})
 
     def _save(self, step: int) -> None:
         self.runtime.wait()

@@ -61,6 +61,7 @@ def test_the_commands_run_one_after_another(tmp_path: Path) -> None:
     require_xla()
     for name in ("run_pretrain.py", "run_pretrain_xla.py", "generate.py", "scripts", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "prompts.txt").write_text("Once upon\nThere were\n")
     (tmp_path / "my-texts").mkdir()
     for number in range(40):
         text = "".join(f"Once upon a time there were {i} of {number}.\n" for i in range(60))
@@ -91,7 +92,7 @@ def test_the_commands_run_one_after_another(tmp_path: Path) -> None:
             ]
             run([str(bin_folder / words[0]), *words[1:]], tmp_path, environment)
             ran += 1
-    assert ran == 14
+    assert ran == 16
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -125,6 +125,7 @@ class XlaRuntime:
             checkpoint=torch_xla_checkpoint,
             layer_norm=partial(lean_layer_norm, fence=xm.optimization_barrier_),
             fence=xm.optimization_barrier_,
+            static_shapes=True,
         )
 
     @property
