@@ -147,9 +147,17 @@ def _run(module: str, folder: Path, request: dict[str, Any]) -> subprocess.Compl
     file = folder / "request.json"
     file.write_text(json.dumps(request))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_SKIPPED_VARIABLES)}
-    return subprocess.run(
-        [sys.executable, "-m", module, str(file)], env=environment, capture_output=True, text=True, check=False
-    )
+    environment["TMPDIR"] = str(folder)  # if it is killed, what it left goes with the folder
+    command = [sys.executable, "-m", module, str(file)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            said = process.communicate()
+        finally:  # run() would not wait for its end after Ctrl-C, and the folder goes next
+            process.kill()
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def _broke_off(what: str, process: subprocess.CompletedProcess[str]) -> RunFailed:
