@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -149,14 +150,15 @@ def _run(module: str, folder: Path, request: dict[str, Any]) -> subprocess.Compl
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_SKIPPED_VARIABLES)}
     environment["TMPDIR"] = str(folder)  # if it is killed, what it left goes with the folder
     command = [sys.executable, "-m", module, str(file)]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            said = process.communicate()
-        finally:  # run() would not wait for its end after Ctrl-C, and the folder goes next
-            process.kill()
-            process.wait()
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the midst of Popen they would leave a process that nobody knows
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+        said = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
     return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
