@@ -47,7 +47,7 @@ class PrepareConfig:
 
     output_dir: str = option("./data", "folder to make train/ and test/ in")
     tokenizer: str = option("gpt2", "a tiktoken name, 'bytes', a hub id, or a tokenizer.json or its folder")
-    test_fraction: float = option(0.01, "share of the documents that goes to test/")
+    test_fraction: float = option(0.01, "share of the documents that goes to test/, one at least")
     test_tokens: int | None = option(None, "most tokens that go to test/ (default: one shard)")
     max_tokens: int | None = option(None, "stop after the document that reaches this many (default: take all)")
     shard_size: int = option(100_000_000, "tokens per shard")
