@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2xla.data.windows import Batch
-from gpt2xla.loss import IGNORED_LABEL
+from gpt2xla.loss import IGNORED_LABEL, mask_padding
 from gpt2xla.model import GPT2
 from gpt2xla.runtime.base import Runtime
 
@@ -47,7 +47,8 @@ class RowLosses:
     @torch.no_grad()
     def _score(self, batch: Batch) -> None:
         with self.runtime.autocast():
-            losses_B = row_losses(self.model.hidden(batch.input_ids), self.model.head_weight, batch.labels)
+            x_BTD, padding = self.model.hidden(batch.input_ids), self.model.config.vocab_padding
+            losses_B = row_losses(x_BTD, self.model.head_weight, batch.labels, padding)
         counts_B = (batch.labels != IGNORED_LABEL).sum(1)
         self.runtime.when_ready(self._add, self.runtime.gather_rows(torch.stack([losses_B, counts_B], dim=1).flatten()))
 
@@ -55,9 +56,9 @@ class RowLosses:
         self._values += values
 
 
-def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
-    """Each sequence's summed cross-entropy (B), in nats and fp32. Logits are made in pieces along T; the label's logit comes
-    from the label's own row of the head."""
+def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
+    """Each sequence's summed cross-entropy (B), in nats and fp32; the last `padding` ids have no probability. Logits are made
+    in pieces along T; the label's logit comes from the label's own row of the head."""
     kind = x_BTD.device.type
     x_BTD = x_BTD.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype)
     weight_VD = weight_VD.to(x_BTD.dtype)
@@ -65,7 +66,6 @@ def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> Tensor:
     rows_BTD = F.embedding(torch.where(counted_BT, labels_BT, 0), weight_VD)
     label_logits_BT = (x_BTD.float() * rows_BTD.float()).sum(-1)
     chunks = min(-(-labels_BT.numel() * len(weight_VD) // _LOGITS_AT_ONCE), labels_BT.shape[1])
-    log_sums_BT = torch.cat(
-        [F.linear(x_BCD, weight_VD).float().logsumexp(-1) for x_BCD in x_BTD.chunk(chunks, dim=1)], dim=1
-    )
+    logits = (F.linear(x_BCD, weight_VD).float() for x_BCD in x_BTD.chunk(chunks, dim=1))
+    log_sums_BT = torch.cat([mask_padding(logits_BCV, padding).logsumexp(-1) for logits_BCV in logits], dim=1)
     return torch.where(counted_BT, log_sums_BT - label_logits_BT, 0.0).sum(1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,18 @@ def test_row_losses_in_pieces_equal_cross_entropy_in_float64(
     logits = (x.double() @ weight.double().T).transpose(1, 2)
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL).sum(1)
     assert row_losses.row_losses(x, weight, labels).tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-9)
+
+
+def test_padding_of_the_vocabulary_has_no_probability() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    labels = torch.randint(17, (2, 5), generator=generator)
+    logits = x.double() @ weight[:17].double().T
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+    assert row_losses.row_losses(x, weight, labels, padding=3).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_a_padded_model_is_the_same_function(flags: list[object], reference: Reference) -> None:
+    sums, counts = reference
+    out = succeed(run("run_pretrain.py", *flags, "--vocab-size", 512))
+    assert float(re.search(r"loss ([\d.]+)", out)[1]) == pytest.approx(sums.sum() / counts.sum(), abs=1e-5)
