@@ -57,8 +57,10 @@ class RowLosses:
 
 
 def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
-    """Each sequence's summed cross-entropy (B), in nats and fp32; the last `padding` ids have no probability. Logits are made
-    in pieces along T; the label's logit comes from the label's own row of the head."""
+    """Each sequence's summed cross-entropy (B), in nats and fp32; the last `padding` ids have no probability.
+
+    Logits are made in pieces along T; the label's logit comes from the label's own row of the head.
+    """
     kind = x_BTD.device.type
     x_BTD = x_BTD.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype)
     weight_VD = weight_VD.to(x_BTD.dtype)
