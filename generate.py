@@ -1,13 +1,22 @@
 #!/usr/bin/env python
 """Continue text with a GPT-2: `python generate.py --model checkpoints --prompt "Once upon a time"`."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.errors import InputError
 from gpt2xla.exits import exit_code
+
+if TYPE_CHECKING:  # it imports torch, for which --help must not wait
+    from gpt2xla.generation import Device
+    from gpt2xla.model import GPT2
 
 
 @dataclass(frozen=True)
@@ -19,58 +28,120 @@ class GenerateConfig:
         None, "a tiktoken name, 'bytes' or a tokenizer.json (default: the model's own, else gpt2)"
     )
     prompt: str | None = option(None, "text to continue (default: ask for one again and again)")
-    seed: int = option(0, "seed of the draws")
+    prompts_file: str | None = option(None, "file of prompts to continue, one a line; writes JSON lines")
+    output: str | None = option(None, "with --prompts-file: file for the JSON lines (default: standard output)")
+    batch_size: int = option(8, "with --prompts-file: prompts computed side by side, each with its --num-samples")
+    num_samples: int = option(1, "continuations of each prompt; number j, from 0, draws with --seed + j")
+    seed: int = option(0, "seed of the draws; a prompt's text is the same alone and among others")
     max_new_tokens: int = option(100, "longest continuation, in tokens")
     temperature: float = option(1.0, "above 1 flatter, below 1 sharper, 0 always the likeliest token")
     top_k: int = option(0, "draw from the k likeliest tokens; 0 is off")
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability; 1 is off")
+    repetition_penalty: float = option(1.0, "make tokens that are in the text less likely; 1 is off, 1.2 is usual")
+    stop: tuple[str, ...] = option((), "end before the first of these texts")
+    device: Literal["auto", "cpu", "cuda", "mps", "xla"] = option("auto", "auto: cuda, else mps, else cpu")
+    dtype: Literal["fp32", "bf16"] = option("fp32", "type of the weights and of all that is computed from them")
+
+    def check(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value}: choose a number of at least 1")
+        if not 0 <= self.seed < 2**63 - self.num_samples:
+            raise InputError(f"--seed {self.seed}: choose a number from 0 to 2^63 - 1 - --num-samples")
+        if "" in self.stop:
+            raise InputError("--stop is empty; give the text to stop at")
+        if self.prompts_file is not None and self.prompt is not None:
+            raise InputError("--prompt and --prompts-file exclude each other; leave one out")
+        if self.output is not None and self.prompts_file is None:
+            raise InputError("--output goes with --prompts-file; add it, or redirect standard output")
 
 
 def main() -> None:
     options = parse_options(GenerateConfig, "Continue text with a GPT-2.")
-    import torch
-
-    from gpt2xla.errors import InputError
-    from gpt2xla.sampling import SamplingConfig, generate
+    options.check()
+    from gpt2xla.continuation import Continuation, continue_texts, prompt_ids
+    from gpt2xla.prompts import json_lines, read_prompts, record
+    from gpt2xla.sampling import SamplingConfig
     from gpt2xla.start import build_model, load_weights, locate
-    from gpt2xla.tokenizer import TextStream, has_tokenizer, load_tokenizer
+    from gpt2xla.tokenizer import has_tokenizer, load_tokenizer
 
-    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p)
+    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     sampling.check()
-    if options.max_new_tokens < 1:
-        raise InputError(f"--max-new-tokens {options.max_new_tokens}: choose a number of at least 1")
+    prompts = read_prompts(Path(options.prompts_file)) if options.prompts_file is not None else []
     source = locate(options.model)
     model_config, weights = load_weights(source)
     model = build_model(model_config, weights, source)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(options.tokenizer or (str(source) if has_tokenizer(source) else "gpt2"))
-    if tokenizer.vocab_size > model_config.vocab_size:
+    if tokenizer.vocab_size > model_config.real_vocab_size:
         raise InputError(
-            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {model_config.vocab_size}; "
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {model_config.real_vocab_size}; "
             "name the tokenizer that the model was trained with"
         )
-    generator = torch.Generator().manual_seed(options.seed)
-
-    def continue_text(prompt: str) -> None:
-        start = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
-        ids = tokenizer.encode(prompt) or start
-        if not ids:
-            raise InputError(
-                "--prompt is empty, and the tokenizer has no end-of-text token to start from; give some text"
-            )
-        stream = TextStream(tokenizer, ids)
-        print(stream.text, end="", flush=True)
-        for token in generate(
-            model, ids, options.max_new_tokens, sampling, generator,
-            vocab_size=tokenizer.vocab_size, stop_id=tokenizer.eot_id,
-        ):  # fmt: skip
-            print(stream.add(token), end="", flush=True)
-        print(stream.rest())
-
     if options.prompt is not None:
-        continue_text(options.prompt)
+        prompt_ids(tokenizer, options.prompt)  # an empty one may be impossible
+    device = move(model, options.device, options.dtype)
+
+    def continued(
+        texts: list[str], rows: int = 0, show: Callable[[str], None] = lambda text: None
+    ) -> list[Continuation]:
+        return continue_texts(
+            model, tokenizer, texts, options.max_new_tokens, sampling, seed=options.seed, samples=options.num_samples,
+            stop=options.stop, rows=rows, device=device, show=show,
+        )  # fmt: skip
+
+    def show_continued(prompt: str) -> None:
+        if options.num_samples == 1:
+            continued([prompt], show=lambda text: print(text, end="", flush=True))
+            print()
+            return
+        for number, text in enumerate(continued([prompt]), start=1):
+            print(f"--- sample {number} of {options.num_samples} ---\n{text.prompt}{text.text}")
+
+    if prompts:
+        with json_lines(options.output) as write:
+            for start in range(0, len(prompts), options.batch_size):
+                batch = prompts[start : start + options.batch_size]
+                # On XLA a smaller last batch would be another program.
+                texts = continued(batch, rows=min(options.batch_size, len(prompts)) * options.num_samples)
+                for number, prompt in enumerate(batch):
+                    write(record(prompt, texts[number * options.num_samples :][: options.num_samples]))
+    elif options.prompt is not None:
+        show_continued(options.prompt)
     else:
-        ask(continue_text)
+        ask(show_continued)
+
+
+def move(model: GPT2, name: str, dtype: str) -> Device:
+    """Bring `model` to the device called `name`, laid out as it generates fastest. Raises InputError if it is not there."""
+    import torch
+
+    from gpt2xla.generation import TorchDevice
+
+    if dtype == "bf16":
+        model.to(torch.bfloat16)
+    if name == "xla":
+        try:
+            from gpt2xla.runtime.xla_generation import XlaDevice
+        except ImportError as error:
+            raise InputError(
+                f"--device xla: torch_xla is missing or broken ({error}); see requirements-*.txt"
+            ) from None
+        xla = XlaDevice()
+        xla.place(model)
+        return xla
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise InputError(f"--device {name}: torch finds none here; use --device auto")
+    model.to(name)
+    if name == "cpu":
+        from gpt2xla.packed_linear import pack_linears
+
+        if reason := pack_linears(model):
+            print(f"note: generating with torch's own matrix products, half as fast: {reason}", file=sys.stderr)
+    return TorchDevice(torch.device(name))
 
 
 def ask(continue_text: Callable[[str], None]) -> None:

@@ -128,6 +128,14 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(folder for folder in root.glob("step-*") if (folder / COMPLETE).is_file())
 
 
+def step_of(folder: Path) -> int:
+    """The step at which a checkpoint was saved; 0 for a model that is none of ours."""
+    try:
+        return int(json.loads((folder / COMPLETE).read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if nothing is."""
     try:

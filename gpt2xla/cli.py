@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from gpt2xla.config import GROUPS, PRESETS, RunConfig, flag
+from gpt2xla.config import GROUPS, PRESETS, RunConfig, flag, options_of
 from gpt2xla.errors import InputError
 
 Options = TypeVar("Options")
@@ -97,7 +97,7 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
     default is a required flag."""
     target = parser.add_argument_group((group.__doc__ or "").strip())
     types_by_name = typing.get_type_hints(group)
-    for f in dataclasses.fields(group):
+    for f in options_of(group):
         target.add_argument(
             flag(f.name),
             dest=f.name,
@@ -135,7 +135,21 @@ def _argument(kind: Any) -> dict[str, Any]:
         return {"type": element, "action": _StoreTuple, **count}
     if typing.get_origin(kind) is typing.Literal:
         return {"choices": list(typing.get_args(kind))}
+    if parts := typing.get_args(kind):  # a number, or one of some words
+        number, words = parts
+        return {"type": _NumberOr(number, typing.get_args(words)), "metavar": f"N|{'|'.join(typing.get_args(words))}"}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+class _NumberOr:
+    """An argparse type; argparse names it where a value is wrong."""
+
+    def __init__(self, number: type, words: Sequence[str]) -> None:
+        self.number, self.words = number, words
+        self.__name__ = f"{number.__name__} or {' or '.join(words)}"
+
+    def __call__(self, text: str) -> Any:
+        return text if text in self.words else self.number(text)
 
 
 class _StoreTuple(argparse.Action):

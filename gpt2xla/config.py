@@ -1,7 +1,7 @@
 """Every option of a run, as frozen dataclasses. `cli.py` turns them into flags; nothing else lists options.
 
-One dataclass is one group of `--help`, one field is one flag: `train_dir` is `--train-dir`. Field names are unique over
-all groups, so a run is also a flat dictionary, which is what YAML files and `run_config.json` hold.
+One dataclass is one group of `--help`, one field made by `option` is one flag: `train_dir` is `--train-dir`. Field names are
+unique over all groups, so a run is also a flat dictionary, which is what YAML files and `run_config.json` hold.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def option(default: Any, help: str) -> Any:
     """A field that is a flag; `default=MISSING` makes it a required one."""
     return field(default=default, metadata={"help": help})
+
+
+def options_of(group: Any) -> list[dataclasses.Field]:
+    """The fields of a dataclass that are flags."""
+    return [f for f in dataclasses.fields(group) if "help" in f.metadata]
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,11 @@ class DataConfig:
 class ModelConfig:
     """Model"""
 
-    vocab_size: int = option(50304, "number of token ids; 50304 is GPT-2's 50257 rounded up to a multiple of 128")
-    seq_length: int = option(1024, "longest sequence, in tokens")
+    vocab_size: int = option(
+        50304,
+        "number of token ids; 50304 is GPT-2's 50257 rounded up to a multiple of 128, and pads a checkpoint that has 50257",
+    )
+    seq_length: int = option(1024, "longest sequence, in tokens; less than a checkpoint's cuts its position embeddings")
     d_model: int = option(768, "width of the residual stream")
     num_layers: int = option(12, "number of transformer blocks")
     num_heads: int = option(12, "attention heads per block; divides --d-model")
@@ -113,10 +121,18 @@ class ModelConfig:
     tie_weights: bool = option(True, "use the token embedding as the output head, as GPT-2 does")
     bias: bool = option(True, "biases in linear layers and layer norms, as GPT-2 has")
     layer_norm_eps: float = option(1e-5, "epsilon inside layer norms")
+    # No flag: the last ids of `vocab_size` that round a checkpoint's vocabulary up. They have no tokens, zero embeddings and
+    # no probability. Of a model trained here from its beginning all ids count.
+    vocab_padding: int = 0
 
     def __post_init__(self) -> None:
         if self.d_ff == 0:
             object.__setattr__(self, "d_ff", 4 * self.d_model)
+
+    @property
+    def real_vocab_size(self) -> int:
+        """Number of ids that may occur in data and be predicted."""
+        return self.vocab_size - self.vocab_padding
 
     def check(self) -> None:
         _require_positive(self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
@@ -188,8 +204,14 @@ class TrainConfig:
     )
     compile: bool = option(False, "torch.compile the model; XLA always compiles and needs no flag")
     eval_batch_size: int = option(32, "sequences per validation step, over all devices together")
-    valid_steps: int = option(100, "validation batches; stops early where the split ends")
+    valid_steps: int | Literal["all"] = option(
+        100, "validation batches; stops early where the split ends; all: each token of the split once"
+    )
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
+    hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, one more at the end; 0 means none")
+    hellaswag_data: str | None = option(None, "HellaSwag's items as JSON lines (default: 10,042 from the hub)")
+    sample_interval: int = option(0, "updates between texts that the model writes, to look at; 0 means none")
+    sample_prompt: str = option("", "text that these continue (default: they begin after an end of text)")
     save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
     saved_checkpoint_limit: int = option(6, "newest checkpoints to keep; 0 keeps all")
     on_save_error: Literal["stop", "go-on"] = option(
@@ -204,10 +226,13 @@ class TrainConfig:
     )
 
     def check(self) -> None:
-        _require_positive(
-            self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size", "valid_steps"
+        _require_positive(self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
+        _require(
+            self.valid_steps == "all" or self.valid_steps > 0,
+            f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
         )
-        for name in ("valid_interval", "save_interval", "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite"):
+        intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
+        for name in (*intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite"):
             value = getattr(self, name)
             _require(value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
         if self.max_hours is not None:
@@ -274,7 +299,7 @@ class RunConfig:
     def from_flat(cls, options: dict[str, Any]) -> RunConfig:
         """The run in which `options` are set and all others have their defaults. Raises InputError if it cannot work."""
         groups = {
-            name: group(**{f.name: options[f.name] for f in dataclasses.fields(group) if f.name in options})
+            name: group(**{f.name: options[f.name] for f in options_of(group) if f.name in options})
             for name, group in GROUPS.items()
         }
         config = cls(**groups, given=frozenset(options))
@@ -283,7 +308,8 @@ class RunConfig:
 
     def to_flat(self) -> dict[str, Any]:
         """Every option by name: what `run_config.json` holds and `--config` reads back."""
-        return {k: v for name in GROUPS for k, v in dataclasses.asdict(getattr(self, name)).items()}
+        groups = [getattr(self, name) for name in GROUPS]
+        return {f.name: getattr(group, f.name) for group in groups for f in options_of(group)}
 
     def check(self) -> None:
         """Raises InputError for values that no run could work with. The model is checked when its checkpoint, if there is

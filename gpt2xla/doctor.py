@@ -52,6 +52,8 @@ SYMPTOMS = {
     "Device or resource busy": "another process holds the TPU; end it, or restart the notebook's kernel that does",
     "worker addresses": f"unset {' and '.join(SET_FOR_ONE_PROCESS)}",
     "No visible GPU": "the CUDA plugin sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+    "Couldn't interpret value": "correct that flag in XLA_FLAGS, or unset XLA_FLAGS",
+    "XLA_FLAGS": "correct it, or unset XLA_FLAGS",
     "metadata.google.internal": "no TPU metadata here; choose the machine's TPU runtime, or PJRT_DEVICE=CPU",
 }
 
@@ -222,12 +224,14 @@ def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) 
     if answer.returncode == 0:
         return json.loads(answer.stdout.splitlines()[-1])
     said = answer.stderr.strip()
-    mend = next((mend for symptom, mend in SYMPTOMS.items() if symptom in said), None)
-    if mend is None:
+    symptom = next((symptom for symptom in SYMPTOMS if symptom in said), None)
+    if symptom is None:
         print(said, file=sys.stderr, flush=True)
-        mend = "all that it said stands on stderr"
-    errors = [line for line in said.splitlines() if "Error" in line] or said.splitlines() or ["nothing said"]
-    raise RunFailed(f"the devices do not start (exit code {answer.returncode}): {errors[-1].strip()[:300]}: {mend}")
+    mend = SYMPTOMS[symptom] if symptom else "all that it said stands on stderr"
+    lines = (
+        [line for line in said.splitlines() if (symptom or "Error") in line] or said.splitlines() or ["nothing said"]
+    )
+    raise RunFailed(f"the devices do not start (exit code {answer.returncode}): {lines[-1].strip()[:300]}: {mend}")
 
 
 def main() -> None:
@@ -254,7 +258,7 @@ def main() -> None:
         seen = probe(environment, options.timeout)
         _show("devices", {str(seen["kind"]): f"{seen['count']} of type {seen['type']}"})
     except InputError:
-        _show("devices", {"not tried": "first mend PJRT_DEVICE"})
+        _show("devices", {"not tried": "first mend what stands below"})
     except RunFailed as error:
         _show("devices", {"failed": "see below"})
         found.append(str(error))

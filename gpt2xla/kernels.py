@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2xla.config import ModelConfig, TrainConfig
@@ -24,18 +25,22 @@ class Kernels:
 
     Attributes:
         attention: (q, k, v, num_heads) -> y, each (B, T, D). None: torch's own, the one that knows dropout.
-        cross_entropy: (x, head weight, labels) -> summed loss, as in `loss.py`.
+        cross_entropy: (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`.
         layer_norm: (x, module) -> module(x).
         separate_qkv: project queries, keys and values by three products instead of one. XLA then writes each in the layout
             that attention reads, where it would copy the parts of a joint one.
+        head: (x, head weight) -> logits.
+        static_shapes: whether each new shape costs a compile; then shapes must not follow a text's length.
         checkpoint: called as checkpoint(block, x, ...) to keep nothing of a block but its input; None keeps all.
         description: for the summary at start.
     """
 
     attention: Attention | None = None
-    cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor] = plain_cross_entropy
+    cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm
     separate_qkv: bool = False
+    head: Callable[[Tensor, Tensor], Tensor] = F.linear
+    static_shapes: bool = False
     checkpoint: Callable[..., Any] | None = None
     description: str = "torch's own"
 
@@ -50,6 +55,7 @@ def choose_kernels(
     checkpoint: Callable[..., Any],
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
     fence: Fence = no_fence,
+    static_shapes: bool = False,
 ) -> Kernels:
     """What the user asked for, or else what the runtime prefers.
 
@@ -75,6 +81,7 @@ def choose_kernels(
         cross_entropy=partial(chunked_cross_entropy, chunks=chunks, fence=fence) if chunks else plain_cross_entropy,
         layer_norm=layer_norm,
         separate_qkv=name != "sdpa",
+        static_shapes=static_shapes,
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,
         description=f"{name} attention, {pieces}{checkpointed}",
     )

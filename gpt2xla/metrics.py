@@ -17,11 +17,13 @@ from tqdm import tqdm
 from gpt2xla.config import RunConfig
 
 METRICS_FILE = "metrics.jsonl"
+TEST_FILE = "test.jsonl"  # what --do-test adds to
 _SECONDS_BETWEEN_LINES = 10
 
 
 class Sink(Protocol):
-    """Takes lines: training lines have "loss", validation lines "valid_loss", both "step", counted from 1."""
+    """Takes lines: training lines have "loss", validation lines "valid_loss", HellaSwag's "hellaswag_acc", samples "sample";
+    all have "step", counted from 1."""
 
     def write(self, line: dict[str, Any]) -> None: ...
 
@@ -29,15 +31,15 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends to `metrics.jsonl`, one object a line, floats in full precision.
+    """Appends to a file such as `metrics.jsonl`, one object a line, floats in full precision.
 
-    A resumed run first drops what a crashed one wrote after its last checkpoint, so that no step appears twice.
+    A resumed run first drops what a crashed one wrote after its last checkpoint, so that no step appears twice; also the
+    evaluations of its last step, unless they are complete.
     """
 
-    def __init__(self, folder: Path, resumed_step: int) -> None:
-        file = folder / METRICS_FILE
-        if file.exists():
-            _truncate_after(file, resumed_step)
+    def __init__(self, file: Path, resumed_step: int | None = None, is_evaluated: bool = True) -> None:
+        if resumed_step is not None and file.exists():
+            _truncate_after(file, resumed_step, is_evaluated)
         self._stream = file.open("a", encoding="utf-8", buffering=1)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -67,6 +69,15 @@ class ConsoleSink:
             loss = line["valid_loss"]
             text = f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f} on {line['valid_tokens']:,} tokens"
             tqdm.write(f"step {step:>6}: {text}", file=sys.stdout)
+            return
+        if "hellaswag_acc" in line:
+            acc, acc_norm, items = (line[f"hellaswag_{name}"] for name in ("acc", "acc_norm", "items"))
+            tqdm.write(
+                f"step {step:>6}: HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items", file=sys.stdout
+            )
+            return
+        if "sample" in line:
+            tqdm.write(f"step {step:>6}: sample: {line['sample']}", file=sys.stdout)
             return
         mfu = "" if line["mfu"] is None else f", mfu {line['mfu']:.1%}"
         text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {line['tokens_per_second']:,.0f} tokens/s{mfu}"
@@ -117,7 +128,7 @@ class WandbSink:
 
     def write(self, line: dict[str, Any]) -> None:
         self._waiting.append(line)
-        if "valid_loss" in line or line["step"] % self._interval == 0:
+        if "loss" not in line or line["step"] % self._interval == 0:
             self._upload()
 
     def close(self) -> None:
@@ -168,11 +179,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _truncate_after(file: Path, step: int) -> None:
+def _truncate_after(file: Path, step: int, is_evaluated: bool) -> None:
     kept = []
     for text in file.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(text)["step"] <= step:
+            line = json.loads(text)
+            if line["step"] < step or (line["step"] == step and (is_evaluated or "loss" in line)):
                 kept.append(text + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the line that a crash cut short

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gpt2xla.attention import sdpa_attention
 from gpt2xla.config import ModelConfig
 from gpt2xla.kernels import Kernels
-from gpt2xla.loss import IGNORED_LABEL
+from gpt2xla.kv_cache import KVCache
+from gpt2xla.loss import IGNORED_LABEL, mask_padding
 
 
 class GPT2(nn.Module):
@@ -40,25 +41,37 @@ class GPT2(nn.Module):
 
         `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
         """
-        loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT)
+        padding = self.config.vocab_padding
+        loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT, padding)
         return loss, (labels_BT != IGNORED_LABEL).sum()
 
-    def logits(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Next-token logits (B, T, V). With a cache, `ids_BT` go on where the cache ends and are added to it."""
-        return F.linear(self.hidden(ids_BT, cache), self.head_weight)
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """Next-token logits (B, T, V). Ids that only pad the vocabulary have -inf."""
+        return self._head(self.hidden(ids_BT))
+
+    def next_logits(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, cache: KVCache, span: int) -> Tensor:
+        """Logits (B, V) of the token that follows in each row, and `cache` with the row's new tokens.
+
+        Row b has starts_B[b] tokens in the cache; ids_BT[b] are counts_B[b] more, then padding. For `span` see the cache.
+        """
+        cache.begin(starts_B, ids_BT.shape[1], span)
+        x_BTD = self.hidden(ids_BT, cache)
+        last_B11 = (counts_B - 1).clamp(min=0)[:, None, None]
+        x_BD = x_BTD.gather(1, last_B11.expand(-1, 1, x_BTD.shape[2]))[:, 0]
+        return self._head(x_BD)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return mask_padding(self.kernels.head(x, self.head_weight), self.config.vocab_padding)
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        past = cache.length if cache else 0
-        positions_T = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device)
-        x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions_T))
+        positions = cache.positions_BT if cache else torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions))
         checkpoint = self.kernels.checkpoint if torch.is_grad_enabled() else None
         for layer, block in enumerate(self.h):
             if checkpoint:
                 x_BTD = checkpoint(block, x_BTD, self.kernels)
             else:
                 x_BTD = block(x_BTD, self.kernels, cache, layer)
-        if cache:
-            cache.length += ids_BT.shape[1]
         return self.kernels.layer_norm(x_BTD, self.ln_f)
 
     @property
@@ -130,12 +143,9 @@ class Attention(nn.Module):
         return F.dropout(self.c_proj(y_BTD), self.dropout, self.training)
 
     def cached_attention(self, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, cache: KVCache, layer: int) -> Tensor:
-        q_BHTK, k_BHTK, v_BHTK = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q_BTD, k_BTD, v_BTD))
-        k_BHSK, v_BHSK = cache.append(layer, k_BHTK, v_BHTK)
-        # One new token may see everything before it; several with a past do not occur (the cache starts with the prompt).
-        causal = q_BHTK.shape[2] > 1
-        assert not causal or q_BHTK.shape[2] == k_BHSK.shape[2]
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=causal)
+        qkv = (q_BTD, *cache.append(layer, k_BTD, v_BTD))
+        q_BHTK, k_BHSK, v_BHSK = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=cache.mask_B1TS)
         return y_BHTK.transpose(1, 2).flatten(2)
 
 
@@ -154,21 +164,3 @@ class MLP(nn.Module):
         else:
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu-tanh" else "none")
         return F.dropout(self.c_proj(x), self.dropout, self.training)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, in buffers allocated once for `seq_length` tokens."""
-
-    def __init__(self, model: GPT2, batch_size: int) -> None:
-        c, like = model.config, model.wte.weight
-        shape = (c.num_layers, 2, batch_size, c.num_heads, c.seq_length, c.d_model // c.num_heads)
-        self.buffers = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.length = 0
-
-    def append(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; return all of them so far. `length` moves on after the last layer."""
-        end = self.length + k_BHTK.shape[2]
-        keys, values = self.buffers[layer]
-        keys[:, :, self.length : end] = k_BHTK
-        values[:, :, self.length : end] = v_BHTK
-        return keys[:, :, :end], values[:, :, :end]

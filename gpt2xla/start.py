@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ from torch import Tensor
 
 from gpt2xla import hf, sharded_state
 from gpt2xla.checkpoint import RUN_CONFIG, SHARDS, TRAINING_STATE, find_damage, list_checkpoints
-from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag
-from gpt2xla.errors import InputError
+from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
+from gpt2xla.errors import InputError, blaming
 from gpt2xla.model import GPT2
 from gpt2xla.optim import MOMENTS
 from gpt2xla.pt_file import load_pt_model
+from gpt2xla.weights import StoredWeights, parameter_shapes
 
 # Options of this call, not of the run that is continued.
 _NOT_CONTINUED = {
     "checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "wandb_resume_id", "verify_data",
 }  # fmt: skip
+# Model options that a new run may choose otherwise than the checkpoint it starts from.
+_RESIZED = ("vocab_size", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,14 @@ class Start:
     Attributes:
         config: the run's options, completed from the checkpoint where the user did not set them.
         source: the checkpoint folder or file, None for new weights.
-        weights: by our parameter names, on the CPU; None for new weights.
+        weights: those of the source, still on disk; None for new weights.
         training: what `checkpoint.save` stored of the run to be continued; None when a new run begins at step 0.
         notes: lines for the user: damaged checkpoints that were passed over, options that changed.
     """
 
     config: RunConfig
     source: Path | None = None
-    weights: dict[str, Tensor] | None = None
+    weights: StoredWeights | None = None
     training: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
@@ -48,8 +52,13 @@ class Start:
     def step(self) -> int:
         return self.training["step"] if self.training else 0
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether nothing is left to do of what follows a step; not so where the run was stopped in it."""
+        return self.training.get("is_evaluated", True) if self.training else True
+
     def build_model(self) -> GPT2:
-        """The model with its first weights, on the CPU. Raises InputError if the weights are not this model's."""
+        """The model with its first weights, on the CPU. Raises InputError if they cannot be read."""
         if self.source is not None and self.weights is not None:
             return build_model(self.config.model, self.weights, self.source)
         with torch.device("meta"):
@@ -75,8 +84,10 @@ def find_start(config: RunConfig) -> Start:
     if continues:
         config = _complete(config, source, notes)
     saved_model, weights = load_weights(source)
+    if not continues:
+        saved_model = _resize(config, saved_model, source, notes)
     config = dataclasses.replace(config, model=_agree(config, saved_model, source))
-    training = _load_training_state(source, weights) if continues and not config.general.do_test else None
+    training = _load_training_state(source, config.model) if continues and not config.general.do_test else None
     return Start(config, source, weights, training, tuple(notes))
 
 
@@ -92,20 +103,25 @@ def locate(name: str) -> Path:
     return hf.find_folder(name)
 
 
-def load_weights(source: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Model configuration and weights, on the CPU and in our names, of a folder or `.pt` file. Raises InputError."""
+def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
+    """Model configuration and weights of a folder or `.pt` file. Raises InputError."""
     return load_pt_model(source) if source.is_file() else hf.load_model(source)
 
 
-def build_model(config: ModelConfig, weights: dict[str, Tensor], source: Path) -> GPT2:
-    """The model, made of these very tensors, in fp32. Raises InputError if they are not those of such a model."""
+def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:
+    """The model on the CPU, in fp32, with these weights: filled tensor by tensor, so that there is one copy of them.
+
+    The vocabulary is padded with zeros and positions are cut as `config` says. Raises InputError if `source` cannot be read.
+    """
     with torch.device("meta"):
         model = GPT2(config)
-    try:
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source} does not hold the model that its configuration describes: {reason}") from None
+    model.to_empty(device="cpu")
+    with torch.no_grad(), blaming(str(source)):
+        for name, parameter in model.named_parameters():
+            stored = weights[name]
+            rows = min(len(stored), len(parameter))
+            parameter[:rows] = stored[:rows]
+            parameter[rows:] = 0.0
     return model
 
 
@@ -190,26 +206,53 @@ def _as_given(value: Any) -> Any:
 
 def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:
     """The checkpoint's model; options the user gave must say the same, but for dropout, which is free to change."""
-    for field in dataclasses.fields(ModelConfig):
+    for field in options_of(ModelConfig):
         asked, found = getattr(config.model, field.name), getattr(saved, field.name)
         if field.name in config.given and field.name != "dropout" and asked != found:
             raise InputError(
                 f"{flag(field.name)} {asked} contradicts {source}, where it is {found}; leave the flag out or use {found}"
+                + (", or begin a new run with its weights (--resume never)" if field.name in _RESIZED else "")
             )
     return dataclasses.replace(saved, dropout=config.model.dropout) if "dropout" in config.given else saved
 
 
-def _load_training_state(source: Path, weights: dict[str, Tensor]) -> dict[str, Any]:
-    file = source / TRAINING_STATE
+def _resize(config: RunConfig, saved: ModelConfig, source: Path, notes: list[str]) -> ModelConfig:
+    """The checkpoint's model with its vocabulary padded and its positions cut to what the user asked for. The model stays
+    the same function: of the sequences that it can still read, and of the ids that it had."""
+    asked, tokens = config.model, saved.real_vocab_size
+    if "vocab_size" in config.given and asked.vocab_size != saved.vocab_size:
+        if asked.vocab_size < tokens:
+            aligned = -(-tokens // 128) * 128
+            raise InputError(
+                f"--vocab-size {asked.vocab_size} is less than the {tokens} ids of {source}; use {tokens}, or {aligned} for "
+                "aligned shapes"
+            )
+        padding = asked.vocab_size - tokens
+        saved = dataclasses.replace(saved, vocab_size=asked.vocab_size, vocab_padding=padding)
+        if padding:
+            notes.append(f"vocabulary: {tokens:,} ids and {padding} of padding, which are never predicted")
+    if "seq_length" in config.given and asked.seq_length != saved.seq_length:
+        if asked.seq_length > saved.seq_length:
+            raise InputError(
+                f"--seq-length {asked.seq_length} is more than the {saved.seq_length} positions that {source} has; use at "
+                f"most {saved.seq_length}"
+            )
+        notes.append(f"positions: the first {asked.seq_length} of {saved.seq_length}")
+        saved = dataclasses.replace(saved, seq_length=asked.seq_length)
+    saved.check()
+    return saved
+
+
+def _load_training_state(source: Path, model: ModelConfig) -> dict[str, Any]:
+    file, shapes = source / TRAINING_STATE, parameter_shapes(model)
     try:
         training = torch.load(file, map_location="cpu", weights_only=True)
         step, optimizer = int(training["step"]), training["optimizer"]
         if (source / SHARDS).is_dir():
             file = source / SHARDS
-            shapes = {name: tensor.shape for name, tensor in weights.items()}
             optimizer |= sharded_state.load(file, dict.fromkeys(MOMENTS, shapes))
-        sizes = [{name: t.shape for name, t in part.items()} for part in (weights, *(optimizer[m] for m in MOMENTS))]
-        is_whole = step >= 0 and sizes[0] == sizes[1] == sizes[2] and {"runtime", "data"} <= training.keys()
+        sizes = [{name: t.shape for name, t in optimizer[moment].items()} for moment in MOMENTS]
+        is_whole = step >= 0 and sizes == [shapes, shapes] and {"runtime", "data"} <= training.keys()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):

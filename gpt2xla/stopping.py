@@ -1,4 +1,4 @@
-"""Stopping before the last step: on SIGTERM, on Ctrl-C, after --max-hours, and all processes of a run after the same step."""
+"""Stopping before the last step: on SIGTERM, on Ctrl-C, after --max-hours, and all processes of a run at the same step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _STEPS_BEHIND = 2
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT are a wish instead of an end, once a trainer heeds it: the first is noted, and a second
-    one, a second or more later, ends the process at once. As long as nobody heeds them they do what they did before.
+    """While entered, SIGTERM and SIGINT are a wish instead of an end, once a trainer heeds it: the first is noted, and
+    another, a second or more later, ends the process at once. As long as nobody heeds them they do what they did before.
 
     Signals are passed on to worker processes. Given to one as an argument, this is made and entered anew there, in its main
     thread, the only one where Python lets signals be handled.
@@ -79,9 +79,13 @@ def _in_worker() -> StopSignals:
     return StopSignals().__enter__()
 
 
+class Stopped(Exception):
+    """All processes have agreed to stop, in the middle of an evaluation."""
+
+
 class Stop:
-    """How all processes come to stop after the same step, though each has signals and a clock of its own: with every step the
-    number of those that wish to is added up on the devices, and what is known of it some steps later decides.
+    """How all processes come to stop at the same step, though each has signals and a clock of its own: with every step
+    the number of those that wish to is added up on the devices, and what is known of it some steps later decides.
 
     Args:
         signals: None where nobody listens for them, as in a notebook.
@@ -98,7 +102,8 @@ class Stop:
             signals.heeded = True
 
     def ask(self) -> Tensor:
-        """Inside a step, the same on all processes: how many of them wish to stop, on the device, for `hearer`."""
+        """Inside a step of training or evaluation, the same on all processes: how many of them wish to stop, on the
+        device, for `hearer`."""
         self._asked += 1
         return self.runtime.sum(self.runtime.flag(self.reason != ""))
 

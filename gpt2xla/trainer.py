@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,18 @@ from gpt2xla import checkpoint, optim
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.mixture import PATTERN
 from gpt2xla.data.opening import check_same_tokenizer, open_training, open_validation
-from gpt2xla.data.windows import Batch, TrainingOrder, Windows, share_of, validation_batches
+from gpt2xla.data.windows import TrainingOrder, Windows, share_of
 from gpt2xla.errors import InputError, RunFailed, blaming
+from gpt2xla.evals.hellaswag import HellaSwag, Questions, encode_items, read_items
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.exits import leaving_together
 from gpt2xla.lock import alone
-from gpt2xla.metrics import ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
+from gpt2xla.metrics import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
 from gpt2xla.runtime.base import Runtime
+from gpt2xla.samples import Sampler
 from gpt2xla.saving import BackgroundSaves
 from gpt2xla.start import Start, find_start
-from gpt2xla.stopping import Stop, StopSignals
+from gpt2xla.stopping import Stop, Stopped, StopSignals
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
 from gpt2xla.train_step import TrainStep
 
@@ -53,7 +55,7 @@ def pretrain(
             )
         if config.general.do_test:
             test(start, runtime)
-        elif start.step and start.step == start.config.train.train_steps:
+        elif start.step and start.step == start.config.train.train_steps and start.is_evaluated:
             if runtime.is_main:
                 print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to go on")
         else:
@@ -63,19 +65,39 @@ def pretrain(
 
 
 def test(start: Start, runtime: Runtime) -> None:
-    """Print loss and perplexity of the checkpoint on the validation split."""
+    """Print loss and perplexity of the checkpoint on the validation split. If --checkpoints-dir was given or exists, they
+    are added to its test.jsonl; a run's own log stays as it is."""
     if start.source is None:
         raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
     config = start.config
-    windows = _validation_windows(config, runtime)
+    windows = open_validation(config)
     _match_tokenizer(config, [start.source], [windows])
     model = start.build_model()
     runtime.setup_model(model)
-    result = Validator(model, runtime).run(_validation_share(config, windows, runtime))
+    result = Validator(config, windows, model, runtime).run()
     if runtime.is_main:
-        print(
-            f"{start.source}: loss {result.loss:.6f}, perplexity {perplexity(result.loss):.4f} on {result.tokens:,} tokens"
-        )
+        print(f"{start.source}: {result}; the split has {windows.stream.length - 1:,} to predict")
+        _log_test(config, start.source, result)
+
+
+def _log_test(config: RunConfig, source: Path, result: Validation) -> None:
+    folder = Path(config.general.checkpoints_dir)
+    line = {
+        "step": checkpoint.step_of(source),
+        "checkpoint": str(source),
+        "valid_dir": config.data.valid_dir,
+    }
+    line |= result.line() | {"valid_perplexity": perplexity(result.loss), "time": time.time()}
+    sinks: list[Sink] = []
+    if "checkpoints_dir" in config.given or folder.is_dir():
+        with blaming(f"--checkpoints-dir {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            sinks.append(JsonlSink(folder / TEST_FILE))
+    if config.wandb.wandb_logging:
+        sinks.append(WandbSink(config, folder, None))
+    for sink in sinks:
+        sink.write(line)
+        sink.close()
 
 
 class Trainer:
@@ -86,7 +108,7 @@ class Trainer:
         self.runtime = runtime
         train = config.train
         sets, mixture = open_training(config)
-        self.valid_windows = _validation_windows(config, runtime)
+        self.valid_windows = open_validation(config)
         self.per_device = share_of("--train-batch-size", train.train_batch_size, runtime.devices)
         self.order = TrainingOrder(
             sets,
@@ -103,6 +125,7 @@ class Trainer:
         self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
         self._check_continues_same_data(start)
+        questions = self._hellaswag_questions()
         self.folder = Path(config.general.checkpoints_dir)
         self.holding = contextlib.ExitStack()
         if runtime.is_main:
@@ -115,8 +138,11 @@ class Trainer:
 
         self.model = start.build_model()
         self.train_step = TrainStep(config, runtime, self.model, start.training, self.stop, self._log_training)
-        self.validator = Validator(self.model, runtime)
-        self.first_step = start.step
+        self.validator = Validator(config, self.valid_windows, self.model, runtime, stop=self.stop)
+        self.validation: Validation | None = None
+        self.hellaswag = questions and HellaSwag(questions, self.model, runtime, train.eval_batch_size, self.stop)
+        self.sampler = Sampler(config, self.model, self.tokenizer, runtime) if train.sample_interval else None
+        self.first_step, self.is_evaluated = start.step, start.is_evaluated
         self.throughput = Throughput(self.tokens_per_step, self.model.flops_per_token(), runtime.peak_flops())
         self.wandb: WandbSink | None = None
         self.sinks: list[Sink] = []
@@ -127,7 +153,7 @@ class Trainer:
     def run(self) -> None:
         with self.holding:
             try:
-                step, validated = self._loop()
+                step = self._loop()
             finally:
                 is_saved = self.saves.wait()
                 for sink in self.sinks:
@@ -138,16 +164,19 @@ class Trainer:
                 f"there is no checkpoint of step {step}; mend what stands above, and start the same command again"
             )
         if self.runtime.is_main:
-            self._print_end(step, validated)
+            self._print_end(step)
 
-    def _loop(self) -> tuple[int, Validation | None]:
-        """Train to the last step or until all agree to stop: (the step reached, the last validation if it was of that step)."""
+    def _loop(self) -> int:
+        """Train to the last step, or until all processes agree to stop: the step reached."""
         config, runtime = self.config.train, self.runtime
         train_step = runtime.compile_step(self.train_step, "training step")
-        batches = runtime.device_batches(self.order.batches(self.first_step))
-        validated: Validation | None = None
         step, stopping = self.first_step, False
         self.model.train()
+        if not self.is_evaluated:
+            stopping = not self._evaluate(step)
+            with runtime.part("saving"):
+                self._save(step, is_evaluated=not stopping)
+        batches = runtime.device_batches(self.order.batches(step))
         self.throughput.restart()
         while step < config.train_steps and not stopping:
             train_step(batches, step)
@@ -157,22 +186,48 @@ class Trainer:
                 runtime.wait()
                 self.throughput.restart()
 
-            stopping = self.stop.agreed()
-            is_last = step == config.train_steps
-            validate = is_last or (config.valid_interval and step % config.valid_interval == 0)
-            validated = None
-            if validate and not stopping:
-                with runtime.part("validation"):
-                    validated = self._validate(step)
-                stopping = validated is None
-            save = is_last or stopping or (config.save_interval and step % config.save_interval == 0)
-            if save:
+            is_evaluated = not self.stop.agreed() and self._evaluate(step)
+            stopping = not is_evaluated
+            if stopping or self._is_due(config.save_interval, step):
                 with runtime.part("saving"):
-                    self._save(step)
-            if validate or save:
+                    self._save(step, is_evaluated)
                 self.throughput.restart()
         runtime.wait()
-        return step, validated
+        return step
+
+    def _is_due(self, interval: int, step: int) -> bool:
+        return step == self.config.train.train_steps or bool(interval and step % interval == 0)
+
+    def _evaluate(self, step: int) -> bool:
+        """Do what is due after `step`. False if all processes agreed to stop meanwhile."""
+        config = self.config.train
+        evaluations = (
+            ("validation", self._validate, self._is_due(config.valid_interval, step)),
+            ("HellaSwag", self._evaluate_hellaswag, self.hellaswag and self._is_due(config.hellaswag_interval, step)),
+            ("sampling", self._sample, self.sampler and self._is_due(config.sample_interval, step)),
+        )
+        for name, evaluate, is_due in evaluations:
+            if is_due:
+                self.runtime.wait()
+                try:
+                    with self.runtime.part(name):
+                        self._log({"step": step, "tokens": step * self.tokens_per_step} | evaluate())
+                except Stopped:
+                    return False
+                self.throughput.restart()
+        return True
+
+    def _validate(self) -> dict[str, Any]:
+        self.validation = self.validator.run()
+        return self.validation.line()
+
+    def _evaluate_hellaswag(self) -> dict[str, Any]:
+        assert self.hellaswag
+        return self.hellaswag.run().line()
+
+    def _sample(self) -> dict[str, Any]:
+        assert self.sampler
+        return {"sample": self.sampler.run()}
 
     def _log_training(self, step: int, lr: float) -> Callable[[float, float], None]:
         trace_ms = self.runtime.trace_ms()
@@ -201,25 +256,12 @@ class Trainer:
         self.skipped += 1
         if self.skipped > self.config.train.skip_nonfinite:
             raise RunFailed(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}: the run has diverged. It read {self.order.describe(step - 1)}; "
-                "this update was not made, and older checkpoints are good: go on from one with --resume and a lower "
+                f"step {step}: loss {loss}, gradient norm {grad_norm}: the run has diverged. It read "
+                f"{self.order.describe(step - 1)}; this update was not made, and older checkpoints are good: go on from one with --resume and a lower "
                 "--learning-rate, or leave such updates out with --skip-nonfinite"
             )
 
-    def _validate(self, step: int) -> Validation:
-        self.runtime.wait()
-        result = self.validator.run(_validation_share(self.config, self.valid_windows, self.runtime))
-        self._log(
-            {
-                "step": step,
-                "tokens": step * self.tokens_per_step,
-                "valid_loss": result.loss,
-                "valid_tokens": result.tokens,
-            }
-        )
-        return result
-
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, is_evaluated: bool) -> None:
         self.runtime.wait()
         optimizer = optim.export_state(self.model, self.train_step.optimizer)
         shards = checkpoint.shards_folder(self.folder, step)
@@ -230,6 +272,7 @@ class Trainer:
         if self.runtime.is_main:
             training = {
                 "step": step,
+                "is_evaluated": is_evaluated,
                 "optimizer": {"step": int(updates["step"].item()), **moments},
                 "runtime": self.runtime.state_dict(),
                 "data": self._data_position(),
@@ -261,18 +304,22 @@ class Trainer:
         for note in checkpoint.prepare_folder(self.folder, start.step):
             print(note)
         checkpoint.write_run_config(self.folder, self.config)
-        self.sinks = [JsonlSink(self.folder, start.step), ConsoleSink(start.step, self.config.train.train_steps)]
+        self.sinks = [
+            JsonlSink(self.folder / METRICS_FILE, start.step, start.is_evaluated),
+            ConsoleSink(start.step, self.config.train.train_steps),
+        ]
         if self.config.wandb.wandb_logging:
             self.wandb = WandbSink(self.config, self.folder, start.training["wandb_id"] if start.training else None)
             self.sinks.append(self.wandb)
 
-    def _print_end(self, step: int, validated: Validation | None) -> None:
+    def _print_end(self, step: int) -> None:
         if step < self.config.train.train_steps:
             print(
                 f"stopped by {self.stop.reason or 'another process'} after step {step}; the same command goes on from there"
             )
-        elif validated:
-            print(f"done: validation loss {validated.loss:.4f}, perplexity {perplexity(validated.loss):.2f}")
+        elif self.validation:
+            loss = self.validation.loss
+            print(f"done: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
         print(f"checkpoint: {self.folder / f'step-{step:08d}'}")
 
     def _print_summary(self, start: Start) -> None:
@@ -333,6 +380,19 @@ class Trainer:
             return sets[0].stream.fingerprint
         return " + ".join(f"{c}/{PATTERN} of {w.stream.fingerprint}" for w, c in zip(sets, counts, strict=True))
 
+    def _hellaswag_questions(self) -> Questions | None:
+        """Read before the first step, so that what is wrong with them shows at once."""
+        train = self.config.train
+        if not train.hellaswag_interval:
+            return None
+        if self.tokenizer is None:
+            raise InputError(
+                f"--hellaswag-interval {train.hellaswag_interval} needs a tokenizer, and none lies beside the shards; name "
+                "theirs with --tokenizer"
+            )
+        items = read_items(train.hellaswag_data, "--hellaswag-data")
+        return encode_items(items, self.tokenizer, self.config.model.seq_length)
+
     def _check_continues_same_data(self, start: Start) -> None:
         saved = start.training["data"] if start.training else {}
         for option, value in self._data_position().items():
@@ -347,18 +407,7 @@ class Trainer:
             )
 
 
-def _validation_windows(config: RunConfig, runtime: Runtime) -> Windows:
-    share_of("--eval-batch-size", config.train.eval_batch_size, runtime.devices)
-    return open_validation(config)
-
-
-def _validation_share(config: RunConfig, windows: Windows, runtime: Runtime) -> Iterator[Batch]:
-    return validation_batches(
-        windows, config.train.eval_batch_size, config.train.valid_steps, runtime.rank, runtime.world_size
-    )
-
-
 def _match_tokenizer(config: RunConfig, folders: list[Path], windows: list[Windows]) -> Tokenizer | None:
     check_same_tokenizer(windows)
     manifests = [w.stream.manifest for w in windows if w.stream.manifest]
-    return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.vocab_size)
+    return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.real_vocab_size)

@@ -38,7 +38,18 @@ def main() -> None:
         raise InputError(f"--steps {options.steps}: choose a number of at least 2")
     folder = Path(options.output_dir)
     tokenizer, data, checkpoints = folder / "tokenizer", folder / "data", folder / "checkpoints"
-    text = ["--input", sysconfig.get_path("stdlib"), "--suffixes", ".py", ".txt", ".rst", "--exclude", "site-packages"]
+    text = [
+        "--input",
+        sysconfig.get_path("stdlib"),
+        "--suffixes",
+        ".py",
+        ".txt",
+        ".rst",
+        "--exclude",
+        "site-packages",
+        "test",
+        "tests",
+    ]
     if not (tokenizer / "tokenizer.json").exists():
         run("scripts/train_tokenizer.py", *text, "--output-dir", tokenizer, "--vocab-size", 4096)
     if not (data / "test").exists():

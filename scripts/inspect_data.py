@@ -23,7 +23,11 @@ def main() -> None:
     parser = OneLineParser(description="Show what a folder of token shards holds, and check all of it.")
     parser.add_argument("folder", metavar="DIR", help="folder of token shards, or one with train/ and test/")
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
-    parser.add_argument("--tokenizer", metavar="TEXT", help="the shards' tokenizer, where none lies beside them")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="TEXT",
+        help="the shards', if none lies beside them: a tiktoken name, 'bytes', a hub id, a tokenizer.json or its folder",
+    )
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the shards with their hashes"
     )

@@ -21,7 +21,7 @@ class TextConfig(PrepareConfig):
     )
     output_dir: str = option(MISSING, "folder to make train/ and test/ in")
     suffixes: tuple[str, ...] = option(TEXT_SUFFIXES, "endings of the files to take from folders")
-    exclude: tuple[str, ...] = option((), "names of folders to leave out")
+    exclude: tuple[str, ...] = option((), "names of files and folders to leave out")
     split_by: Literal["file", "blank-lines", "line"] = option("file", "what a document is in a text file")
     text_column: str = option("text", "column or field that holds the text in parquet and jsonl files")
 

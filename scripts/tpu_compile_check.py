@@ -6,6 +6,7 @@ Asks the TPU's own compiler; no TPU is needed. Needs the extra tpu-check. Exit c
 
 import importlib.util
 import json
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ class CheckConfig(XlaConfig):
 
 
 def main() -> None:
+    # As Ctrl-C does: the process that traces or compiles is ended, and its folder removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     config, options = parse_run(CheckConfig, description="Compile a run's training step for TPUs, without a TPU.")
     config.model.check()
     if unknown := [name for name in options.topology if name not in TOPOLOGIES]:

@@ -38,11 +38,13 @@ class TokenizerConfig:
         (), "tokens whose ids follow that of <|endoftext|>, which comes after the merges"
     )
     suffixes: tuple[str, ...] = option((".txt", ".md"), "endings of the files to take from --input's folders")
-    exclude: tuple[str, ...] = option((), "names of folders to leave out")
+    exclude: tuple[str, ...] = option((), "names of files and folders to leave out")
     split_by: Literal["file", "blank-lines", "line"] = option("file", "what a document is in a text file")
 
     def check(self) -> None:
         """Raises InputError."""
+        if not self.output_dir:
+            raise InputError("--output-dir is empty; name a folder")
         if bool(self.input) == bool(self.dataset):
             raise InputError("give either --input or --dataset")
         least = 257 + len(self.special_tokens)

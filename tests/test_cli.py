@@ -142,7 +142,7 @@ def test_compile_gives_the_same_losses(trained: Path, data_flags: list[str], tmp
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=1e-4)
 
 
-def test_do_test_prints_the_checkpoints_loss_and_writes_nothing(
+def test_do_test_prints_the_checkpoints_loss_and_writes_a_line(
     trained: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
     last = [line["valid_loss"] for line in metrics(trained) if "valid_loss" in line][-1]
@@ -157,7 +157,7 @@ def test_do_test_prints_the_checkpoints_loss_and_writes_nothing(
     text = succeed(run("run_pretrain.py", *flags, "--eval-batch-size", 4, "--valid-steps", 3))
     assert f"loss {last:.6f}" in text
     assert f"perplexity {np.exp(last):.4f} on 192 tokens" in text
-    assert not (tmp_path / "c").exists()
+    assert [file.name for file in (tmp_path / "c").iterdir()] == ["test.jsonl"]
 
 
 def test_max_hours_stops_with_a_checkpoint_and_the_run_goes_on(

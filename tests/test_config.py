@@ -80,6 +80,19 @@ def test_a_run_written_as_json_reads_back_the_same(tmp_path: Path) -> None:
     assert again.to_flat() == config.to_flat()
 
 
+def test_valid_steps_is_a_number_or_all(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for text, value in (("7", 7), ("all", "all")):
+        config, _ = parse_run(TorchConfig, ["--valid-steps", text])
+        assert config.train.valid_steps == value
+        for written in (f"valid_steps: {text}\n", json.dumps(config.to_flat())):
+            file.write_text(written)
+            assert parse_run(TorchConfig, ["--config", str(file)])[0].train.valid_steps == value
+    for text in ("some", "0", "-3", "1.5"):
+        with pytest.raises(InputError, match=f"--valid-steps.*{text}"):
+            parse_run(TorchConfig, ["--valid-steps", text])
+
+
 def test_d_ff_follows_d_model() -> None:
     config, _ = parse_run(TorchConfig, ["--d-model", "96"])
     assert config.model.d_ff == 384

@@ -52,6 +52,7 @@ CONFLICTS = {
     "old python": (changed(python=(3, 9)), ["Python 3.9", "3.10 to 3.13"]),
     "no device named": (changed(environment={}), ["PJRT_DEVICE is not set", "PJRT_DEVICE=TPU"]),
     "unknown device": (changed(environment={"PJRT_DEVICE": "tpu"}), ["PJRT_DEVICE=tpu", "choose TPU"]),
+    "replicas": (changed(environment={"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "x"}), ["CPU_NUM_DEVICES=x", "such as 2"]),
     "addresses": (with_variables(TPU_PROCESS_ADDRESSES="local"), ["TPU_PROCESS_ADDRESSES", "unset TPU_PROCESS"]),
     "task id": (with_variables(CLOUD_TPU_TASK_ID="0"), ["CLOUD_TPU_TASK_ID", "unset CLOUD_TPU_TASK_ID"]),
     "XRT": (with_variables(XRT_TPU_CONFIG="localservice;0;localhost:51011"), ["XRT_TPU_CONFIG", "unset XRT_TPU_CONFIG"]),
@@ -100,6 +101,10 @@ MESSAGES = {
     "RuntimeError: TPU initialization failed: open(/dev/accel0): Operation not permitted": "another process holds",
     "RuntimeError: Invalid --2a886c8_slice_builder_worker_addresses specified. Expected 4 worker addresses, got 1": (
         "unset TPU_PROCESS_ADDRESSES and CLOUD_TPU_TASK_ID"
+    ),
+    "F xla/parse_flags_from_env.cc:234] Unknown flag in XLA_FLAGS: --nonsense": "correct it, or unset XLA_FLAGS",
+    "E tsl/util/command_line_flags.cc:109] Couldn't interpret value maybe for flag xla_x\nusage: of XLA_FLAGS\n  an Error": (
+        "correct that flag in XLA_FLAGS"
     ),
     "requests.exceptions.ConnectionError: HTTPConnectionPool(host='metadata.google.internal')": "no TPU metadata",
 }

@@ -1,5 +1,6 @@
 """generate.py as a user runs it."""
 
+import json
 import os
 import pty
 import select
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run, succeed
+from conftest import ROOT, run, run_xla, succeed
 
 from gpt2xla import hf
 from gpt2xla.config import ModelConfig
@@ -83,6 +84,58 @@ def test_ctrl_c_stops_a_text_and_asks_anew(model: Path) -> None:
         os.close(terminal)
 
 
+def test_a_file_of_prompts_becomes_json_lines(model: Path, tmp_path: Path) -> None:
+    """Blank lines are no prompts; each text is that of the prompt alone, and sample 1 that of the next seed's sample 0."""
+    prompts, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    prompts.write_bytes("Hello\n\n  \nÜber alle\r\nx".encode())
+    flags = ["--model", model, "--max-new-tokens", 30, "--top-k", 40, "--seed", 4, "--device", "cpu"]
+    files = ["--prompts-file", prompts, "--output", output, "--batch-size", 2, "--num-samples", 2]
+    assert succeed(run("generate.py", *flags, *files)) == ""
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["Hello", "Über alle", "x"]
+    assert [line["prompt_tokens"] for line in lines] == [5, 10, 1]
+    assert all(line["new_tokens"] == [30, 30] and len(set(line["texts"])) == 2 for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.jsonl"]
+    for seed, text in zip((4, 5), lines[1]["texts"], strict=True):
+        alone = succeed(run("generate.py", *flags, "--prompt", "Über alle", "--seed", seed))
+        assert alone == f"Über alle{text}\n"
+
+
+def test_several_samples_are_shown_one_after_another(model: Path) -> None:
+    flags = ["--model", model, "--prompt", "Hi", "--max-new-tokens", 5, "--num-samples", 3, "--dtype", "bf16"]
+    shown = succeed(run("generate.py", *flags))
+    assert [f"--- sample {n} of 3 ---\nHi" in shown for n in (1, 2, 3)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompts", "culprit"),
+    [(b"\n \n", "holds no prompt"), (b"\xff\xfe", "not UTF-8")],
+)
+def test_a_file_without_prompts_is_refused_and_nothing_written(
+    model: Path, tmp_path: Path, prompts: bytes, culprit: str
+) -> None:
+    (tmp_path / "in.txt").write_bytes(prompts)
+    files = ["--prompts-file", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl"]
+    result = run("generate.py", "--model", model, *files)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert culprit in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_on_xla_the_text_is_the_same(model: Path) -> None:
+    flags = ["--model", model, "--prompt", "Hello", "--max-new-tokens", 40, "--temperature", 0]
+    here = succeed(run("generate.py", *flags, "--device", "cpu"))
+    assert succeed(run_xla(*flags, "--device", "xla", program="generate.py")) == here
+
+
+def test_a_device_that_is_not_there_is_refused(model: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    result = run("generate.py", "--model", model, "--prompt", "x", "--device", "cuda")
+    assert result.returncode == 2
+    assert "--device cuda: torch finds none here" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "culprit"),
     [
@@ -93,6 +146,12 @@ def test_ctrl_c_stops_a_text_and_asks_anew(model: Path) -> None:
         (["--top-k", "-1"], "--top-k -1"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["--tokenizer", "klingon"], "klingon"),
+        (["--repetition-penalty", "0"], "--repetition-penalty 0"),
+        (["--num-samples", "0"], "--num-samples 0"),
+        (["--stop", ""], "--stop"),
+        (["--output", "x.jsonl"], "--output"),
+        (["--prompts-file", "prompts.txt"], "--prompts-file"),
+        (["--seed", "-1"], "--seed -1"),
     ],
 )
 def test_wrong_input_is_one_line(model: Path, flags: list[str], culprit: str) -> None:

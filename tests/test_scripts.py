@@ -1,12 +1,15 @@
 """The data scripts: what they write, against the text they were given."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run, succeed, training_losses
+from conftest import ROOT, run, succeed, training_losses
 
 from gpt2xla.data import inspection
 from gpt2xla.data.inspection import contents
@@ -80,7 +83,7 @@ def test_prepared_shards_decode_to_the_documents_each_in_one_split(texts: Path, 
         (["--input", "README.md", "--test-fraction", "1"], "--test-fraction 1"),
         (["--input", "README.md", "--shard-size", "0"], "--shard-size 0"),
         (["--input", "README.md", "--tokenizer", "klingon"], "klingon"),
-        (["--input", "README.md"], "split came out empty"),
+        (["--input", "README.md"], "README.md is a single document"),
         ([], "--input"),
     ],
 )
@@ -278,6 +281,30 @@ def test_an_output_that_cannot_be_is_one_line(texts: Path, trained: Path, tmp_pa
         assert result.returncode == 2, result.stderr
         assert len(result.stderr.splitlines()) == 1
         assert str(file) in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prepare_text.py --input README.md LICENSE --output-dir",
+        "prepare_fineweb.py --input README.md LICENSE --output-dir",
+        "prepare_dataset.py --dataset tests --output-dir",
+        "train_tokenizer.py --input README.md --output-dir",
+        "prepare_text.py --output-dir x --tokenizer bytes --input",
+        "prepare_dataset.py --tokenizer bytes --output-dir x --dataset",
+        "inspect_data.py",
+    ],
+)
+def test_an_empty_name_is_not_the_folder_one_is_in(command: str, tmp_path: Path) -> None:
+    program, *flags = command.split()
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / program, *flags, ""],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert f"{flags[-1] if flags else 'DIR'} is empty; " in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_unigram_entropy_equals_its_definition(tmp_path: Path) -> None:

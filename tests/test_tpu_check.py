@@ -2,10 +2,15 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import require_xla, run
+from conftest import ROOT, require_xla, run
 
 from gpt2xla.tpu_check.hlo import Allocation, Program, module_of
 
@@ -70,6 +75,28 @@ def test_a_step_that_fits(tmp_path: Path) -> None:
     assert report["cycles"] > report["kernel_cycles"] > 0
     assert report["largest"], "an array at least, whatever it is in so small a model"
     assert f"fits, {report['peak_gib']:.2f} of 15.75 GiB" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_by_a_signal_it_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """To the program alone, as a job's end comes; at a terminal the processes that it started get Ctrl-C, too."""
+    require_xla()
+    if not importlib.util.find_spec("libtpu"):
+        pytest.skip("needs libtpu: pip install -e '.[tpu-check]'")
+    with subprocess.Popen(
+        [sys.executable, "scripts/tpu_compile_check.py", *SMALL, "--train-batch-size", "32"],
+        cwd=ROOT, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert "tracing" in process.stderr.readline()
+        while not (children := list(tmp_path.glob("gpt2xla-*/request.json"))):
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        assert process.stderr.read() == ""
+    assert not list(tmp_path.iterdir())
+    commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert not any(str(children[0]).encode() in command for command in commands)
 
 
 @pytest.mark.slow

@@ -5,9 +5,8 @@ Texts travel as Arrow arrays, a few MB at a time: no Python string is made of a 
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +16,9 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
-import pyarrow.json
 import pyarrow.parquet
 
+from gpt2xla.data import json_lines, text_file
 from gpt2xla.errors import InputError, blaming
 
 Split = Literal["train", "test"]
@@ -30,7 +29,6 @@ ALL_SUFFIXES = (".parquet", ".arrow", *JSON_SUFFIXES, *TEXT_SUFFIXES, ".txt.gz",
 _NO_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".tar.gz", ".npy", ".bin", ".pdf", ".xml.gz")
 _BLOCK_BYTES = 4 << 20
 _ROWS_AT_ONCE = 64
-_LONGEST_JSON_LINE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,8 @@ class Block(NamedTuple):
 
 
 def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
-    """The documents from `start` on, without the empty ones, in blocks of about 4 MB.
+    """The documents from `start` on, without the empty ones, in blocks of about 4 MB. The last one, and no other, is `after`
+    all parts.
 
     Raises:
         InputError: a part cannot be read as what its name says.
@@ -81,12 +80,12 @@ def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
         with part.opened() as file:
             for texts in _readable(part, file):
                 fresh = texts[max(0, skipped - documents) :]
-                documents += len(texts)
-                if len(fresh):
-                    held.append(fresh)
-                if sum(array.nbytes for array in held) >= _BLOCK_BYTES:
+                if len(fresh) and sum(array.nbytes for array in held) >= _BLOCK_BYTES:
                     yield Block(pa.concat_arrays(held), part.split, Position(number, documents))
                     held = []
+                if len(fresh):
+                    held.append(fresh)
+                documents += len(texts)
     if held:
         yield Block(pa.concat_arrays(held), parts[-1].split, Position(len(parts), 0))
 
@@ -94,7 +93,6 @@ def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
 def _readable(part: Part, file: Path) -> Iterator[pa.LargeStringArray]:
     try:
         for array in part.read(file):
-            _check_type(part, array.type)
             texts = array.cast(pa.large_string())
             texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
             texts.validate(full=True)  # parquet promises UTF-8, and nobody checks
@@ -104,60 +102,55 @@ def _readable(part: Part, file: Path) -> Iterator[pa.LargeStringArray]:
         raise InputError(f"{part.name} cannot be read ({reason}); mend it, or copy or make it again") from None
 
 
-def _check_type(part: Part, kind: pa.DataType) -> None:
-    """Numbers and dates would become text, too, without a word."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    texts = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_string_view,
-        pa.types.is_binary,
-        pa.types.is_null,
-    )
-    if not any(is_text(kind) for is_text in texts):
-        raise InputError(f"{part.name}: {part.how} holds {kind}, not text; choose another with --text-column")
-
-
 def local_parts(
-    paths: Iterable[str | Path],
+    paths: Sequence[str | Path],
     *,
     suffixes: tuple[str, ...] = ALL_SUFFIXES,
     exclude: tuple[str, ...] = (),
     column: str = "text",
     split_by: str = "file",
     option: str = "--input",
+    say: Callable[[str], None] = print,
 ) -> list[Part]:
-    """Files, and those in or below folders whose name ends in one of `suffixes`, in sorted order, but not below folders
+    """Files, and those in or below folders whose name ends in one of `suffixes`, in sorted order, but no files or folders
     named in `exclude`: parquet, Arrow, JSON lines, and text in everything else, gzip and zstd among it. A folder that
     `datasets` saved is read in its own order; of several splits in one, "train".
 
     `column` holds the text in tables; `split_by` cuts text files: "file", "blank-lines" or "line".
 
     Raises:
-        InputError: a path does not exist, or nothing was found.
+        InputError: a path does not exist, nothing was found, or a text file begins as none does.
     """
     parts = []
     for file in _files(paths, suffixes, exclude, option):
+        read, how = reader(str(file), column, split_by, say)
         with blaming(f"{option} {file}"):
-            size = file.stat().st_size
-        parts.append(Part(str(file), size, partial(_here, file), *reader(file.name, column, split_by)))
+            if _is_text(file.name):  # an hour into the preparation would be late to say so
+                text_file.check_head(file, str(file))
+            parts.append(Part(str(file), file.stat().st_size, partial(_here, file), read, how))
     if not parts:
         raise InputError(f"{option} {' '.join(map(str, paths))}: no files ending in {', '.join(suffixes)}")
     return parts
 
 
-def reader(name: str, column: str, split_by: str = "line") -> tuple[Callable[[Path], Iterator[pa.Array]], str]:
-    """What reads a file of this name, and how."""
-    name = name.lower()
-    if name.endswith(".parquet"):
-        return partial(_read_parquet, column=column), f"column {column!r}"
-    if name.endswith(".arrow"):
-        return partial(_read_arrow, column=column), f"column {column!r}"
-    if name.endswith(JSON_SUFFIXES):
-        return partial(_read_json_lines, column=column), f"field {column!r}"
-    if name.endswith(_NO_TEXT):
+def reader(
+    name: str, column: str, split_by: str = "line", say: Callable[[str], None] = print
+) -> tuple[Callable[[Path], Iterator[pa.Array]], str]:
+    """What reads a file of this name, and how. Messages call it so, wherever it lies; `say` gets the warnings."""
+    lower = name.lower()
+    if lower.endswith(".parquet"):
+        return partial(_read_parquet, name=name, column=column), f"column {column!r}"
+    if lower.endswith(".arrow"):
+        return partial(_read_arrow, name=name, column=column), f"column {column!r}"
+    if lower.endswith(JSON_SUFFIXES):
+        return partial(json_lines.read, name=name, column=column), f"field {column!r}"
+    if lower.endswith(_NO_TEXT):
         raise InputError(f"{name} is no text; can read {', '.join(ALL_SUFFIXES)}, and what else is text")
-    return partial(_read_text, split_by=split_by), f"split by {split_by}"
+    return partial(text_file.read, name=name, split_by=split_by, say=say), f"split by {split_by}"
+
+
+def _is_text(name: str) -> bool:
+    return not name.lower().endswith((".parquet", ".arrow", *JSON_SUFFIXES))
 
 
 def documents_of(parts: Sequence[Part]) -> Iterator[str]:
@@ -171,8 +164,10 @@ def _here(file: Path) -> AbstractContextManager[Path]:
 
 
 def _files(
-    paths: Iterable[str | Path], suffixes: tuple[str, ...], exclude: tuple[str, ...], option: str
+    paths: Sequence[str | Path], suffixes: tuple[str, ...], exclude: tuple[str, ...], option: str
 ) -> Iterator[Path]:
+    if "" in paths:
+        raise InputError(f"{option} is empty; name a file or folder, the one you are in as .")
     for path in map(Path, paths):
         if (path / "dataset_dict.json").is_file():
             path = path / "train"
@@ -199,7 +194,7 @@ def _files_below(top: Path, suffixes: tuple[str, ...], exclude: tuple[str, ...],
             seen.add(real)
         subfolders.sort()
         for name in sorted(files):
-            if name.lower().endswith(suffixes):
+            if name.lower().endswith(suffixes) and name not in exclude:
                 yield _checked(Path(folder, name), option)
 
 
@@ -213,63 +208,41 @@ def _checked(file: Path, option: str) -> Path:
     return file
 
 
-def _read_parquet(file: Path, column: str) -> Iterator[pa.Array]:
+def _read_parquet(file: Path, name: str, column: str) -> Iterator[pa.Array]:
     with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
-        _check_column(file, column, table.schema_arrow.names)
+        _check_column(name, column, table.schema_arrow)
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
             yield batch.column(0)
 
 
-def _read_arrow(file: Path, column: str) -> Iterator[pa.Array]:
+def _read_arrow(file: Path, name: str, column: str) -> Iterator[pa.Array]:
     with pa.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
-        _check_column(file, column, batches.schema.names)
+        _check_column(name, column, batches.schema)
         for batch in batches:
             yield batch.column(column)
 
 
-def _read_json_lines(file: Path, column: str) -> Iterator[pa.Array]:
-    options = pyarrow.json.ParseOptions(
-        explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore"
-    )
-    size = pyarrow.json.ReadOptions(block_size=_LONGEST_JSON_LINE)
-    with pa.input_stream(str(file)) as source:
-        for batch in pyarrow.json.open_json(source, read_options=size, parse_options=options):
-            if batch.num_rows and batch.column(0).null_count == batch.num_rows:
-                raise InputError(f"{file} has no field {column!r} in its lines; name the right one: --text-column")
-            yield batch.column(0)
-
-
-def _read_text(file: Path, split_by: str) -> Iterator[pa.Array]:
-    with pa.input_stream(str(file)) as source, io.TextIOWrapper(source, encoding="utf-8", errors="replace") as lines:
-        held: list[str] = []
-        size = 0
-        for document in _documents_in(lines, split_by):
-            if document.strip():
-                held.append(document)
-                size += len(document)
-            if size >= _BLOCK_BYTES:
-                yield pa.array(held, pa.large_string())
-                held, size = [], 0
-        yield pa.array(held, pa.large_string())
-
-
-def _documents_in(lines: io.TextIOWrapper, split_by: str) -> Iterator[str]:
-    if split_by == "file":
-        yield lines.read()
-    elif split_by == "line":
-        for line in lines:
-            yield line.rstrip("\n")
+def _check_column(name: str, column: str, schema: pa.Schema) -> None:
+    texts = [field.name for field in schema if _holds_text(field.type)]
+    if column in texts:
+        return
+    if column in schema.names:
+        kind = str(schema.field(column).type)
+        held = f"column {column!r} holds {kind[:60]}{'...' * (len(kind) > 60)}, not text"
     else:
-        paragraph: list[str] = []
-        for line in lines:
-            if line.strip():
-                paragraph.append(line)
-            else:
-                yield "".join(paragraph).rstrip("\n")
-                paragraph = []
-        yield "".join(paragraph).rstrip("\n")
+        held = f"no column {column!r} but {', '.join(schema.names)}"
+    mend = f"text is in {', '.join(texts)}; choose with --text-column" if texts else "no column holds text"
+    raise InputError(f"{name}: {held}; {mend}")
 
 
-def _check_column(file: Path, column: str, names: list[str]) -> None:
-    if column not in names:
-        raise InputError(f"{file} has no column {column!r} but {', '.join(names)}; choose with --text-column")
+def _holds_text(kind: pa.DataType) -> bool:
+    """Numbers and dates would become text, too, without a word."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_null,
+    )
+    return any(is_text(kind) for is_text in texts)

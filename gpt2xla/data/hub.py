@@ -5,10 +5,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import http.client
+import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2xla.config import option
+from gpt2xla.data import passing_folder
 from gpt2xla.data.corpus import ALL_SUFFIXES, Part, Split, local_parts, reader
 from gpt2xla.errors import InputError, RunFailed, blaming
 
@@ -48,12 +49,14 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
         InputError: no such data set, configuration or split, or none that consists of files we read.
         RunFailed: the hub does not answer.
     """
+    if not options.dataset:
+        raise InputError("--dataset is empty; give a name on the hub, or a local folder")
     folder = Path(options.dataset)
     if (folder / "dataset_dict.json").is_file():
-        parts = local_parts([folder / options.split], column=options.text_column, option="--dataset")
+        parts = local_parts([folder / options.split], column=options.text_column, option="--dataset", say=say)
         if options.test_split:
             parts = [replace(part, split="train") for part in parts]
-            tests = local_parts([folder / options.test_split], column=options.text_column, option="--dataset")
+            tests = local_parts([folder / options.test_split], column=options.text_column, option="--dataset", say=say)
             parts += [replace(part, split="test") for part in tests]
         return parts
     if folder.is_dir():
@@ -61,7 +64,7 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
             raise InputError(
                 f"--dataset {folder} is a folder of files without splits; leave --split and --test-split out"
             )
-        return local_parts([folder], column=options.text_column, option="--dataset")
+        return local_parts([folder], column=options.text_column, option="--dataset", say=say)
     return _Hub(options, say).parts()
 
 
@@ -104,14 +107,15 @@ class _Hub:
             if not file.name.endswith(ALL_SUFFIXES):
                 raise InputError(f"{self._what} holds {file.name}, none of {', '.join(ALL_SUFFIXES)}; choose another")
             # By its content, not by the revision: a new commit to the data set's card changes no token.
-            name = f"{file.repo}/{file.name}@{file.content}"
+            name = f"{file.repo}/{file.name}"
+            read, how = reader(name, self._options.text_column, say=self._say)
             opened = partial(self.opened, len(self._files))
-            parts.append(Part(name, file.size, opened, *reader(file.name, self._options.text_column), destination))
+            parts.append(Part(f"{name}@{file.content}", file.size, opened, read, how, destination))
             self._files.append(file)
         if self._options.streaming:
             with blaming(f"--cache-dir {self._options.cache_dir}"):
-                self._passing = Path(tempfile.mkdtemp(prefix="gpt2xla-", dir=self._options.cache_dir))
-            atexit.register(self._leave, self._passing)
+                self._passing = passing_folder.make(self._options.cache_dir)
+        atexit.register(self._leave)
         return parts
 
     @contextlib.contextmanager
@@ -129,21 +133,20 @@ class _Hub:
         """Let each request that the hub's library makes be made again here: in its own way it would do so silently, and
         begin a file anew if a request fails in the midst of it."""
         import datasets
-        from huggingface_hub import constants
-        from huggingface_hub.utils import _http, disable_progress_bars, logging
+        import huggingface_hub
+        from huggingface_hub.utils import disable_progress_bars, logging
 
-        if constants.HF_HUB_OFFLINE:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise InputError(f"{self._what}: HF_HUB_OFFLINE is set; unset it, or name a local folder")
-        if hasattr(_http, "set_client_factory"):
-            make, use = _http.default_client_factory, _http.set_client_factory
-        else:  # before 1.0
-            make, use = _http._default_backend_factory, _http.configure_http_backend
 
         def patient() -> Any:
-            client = make()
+            client = _another(session)
             client.send = partial(self._send, client.send)
             return client
 
+        session = huggingface_hub.get_session()
+        # The second: before 1.0.
+        use = getattr(huggingface_hub, "set_client_factory", None) or huggingface_hub.configure_http_backend
         use(patient)
         logging.set_verbosity_error()
         datasets.logging.set_verbosity_error()
@@ -193,12 +196,14 @@ class _Hub:
                 raise self._gave_up from None
             raise InputError(f"{self._what}: {_reason(error)}; check the name, --config and --split") from None
 
-    def _leave(self, passing: Path) -> None:
-        """Remove the folder from under a thread that may still be fetching: it makes no more requests, but files for a
-        moment."""
+    def _leave(self) -> None:
+        """Remove what a thread may still be fetching from under it: it makes no more requests, but files for a moment."""
         self._left = True
-        for _ in range(10):
-            shutil.rmtree(passing, ignore_errors=True)
+        for _ in range(10 if self._fetching else 1):
+            if self._passing:
+                shutil.rmtree(self._passing, ignore_errors=True)
+            else:
+                _remove_what_is_being_written()
             time.sleep(0.01)
 
     def _start_fetching(self, number: int) -> None:
@@ -240,6 +245,26 @@ class _Hub:
                 self._say(f"{what}: {_reason(error)}; trying again in {wait:.0f} s")
                 failures += 1
                 time.sleep(wait)
+
+
+def _another(session: Any) -> Any:
+    """A session as the hub's library makes them: httpx's, or before 1.0 that of requests."""
+    if hasattr(session, "adapters"):
+        new = type(session)()
+        for prefix, adapter in session.adapters.items():
+            new.mount(prefix, adapter)
+        return new
+    return type(session)(
+        event_hooks=session.event_hooks, follow_redirects=session.follow_redirects, timeout=session.timeout
+    )
+
+
+def _remove_what_is_being_written() -> None:
+    """The unfinished files in the hub's cache that this process, and no other one, has open."""
+    for descriptor in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):
+            if (file := os.readlink(descriptor)).endswith(".incomplete"):
+                os.unlink(file)
 
 
 def _fulfil(future: Future[T], work: Callable[[], T]) -> None:

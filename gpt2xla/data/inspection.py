@@ -147,6 +147,8 @@ def splits(folder: str) -> dict[str, TokenStream]:
     Raises:
         InputError: there are no shards, or damaged ones.
     """
+    if not folder:
+        raise InputError("DIR is empty; name a folder, the one you are in as .")
     below = [Path(folder, name) for name in ("train", "test") if Path(folder, name).is_dir()]
     if below:
         return {str(split): TokenStream(split, "DIR") for split in below}

@@ -40,7 +40,7 @@ def check_same_tokenizer(sets: Sequence[Windows]) -> None:
 
 def _open(config: RunConfig, folder: str, option: str) -> Windows:
     stream = TokenStream(folder, option, _cache(config))
-    windows = Windows(stream, config.model.seq_length, config.model.vocab_size)
+    windows = Windows(stream, config.model.seq_length, config.model.real_vocab_size)
     if config.data.verify_data:
         stream.verify()
     return windows

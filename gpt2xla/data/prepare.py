@@ -27,6 +27,7 @@ from tqdm import tqdm
 from gpt2xla.config import option
 from gpt2xla.data.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.encoder import Encoded, Encoder
+from gpt2xla.data.round_trip import first_loss
 from gpt2xla.data.shards import Manifest, TokenStream
 from gpt2xla.data.writer import ShardWriter, Written
 from gpt2xla.errors import InputError, RunFailed, blaming
@@ -46,7 +47,7 @@ class PrepareConfig:
 
     output_dir: str = option("./data", "folder to make train/ and test/ in")
     tokenizer: str = option("gpt2", "a tiktoken name, 'bytes', a hub id, or a tokenizer.json or its folder")
-    test_fraction: float = option(0.01, "share of the documents that goes to test/")
+    test_fraction: float = option(0.01, "share of the documents that goes to test/, one at least")
     test_tokens: int | None = option(None, "most tokens that go to test/ (default: one shard)")
     max_tokens: int | None = option(None, "stop after the document that reaches this many (default: take all)")
     shard_size: int = option(100_000_000, "tokens per shard")
@@ -55,6 +56,8 @@ class PrepareConfig:
 
     def check(self) -> None:
         """Raises InputError."""
+        if not self.output_dir:
+            raise InputError("--output-dir is empty; name a folder")
         if not 0 <= self.test_fraction < 1:
             raise InputError(f"--test-fraction {self.test_fraction}: choose a share of at least 0 and below 1")
         for name in ("test_tokens", "max_tokens", "shard_size", "num_workers"):
@@ -85,8 +88,9 @@ def prepare(
     """Tokenise the documents of `parts` into `output_dir/train` and `output_dir/test`, or go on with doing so.
 
     A document goes to `test` with probability `test_fraction`, drawn from the seed and its number, unless its part belongs
-    to one split or `test` would come to hold more than `test_tokens`. It ends with the tokenizer's end-of-text id where
-    there is one. Memory stays flat: some blocks of documents. The folders appear under their names only when complete.
+    to one split or `test` would come to hold more than `test_tokens`; if none does, the last one goes there. It ends with
+    the tokenizer's end-of-text id where there is one. Memory stays flat: some blocks of documents. The folders appear under
+    their names only when complete.
 
     Returns:
         The manifests by split.
@@ -147,6 +151,11 @@ def _begin_or_go_on(
             raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another")
     if not config.test_fraction and not any(part.split == "test" for part in parts):
         raise InputError("--test-fraction 0 leaves nothing for test/; choose a share above 0")
+    if [part.how for part in parts] == ["split by file"]:
+        raise InputError(
+            f"{parts[0].name} is a single document, and train/ and test/ need one each; give more files, or cut it up "
+            "(prepare_text.py: --split-by)"
+        )
     _check_space(output_dir, parts, config)
     if tokenizer.eot_id is None:
         say(f"note: tokenizer {tokenizer.name} has no end-of-text token: documents follow one another without a border")
@@ -234,7 +243,7 @@ class _Preparation:
         last_record = time.monotonic()
         with tqdm(unit=" tokens", unit_scale=True, initial=self.tokens, disable=None) as bar:
             for block, encoded in self._encoded():
-                is_last = self._write(block.split, encoded)
+                is_last = self._write(block, encoded)
                 bar.update(self.tokens - bar.n)
                 self.record.position = Position(len(self.parts), 0) if is_last else block.after
                 if is_last:
@@ -245,11 +254,7 @@ class _Preparation:
         self.record.position = Position(len(self.parts), 0)
         for split, writer in self.writers.items():
             if writer.written.tokens == 0:
-                why = (
-                    "give more documents, or change --test-fraction or --test-tokens"
-                    if self.tokens
-                    else "there is no text"
-                )
+                why = "give more documents, or change --test-fraction" if self.tokens else "there is no text"
                 raise InputError(f"the {split} split came out empty: {why}")
         self._save()
 
@@ -264,6 +269,10 @@ class _Preparation:
             for number, block in enumerate(blocks(self.parts, self.record.position)):
                 if number == 0 and self.encoder.fast and not self.encoder.check(block.texts):
                     self.say("warning: gigatoken gives other ids than the tokenizer; doing without it")
+                if number == 0 and (loss := first_loss(self.tokenizer, map(str, block.texts))):
+                    self.say(
+                        f"warning: tokenizer {self.tokenizer.name} loses text: {loss[0]!r} comes back as {loss[1]!r}"
+                    )
                 pending.append((block, pool.submit(self.encoder, block.texts)))
                 if len(pending) > self.config.num_workers:
                     block, future = pending.popleft()
@@ -271,13 +280,17 @@ class _Preparation:
             for block, future in pending:
                 yield block, future.result()
 
-    def _write(self, split: Split | None, encoded: Encoded) -> bool:
-        """True if --max-tokens is reached."""
-        ends, documents, is_last = encoded.ends, len(encoded.ends), False
+    def _write(self, block: Block, encoded: Encoded) -> bool:
+        """True if the corpus ends here, or --max-tokens is reached."""
+        ends, documents, is_last = encoded.ends, len(encoded.ends), block.after.part == len(self.parts)
         if self.config.max_tokens is not None and self.tokens + ends[-1] >= self.config.max_tokens:
             documents = int(np.searchsorted(ends, self.config.max_tokens - self.tokens)) + 1
             is_last = True
-        test = self._drawn_for_test(split, encoded, documents)
+        test = self._drawn_for_test(block.split, encoded, documents)
+        total = self.drawn + documents
+        if is_last and block.split is None and total > 1 and not (test.any() or self.writers["test"].written.documents):
+            self.say(f"note: of {total:,} documents none was drawn for test/ within --test-tokens; the last goes there")
+            test[-1] = True
         # From one border to the next all documents go to the same split.
         borders = [0, *(np.flatnonzero(np.diff(test)) + 1).tolist(), documents]
         for first, end in itertools.pairwise(borders):

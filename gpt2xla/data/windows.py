@@ -1,10 +1,10 @@
 """Which tokens each step reads: a pure function of the step, the same for any number of processes.
 
 A split of N tokens is cut into (N - 1) // seq_length windows; window w predicts tokens w * L + 1 .. w * L + L from those
-before them. Training numbers all sequences it will ever see 0, 1, 2, ...: micro-step m of update s takes
-`batch_size` of them, starting with number (s * accum + m) * batch_size, and each process takes its own run of these.
-Data set (`mixture.py`), epoch and window follow from that number by division, so resuming at any step costs nothing and
-needs no saved state.
+before them. What is left at the end is a shorter window, read only to validate on all of a split. Training numbers all
+sequences it will ever see 0, 1, 2, ...: micro-step m of update s takes `batch_size` of them, starting with number
+(s * accum + m) * batch_size, and each process takes its own run of these. Data set (`mixture.py`), epoch and window follow
+from that number by division, so resuming at any step costs nothing and needs no saved state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -53,20 +53,28 @@ class Windows:
     def count(self) -> int:
         return max(0, self.stream.length - 1) // self.seq_length
 
+    @property
+    def rest(self) -> int:
+        """How many tokens the window after the last whole one predicts."""
+        return (self.stream.length - 1) % self.seq_length
+
     def batch(self, windows: range | np.ndarray) -> Batch:
-        """The given windows, in that order; a number of -1 stands for a row without labels."""
+        """The given windows, in that order; an array may name the shorter one after the last, and -1 for a row without
+        labels."""
         if isinstance(windows, range):
             return self._run(windows)
         length, stream = self.seq_length, self.stream
         rows = np.zeros((len(windows), length + 1), dtype=stream.dtype)
         for row, window in zip(rows, windows.tolist(), strict=True):
             if window >= 0:
-                row[:] = stream.read(window * length, length + 1)
+                count = (length if window < self.count else self.rest) + 1
+                row[:count] = stream.read(window * length, count)
         if self._has_foreign(rows):
             for row, window in zip(rows, windows.tolist(), strict=True):
                 self._check(row, window * length)
         labels = rows[:, 1:].astype(np.int64)
         labels[windows < 0] = IGNORED_LABEL
+        labels[windows == self.count, self.rest :] = IGNORED_LABEL
         return Batch(torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(labels))
 
     def _run(self, windows: range) -> Batch:
@@ -200,17 +208,26 @@ class TrainingOrder:
         return " and ".join(parts)
 
 
-def validation_batches(windows: Windows, batch_size: int, steps: int, rank: int, world_size: int) -> Iterator[Batch]:
-    """This process's share of the first `steps` batches, all of one shape: past the last window come rows without
-    labels, so each window counts once however many processes there are."""
-    share = share_of("--eval-batch-size", batch_size, world_size)
-    for step in range(min(steps, -(-windows.count // batch_size))):
-        first = step * batch_size + rank * share
-        if first + share <= windows.count:
-            yield windows.batch(range(first, first + share))
+def validation_batches(
+    windows: Windows, batch_size: int, steps: int | Literal["all"], rank: int, world_size: int, devices: int
+) -> Iterator[Batch]:
+    """This process's share of the first `steps` batches, or of all that the split holds, the shorter window at its end
+    included. All are of one shape: where windows do not divide, there are rows without labels, so that each window counts
+    once however many processes and devices there are."""
+    share = padded_share(batch_size, world_size, devices)
+    total = windows.count + (windows.rest > 0) if steps == "all" else min(windows.count, steps * batch_size)
+    for first in range(0, total, batch_size):
+        end, own = min(first + batch_size, total), first + rank * share
+        if own + share <= min(end, windows.count):
+            yield windows.batch(range(own, own + share))
         else:
-            ids = np.arange(first, first + share)
-            yield windows.batch(np.where(ids < windows.count, ids, -1))
+            ids = np.arange(own, own + share)
+            yield windows.batch(np.where(ids < end, ids, -1))
+
+
+def padded_share(batch_size: int, world_size: int, devices: int) -> int:
+    """One process's rows of a batch that is filled up with rows without labels until it divides over all devices."""
+    return -(-batch_size // devices) * (devices // world_size)
 
 
 def share_of(option: str, batch_size: int, world_size: int) -> int:

@@ -1,47 +1,98 @@
-"""Validation loss: the sum of all token losses over the number of tokens, each token counted once."""
+"""Loss and perplexity of a split, each token counted once, with the standard error of the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 
-from gpt2xla.data.windows import Batch
+from gpt2xla.config import RunConfig
+from gpt2xla.data.shards import Manifest
+from gpt2xla.data.windows import Windows, validation_batches
+from gpt2xla.evals.row_losses import RowLosses
+from gpt2xla.metrics import perplexity
 from gpt2xla.model import GPT2
 from gpt2xla.runtime.base import Runtime
+from gpt2xla.stopping import Stop
 
 
 class Validation(NamedTuple):
-    loss: float  # mean token loss, in nats
+    """Attributes:
+    loss: the sum of all token losses over the number of tokens, in nats.
+    standard_error: of `loss`, if windows are taken for independent draws; None for a single window.
+    tokens, windows: how many were counted.
+    bits_per_byte: of text; None where the split's manifest does not tell its bytes.
+    """
+
+    loss: float
+    standard_error: float | None
     tokens: int
+    windows: int
+    bits_per_byte: float | None
+
+    def line(self) -> dict[str, Any]:
+        """For the log of a run."""
+        return {
+            "valid_loss": self.loss,
+            "valid_tokens": self.tokens,
+            "valid_standard_error": self.standard_error,
+            "valid_bits_per_byte": self.bits_per_byte,
+        }
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" (standard error {self.standard_error:.6f})"
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return f"loss {self.loss:.6f}{error}, perplexity {perplexity(self.loss):.4f} on {self.tokens:,} tokens{bits}"
 
 
 class Validator:
-    """Runs the model over validation batches; the first call compiles, later ones reuse it."""
+    """Runs the model over the batches that --valid-steps asks for."""
 
-    def __init__(self, model: GPT2, runtime: Runtime) -> None:
-        self.model = model
-        self.runtime = runtime
-        self._step = runtime.compile_step(self._add_batch, "validation step")
+    def __init__(
+        self,
+        config: RunConfig,
+        windows: Windows,
+        model: GPT2,
+        runtime: Runtime,
+        name: str = "validation step",
+        stop: Stop | None = None,
+    ) -> None:
+        self.train, self.windows, self.runtime = config.train, windows, runtime
+        self._losses = RowLosses(model, runtime, name, stop)
 
-    def run(self, batches: Iterable[Batch]) -> Validation:
-        """Loss over this process's `batches` and all others' together: each batch summed on the devices, the batches in
-        float64 on the host. Collective."""
-        self.model.eval()
-        self._loss = self._tokens = 0.0
-        for batch in self.runtime.device_batches(batches):
-            self._step(batch)
-        self.runtime.wait()
-        self.model.train()
-        return Validation(self._loss / self._tokens, int(self._tokens))
+    def run(self) -> Validation:
+        """Losses are summed by window on the devices, over windows in float64 on the host. Collective. Raises Stopped as
+        `RowLosses.of` does."""
+        runtime, train = self.runtime, self.train
+        shares = (runtime.rank, runtime.world_size, runtime.devices)
+        batches = validation_batches(self.windows, train.eval_batch_size, train.valid_steps, *shares)
+        sums, counts = self._losses.of(batches).T
+        loss = sums.sum() / counts.sum()
+        return Validation(
+            loss=float(loss),
+            standard_error=standard_error(sums, counts),
+            tokens=int(counts.sum()),
+            windows=int((counts > 0).sum()),
+            bits_per_byte=bits_per_byte(float(loss), self.windows.stream.manifest),
+        )
 
-    @torch.no_grad()
-    def _add_batch(self, batch: Batch) -> None:
-        with self.runtime.autocast():
-            loss, count = self.model(*batch)
-        self.runtime.when_ready(self._add, self.runtime.sum(torch.stack([loss, count])))
 
-    def _add(self, loss: float, count: float) -> None:
-        self._loss += loss
-        self._tokens += count
+def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """Of sum(sums) / sum(counts) over windows, those without tokens left out; of a ratio, because the last window may be
+    shorter (Cochran 1977, "Sampling Techniques", chapter 6). For windows of one length it is the standard deviation of
+    their mean losses over the square root of their number."""
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if len(counts) < 2:
+        return None
+    residuals = sums - sums.sum() / counts.sum() * counts
+    return math.sqrt(len(counts) / (len(counts) - 1) * float(residuals @ residuals)) / float(counts.sum())
+
+
+def bits_per_byte(loss: float, manifest: Manifest | None) -> float | None:
+    """loss / ln 2 * tokens / bytes, both of the whole split: `bytes` of text as UTF-8, `tokens` with the end-of-text tokens,
+    which stand for no byte but whose loss is part of what a document costs. For a part of the split it is an estimate, as if
+    that part had the split's bytes per token."""
+    if manifest is None or manifest.bytes == 0:
+        return None
+    return loss / math.log(2) * manifest.tokens / manifest.bytes

@@ -109,6 +109,11 @@ class Runtime(Protocol):
         """1.0 or 0.0 on the device, as data: what `sum` makes into the number of processes with a True."""
         ...
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        """What the processes hold of `values`, 1-d and of one length, side by side in the order of ranks, for each to read
+        whole. Called inside a compiled step. Collective."""
+        ...
+
     def gather(self, value: float) -> list[float]:
         """Every process's value (in float64, so integers up to 2^53 are exact), by rank, on the host. Collective; makes the
         host wait for the other processes."""

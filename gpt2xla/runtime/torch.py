@@ -138,6 +138,13 @@ class TorchRuntime:
     def flag(self, value: bool) -> Tensor:
         return torch.tensor(float(value), device=self.device)
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        if not self.distributed:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
     def gather(self, value: float) -> list[float]:
         if not self.distributed:
             return [value]

@@ -123,6 +123,7 @@ class XlaRuntime:
             checkpoint=torch_xla_checkpoint,
             layer_norm=partial(lean_layer_norm, fence=xm.optimization_barrier_),
             fence=xm.optimization_barrier_,
+            static_shapes=True,
         )
 
     @property
@@ -218,6 +219,9 @@ class XlaRuntime:
 
     def flag(self, value: bool) -> Tensor:
         return self.to_device(torch.tensor(float(value)))
+
+    def gather_rows(self, values: Tensor) -> Tensor:
+        return xm.all_gather(values) if self.world_size > 1 else values
 
     def gather(self, value: float) -> list[float]:
         if self.world_size == 1:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
@@ -94,6 +95,8 @@ def _wait_for_all(processes: list[Any]) -> None:
 
 def _replica(rank: int, replicas: int, meeting: Path, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_launcher, daemon=True).start()
+    # Its own is a semaphore of multiprocessing's too, which speaks up when a replica is ended before it is removed.
+    tqdm.set_lock(threading.RLock())
     os.environ["LOCAL_RANK"] = str(rank)
     os.environ[REPORT_ONCE] = str(meeting.with_name("reported"))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to, the others are on it
@@ -149,6 +152,12 @@ class XlaCpuRuntime(XlaRuntime):
     def sum(self, value: Tensor) -> Tensor:
         with self._not_tracing():
             return self.to_device(_sum_over_replicas(value.cpu()))
+
+    def gather_rows(self, values: Tensor) -> Tensor:
+        with self._not_tracing():
+            on_host = torch.zeros(self.world_size, len(values))
+            on_host[self.rank] = values.cpu()
+            return self.to_device(_sum_over_replicas(on_host).flatten())
 
     @contextlib.contextmanager
     def _not_tracing(self) -> Iterator[None]:

@@ -117,6 +117,11 @@ class SpmdRuntime(XlaRuntime):
         spec = xs.ShardingSpec(self.mesh, (_AXIS,), minibatch=self.world_size > 1)
         return xm.send_cpu_data_to_device([flags], self.device, spec)[0].sum()
 
+    def gather_rows(self, values: Tensor) -> Tensor:
+        # Whole on every device: reading a split tensor would compile another program.
+        xs.mark_sharding(values, self.mesh, (None,))
+        return values
+
     def gather(self, value: float) -> list[float]:
         values = torch.zeros(self.world_size, dtype=torch.float64)
         values[self.rank] = value

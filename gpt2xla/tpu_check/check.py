@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -147,9 +148,18 @@ def _run(module: str, folder: Path, request: dict[str, Any]) -> subprocess.Compl
     file = folder / "request.json"
     file.write_text(json.dumps(request))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_SKIPPED_VARIABLES)}
-    return subprocess.run(
-        [sys.executable, "-m", module, str(file)], env=environment, capture_output=True, text=True, check=False
-    )
+    environment["TMPDIR"] = str(folder)  # if it is killed, what it left goes with the folder
+    command = [sys.executable, "-m", module, str(file)]
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the midst of Popen they would leave a process that nobody knows
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
+        said = process.communicate()
+    finally:
+        process.kill()
+        process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def _broke_off(what: str, process: subprocess.CompletedProcess[str]) -> RunFailed:

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub with one data set, on this machine, which misbehaves as it is told.
+"""A stand-in for the Hugging Face hub with one data set or model, on this machine, which misbehaves as it is told.
 
 It answers what `datasets` and `huggingface_hub` ask before they read files: repository, tree, paths, files by ranges.
 Large files lie on another host, as the hub's do.
@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".parquet", ".gz")
+LARGE = (".parquet", ".gz", ".safetensors")
 CUT = "cut"  # half of what is promised
 CLOSED = "closed"  # no answer
 SLOW = "slow"  # ten seconds' pause in the middle of the body
@@ -35,9 +35,11 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, name: str, files: dict[str, bytes]) -> None:
+    def __init__(self, name: str, files: dict[str, bytes], kind: str = "datasets") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.name, self.files = name, files
+        self.api = f"/api/{kind}/{name}"
+        self.pages = f"/{name}" if kind == "models" else f"/{kind}/{name}"
         self.commit = _hash("first commit")
         self.faults: dict[tuple[str, str], Iterator[Any]] = {}
         self.requests: list[Request] = []
@@ -71,10 +73,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        hub, repository = self.server, f"/api/datasets/{self.server.name}"
+        hub, repository = self.server, self.server.api
         if self._is_faulty(path):
             return
-        if path.startswith(f"/datasets/{hub.name}/resolve/"):
+        if path.startswith(f"{hub.pages}/resolve/"):
             _, _, rest = path.partition("/resolve/")
             self._file(rest.partition("/")[2])
         elif path.startswith("/elsewhere/"):
@@ -96,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         if self._is_faulty(path):
             return
-        assert path == f"/api/datasets/{self.server.name}/paths-info/{self.server.commit}", path
+        assert path == f"{self.server.api}/paths-info/{self.server.commit}", path
         names = json.loads(asked)["paths"] if asked.startswith("{") else parse_qs(asked)["paths"]
         self._json([self._entry(name) for name in names if name in self.server.files])
 

@@ -206,13 +206,19 @@ def test_a_split_becomes_test(hub: Hub, tmp_path: Path) -> None:
     assert [manifests[split]["documents"] for split in ("train", "test")] == [1200, 100]
 
 
-def test_stopping_early_waits_for_no_file_and_leaves_none(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keeping", ["--streaming", "--no-streaming"])
+def test_stopping_early_waits_for_no_file_and_leaves_none(keeping: str, hub: Hub, tmp_path: Path) -> None:
     hub.misbehave("GET", "elsewhere/" + TRAIN[1], [SLOW])
-    flags = ["--max-tokens", 1000, "--test-fraction", 0.3, "--streaming"]
+    flags = ["--max-tokens", 1000, "--test-fraction", 0.3, keeping]
     succeed(run(SMALL_BLOCKS, *command(tmp_path, *flags)[1:], **environment(hub, tmp_path)))
     assert hub.paused.is_set()
     assert not hub.resumed.is_set(), "nobody waits for a file that nobody reads"
-    assert files_in(tmp_path / "cache") == []
+    left = files_in(tmp_path / "cache")
+    if keeping == "--streaming":
+        assert left == []
+    else:
+        assert any(file.endswith(TRAIN[0]) for file in left)
+        assert not any(file.endswith(".incomplete") for file in left)
 
 
 WRONG = {
@@ -220,7 +226,12 @@ WRONG = {
     "config": (["--config", "nope"], ["'nope' not found", "['plain', 'sample-10BT']", "--config"]),
     "split": (["--split", "nope"], ["no split 'nope' but train, validation", "--split"]),
     "test split": (["--test-split", "nope"], ["no split 'nope' but train, validation"]),
-    "column": (["--text-column", "nope", "--streaming"], ["no column 'nope' but id, text, padding", "--text-column"]),
+    "column": (
+        ["--text-column", "nope", "--streaming"],
+        [
+            f"error: me/set/{TRAIN[0]}: no column 'nope' but id, text, padding; text is in text, padding; choose with",
+        ],
+    ),
 }
 
 

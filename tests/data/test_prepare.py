@@ -11,16 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from conftest import ROOT, run, succeed
 
+from gpt2xla.data import corpus
 from gpt2xla.data.corpus import Position, blocks, documents_of, local_parts
 from gpt2xla.data.encoder import Encoder
 from gpt2xla.data.prepare import PrepareConfig, prepare, uniform
+from gpt2xla.data.round_trip import first_loss
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
 from gpt2xla.tokenizer import load_tokenizer, train_bpe
@@ -148,8 +152,8 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
             command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None
-        text = ""
-        while (line := process.stdout.readline()) and "started" not in line:
+        text, awaited = "", "recorded" if killed % 2 else "started"
+        while (line := process.stdout.readline()) and awaited not in line:
             text += line
         time.sleep(rng.uniform(0, 0.8))
         process.send_signal(signal.SIGKILL)
@@ -170,6 +174,43 @@ def test_a_limit_ends_with_the_document_that_reaches_it(parquet: Path, tokenizer
     tokens, most = sum(m.tokens for m in manifests.values()), 5 * 200
     assert 100_000 <= tokens < 100_000 + most
     assert 2000 - most < manifests["test"].tokens <= 2000
+
+
+@pytest.mark.parametrize("flags", [{}, {"test_tokens": 3, "test_fraction": 0.5}, {"max_tokens": 300}], ids=str)
+def test_test_gets_the_last_document_where_none_was_drawn(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_BLOCK_BYTES", 100)  # several blocks
+    texts = [f"document {i} has so many words that there are a few blocks" for i in range(12)]
+    (tmp_path / "a.txt").write_text("\n".join([*texts, "", "  "]))
+    config, said = PrepareConfig(output_dir=str(tmp_path / "out"), **flags), []
+    prepare(local_parts([tmp_path / "a.txt"], split_by="line"), load_tokenizer("bytes"), config, said.append)
+    ids = [[*text.encode(), 256] for text in texts]
+    if "max_tokens" in flags:
+        ids = ids[: int(np.searchsorted(np.cumsum([len(one) for one in ids]), 300)) + 1]
+    assert ids_of(tmp_path / "out" / "train") == list(itertools.chain(*ids[:-1]))
+    assert ids_of(tmp_path / "out" / "test") == ids[-1]
+    assert said == [f"note: of {len(ids)} documents none was drawn for test/ within --test-tokens; the last goes there"]
+
+
+def test_a_tokenizer_that_loses_text_is_told_of(tmp_path: Path) -> None:
+    """A word-level one that knows two words, and lower case alone."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "known": 1, "word": 2}, unk_token="?"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    lossy, whole = load_tokenizer(str(tmp_path / "tokenizer.json")), load_tokenizer("bytes")
+    texts = ["known word", "  word ", "known Word", "new word"]
+    assert first_loss(lossy, texts[:2]) is None
+    assert first_loss(lossy, texts) == ("known Word", "known word")
+    assert first_loss(lossy, texts[3:]) == ("new word", "? word")
+    assert first_loss(whole, [*texts, "naïve\r\n\x01🙂 <|endoftext|>"]) is None
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+    said: list[str] = []
+    config = PrepareConfig(output_dir=str(tmp_path / "out"))
+    prepare(local_parts([tmp_path / "a.txt"], split_by="line"), lossy, config, said.append)
+    warnings = [line for line in said if line.startswith("warning")]
+    assert warnings == [f"warning: tokenizer {lossy.name} loses text: 'known Word' comes back as 'known word'"]
 
 
 @pytest.mark.parametrize("kind", ["trained", "bytes", "gpt2"])
@@ -237,6 +278,59 @@ def test_input_that_cannot_be_read_is_named(harm: str, tmp_path: Path) -> None:
         prepare(local_parts([file]), load_tokenizer("bytes"), PrepareConfig(output_dir=str(tmp_path / "out")))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "out").exists()
+
+
+LINES = '{"text": "x", "n": 1, "body": "b"}\n'
+UNFIT = {
+    "struct.parquet": ({"text": [{"a": 1}], "body": ["x"], "n": [1]}, ["'text' holds struct", "text is in body; choose"]),
+    "list.parquet": ({"text": [["x"]], "n": [1]}, ["'text' holds list", "no column holds text"]),
+    "missing.parquet": ({"body": ["x"], "n": [1]}, ["no column 'text' but body, n; text is in body"]),
+    "broken.jsonl": (f'{LINES}\n{{"text": }}\n', ["line 3, is not JSON", "remove it"]),
+    "array.jsonl": (f'{LINES}["x"]\n', ["line 2, is JSON, but no object"]),
+    "object.jsonl": (f'{LINES}{{"text": {{"a": 1}}, "b": "x"}}\n', ["line 2: the field 'text' holds an object", "is in b;"]),
+    "missing.jsonl": (LINES.replace("text", "title"), ["which hold title, n, body; text is in title, body; choose with"]),
+    "long.jsonl": (f'{LINES}{{"text": "{"x" * (40 << 20)}"}}\n', ["line 2, is of 40 MiB, and 16"]),
+    "utf16.txt": ("hello".encode("utf-16"), ["is text in UTF-16; save it as UTF-8, or leave it out (--exclude)"]),
+    "binary.txt": (b"GIF89a\0\1", ["holds NUL bytes"]),
+    "late.txt": (b"x" * 200_000 + b"\0", ["holds NUL bytes"]),
+    "cyrillic.txt": ("привет, мир".encode("cp1251"), ["another encoding than UTF-8; convert it"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_is_unfit_is_named_with_the_mend(name: str, tmp_path: Path) -> None:
+    content, words = UNFIT[name]
+    if isinstance(content, dict):
+        pq.write_table(pa.table(content), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError) as raised:
+        list(documents_of(local_parts([tmp_path / name])))
+    assert str(raised.value).startswith(str(tmp_path / name))
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_a_binary_file_among_texts_is_refused_at_once_and_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "b.txt").write_bytes(b"\x7fELF\0")
+    with pytest.raises(InputError, match=r"b\.txt holds NUL bytes"):
+        local_parts([tmp_path])
+    assert list(documents_of(local_parts([tmp_path], exclude=("b.txt",)))) == ["a text"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_few_bad_bytes_are_replaced_and_counted(packed: bool, tmp_path: Path) -> None:
+    """U+FFFD that is in the file itself is not one of them."""
+    content = b"one \xff two \xe6\xbc three " + "\ufffd".encode() + b" text" * 100 + b"\n\xfe"
+    file = tmp_path / ("a.txt.gz" if packed else "a.txt")
+    file.write_bytes(gzip.compress(content) if packed else content)
+    said: list[str] = []
+    found = list(documents_of(local_parts([file], split_by="line", say=said.append)))
+    assert "\n".join(found) == content.decode(errors="replace")
+    (line,) = said
+    assert line.startswith(f"warning: {file}: bytes that are not UTF-8 became U+FFFD, 3 times")
+    assert list(documents_of(local_parts([ROOT / "README.md"], say=said.append)))
+    assert len(said) == 1
 
 
 def test_going_on_with_another_corpus_is_refused(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -154,10 +154,26 @@ def test_each_epoch_is_shuffled_anew_and_by_the_seed(windows: Windows) -> None:
 def test_validation_counts_each_window_once(windows: Windows, world_size: int, steps: int) -> None:
     labels: list[int] = []
     for rank in range(world_size):
-        for batch in validation_batches(windows, 12, steps, rank, world_size):
+        for batch in validation_batches(windows, 12, steps, rank, world_size, world_size):
             assert batch.labels.shape == (12 // world_size, LENGTH), "one shape, whatever is left"
             labels += [label for label in batch.labels.flatten().tolist() if label != IGNORED_LABEL]
     assert sorted(labels) == list(range(1, 1 + LENGTH * min(12 * steps, 125)))
+
+
+@pytest.mark.parametrize("length", [8, 10, 250, 501])
+@pytest.mark.parametrize(("world_size", "devices"), [(1, 1), (2, 2), (3, 3), (1, 8), (2, 8)])
+def test_validation_on_all_counts_each_token_once(windows: Windows, length: int, world_size: int, devices: int) -> None:
+    """Also where neither windows nor batches divide: 1,002 tokens to predict are whole windows of 501 alone."""
+    windows = Windows(windows.stream, length, vocab_size=1003)
+    labels: list[int] = []
+    batches = [list(validation_batches(windows, 12, "all", rank, world_size, devices)) for rank in range(world_size)]
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    for batch in (batch for of_rank in batches for batch in of_rank):
+        assert batch.labels.shape == (-(-12 // devices) * devices // world_size, length)
+        counted = batch.labels != IGNORED_LABEL
+        assert (batch.input_ids[counted] == batch.labels[counted] - 1).all()
+        labels += batch.labels[counted].tolist()
+    assert sorted(labels) == list(range(1, 1003))
 
 
 def test_what_cannot_be_cut_into_batches_is_refused(windows: Windows, tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""What the evaluation programs share: their options, and the runtime they ask for; torch is imported when it is opened."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from gpt2xla.config import TorchConfig, TrainConfig, XlaConfig, option
+from gpt2xla.errors import InputError
+
+if TYPE_CHECKING:
+    from gpt2xla.runtime.base import Runtime
+    from gpt2xla.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation"""
+
+    device: Literal["auto", "xla"] = option(
+        "auto", "auto: GPU or CPU through torch, several under torchrun; xla: all XLA devices of this host"
+    )
+    batch_size: int = option(32, "sequences at once, over all devices together")
+    mixed_precision: Literal["fp16", "bf16"] | None = option(None, "compute type (default: fp32)")
+
+    def train_config(self, valid_steps: int | Literal["all"] = "all") -> TrainConfig:
+        """The options of a run that evaluation looks at. Raises InputError."""
+        if self.batch_size < 1:
+            raise InputError(f"--batch-size {self.batch_size}: choose a number of at least 1")
+        train = TrainConfig(
+            eval_batch_size=self.batch_size, mixed_precision=self.mixed_precision, valid_steps=valid_steps
+        )
+        train.check()
+        return train
+
+
+def open_runtime(device: str, train: TrainConfig) -> Runtime:
+    """Raises InputError if there is no such device."""
+    if device == "auto":
+        from gpt2xla.runtime.torch import TorchRuntime
+
+        return TorchRuntime(TorchConfig(), train)
+    from gpt2xla import xla_environment
+
+    xla_environment.prepare(os.environ)
+    try:
+        from gpt2xla.runtime.xla_spmd import SpmdRuntime
+    except ImportError as error:
+        raise InputError(
+            f"--device xla: torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt"
+        ) from None
+    return SpmdRuntime(XlaConfig(spmd=True), train)
+
+
+def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenizer:
+    """The one asked for, else the model's own, else GPT-2's. Raises InputError if it has ids that the model lacks."""
+    from gpt2xla.tokenizer import has_tokenizer, load_tokenizer
+
+    tokenizer = load_tokenizer(asked or (str(source) if has_tokenizer(source) else "gpt2"))
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {vocab_size}; name the "
+            "tokenizer that the model was trained with"
+        )
+    return tokenizer

@@ -1,0 +1,81 @@
+"""Several models on one split, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.config import DataConfig, RunConfig, TrainConfig
+from gpt2xla.data.opening import open_validation
+from gpt2xla.data.shards import Manifest
+from gpt2xla.errors import InputError
+from gpt2xla.evals.validation import Validation, Validator
+from gpt2xla.metrics import perplexity
+from gpt2xla.runtime.base import Runtime
+from gpt2xla.start import build_model, load_weights, locate
+from gpt2xla.tokenizer import has_tokenizer, load_tokenizer
+
+_COLUMNS = ("Model", "Params", "loss", "PPL", "tokens", "standard error of the loss", "bits per byte")
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    parameters: int
+    seq_length: int
+    validation: Validation
+
+    def as_dict(self) -> dict[str, Any]:
+        measured = self.validation._asdict() | {"perplexity": perplexity(self.validation.loss)}
+        return {"model": self.model, "parameters": self.parameters, "seq_length": self.seq_length} | measured
+
+
+def measure(models: list[str], valid_dir: str, train: TrainConfig, runtime: Runtime) -> list[Row]:
+    """Each model's loss on the split, in windows of the model's own length. Collective.
+
+    Raises:
+        InputError: there is no such model or split, or a model does not know the split's tokens.
+    """
+    sources = {model: locate(model) for model in models}  # what is missing shows before hours of measuring
+    return [_measure(model, source, valid_dir, train, runtime) for model, source in sources.items()]
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [_line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
+    for row in rows:
+        loss, error, tokens, _, bits = row.validation
+        shown = (f"{loss:.4f}", f"{perplexity(loss):.2f}", f"{tokens:,}", _decimals(error), _decimals(bits))
+        lines.append(_line([row.model, f"{row.parameters:,}", *shown]))
+    return "\n".join(lines) + "\n"
+
+
+def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtime: Runtime) -> Row:
+    model_config, weights = load_weights(source)
+    config = RunConfig(data=DataConfig(valid_dir=valid_dir), model=model_config, train=train)
+    try:
+        windows = open_validation(config)
+    except InputError as error:
+        raise InputError(f"--models {name}: {error}") from None
+    _check_tokenizer(name, source, windows.stream.manifest)
+    model = build_model(model_config, weights, source)
+    del weights
+    runtime.setup_model(model)
+    validation = Validator(config, windows, model, runtime, f"validation step of {name}").run()
+    return Row(name, model.num_parameters(), model_config.seq_length, validation)
+
+
+def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None:
+    if manifest and has_tokenizer(source) and load_tokenizer(str(source)).sha256 != manifest.tokenizer_sha256:
+        raise InputError(
+            f"--models {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss on it "
+            f"means nothing; prepare the text again with --tokenizer {source}"
+        )
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _decimals(number: float | None) -> str:
+    return "" if number is None else f"{number:.4f}"

@@ -1,0 +1,92 @@
+"""Token losses summed row by row: what perplexity, its standard error and multiple choice are made of.
+
+Shape suffixes: B sequences, T tokens, C tokens of a chunk, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2xla.data.windows import Batch
+from gpt2xla.loss import IGNORED_LABEL, mask_padding
+from gpt2xla.model import GPT2
+from gpt2xla.runtime.base import Runtime
+from gpt2xla.stopping import Stop, Stopped
+
+_LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in fp32
+
+
+class RowLosses:
+    """The model without its training, run over batches of one shape; the first call compiles, later ones reuse it.
+
+    Args:
+        name: what a runtime that compiles calls the step; batches of another shape need another one.
+        stop: of the run that this is a part of, if it may be stopped in here.
+    """
+
+    def __init__(self, model: GPT2, runtime: Runtime, name: str, stop: Stop | None = None) -> None:
+        self.model, self.runtime, self.stop = model, runtime, stop
+        self._step = runtime.compile_step(self._score, name)
+
+    def of(self, batches: Iterable[Batch]) -> np.ndarray:
+        """(rows, 2) in float64: summed loss in nats, and the number of tokens it sums over, of each row of this process's
+        `batches` and all others'. Each batch's rows come in the order of processes. Collective.
+
+        Raises:
+            Stopped: on all processes, when they have agreed to stop.
+        """
+        self._values: list[float] = []
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for batch in self.runtime.device_batches(batches):
+                self._step(batch)
+                if self.stop and self.stop.agreed():
+                    raise Stopped
+            self.runtime.wait()
+        finally:
+            self.model.train(was_training)
+        return np.array(self._values).reshape(-1, 2)
+
+    @torch.no_grad()
+    def _score(self, batch: Batch) -> None:
+        with self.runtime.autocast():
+            x_BTD, padding = self.model.hidden(batch.input_ids), self.model.config.vocab_padding
+            losses_B = row_losses(x_BTD, self.model.head_weight, batch.labels, padding)
+        counts_B = (batch.labels != IGNORED_LABEL).sum(1)
+        values = self.runtime.gather_rows(torch.stack([losses_B, counts_B], dim=1).flatten())
+        if self.stop:
+            wishes, hear = self.stop.ask(), self.stop.hearer()
+
+            def ready(*values: float) -> None:
+                self._add(*values[:-1])
+                hear(values[-1])
+
+            self.runtime.when_ready(ready, torch.cat([values, wishes[None]]))
+        else:
+            self.runtime.when_ready(self._add, values)
+
+    def _add(self, *values: float) -> None:
+        self._values += values
+
+
+def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
+    """Each sequence's summed cross-entropy (B), in nats and fp32; the last `padding` ids have no probability.
+
+    Logits are made in pieces along T; the label's logit comes from the label's own row of the head.
+    """
+    kind = x_BTD.device.type
+    x_BTD = x_BTD.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype)
+    weight_VD = weight_VD.to(x_BTD.dtype)
+    counted_BT = labels_BT != IGNORED_LABEL
+    rows_BTD = F.embedding(torch.where(counted_BT, labels_BT, 0), weight_VD)
+    label_logits_BT = (x_BTD.float() * rows_BTD.float()).sum(-1)
+    chunks = min(-(-labels_BT.numel() * len(weight_VD) // _LOGITS_AT_ONCE), labels_BT.shape[1])
+    logits = (F.linear(x_BCD, weight_VD).float() for x_BCD in x_BTD.chunk(chunks, dim=1))
+    log_sums_BT = torch.cat([mask_padding(logits_BCV, padding).logsumexp(-1) for logits_BCV in logits], dim=1)
+    return torch.where(counted_BT, log_sums_BT - label_logits_BT, 0.0).sum(1)

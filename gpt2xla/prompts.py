@@ -1,0 +1,54 @@
+"""A file of prompts in, a file of continuations out: JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.continuation import Continuation
+from gpt2xla.errors import InputError, blaming
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line, without the line's end; lines without text are left out. Raises InputError."""
+    with blaming(f"--prompts-file {file}"):
+        content = file.read_bytes()
+    try:
+        lines = content.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts-file {file} is not UTF-8 (byte {error.start}); convert it") from None
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts-file {file} holds no prompt; write one a line")
+    return prompts
+
+
+def record(prompt: str, samples: Sequence[Continuation]) -> dict[str, Any]:
+    """The object of one prompt: `texts` go on where `prompt` ends."""
+    return {
+        "prompt": prompt,
+        "texts": [sample.text for sample in samples],
+        "prompt_tokens": samples[0].prompt_tokens,
+        "new_tokens": [sample.tokens for sample in samples],
+    }
+
+
+@contextlib.contextmanager
+def json_lines(output: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give what writes an object as a line: to standard output or, as soon as all is written, to the file `output`. Until
+    then, and if something fails, the lines so far are in OUTPUT.partial and a file that was there before stays."""
+    if output is None:
+        yield lambda line: print(json.dumps(line, ensure_ascii=False), file=sys.stdout, flush=True)
+        return
+    partial = Path(f"{output}.partial")
+    with blaming(f"--output {output}"):
+        stream = partial.open("w", encoding="utf-8", buffering=1)
+    with stream:
+        yield lambda line: print(json.dumps(line, ensure_ascii=False), file=stream)
+    with blaming(f"--output {output}"):
+        os.replace(partial, output)

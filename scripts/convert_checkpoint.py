@@ -1,0 +1,34 @@
+#!/usr/bin/env python
+"""GPT-2 checkpoint -> Hugging Face folder: `python scripts/convert_checkpoint.py --input ckpt.pt --output-dir my-gpt2`."""
+
+import sys
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from gpt2xla.cli import parse_options
+from gpt2xla.config import option
+from gpt2xla.exits import exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Conversion"""
+
+    input: str = option(
+        MISSING, "nanoGPT's ckpt.pt, another .pt file, a checkpoint folder, gpt2 ... gpt2-xl or a hub id"
+    )
+    output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it")
+    tokenizer: str | None = option(
+        None, "a tiktoken name, 'bytes' or a tokenizer.json (default: the model's own, else GPT-2's if its size fits)"
+    )
+
+
+def main() -> None:
+    options = parse_options(ConvertConfig, "Write a GPT-2 checkpoint as a Hugging Face folder.")
+    from gpt2xla.convert import convert
+
+    convert(options.input, Path(options.output_dir), options.tokenizer)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

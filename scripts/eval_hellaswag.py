@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""A model's accuracy on HellaSwag: `python scripts/eval_hellaswag.py --model checkpoints`."""
+
+import sys
+from dataclasses import MISSING, dataclass
+
+from gpt2xla.cli import parse_options
+from gpt2xla.config import option
+from gpt2xla.evals.opening import EvalConfig, find_tokenizer, open_runtime
+from gpt2xla.exits import exit_code, leaving_together
+
+
+@dataclass(frozen=True, kw_only=True)
+class HellaSwagConfig(EvalConfig):
+    """HellaSwag"""
+
+    model: str = option(MISSING, "checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a .pt file")
+    data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)")
+    tokenizer: str | None = option(
+        None, "a tiktoken name, 'bytes' or a tokenizer.json (default: the model's own, else gpt2)"
+    )
+
+
+def main() -> None:
+    options = parse_options(HellaSwagConfig, "Measure a model's accuracy on HellaSwag.")
+    train = options.train_config()
+    from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
+    from gpt2xla.start import build_model, load_weights, locate
+
+    runtime = open_runtime(options.device, train)
+    with leaving_together(runtime):
+        items = read_items(options.data, "--data")
+        source = locate(options.model)
+        model_config, weights = load_weights(source)
+        tokenizer = find_tokenizer(options.tokenizer, source, model_config.vocab_size)
+        questions = encode_items(items, tokenizer, model_config.seq_length)
+        model = build_model(model_config, weights, source)
+        runtime.setup_model(model)
+        result = HellaSwag(questions, model, runtime, train.eval_batch_size).run()
+        if runtime.is_main:
+            shares = {"acc": result.acc, "acc_norm": result.acc_norm}
+            shown = ", ".join(
+                f"{name} {share:.4f} ± {result.standard_error(share):.4f}" for name, share in shares.items()
+            )
+            print(f"{source}: HellaSwag {shown} of {result.items:,} items")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

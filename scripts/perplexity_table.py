@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Loss and perplexity of several models on one split: `python scripts/perplexity_table.py --models gpt2 checkpoints
+--valid-dir fineweb_10BT/test` writes perplexity.md and perplexity.json.
+"""
+
+import json
+import sys
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+from gpt2xla.cli import parse_options
+from gpt2xla.config import option
+from gpt2xla.errors import blaming
+from gpt2xla.evals.opening import EvalConfig, open_runtime
+from gpt2xla.exits import exit_code, leaving_together
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableConfig(EvalConfig):
+    """Perplexity table"""
+
+    models: tuple[str, ...] = option(
+        MISSING, "checkpoint folders, gpt2, gpt2-medium, gpt2-large, gpt2-xl, hub ids, or .pt files"
+    )
+    valid_dir: str = option(MISSING, "folder or URL of token shards")
+    valid_steps: int | Literal["all"] = option("all", "batches of --batch-size; all: each token of the split once")
+    output: str = option("perplexity", "where to write the table, without .md and .json")
+
+
+def main() -> None:
+    options = parse_options(TableConfig, "Measure loss and perplexity of several models on one split.")
+    train = options.train_config(options.valid_steps)
+    from gpt2xla.evals.perplexity_table import markdown, measure
+
+    runtime = open_runtime(options.device, train)
+    with leaving_together(runtime):
+        rows = measure(list(options.models), options.valid_dir, train, runtime)
+        if runtime.is_main:
+            table, files = markdown(rows), [Path(f"{options.output}{suffix}") for suffix in (".md", ".json")]
+            about = {
+                "valid_dir": options.valid_dir,
+                "devices": runtime.description,
+                "precision": options.mixed_precision or "fp32",
+            }
+            with blaming(f"--output {options.output}"):
+                files[0].write_text(table, encoding="utf-8")
+                files[1].write_text(json.dumps(about | {"models": [row.as_dict() for row in rows]}, indent=2) + "\n")
+            print(table, *files, sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

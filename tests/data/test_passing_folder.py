@@ -1,0 +1,43 @@
+"""Folders for passing files are removed when their process is dead, and only then."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+from gpt2xla.data import passing_folder
+
+PROGRAM = """
+import sys, time
+from gpt2xla.data import passing_folder
+print(passing_folder.make(sys.argv[1]), flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    processes, folders = [], []
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        folders.append(Path(process.stdout.readline().strip()))
+        (folders[-1] / "part.parquet").write_text("x")
+        processes.append(process)
+    (tmp_path / "gpt2xla-hub-of-somebody").write_text("a file")
+    try:
+        processes[0].send_signal(signal.SIGKILL)
+        processes[0].wait()
+        mine = passing_folder.make(str(tmp_path))
+        assert not folders[0].exists()
+        assert (folders[1] / "part.parquet").exists()
+        assert mine.is_dir()
+        assert passing_folder.make(str(tmp_path)) != mine
+        assert mine.is_dir(), "its process is this one"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
