@@ -1,0 +1,113 @@
+"""Faults counted: cases spread over two processes, each case checked by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a scenario is given.
+
+    Attributes:
+        folder: an empty one, its own.
+        data: the flags that name the data.
+        unbroken: undisturbed runs by the number of processes, with their data and options.
+        seconds: how long the undisturbed run took, by the number of processes.
+        full: all cases, or only some of each kind.
+        seed: of what is drawn.
+    """
+
+    folder: Path
+    data: list[str]
+    unbroken: dict[int, Path]
+    seconds: dict[int, float]
+    full: bool
+    seed: int
+
+    def cases(self, full: int, smoke: int) -> int:
+        return full if self.full else smoke
+
+
+@dataclass
+class Row:
+    """One line of the table: a fault, what has to hold after it, and how often it did."""
+
+    fault: str
+    bar: str
+    passed: int = 0
+    total: int = 0
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, passed: bool, count: int = 1, note: str = "") -> None:
+        self.passed += count if passed else 0
+        self.total += count
+        if note and note not in self.notes:
+            self.notes.append(note)
+
+
+def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) -> Row:
+    """Call `check(case)` for each, in two processes at a time, and count: a case stands for as many faults as it returns
+    (None: one). What it raises is why it did not pass."""
+    cases = list(cases)
+    begun = time.monotonic()
+    queue, feed = os.pipe()
+    answers, answer = os.pipe()
+    os.set_blocking(feed, False)
+    os.write(feed, b"".join(struct.pack("i", number) for number in range(len(cases))))
+    os.close(feed)
+    workers = []
+    for _ in range(min(_WORKERS, len(cases))):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if (pid := os.fork()) == 0:
+            os.close(answers)
+            while taken := os.read(queue, 4):
+                number = struct.unpack("i", taken)[0]
+                os.write(answer, (json.dumps([number, *_outcome(check, cases[number])]) + "\n").encode())
+            os._exit(0)
+        workers.append(pid)
+    os.close(queue)
+    os.close(answer)
+    with os.fdopen(answers) as stream:
+        for text in stream:
+            number, count, failure = json.loads(text)
+            row.add(not failure, count, failure)
+            if failure:
+                print(f"    FAILED: {cases[number]}: {failure}", flush=True)
+    for pid in workers:
+        os.waitpid(pid, 0)
+    row.seconds += time.monotonic() - begun
+    return row
+
+
+def _outcome(check: Callable[[Any], int | None], case: Any) -> tuple[int, str]:
+    try:
+        return check(case) or 1, ""
+    except AssertionError as error:
+        return 1, str(error)[:1500] or traceback.format_exc()[-1500:]
+    except Exception:
+        return 1, traceback.format_exc()[-1500:]
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run that passed has left, and what was written down beside it."""
+    for path in folder.parent.glob(f"{folder.name}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,72 @@
+"""What a run reads and what it updates, written down by the run itself in a file of its own, one line a step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2xla.data.windows import Batch
+from gpt2xla.train_step import TrainStep
+
+
+def record(file: Path, weights: bool = False) -> None:
+    """In the process of a run: from now on each update adds a line to `file`: its step, from 1, and the windows that it
+    read; with `weights`, also their hashes before and after."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    update = TrainStep.__call__
+
+    def recorded(self: TrainStep, batches: Iterator[Batch], step: int) -> None:
+        windows: list[str] = []
+        line: dict[str, Any] = {"step": step + 1, "windows": windows}
+        if weights:
+            line["before"] = _hash_of(self.model)
+        try:
+            update(self, _watched(batches, windows), step)
+        finally:
+            if weights:
+                line["after"] = _hash_of(self.model)
+            os.write(descriptor, (json.dumps(line) + "\n").encode())
+
+    TrainStep.__call__ = recorded  # type: ignore[method-assign]
+
+
+def _watched(batches: Iterator[Batch], windows: list[str]) -> Iterator[Batch]:
+    for batch in batches:
+        for ids, labels in zip(batch.input_ids.cpu().numpy(), batch.labels.cpu().numpy(), strict=True):
+            windows.append(hashlib.blake2b(ids.tobytes() + labels.tobytes(), digest_size=6).hexdigest())
+        yield batch
+
+
+def _hash_of(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """The lines of one process of the run whose checkpoints are in `folder`, over all its starts."""
+    lines = []
+    for text in folder.with_name(f"{folder.name}.steps-{rank}").read_text().splitlines():
+        lines.append(json.loads(text))
+    return lines
+
+
+def windows(folder: Path, world: int = 1) -> dict[int, list[str]]:
+    """The windows that each step read, on all processes together. AssertionError if a step that was taken again read
+    others than before."""
+    by_step: dict[int, list[str]] = {}
+    for rank in range(world):
+        own: dict[int, list[str]] = {}
+        for line in read(folder, rank):
+            before = own.setdefault(line["step"], line["windows"])
+            assert before == line["windows"], f"step {line['step']} was taken again with other windows"
+        for step, found in own.items():
+            by_step.setdefault(step, []).extend(found)
+    return by_step

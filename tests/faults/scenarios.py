@@ -1,0 +1,35 @@
+"""All scenarios by name, and the undisturbed runs that they are compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults import kills, runs
+from tests.faults.cases import Row, Setting
+
+ALL: dict[str, Callable[[Setting], list[Row]]] = {
+    "kill": kills.whole_runs,
+    "kill-in-save": kills.points_of_a_save,
+    "kill-one": kills.one_of_two,
+}
+
+
+def undisturbed(base: Path) -> tuple[list[str], dict[int, Path], dict[int, float]]:
+    """The flags that name the data; by the number of processes, an undisturbed run and its seconds."""
+    data = runs.write_data(base / "data")
+    unbroken, seconds = {}, {}
+    for world in (1, 2):
+        unbroken[world] = base / f"unbroken-{world}"
+        begun = time.monotonic()
+        runs.finish([*data, *runs.SMALL_RUN], unbroken[world], world)
+        seconds[world] = time.monotonic() - begun
+    return data, unbroken, seconds
+
+
+def setting(
+    folder: Path, made: tuple[list[str], dict[int, Path], dict[int, float]], full: bool, seed: int
+) -> Setting:
+    folder.mkdir()
+    return Setting(folder, *made, full, seed)
