@@ -50,12 +50,9 @@ def _hash_of(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+def read(folder: Path, rank: int = 0, kind: str = "steps") -> list[dict[str, Any]]:
     """The lines of one process of the run whose checkpoints are in `folder`, over all its starts."""
-    lines = []
-    for text in folder.with_name(f"{folder.name}.steps-{rank}").read_text().splitlines():
-        lines.append(json.loads(text))
-    return lines
+    return [json.loads(text) for text in folder.with_name(f"{folder.name}.{kind}-{rank}").read_text().splitlines()]
 
 
 def windows(folder: Path, world: int = 1) -> dict[int, list[str]]:

@@ -6,13 +6,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import kills, runs
+from tests.faults import damage, folders, kills, nonfinite, runs, stops
 from tests.faults.cases import Row, Setting
 
 ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "kill": kills.whole_runs,
     "kill-in-save": kills.points_of_a_save,
     "kill-one": kills.one_of_two,
+    "signals": stops.signalled,
+    "damage": damage.damaged,
+    "nonfinite": nonfinite.nonfinite,
+    "shared-folder": folders.shared_folder,
 }
 
 

@@ -1,0 +1,152 @@
+"""Stopping on purpose: SIGTERM, Ctrl-C, --max-hours."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from gpt2xla import checkpoint
+from gpt2xla.evals.row_losses import RowLosses
+from gpt2xla.train_step import TrainStep
+from tests.faults import comparing, runs
+from tests.faults.cases import Row, Setting, check_all, clear
+from tests.faults.kills import wait_for_training
+
+_BAR = (
+    "exit code 0 and a checkpoint of where it stopped, within a step, a save and 5 s; the same command goes on, and ends as "
+    "unbroken, bit for bit"
+)
+_SECONDS = 5 + 5  # a step and a save take less than the second 5 on a machine that is shared
+
+
+def signalled(setting: Setting) -> list[Row]:
+    """SIGTERM or SIGINT: at random moments, inside validation, inside a save."""
+    rows = []
+    for world, full, smoke in ((1, 45, 2), (2, 25, 1)):
+        what = "one process" if world == 1 else "two processes"
+        row = Row(f"SIGTERM or SIGINT at random moments of training, {what}", _BAR)
+        cases = [(world, n) for n in range(setting.cases(full, smoke))]
+        rows.append(check_all(row, cases, partial(_at_random, setting)))
+    row = Row("SIGTERM or SIGINT inside validation, a save, an update", _BAR)
+    cases = [(n, list(_PLACES)[n % len(_PLACES)], n // len(_PLACES) % 2 + 1) for n in range(setting.cases(30, 4))]
+    rows.append(check_all(row, cases, partial(_at_place, setting)))
+    row = Row("a second signal, more than a second later", "the process is gone within 5 s, with a code above 0")
+    rows.append(check_all(row, range(setting.cases(10, 1)), partial(_twice, setting)))
+    row = Row("--max-hours", _BAR)
+    cases = [(n, n % 2 + 1) for n in range(setting.cases(10, 2))]
+    rows.append(check_all(row, cases, partial(_out_of_time, setting)))
+    return rows
+
+
+def _number(case: int) -> signal.Signals:
+    return signal.SIGINT if case % 2 else signal.SIGTERM
+
+
+def _at_random(setting: Setting, case: tuple[int, int]) -> None:
+    """Only one of two processes gets it: the others have to hear of it."""
+    world, number = case
+    draw = runs.random_of(setting.seed, "signal", *case)
+    folder, flags = setting.folder / f"signal-{world}-{number}", [*setting.data, *runs.SMALL_RUN]
+    with runs.started(flags, folder, world) as run:
+        wait_for_training(folder, run, 1)
+        time.sleep(draw.uniform(0, 0.8 * setting.seconds[world]))
+        run.processes[draw.randrange(world)].send(_number(number))
+        _check_stopped(run, folder, world, time.monotonic())
+    _check_goes_on(setting, flags, folder, world)
+
+
+def _check_stopped(run: runs.Run, folder: Any, world: int, begun: float) -> None:
+    codes = run.wait(60)
+    assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
+    assert time.monotonic() - begun < _SECONDS, f"it took {time.monotonic() - begun:.1f} s"
+    assert not run.orphans(), "a process is left"
+    newest = checkpoint.list_checkpoints(folder)[-1]
+    assert checkpoint.find_damage(newest) is None
+    logged = max(comparing.losses(folder))
+    assert checkpoint.step_of(newest) == logged, f"{newest.name}, but step {logged} was taken"
+    comparing.check_no_litter(folder)
+
+
+def _check_goes_on(setting: Setting, flags: list[str], folder: Any, world: int) -> None:
+    runs.finish(flags, folder, world)
+    comparing.check_same(folder, setting.unbroken[world], world)
+    clear(folder)
+
+
+def _signal_in(owner: Any, name: str, call: int, number: signal.Signals) -> None:
+    original, seen = getattr(owner, name), [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+_PLACES: dict[str, Callable[[int, signal.Signals], None]] = {
+    "validation": lambda n, number: _signal_in(RowLosses, "_score", 6 * (n % 5) + n % 6 + 1, number),
+    "save": lambda n, number: _signal_in(checkpoint, "_write", n % 7 + 1, number),
+    "rename": lambda n, number: _signal_in(checkpoint, "_fsync", 9 * (n % 6) + n % 9 + 1, number),
+    "update": lambda n, number: _signal_in(TrainStep, "__call__", 7 * n % 50 + 1, number),
+}
+
+
+def _at_place(setting: Setting, case: tuple[int, str, int]) -> None:
+    number, place, world = case
+    folder, flags = setting.folder / f"place-{number}", [*setting.data, *runs.SMALL_RUN]
+
+    def prepare(rank: int) -> None:
+        if rank == 0:
+            _PLACES[place](number, _number(number // 4))
+
+    with runs.started(flags, folder, world, prepare) as run:
+        wait_for_training(folder, run, 1)
+        codes = run.wait(60)
+        assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
+        text = run.text
+        assert "stopped by" in text or checkpoint.list_checkpoints(folder)[-1].name.endswith(str(runs.STEPS)), text[-600:]
+        _check_stopped(run, folder, world, time.monotonic())
+    _check_goes_on(setting, flags, folder, world)
+
+
+def _twice(setting: Setting, number: int) -> None:
+    """The first wish is held up by a save that takes 30 s."""
+    folder, flags = setting.folder / f"twice-{number}", [*setting.data, *runs.SMALL_RUN]
+    folder.mkdir()
+
+    def slow(rank: int) -> None:
+        original = checkpoint._write
+
+        def write(*args: Any) -> None:
+            time.sleep(30)
+            original(*args)
+
+        checkpoint._write = write
+
+    with runs.started(flags, folder, 1, slow) as run:
+        wait_for_training(folder, run, 4)
+        run.processes[0].send(_number(number))
+        time.sleep(1.3)
+        assert run.processes[0].poll() is None, "it did not wait for the save"
+        run.processes[0].send(_number(number // 2))
+        code = run.processes[0].wait(5)
+        assert code not in (0, None), f"exit code {code} after a second signal"
+    _check_goes_on(setting, flags, folder, 1)
+
+
+def _out_of_time(setting: Setting, case: tuple[int, int]) -> None:
+    number, world = case
+    folder, flags = setting.folder / f"hours-{number}", [*setting.data, *runs.SMALL_RUN]
+    seconds = setting.seconds[world] * (0.1 + 0.08 * number)
+    with runs.started([*flags, "--max-hours", seconds / 3600], folder, world) as run:
+        wait_for_training(folder, run, 1)
+        codes = run.wait(60)
+        assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
+        _check_stopped(run, folder, world, time.monotonic())
+    _check_goes_on(setting, flags, folder, world)
