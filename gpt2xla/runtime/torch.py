@@ -138,7 +138,7 @@ class TorchRuntime:
         return value
 
     def flag(self, value: bool) -> Tensor:
-        return torch.tensor(float(value), device=self.device)
+        return torch.full((), float(value), device=self.device)  # a kernel's argument: a copy would wait for the device
 
     def gather_rows(self, values: Tensor) -> Tensor:
         if not self.distributed:
