@@ -70,8 +70,11 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
     except BaseException as error:
         if runtime.world_size == 1:
             raise
-        if not runtime.is_main:
+        if not (runtime.is_main or runtime.ended_ranks()):
             time.sleep(_SECONDS_FOR_MAIN)
+        if (ended := runtime.ended_ranks()) and not isinstance(error, InputError | RunFailed):
+            ranks = f"rank{'s' if len(ended) > 1 else ''} {', '.join(map(str, ended))}"
+            error = RunFailed(f"{ranks} ended early, and with it the run; start the same command again to go on")
         code = report(error)
         sys.stderr.flush()
         sys.stdout.flush()

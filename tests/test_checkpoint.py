@@ -36,7 +36,7 @@ def flip_a_bit(file: Path) -> None:
 
 def test_a_run_leaves_whole_checkpoints_and_no_litter(trained: Path) -> None:
     assert sorted(file.name for file in trained.iterdir()) == [
-        "metrics.jsonl", "run_config.json", "step-00000010", "step-00000020"
+        ".lock", "metrics.jsonl", "run_config.json", "step-00000010", "step-00000020"
     ]  # fmt: skip
     assert [folder.name for folder in checkpoint.list_checkpoints(trained)] == ["step-00000010", "step-00000020"]
     assert all(checkpoint.find_damage(folder) is None for folder in checkpoint.list_checkpoints(trained))
@@ -118,7 +118,8 @@ def test_going_back_to_an_older_one_sets_the_newer_aside(root: Path) -> None:
     (root / ".step-00000030.partial").mkdir()
     assert checkpoint.prepare_folder(root, 10) == ["set aside: step-00000020 is now abandoned-1-step-00000020"]
     assert sorted(file.name for file in root.iterdir()) == [
-        "abandoned-1-metrics.jsonl", "abandoned-1-step-00000020", "metrics.jsonl", "run_config.json", "step-00000010"
+        ".lock", "abandoned-1-metrics.jsonl", "abandoned-1-step-00000020", "metrics.jsonl", "run_config.json",
+        "step-00000010",
     ]  # fmt: skip
     assert find_start(options(root)).step == 10
 

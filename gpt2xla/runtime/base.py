@@ -154,6 +154,10 @@ class Runtime(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def ended_ranks(self) -> list[int]:
+        """Which other processes are known to have ended."""
+        ...
+
     def compiles(self) -> int:
         """Device programs compiled by this process so far; 0 where nothing is compiled."""
         ...

@@ -34,6 +34,7 @@ from gpt2xla.runtime.base import (
     random_seed,
     set_matmul_precision,
 )
+from gpt2xla.runtime.peers import Peers
 
 
 class TorchRuntime:
@@ -49,6 +50,7 @@ class TorchRuntime:
         if self.distributed:
             # Others wait while the main process saves; a large model on a slow disk takes its time.
             dist.init_process_group(_backend(options.ddp_backend, self.device), timeout=timedelta(hours=1))
+        self._peers = Peers() if self.distributed else None
         set_matmul_precision(config.matmul_precision)
         self.dtype = DTYPES[config.mixed_precision]
         self.train = config
@@ -136,7 +138,7 @@ class TorchRuntime:
         return value
 
     def flag(self, value: bool) -> Tensor:
-        return torch.tensor(float(value), device=self.device)
+        return torch.full((), float(value), device=self.device)  # a kernel's argument: a copy would wait for the device
 
     def gather_rows(self, values: Tensor) -> Tensor:
         if not self.distributed:
@@ -193,6 +195,9 @@ class TorchRuntime:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.scaler.is_enabled() and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
+
+    def ended_ranks(self) -> list[int]:
+        return self._peers.ended() if self._peers else []
 
     def compiles(self) -> int:
         return 0

@@ -269,6 +269,9 @@ class XlaRuntime:
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
 
+    def ended_ranks(self) -> list[int]:
+        return []  # their launcher tells
+
     def compiles(self) -> int:
         return count_compiles()
 

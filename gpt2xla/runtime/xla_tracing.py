@@ -55,6 +55,9 @@ class TracingRuntime(XlaRuntime):
     def to_device(self, tensor: Tensor) -> Tensor:
         return xb.create_placeholder_tensor(tensor.shape, tensor.dtype)
 
+    def flag(self, value: bool) -> Tensor:
+        return self.to_device(torch.zeros(()))
+
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         self.values = values  # kept alive, as a result of the graph
 

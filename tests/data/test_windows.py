@@ -1,5 +1,7 @@
 """Which tokens a step reads, against brute force."""
 
+import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,6 +129,19 @@ def test_resuming_reads_on_where_the_run_stopped(windows: Windows) -> None:
     resumed = order(windows, accum=3, shuffle_seed=1).batches(first_step=7)
     for _ in range(20):
         assert (next(resumed).input_ids == next(unbroken).input_ids).all()
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+def test_a_steps_windows_are_told_as_all_its_processes_read_them(windows: Windows, shuffle_seed: int | None) -> None:
+    steps = [order(windows, accum=2, rank=rank, world_size=3, shuffle_seed=shuffle_seed) for rank in range(3)]
+    for step in (0, 1, 2, 5):
+        told = steps[0].describe(step)
+        assert told.endswith(f" of {windows.stream.name}")
+        numbers = [int(number) for number in re.findall(r"\d+", told.removesuffix(windows.stream.name))]
+        if " to " in told:
+            numbers = list(range(numbers[0], numbers[1] + 1))
+        read = [w for part in steps for batch in itertools.islice(part.batches(step), 2) for w in windows_of(batch)]
+        assert sorted(numbers) == sorted(read)
 
 
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
