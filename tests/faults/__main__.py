@@ -55,6 +55,7 @@ def main() -> int:
     if options.report:
         options.report.parent.mkdir(exist_ok=True)
         options.report.write_text(report.text(results))
+    shim.unload()
     if failed:
         print(f"what failed is in {base}")
     else:

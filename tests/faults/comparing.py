@@ -24,7 +24,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
 
 
-def check_same(folder: Path, unbroken: Path, world: int = 1, windows: bool = True) -> None:
+def check_same(folder: Path, unbroken: Path, world: int = 1, windows: bool = True, steps: int = STEPS) -> None:
     """AssertionError names the first difference: of the training and validation lines, of the windows that the steps
     read, of the last checkpoint's weights, of the optimizer's state in it. `windows` where the run recorded them."""
     got, expected = _lines(folder), _lines(unbroken)
@@ -36,12 +36,12 @@ def check_same(folder: Path, unbroken: Path, world: int = 1, windows: bool = Tru
         assert read.keys() == should.keys(), "other steps were taken"
         for step, found in read.items():
             assert found == should[step], f"step {step} read other windows"
-    last = f"step-{STEPS:08d}"
+    last = f"step-{steps:08d}"
     _check_tensors(load_file(folder / last / "model.safetensors"), load_file(unbroken / last / "model.safetensors"))
     ours, theirs = (torch.load(f / last / "training_state.pt", weights_only=True) for f in (folder, unbroken))
     for moment in ("exp_avg", "exp_avg_sq"):
         _check_tensors(ours["optimizer"][moment], theirs["optimizer"][moment])
-    assert ours["step"] == theirs["step"] == STEPS
+    assert ours["step"] == theirs["step"] == steps
     check_no_litter(folder)
 
 

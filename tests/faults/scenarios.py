@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import damage, folders, kills, nonfinite, runs, stops
+from tests.faults import damage, disk, folders, kills, nonfinite, runs, stops
 from tests.faults.cases import Row, Setting
 
 ALL: dict[str, Callable[[Setting], list[Row]]] = {
@@ -15,6 +15,8 @@ ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "kill-one": kills.one_of_two,
     "signals": stops.signalled,
     "damage": damage.damaged,
+    "disk": disk.failing,
+    "slow": disk.slow,
     "nonfinite": nonfinite.nonfinite,
     "shared-folder": folders.shared_folder,
 }

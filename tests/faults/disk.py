@@ -1,0 +1,208 @@
+"""Disks that are full, broken or slow, and clocks that jump."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gpt2xla import checkpoint
+from tests.faults import comparing, runs, shim
+from tests.faults.cases import Row, Setting, check_all, clear
+
+_SHORT = ["--train-steps", "24", "--decay-steps", "24"]  # saves at 6, 12, 18, 24
+_AT = 12  # the save in which calls fail
+_ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
+_WITHOUT = "not run: it needs a C compiler, gcc or cc"
+
+
+def failing(setting: Setting) -> list[Row]:
+    """Each call that writes fails, in one save: once, or as if for good."""
+    good = "older checkpoints are whole, nothing half-written is left"
+    rows = [
+        Row("ENOSPC and EIO for good from each call of a save on, --on-save-error stop", f"exit code 1, a clear line; {good}"),
+        Row("ENOSPC and EIO once, at each call of a save, --on-save-error stop", f"the run ends with a checkpoint of its "
+            f"last step, the same command goes on and ends as unbroken; {good}"),
+        Row("ENOSPC and EIO at each call of a save, --on-save-error go-on", f"a clear line; the run goes on to its end, exit "
+            f"code 0, and ends as unbroken; {good}"),
+        Row("SIGKILL at each call of a save", "started again it ends as unbroken, bit for bit"),
+        Row("a full disk for all of --checkpoints-dir, metrics.jsonl too", f"exit code 1 and a line without a traceback; {good}"),
+    ]  # fmt: skip
+    if not shim.is_loaded():
+        return [Row(row.fault, row.bar, notes=[_WITHOUT]) for row in rows]
+    reference = setting.folder / "unbroken"
+    flags = [*setting.data, *runs.SMALL_RUN, *_SHORT]
+    runs.finish(flags, reference)
+    calls = _count_calls(setting, flags)
+    every = range(0, calls, 1 if setting.full else 11)
+    both = [(name, call) for name in _ERRORS for call in every]
+    for row in rows:
+        row.notes.append(f"a save makes {calls} calls that write, sync, create or rename")
+    check_all(rows[0], both, partial(_stops, setting, flags))
+    check_all(rows[1], both, partial(_stops_once, setting, flags, reference))
+    check_all(rows[2], both, partial(_goes_on, setting, flags, reference))
+    check_all(rows[3], every, partial(_killed, setting, flags, reference))
+    check_all(rows[4], range(6 if setting.full else 1), partial(_all_full, setting, flags))
+    return rows
+
+
+def _arm(part: str, call: int, mode: int, error: int, rank: int) -> None:
+    """When the save at step `_AT` begins."""
+    original = checkpoint._write
+
+    def write(folder: Path, *args: Any) -> None:
+        if folder.name == f".step-{_AT:08d}.partial":
+            checkpoint._write = original
+            shim.arm(part, call, mode, error)
+        original(folder, *args)
+
+    checkpoint._write = write
+
+
+def _count_calls(setting: Setting, flags: list[str]) -> int:
+    folder = setting.folder / "count"
+
+    def prepare(rank: int) -> None:
+        _arm(f"step-{_AT:08d}", -1, shim.ONCE, 0, rank)
+        original = checkpoint.prune
+
+        def prune(root: Path, newest: Path, limit: int) -> None:
+            if newest.name == f"step-{_AT:08d}":
+                root.with_name("calls").write_text(str(shim.seen()))
+            original(root, newest, limit)
+
+        checkpoint.prune = prune
+
+    runs.finish(flags, folder, 1, prepare)
+    calls = int((setting.folder / "calls").read_text())
+    clear(folder)
+    assert calls > 20, f"only {calls} calls were seen"
+    return calls
+
+
+def _start(setting: Setting, flags: list[str], part: str, case: tuple[str, int], mode: int, code: int, name: str) -> Path:
+    folder = setting.folder / f"{name}-{case[0]}-{case[1]}"
+    prepare = partial(_arm, part, case[1], mode, _ERRORS[case[0]])
+    with runs.started(flags, folder, 1, prepare) as run:
+        codes = run.wait(60)
+        assert codes == [code], f"exit code {codes}: {run.text[-900:]}"
+        assert "Traceback" not in run.text, run.text[-900:]
+        lines = [line for line in run.text.splitlines() if "could not be saved" in line]
+        assert lines, f"no line says that a save failed: {run.text[-900:]}"
+        reason = os.strerror(_ERRORS[case[0]])
+        assert all(f"step-{_AT:08d}" in lines[0] for _ in lines[:1]), lines[0]
+        assert len(lines) <= 2, f"said {len(lines)} times"
+        assert reason in lines[0] or "write" in lines[0].lower(), f"the reason is not told: {lines[0]}"
+    comparing.check_no_litter(folder)
+    for saved in checkpoint.list_checkpoints(folder):
+        assert checkpoint.find_damage(saved) is None
+    return folder
+
+
+def _stops(setting: Setting, flags: list[str], case: tuple[str, int]) -> None:
+    folder = _start(setting, flags, "/.step-", case, shim.FOR_GOOD, 1, "stop")
+    assert [f.name for f in checkpoint.list_checkpoints(folder)] == ["step-00000006"]
+    clear(folder)
+
+
+def _stops_once(setting: Setting, flags: list[str], reference: Path, case: tuple[str, int]) -> None:
+    folder = _start(setting, flags, f"step-{_AT:08d}", case, shim.ONCE, 0, "once")
+    newest = checkpoint.list_checkpoints(folder)[-1]
+    assert checkpoint.step_of(newest) == max(comparing.losses(folder)) >= _AT, f"the last one is {newest.name}"
+    runs.finish(flags, folder)
+    comparing.check_same(folder, reference, steps=24)
+    clear(folder)
+
+
+def _goes_on(setting: Setting, flags: list[str], reference: Path, case: tuple[str, int]) -> None:
+    flags = [*flags, "--on-save-error", "go-on"]
+    folder = _start(setting, flags, f"step-{_AT:08d}", case, shim.FOR_GOOD, 0, "go-on")
+    assert not (folder / f"step-{_AT:08d}").exists()
+    comparing.check_same(folder, reference, steps=24)
+    clear(folder)
+
+
+def _killed(setting: Setting, flags: list[str], reference: Path, call: int) -> None:
+    folder = setting.folder / f"killed-{call}"
+    with runs.started(flags, folder, 1, partial(_arm, f"step-{_AT:08d}", call, shim.KILL, 0)) as run:
+        assert run.wait() == [-signal.SIGKILL], run.text[-600:]
+    runs.finish(flags, folder)
+    comparing.check_same(folder, reference, steps=24)
+    clear(folder)
+
+
+def _all_full(setting: Setting, flags: list[str], call: int) -> None:
+    folder = setting.folder / f"full-{call}"
+    with runs.started(flags, folder, 1, partial(_arm, f"{folder.name}/", call * 5, shim.FOR_GOOD, errno.ENOSPC)) as run:
+        codes = run.wait(60)
+        assert codes == [1], f"exit code {codes}: {run.text[-900:]}"
+        assert "Traceback" not in run.text, run.text[-900:]
+        assert os.strerror(errno.ENOSPC) in run.text, run.text[-900:]
+    comparing.check_no_litter(folder)
+    assert all(checkpoint.find_damage(saved) is None for saved in checkpoint.list_checkpoints(folder))
+    runs.finish(flags, folder)
+    clear(folder)
+
+
+# Slow disks, jumping clocks -------------------------------------------------------------------------------------------
+
+_DELAY = 2.0  # seconds that a save takes
+
+
+def slow(setting: Setting) -> list[Row]:
+    row = Row(
+        f"a disk on which a save takes {_DELAY:.0f} s",
+        "no step waits for it, unless the save before it is still being written; all saves are there at the end, as unbroken",
+    )
+    check_all(row, range(setting.cases(5, 1)), partial(_slow_disk, setting))
+    bar = "the run ends, with the same numbers"
+    jumps = [(clock, jump, world) for world in (1, 2) for clock in ("time", "monotonic", "perf_counter") for jump in (
+        -86400.0, -3.0, 3.0, 86400.0 * 365)]  # fmt: skip
+    clocks = Row("a clock that jumps, by -1 day, -3 s, 3 s, 1 year", bar)
+    check_all(clocks, jumps if setting.full else jumps[::7], partial(_jumping_clock, setting))
+    return [row, clocks]
+
+
+def _slow_disk(setting: Setting, number: int) -> None:
+    folder, flags = setting.folder / f"slow-{number}", [*setting.data, *runs.SMALL_RUN, "--save-interval", 30]
+
+    def prepare(rank: int) -> None:
+        original = checkpoint._write
+
+        def write(*args: Any) -> None:
+            time.sleep(_DELAY)
+            original(*args)
+
+        checkpoint._write = write
+
+    begun = time.monotonic()
+    runs.finish(flags, folder, 1, prepare)
+    assert time.monotonic() - begun > 2 * _DELAY, "the disk was not slow"
+    lines = [line for line in comparing.metrics(folder) if "loss" in line]
+    gaps = [b["time"] - a["time"] for a, b in zip(lines, lines[1:], strict=False)]
+    assert max(gaps) < _DELAY / 2, f"a step took {max(gaps):.2f} s"
+    assert [f.name for f in checkpoint.list_checkpoints(folder)] == ["step-00000030", "step-00000060"]
+    comparing.check_same(folder, setting.unbroken[1])
+    clear(folder)
+
+
+def _jumping_clock(setting: Setting, case: tuple[str, float, int]) -> None:
+    clock, jump, world = case
+    folder, flags = setting.folder / "-".join(map(str, ("clock", *case))), [*setting.data, *runs.SMALL_RUN]
+
+    def prepare(rank: int) -> None:
+        original, calls = getattr(time, clock), [0]
+
+        def jumping() -> float:
+            calls[0] += 1
+            return float(original()) + (jump if calls[0] > 40 else 0)
+
+        setattr(time, clock, jumping)
+
+    runs.finish(flags, folder, world, prepare)
+    comparing.check_same(folder, setting.unbroken[world], world)
+    clear(folder)
