@@ -1,14 +1,16 @@
-# make demo: from raw text to generated text on this machine's CPU. make test: the test suite. make tpu-table: what a TPU's
-# compiler makes of the training step, beside the reference trainer's if REFERENCE names a checkout of it (25 minutes).
+# make demo: from raw text to generated text on this machine's CPU. make test: the test suite. make faults: what can happen
+# to a run, done to it some 1,500 times, and docs/reliability.md. make tpu-table: what a TPU's compiler makes of the training
+# step, beside the reference trainer's if REFERENCE names a checkout of it (25 minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+FAULTS_ARGS ?=
 REFERENCE ?=
 # A file's tests share what is slow to make, so they stay together. In order of name the files with long tests are not last.
 PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all check tpu-table install clean
+.PHONY: demo test test-all faults check tpu-table install clean
 
 demo: install
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
@@ -18,6 +20,9 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow or not slow"
+
+faults: install
+	$(BIN)/python -m tests.faults --scale full --report docs/reliability.md $(FAULTS_ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -84,7 +84,9 @@ def _count_calls(setting: Setting, flags: list[str]) -> int:
     return calls
 
 
-def _start(setting: Setting, flags: list[str], part: str, case: tuple[str, int], mode: int, code: int, name: str) -> Path:
+def _start(
+    setting: Setting, flags: list[str], part: str, case: tuple[str, int], mode: int, code: int, name: str
+) -> Path:
     folder = setting.folder / f"{name}-{case[0]}-{case[1]}"
     prepare = partial(_arm, part, case[1], mode, _ERRORS[case[0]])
     with runs.started(flags, folder, 1, prepare) as run:

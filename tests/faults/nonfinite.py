@@ -37,7 +37,9 @@ def nonfinite(setting: Setting) -> list[Row]:
     check_all(fails, cases, partial(_fails, setting))
     bar = "those updates are left out, on all processes; `skipped` counts them; one more than N ends the run with 1"
     skips = Row("the same with --skip-nonfinite N", bar)
-    check_all(skips, [(*case, n) for case in cases for n in (1, 3)][:: 1 if setting.full else 3], partial(_skips, setting))
+    check_all(
+        skips, [(*case, n) for case in cases for n in (1, 3)][:: 1 if setting.full else 3], partial(_skips, setting)
+    )
     return [fails, skips]
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import damage, disk, folders, kills, nonfinite, runs, stops
+from tests.faults import damage, disk, folders, kills, moving, nonfinite, runs, stops, tested
 from tests.faults.cases import Row, Setting
 
 ALL: dict[str, Callable[[Setting], list[Row]]] = {
@@ -19,6 +19,9 @@ ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "slow": disk.slow,
     "nonfinite": nonfinite.nonfinite,
     "shared-folder": folders.shared_folder,
+    "moved": moving.moved,
+    "launched": moving.launched,
+    "tested": tested.tested,
 }
 
 
@@ -34,8 +37,6 @@ def undisturbed(base: Path) -> tuple[list[str], dict[int, Path], dict[int, float
     return data, unbroken, seconds
 
 
-def setting(
-    folder: Path, made: tuple[list[str], dict[int, Path], dict[int, float]], full: bool, seed: int
-) -> Setting:
+def setting(folder: Path, made: tuple[list[str], dict[int, Path], dict[int, float]], full: bool, seed: int) -> Setting:
     folder.mkdir()
     return Setting(folder, *made, full, seed)

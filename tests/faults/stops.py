@@ -110,7 +110,9 @@ def _at_place(setting: Setting, case: tuple[int, str, int]) -> None:
         codes = run.wait(60)
         assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
         text = run.text
-        assert "stopped by" in text or checkpoint.list_checkpoints(folder)[-1].name.endswith(str(runs.STEPS)), text[-600:]
+        assert "stopped by" in text or checkpoint.list_checkpoints(folder)[-1].name.endswith(str(runs.STEPS)), text[
+            -600:
+        ]
         _check_stopped(run, folder, world, time.monotonic())
     _check_goes_on(setting, flags, folder, world)
 

@@ -1,0 +1,170 @@
+"""Runs that change the number of their processes, or the runtime, on the way; and the faults that need the real launchers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+from gpt2xla import checkpoint
+from tests.faults import comparing, recording, runs
+from tests.faults.cases import Row, Setting, check_all, clear
+from tests.faults.kills import check_names_rank, wait_for_training
+
+Launch = Callable[[list[object], Path], AbstractContextManager[runs.Run]]
+_PATIENCE = 240.0  # imports and compiling included, on a machine that is shared
+
+
+def moved(setting: Setting) -> list[Row]:
+    bar = "the same windows in each step; losses within 1e-5 relative"
+    worlds = Row("resumed with 1, 2, 1 processes and 2, 1, 2", bar)
+    cases = [(first, a, b) for first in (1, 2) for a, b in ((12, 36), (18, 24), (6, 54), (30, 42), (24, 48))]
+    check_all(worlds, cases if setting.full else cases[::5], partial(_other_worlds, setting))
+    runtimes = Row("resumed torch to XLA to torch, XLA to torch to XLA, XLA to 2 replicas (`run_pretrain_xla.py`)", bar)
+    plans = [["torch", "xla", "torch"], ["xla", "torch", "xla"], ["xla", "replicas", "torch"]] if setting.full else []
+    check_all(runtimes, plans, partial(_other_runtimes, setting))
+    return [worlds, runtimes]
+
+
+def _other_worlds(setting: Setting, case: tuple[int, int, int]) -> None:
+    first, a, b = case
+    folder, flags = setting.folder / "-".join(map(str, case)), [*setting.data, *runs.SMALL_RUN]
+    rows: dict[int, list[str]] = {}
+    for end, world in ((a, first), (b, 3 - first), (runs.STEPS, first)):
+        runs.finish([*flags, "--train-steps", end], folder, world)
+        rows |= recording.windows(folder, world)
+        for rank in range(world):
+            folder.with_name(f"{folder.name}.steps-{rank}").unlink()
+    assert rows == recording.windows(setting.unbroken[1]), "other windows"
+    comparing.check_close(folder, setting.unbroken[1])
+    clear(folder)
+
+
+def _other_runtimes(setting: Setting, plan: list[str]) -> None:
+    """The windows of XLA's steps are not recorded; the losses tell of them."""
+    folder, flags = setting.folder / "-".join(plan), [*setting.data, *runs.SMALL_RUN]
+    for end, runtime in zip((24, 36, runs.STEPS), plan, strict=True):
+        until = [*flags, "--train-steps", end]
+        if runtime == "torch":
+            runs.finish(until, folder)
+        else:
+            with runs.xla(until, folder, 2 if runtime == "replicas" else 1) as run:
+                assert run.wait(_PATIENCE) == [0], run.text[-900:]
+    comparing.check_close(folder, setting.unbroken[1])
+    clear(folder)
+
+
+# The real launchers ---------------------------------------------------------------------------------------------------
+
+
+def launched(setting: Setting) -> list[Row]:
+    """Few cases each: every start imports and compiles for 5 to 40 s."""
+    replicas: Launch = partial(runs.xla, replicas=2)
+    ways: dict[str, Launch] = {"torchrun": runs.torchrun, "XLA:CPU": runs.xla, "XLA:CPU, 2 replicas": replicas}
+    kills = Row(
+        "SIGKILL of all processes, torchrun and `run_pretrain_xla.py`", "started again it ends as unbroken, bit for bit"
+    )
+    ones = Row("one of two processes killed, torchrun and two XLA:CPU replicas", "all leave within 30 s with a code above 0; "
+        "the message names the rank; no process is left")  # fmt: skip
+    stops = Row("SIGTERM and SIGINT, torchrun and `run_pretrain_xla.py`", "exit code 0 and a checkpoint; the same command goes "
+        "on and ends as unbroken, bit for bit")  # fmt: skip
+    if not setting.full:
+        check_all(ones, [("torchrun", runs.torchrun, 1)], partial(_one_killed, setting))
+        return [kills, ones, stops]
+    for name, way in ways.items():
+        unbroken = setting.folder / f"unbroken-{name}".replace(" ", "_")
+        with way([*setting.data, *runs.SMALL_RUN], unbroken) as run:
+            assert run.wait(_PATIENCE) == [0], run.text[-900:]
+        cases = [(name, way, unbroken, number) for number in range(4 if name == "torchrun" else 3)]
+        check_all(kills, cases, partial(_killed, setting))
+        kills.notes.append(f"{len(cases)} with {name}")
+        check_all(stops, cases[:2], partial(_stopped, setting))
+        stops.notes.append(f"2 with {name}")
+    cases = [("torchrun", runs.torchrun, victim) for victim in (0, 1, 0, 1)] + [
+        ("xla", replicas, victim) for victim in (0, 1)
+    ]
+    check_all(
+        ones,
+        [(f"{n}-{name}", way, victim) for n, (name, way, victim) in enumerate(cases)],
+        partial(_one_killed, setting),
+    )
+    ones.notes.append("4 with torchrun, 2 with XLA:CPU replicas")
+    return [kills, ones, stops]
+
+
+def _killed(setting: Setting, case: tuple[str, Launch, Path, int]) -> None:
+    name, way, unbroken, number = case
+    folder = setting.folder / f"killed-{name}-{number}".replace(" ", "_")
+    flags = [*setting.data, *runs.SMALL_RUN]
+    with way(flags, folder) as run:
+        wait_for_training(folder, run, 3 + 15 * number, _PATIENCE)
+        run.kill()
+    with way(flags, folder) as run:
+        assert run.wait(_PATIENCE) == [0], run.text[-900:]
+    comparing.check_same(folder, unbroken, windows=False)
+    clear(folder)
+
+
+def _stopped(setting: Setting, case: tuple[str, Launch, Path, int]) -> None:
+    name, way, unbroken, number = case
+    folder = setting.folder / f"stopped-{name}-{number}".replace(" ", "_")
+    flags = [*setting.data, *runs.SMALL_RUN]
+    with way(flags, folder) as run:
+        wait_for_training(folder, run, 5 + 20 * number, _PATIENCE)
+        run.processes[0].send(signal.SIGINT if number % 2 else signal.SIGTERM)
+        code = run.wait(_PATIENCE)[0]
+        # torchrun itself says that it was interrupted; its processes have left with 0.
+        assert code == 0 or "torchrun" in name, f"exit code {code}: {run.text[-900:]}"
+        assert checkpoint.step_of(checkpoint.list_checkpoints(folder)[-1]) == max(comparing.losses(folder))
+        assert not run.orphans(), "a process is left"
+        if "torchrun" in name:
+            assert "stopped by" in run.text, run.text[-900:]
+    with way(flags, folder) as run:
+        assert run.wait(_PATIENCE) == [0], run.text[-900:]
+    comparing.check_same(folder, unbroken, windows=False)
+    clear(folder)
+
+
+def _one_killed(setting: Setting, case: tuple[str, Launch, int]) -> None:
+    name, way, victim = case
+    folder = setting.folder / f"one-{name}-{victim}"
+    with way([*setting.data, *runs.SMALL_RUN, "--train-steps", 100000, "--save-interval", 200], folder) as run:
+        wait_for_training(folder, run, 5, _PATIENCE)
+        ranks = _ranks(run)
+        assert len(ranks) == 2, f"its processes: {ranks}"
+        os.kill(ranks[victim], signal.SIGKILL)
+        killed = time.monotonic()
+        code = run.wait(60)[0]
+        seconds = time.monotonic() - killed
+        assert code is not None, "it does not leave within 60 s"
+        assert code > 0, f"exit code {code}: {run.text[-900:]}"
+        assert seconds < 30, f"it took {seconds:.0f} s"
+        deadline = time.monotonic() + 30 - seconds
+        while run.orphans() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not run.orphans(), "a process is left"
+        check_names_rank(_without_torchrun(run.text), victim)
+    clear(folder)
+
+
+def _without_torchrun(text: str) -> str:
+    """torchrun itself ends with a traceback, whatever its processes say."""
+    return text.split("torch/distributed/run.py")[0].split(
+        'Traceback (most recent call last):\n  File "<frozen runpy>'
+    )[0]
+
+
+def _ranks(run: runs.Run) -> list[int]:
+    """The processes that train, by rank, which is the order in which they were started."""
+    found = []
+    launcher = run.processes[0].pid
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for pid in map(int, children):
+        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if any(word.endswith("run_pretrain.py") or "spawn_main" in word for word in command):
+            found.append(pid)
+    return found

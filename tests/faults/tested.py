@@ -1,0 +1,46 @@
+"""Faults that have tests of their own under pytest: how many of their cases pass."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from tests.faults.cases import Row, Setting
+from tests.faults.runs import ROOT
+
+_FILES = {
+    "test_hostile.py": ("hostile data, checkpoint and option files", "one clear line that names the file, exit code 2, nothing half-written"),
+    "test_fuzz.py": ("command lines and files made at random", "exit code 0 or 2 and one line, never a traceback"),
+    "test_wandb.py": ("Weights & Biases failing in every call", "the run goes on and ends with the same numbers"),
+}  # fmt: skip
+
+
+def tested(setting: Setting) -> list[Row]:
+    rows = []
+    for name, (fault, bar) in _FILES.items():
+        row, file = Row(fault, bar), ROOT / "tests" / "faults" / name
+        if file.exists():
+            _count(row, file, setting.folder / f"{name}.xml")
+        else:
+            row.notes.append("not here yet")
+        rows.append(row)
+    return rows
+
+
+def _count(row: Row, file: Path, report: Path) -> None:
+    begun = time.monotonic()
+    inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", f"--junitxml={report}", str(file)], cwd=ROOT,
+        env=inherited | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    row.seconds = time.monotonic() - begun
+    for case in ElementTree.parse(report).iter("testcase"):
+        if case.find("skipped") is None:
+            row.add(case.find("failure") is None and case.find("error") is None)
+    if result.returncode:
+        print(result.stdout[-3000:])
