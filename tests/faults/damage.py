@@ -81,13 +81,18 @@ def _detected(setting: Setting, origin: Path, flags: list[str], case: tuple[int,
     assert any(name in note for note in start.notes), f"auto does not name {name}: {start.notes}"
     for asked in ("--resume", "--from-checkpoint"):
         away = ["--checkpoints-dir", str(setting.folder / "elsewhere")] if asked == "--from-checkpoint" else []
-        try:
-            find_start(parse_run(TorchConfig, [*argv, *away, asked, str(newest)])[0])
-        except InputError as error:
-            assert name in str(error), f"{asked} does not name {name}: {error}"
-        else:
-            raise AssertionError(f"{asked} took the damaged checkpoint")
+        refusal = _refusal_of([*argv, *away, asked, str(newest)])
+        assert refusal is not None, f"{asked} took the damaged checkpoint"
+        assert name in refusal, f"{asked} does not name {name}: {refusal}"
     clear(folder)
+
+
+def _refusal_of(argv: list[str]) -> str | None:
+    try:
+        find_start(parse_run(TorchConfig, argv)[0])
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _runs_on(setting: Setting, flags: list[str], case: tuple[str, str]) -> None:
@@ -99,7 +104,8 @@ def _runs_on(setting: Setting, flags: list[str], case: tuple[str, str]) -> None:
     damage(newest / name, kind, runs.random_of(setting.seed, *case).random())
     with runs.started([*flags, "--resume", newest], folder) as run:
         assert run.wait() == [2], run.text[-600:]
-        assert name in run.text and len(run.text.splitlines()) == 1, run.text[-600:]
+        assert name in run.text, f"{name} is not named: {run.text[-600:]}"
+        assert len(run.text.splitlines()) == 1, run.text[-600:]
     assert checkpoint.list_checkpoints(folder)[0].name == "step-00000054", "the refused start changed the folder"
     text = runs.finish(flags, folder)
     assert name in text, f"auto does not name {name}: {text[:600]}"

@@ -1,4 +1,4 @@
-"""Runs that change the number of their processes, or the runtime, on the way; and the faults that need the real launchers."""
+"""Runs that change the number of their processes, or the runtime, on the way; and faults under the real launchers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gpt2xla import checkpoint
 from tests.faults import comparing, recording, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 from tests.faults.kills import check_names_rank, wait_for_training
+from tests.faults.spoilt_xla import AT
 
 Launch = Callable[[list[object], Path], AbstractContextManager[runs.Run]]
 _PATIENCE = 240.0  # imports and compiling included, on a machine that is shared
@@ -65,35 +66,38 @@ def launched(setting: Setting) -> list[Row]:
     """Few cases each: every start imports and compiles for 5 to 40 s."""
     replicas: Launch = partial(runs.xla, replicas=2)
     ways: dict[str, Launch] = {"torchrun": runs.torchrun, "XLA:CPU": runs.xla, "XLA:CPU, 2 replicas": replicas}
-    kills = Row(
-        "SIGKILL of all processes, torchrun and `run_pretrain_xla.py`", "started again it ends as unbroken, bit for bit"
+    both = "under torchrun and `run_pretrain_xla.py`"
+    kills = Row(f"SIGKILL of all processes, {both}", "started again it ends as unbroken, bit for bit")
+    stops = Row(
+        f"SIGTERM and SIGINT, {both}",
+        "exit code 0 (torchrun has its own) and a checkpoint; the same command goes on and ends as unbroken, bit for bit",
     )
-    ones = Row("one of two processes killed, torchrun and two XLA:CPU replicas", "all leave within 30 s with a code above 0; "
-        "the message names the rank; no process is left")  # fmt: skip
-    stops = Row("SIGTERM and SIGINT, torchrun and `run_pretrain_xla.py`", "exit code 0 and a checkpoint; the same command goes "
-        "on and ends as unbroken, bit for bit")  # fmt: skip
+    ones = Row(
+        "one of two processes killed, under torchrun and as XLA:CPU replicas",
+        "all leave within 30 s with a code above 0; the message names the rank; no process is left",
+    )
+    spoilt = Row(
+        "NaN in the loss of one process, `run_pretrain_xla.py`",
+        "all leave with 1; one line names step and windows; nothing is saved after; started again it ends as unbroken",
+    )
     if not setting.full:
         check_all(ones, [("torchrun", runs.torchrun, 1)], partial(_one_killed, setting))
-        return [kills, ones, stops]
+        return [kills, stops, ones, spoilt]
     for name, way in ways.items():
         unbroken = setting.folder / f"unbroken-{name}".replace(" ", "_")
         with way([*setting.data, *runs.SMALL_RUN], unbroken) as run:
             assert run.wait(_PATIENCE) == [0], run.text[-900:]
         cases = [(name, way, unbroken, number) for number in range(4 if name == "torchrun" else 3)]
         check_all(kills, cases, partial(_killed, setting))
-        kills.notes.append(f"{len(cases)} with {name}")
         check_all(stops, cases[:2], partial(_stopped, setting))
-        stops.notes.append(f"2 with {name}")
-    cases = [("torchrun", runs.torchrun, victim) for victim in (0, 1, 0, 1)] + [
-        ("xla", replicas, victim) for victim in (0, 1)
-    ]
-    check_all(
-        ones,
-        [(f"{n}-{name}", way, victim) for n, (name, way, victim) in enumerate(cases)],
-        partial(_one_killed, setting),
-    )
-    ones.notes.append("4 with torchrun, 2 with XLA:CPU replicas")
-    return [kills, ones, stops]
+        check_all(spoilt, cases[: name != "torchrun"], partial(_spoilt, setting))
+        for row, count in ((kills, len(cases)), (stops, 2), (spoilt, int(name != "torchrun"))):
+            row.notes.append(f"{count} with {name}")
+    cases = [(f"{number}-torchrun", runs.torchrun, number % 2) for number in range(4)]
+    cases += [(f"{victim}-replicas", replicas, victim) for victim in (0, 1)]
+    check_all(ones, cases, partial(_one_killed, setting))
+    ones.notes.append("4 under torchrun, 2 as XLA:CPU replicas")
+    return [kills, stops, ones, spoilt]
 
 
 def _killed(setting: Setting, case: tuple[str, Launch, Path, int]) -> None:
@@ -123,6 +127,24 @@ def _stopped(setting: Setting, case: tuple[str, Launch, Path, int]) -> None:
         assert not run.orphans(), "a process is left"
         if "torchrun" in name:
             assert "stopped by" in run.text, run.text[-900:]
+    with way(flags, folder) as run:
+        assert run.wait(_PATIENCE) == [0], run.text[-900:]
+    comparing.check_same(folder, unbroken, windows=False)
+    clear(folder)
+
+
+def _spoilt(setting: Setting, case: tuple[str, Launch, Path, int]) -> None:
+    name, way, unbroken, _ = case
+    folder = setting.folder / f"spoilt-{name}".replace(" ", "_")
+    flags, replicas = [*setting.data, *runs.SMALL_RUN], 2 if "replicas" in name else 1
+    with runs.xla(flags, folder, replicas, program_file="tests/faults/spoilt_xla.py") as run:
+        code, text = run.wait(_PATIENCE)[0], run.text
+    assert code == 1, f"exit code {code}: {text[-900:]}"
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert len(errors) == 1, text[-900:]
+    assert f"step {AT}:" in errors[0], errors[0]
+    assert "windows" in errors[0], errors[0]
+    assert max(map(checkpoint.step_of, checkpoint.list_checkpoints(folder))) == AT // runs.SAVE_EVERY * runs.SAVE_EVERY
     with way(flags, folder) as run:
         assert run.wait(_PATIENCE) == [0], run.text[-900:]
     comparing.check_same(folder, unbroken, windows=False)

@@ -12,9 +12,10 @@ What the trainer survives, measured: each row is a fault, done as many times as 
 processes, and what had to hold after it. `make faults` repeats all of it and writes this page; `tests/faults/` is how.
 
 Runs are small (28,032 parameters, 60 steps, a checkpoint every 6, validation every 9), which makes the moments that a fault
-can hit many and the runs short. "Exact" means: losses and validation losses as hexadecimal floats, the windows that each step
-read, and the bytes of the last weights and of the optimizer's moments are those of a run that nothing happened to. Unless a row says
-otherwise, processes are forks of the harness that go through `run_pretrain.py`'s `main`; joined by gloo, where there are two.
+can hit many and the runs short. "Exact" means: losses and validation losses as hexadecimal floats, the windows that each
+step read, and the bytes of the last weights and of the optimizer's moments are those of a run that nothing happened to.
+Unless a row says otherwise, processes are forks of the harness that go through `run_pretrain.py`'s `main`, joined by gloo
+where there are two.
 """
 
 

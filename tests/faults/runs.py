@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-
-import torch._dynamo  # what follows imports late otherwise, in each fork anew
+import torch._dynamo  # noqa: F401  imported late otherwise, in each fork anew
 
 import gpt2xla.runtime.torch
 import gpt2xla.trainer
@@ -202,8 +201,12 @@ def torchrun(flags: Sequence[object], folder: Path) -> contextlib.AbstractContex
     return program([*TORCHRUN, *flags], folder, GLOO_SOCKET_IFNAME="lo")
 
 
-def xla(flags: Sequence[object], folder: Path, replicas: int = 1) -> contextlib.AbstractContextManager[Run]:
-    return program(["run_pretrain_xla.py", *flags], folder, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(replicas))
+def xla(
+    flags: Sequence[object], folder: Path, replicas: int = 1, program_file: str = "run_pretrain_xla.py"
+) -> contextlib.AbstractContextManager[Run]:
+    return program(
+        [program_file, *flags], folder, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(replicas), REPLICAS=str(replicas)
+    )
 
 
 def finish(flags: Sequence[object], folder: Path, world: int = 1, prepare: Prepare | None = None) -> str:

@@ -12,8 +12,21 @@ from conftest import ROOT
 
 @pytest.mark.parametrize(
     "name",
-    ["kill", "kill-in-save", "kill-one", "signals", "damage", "disk", "slow", "nonfinite", "shared-folder", "moved"]
-    + [pytest.param("launched", marks=pytest.mark.slow)],
+    [
+        *(
+            "kill",
+            "kill-in-save",
+            "kill-one",
+            "signals",
+            "damage",
+            "disk",
+            "slow",
+            "nonfinite",
+            "shared-folder",
+            "moved",
+        ),
+        pytest.param("launched", marks=pytest.mark.slow),
+    ],
 )
 def test_faults(name: str, tmp_path: Path) -> None:
     results = tmp_path / "results.json"
