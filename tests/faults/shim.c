@@ -23,7 +23,11 @@ static char wanted[64], unwanted[64];
 void fault_arm(const char *part, const char *except, int n, int how, int error) {
     strncpy(wanted, part, sizeof wanted - 1);
     strncpy(unwanted, except, sizeof unwanted - 1);
-    first = n, mode = how, error_number = error, seen = 0, armed = 1;
+    first = n;
+    mode = how;
+    error_number = error;
+    seen = 0;
+    armed = 1;
 }
 
 int fault_seen(void) { return seen; }

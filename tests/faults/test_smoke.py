@@ -4,37 +4,54 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
 
+_QUICK = [
+    "kill",
+    "kill-in-save",
+    "kill-one",
+    "signals",
+    "damage",
+    "disk",
+    "slow",
+    "nonfinite",
+    "shared-folder",
+    "moved",
+]
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            "kill",
-            "kill-in-save",
-            "kill-one",
-            "signals",
-            "damage",
-            "disk",
-            "slow",
-            "nonfinite",
-            "shared-folder",
-            "moved",
-        ),
-        pytest.param("launched", marks=pytest.mark.slow),
-    ],
-)
-def test_faults(name: str, tmp_path: Path) -> None:
-    results = tmp_path / "results.json"
-    command = [sys.executable, "-m", "tests.faults", "--scale", "smoke", "--only", name, "--results", str(results)]
+
+def do(names: list[str], folder: Any) -> tuple[dict[str, Any], str]:
+    """The results by scenario, and what was printed."""
+    results, scenarios = folder / "results.json", [word for name in names for word in ("--only", name)]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(results.read_text())[name]["rows"]
-    assert all(row["passed"] == row["total"] for row in rows)
-    assert any(row["total"] for row in rows) or all("not run" in note for row in rows for note in row["notes"])
+        [sys.executable, "-m", "tests.faults", "--scale", "smoke", "--results", str(results), *scenarios],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert results.exists(), done.stdout + done.stderr
+    return json.loads(results.read_text()), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    return do(_QUICK, tmp_path_factory.mktemp("faults"))
+
+
+def check(result: dict[str, Any], printed: str) -> None:
+    for row in result["rows"]:
+        assert row["passed"] == row["total"], printed
+    if not any(row["total"] for row in result["rows"]):
+        pytest.skip(result["rows"][0]["notes"][0])
+
+
+@pytest.mark.parametrize("name", _QUICK)
+def test_a_run_survives(name: str, done: tuple[dict[str, Any], str]) -> None:
+    check(done[0][name], done[1])
+
+
+@pytest.mark.slow
+def test_a_run_under_torchrun_survives(tmp_path: Any) -> None:
+    results, printed = do(["launched"], tmp_path)
+    check(results["launched"], printed)
