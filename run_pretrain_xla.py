@@ -4,6 +4,8 @@
 `PJRT_DEVICE=CPU` takes the same path on any machine, `CPU_NUM_DEVICES=2` with two replicas.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from collections.abc import Sequence
