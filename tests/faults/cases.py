@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _WORKERS = 2
+_SHOWN = 5  # failures of one row that are told; others are likely to be the same
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,9 @@ class Row:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def add(self, passed: bool, count: int = 1, note: str = "") -> None:
+    def add(self, passed: bool, count: int = 1) -> None:
         self.passed += count if passed else 0
         self.total += count
-        if note and note not in self.notes:
-            self.notes.append(note)
 
 
 def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) -> Row:
@@ -70,7 +69,8 @@ def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) ->
     os.set_blocking(feed, False)
     os.write(feed, b"".join(struct.pack("i", number) for number in range(len(cases))))
     os.close(feed)
-    workers = []
+    workers: list[int] = []
+    shown = 0
     for _ in range(min(_WORKERS, len(cases))):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -86,9 +86,12 @@ def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) ->
     with os.fdopen(answers) as stream:
         for text in stream:
             number, count, failure = json.loads(text)
-            row.add(not failure, count, failure)
+            row.add(not failure, count)
             if failure:
-                print(f"    FAILED: {cases[number]}: {failure}", flush=True)
+                shown += 1
+                if shown <= _SHOWN:
+                    print(f"    FAILED: {cases[number]}: {failure}", flush=True)
+                    row.notes.append(f"failed: {cases[number]}: {failure.splitlines()[0]}")
     for pid in workers:
         os.waitpid(pid, 0)
     row.seconds += time.monotonic() - begun

@@ -163,7 +163,7 @@ def points_of_a_save(setting: Setting) -> list[Row]:
     names, resume_names = list(POINTS), list(RESUME_POINTS)
     cases = []
     for number in range(setting.cases(100, len(names))):
-        save = (number // len(names)) % 8 + 2 if setting.full else 4
+        save = number // len(names) % 7 + 2 if setting.full else 4  # not the last, after which nothing is left to do
         again = resume_names[number // 2 % len(resume_names)] if number % 2 else None
         cases.append((names[number % len(names)], save, again, 2 if number % 8 == 7 else 1))
     return [check_all(row, cases, partial(_killed_at_a_point, setting))]
