@@ -8,6 +8,7 @@ temporary name and renamed; `COMPLETE`, with size and hash of every file, says t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -56,15 +57,12 @@ def save(
         if final.exists():
             _set_aside(final)
         os.rename(partial, final)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors have errors of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
         if shards:
             shutil.rmtree(shards, ignore_errors=True)
-        raise OSError(f"{final} could not be saved: {error}") from None
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{final} could not be saved: {cause}") from None
     _fsync(root)
     return final
 
@@ -80,18 +78,30 @@ def _write(
     hf.save_model(folder, config.model, weights, tokenizer.eot_id if tokenizer else None)
     if tokenizer:
         tokenizer.save(folder)
-    torch.save(training, folder / TRAINING_STATE)
+    with (folder / TRAINING_STATE).open("wb") as state:  # given a path, torch does not say what is wrong with the disk
+        torch.save(training, state)
     if shards and shards.is_dir():
         shards.rename(folder / SHARDS)
     write_run_config(folder, config)
+    seal(folder, training["step"])
+    for file in [*folder.rglob("*"), folder]:
+        _fsync(file)
+
+
+def seal(folder: Path, step: int) -> None:
+    """Write COMPLETE: the step, size and hash of every file, and a hash of all that."""
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file != folder / COMPLETE
     }
-    (folder / COMPLETE).write_text(json.dumps({"step": training["step"], "files": files}, indent=2) + "\n")
-    for file in [*folder.rglob("*"), folder]:
-        _fsync(file)
+    contents = {"step": step, "files": files}
+    sealed = contents | {"sha256": _sha256(contents)}
+    (folder / COMPLETE).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def shards_folder(root: Path, step: int) -> Path:
@@ -125,7 +135,12 @@ def prune(root: Path, newest: Path, limit: int) -> None:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Finished checkpoint folders below `root`, oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if (folder / COMPLETE).is_file())
+    return [folder for folder in list_folders(root) if (folder / COMPLETE).is_file()]
+
+
+def list_folders(root: Path) -> list[Path]:
+    """Folders below `root` that are called as checkpoints are, oldest first."""
+    return sorted(folder for folder in root.glob("step-*") if folder.is_dir())
 
 
 def step_of(folder: Path) -> int:
@@ -139,8 +154,10 @@ def step_of(folder: Path) -> int:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if nothing is."""
     try:
-        files = json.loads((folder / COMPLETE).read_text())["files"]
-        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        contents = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        if contents.pop("sha256") != _sha256(contents):
+            return f"{folder / COMPLETE} is damaged"
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents["files"].items()}
     except FileNotFoundError:
         return f"{folder} is not a finished checkpoint: it has no file {COMPLETE}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

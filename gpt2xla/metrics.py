@@ -31,7 +31,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends to a file such as `metrics.jsonl`, one object a line, floats in full precision.
+    """Appends to a file such as `metrics.jsonl`, one object a line, floats in full precision. On a full disk lines wait.
 
     A resumed run first drops what a crashed one wrote after its last checkpoint, so that no step appears twice; also the
     evaluations of its last step, unless they are complete.
@@ -40,15 +40,34 @@ class JsonlSink:
     def __init__(self, file: Path, resumed_step: int | None = None, is_evaluated: bool = True) -> None:
         if resumed_step is not None and file.exists():
             _truncate_after(file, resumed_step, is_evaluated)
-        self._stream = file.open("a", encoding="utf-8", buffering=1)
+        self._file = file
+        self._stream = file.open("ab", buffering=0)
+        self._unwritten = b""
+        self._is_told = False
 
     def write(self, line: dict[str, Any]) -> None:
         # NaN and infinities are not JSON: they are written as null.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._stream.write(json.dumps(values) + "\n")
+        self._unwritten += json.dumps(values).encode() + b"\n"
+        self._write_out()
 
     def close(self) -> None:
+        self._write_out()
         self._stream.close()
+        if self._unwritten:
+            lines = self._unwritten.count(b"\n")
+            print(f"{self._file} lacks its last {lines} lines", file=sys.stderr, flush=True)
+
+    def _write_out(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+        except OSError as error:
+            if not self._is_told:
+                print(
+                    f"{self._file} cannot be written ({error.strerror}); its lines wait until it can", file=sys.stderr
+                )
+            self._is_told = True
 
 
 class ConsoleSink:

@@ -27,8 +27,8 @@ class GPT2(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.d_model)
-        self.wpe = nn.Embedding(config.seq_length, config.d_model)
+        self.wte = _embedding(config.vocab_size, config.d_model)
+        self.wpe = _embedding(config.seq_length, config.d_model)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
@@ -100,6 +100,11 @@ class GPT2(nn.Module):
         c = self.config
         matrices = self.num_parameters() - self.wpe.weight.numel() - (0 if c.tie_weights else self.wte.weight.numel())
         return 6 * matrices + 12 * c.num_layers * c.d_model * c.seq_length
+
+
+def _embedding(rows: int, columns: int) -> nn.Embedding:
+    # Its own normal_() would, on the meta device, import half of torch's compiler, for seconds.
+    return nn.Embedding(rows, columns, _weight=torch.randn(rows, columns))
 
 
 class Block(nn.Module):

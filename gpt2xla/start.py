@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from gpt2xla import hf, sharded_state
-from gpt2xla.checkpoint import RUN_CONFIG, SHARDS, TRAINING_STATE, find_damage, list_checkpoints
+from gpt2xla.checkpoint import (
+    COMPLETE,
+    RUN_CONFIG,
+    SHARDS,
+    TRAINING_STATE,
+    find_damage,
+    list_checkpoints,
+    list_folders,
+)
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
 from gpt2xla.errors import InputError, blaming
 from gpt2xla.model import GPT2
@@ -145,7 +153,7 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
     if general.from_checkpoint is None:
         return None, False
     source = locate(general.from_checkpoint)
-    if source.is_file() or not (source / TRAINING_STATE).exists():
+    if source.is_file() or not any((source / name).exists() for name in (COMPLETE, TRAINING_STATE)):
         return source, False
     return _verified(source, f"--from-checkpoint {source}"), general.resume != "never"
 
@@ -161,7 +169,7 @@ def _verified(folder: Path, asked: str) -> Path:
 
 
 def _newest_good(root: Path, notes: list[str]) -> Path | None:
-    for folder in reversed(list_checkpoints(root)):
+    for folder in reversed(list_folders(root)):
         damage = find_damage(folder)
         if damage is None:
             return folder

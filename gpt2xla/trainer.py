@@ -49,6 +49,9 @@ def pretrain(
     runtime = make_runtime(start.config.train)
     with leaving_together(runtime):
         if len(set(runtime.gather(start.step))) > 1:
+            if runtime.is_main:
+                with _alone(Path(config.general.checkpoints_dir)):
+                    pass  # nobody else's run is changing them
             raise InputError(
                 f"--checkpoints-dir {config.general.checkpoints_dir}: processes see different checkpoints; on several hosts "
                 "it must be one shared folder"
@@ -62,6 +65,10 @@ def pretrain(
             trainer = Trainer(start, runtime, signals)
             del start  # host copies of weights and optimizer state, which would stay for the whole run
             trainer.run()
+
+
+def _alone(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return alone(folder / ".lock", f"--checkpoints-dir {folder}")
 
 
 def test(start: Start, runtime: Runtime) -> None:
@@ -131,7 +138,7 @@ class Trainer:
         if runtime.is_main:
             with blaming(f"--checkpoints-dir {self.folder}"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.holding.enter_context(alone(self.folder / ".lock", f"--checkpoints-dir {self.folder}"))
+                self.holding.enter_context(_alone(self.folder))
         self.stop = Stop(runtime, signals, train.max_hours)
         self.saves = BackgroundSaves(self._save_failed)
         self.skipped = 0

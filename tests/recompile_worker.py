@@ -38,12 +38,12 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
         step(self, source, number)
         self.tokens = tokens
 
-    def computing(self: Trainer, number: int) -> None:
+    def computing(self: Trainer, number: int, is_evaluated: bool) -> None:
         if number in SAVES:
             rows = self.model.wte.weight.detach()[:number] + 1
             torch_xla.sync()
             assert rows.shape[0] == number
-        save(self, number)
+        save(self, number, is_evaluated)
 
     TrainingOrder.batches, TrainStep.__call__, Trainer._save = shortened, disturbed, computing
     pretrain(config, lambda train: XlaRuntime(options, train))

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from gpt2xla import checkpoint
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, TorchConfig
-from gpt2xla.data.shards import file_sha256
 from gpt2xla.errors import InputError
 from gpt2xla.pt_file import load_pt_model
 from gpt2xla.start import build_model, find_start, load_weights
@@ -154,11 +153,7 @@ def test_a_checkpoint_that_was_tampered_with_to_look_whole_is_refused(root: Path
 
 
 def rehash(folder: Path) -> None:
-    complete = json.loads((folder / "COMPLETE").read_text())
-    for name in complete["files"]:
-        file = folder / name
-        complete["files"][name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-    (folder / "COMPLETE").write_text(json.dumps(complete))
+    checkpoint.seal(folder, checkpoint.step_of(folder))
 
 
 def test_nothing_is_pruned_while_the_newest_is_damaged(root: Path) -> None:
@@ -187,7 +182,7 @@ def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
     assert find_start(options(root)).step == 20
     checkpoint.save(root, config=config, **saved)
     assert find_start(options(root)).step == 30
-    assert not list(root.glob(".*"))
+    assert not list(root.glob(".step-*"))
 
 
 def test_hugging_face_loads_the_folder_with_equal_logits(trained: Path) -> None:

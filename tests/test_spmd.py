@@ -119,10 +119,7 @@ def test_parts_that_are_not_the_whole_state_are_one_line(runs: dict[str, Path], 
         save_file(load_file(part), part)
     else:
         part.write_bytes(b"\x00" * 64)
-    complete = json.loads((folder / "COMPLETE").read_text())
-    name = f"{checkpoint.SHARDS}/{part.name}"
-    del complete["files"][name]
-    (folder / "COMPLETE").write_text(json.dumps(complete))
+    checkpoint.seal(folder, 20)
     with pytest.raises(InputError, match=f"{checkpoint.SHARDS} does not hold the state"):
         find_start(parse_run(TorchConfig, ["--checkpoints-dir", str(root)])[0])
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import SMALL_RUN, learnable_tokens, metrics, prepare_documents, run, succeed, training_losses, write_split
 
-from gpt2xla.checkpoint import COMPLETE, RUN_CONFIG
-from gpt2xla.data.shards import MANIFEST, file_sha256
+from gpt2xla import checkpoint
+from gpt2xla.checkpoint import RUN_CONFIG
+from gpt2xla.data.shards import MANIFEST
 
 # Options of conftest.SMALL_RUN, for ids up to 256.
 BYTES_RUN = [*SMALL_RUN, "--vocab-size", "257", "--train-steps", "4", "--decay-steps", "20", "--no-shuffle"]
@@ -151,11 +152,9 @@ def test_folders_without_weights_are_refused(data: Path, tmp_path: Path) -> None
 def test_a_checkpoint_that_names_its_folder_as_text_goes_on(data_flags: list[str], tmp_path: Path) -> None:
     out = ["--checkpoints-dir", tmp_path / "out"]
     succeed(run("run_pretrain.py", *data_flags, *out, *SMALL_RUN, "--train-steps", 2))
-    checkpoint = tmp_path / "out" / "step-00000002"
-    file, marker = checkpoint / RUN_CONFIG, checkpoint / COMPLETE
+    folder = tmp_path / "out" / "step-00000002"
+    file = folder / RUN_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"train_dir": data_flags[1]}))
-    content = json.loads(marker.read_text())
-    content["files"][RUN_CONFIG] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-    marker.write_text(json.dumps(content))
+    checkpoint.seal(folder, 2)
     assert "changed: --train-dir" not in succeed(run("run_pretrain.py", *out, *data_flags, "--train-steps", 3))
     succeed(run("run_pretrain.py", *out, "--train-steps", 4))
