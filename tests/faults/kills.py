@@ -98,6 +98,12 @@ def _in_middle_of_file(owner: Any, name: str, path_of: Callable[..., Path], call
     setattr(owner, name, wrapped)
 
 
+def _path_of(file: Any) -> Path:
+    """Of an open file, whose contents are then on the disk."""
+    file.flush()
+    return Path(file.name)
+
+
 def _in_middle_of_deleting(call: int) -> None:
     seen = [0]
     original = shutil.rmtree
@@ -119,8 +125,7 @@ def _in_middle_of_a_line(call: int) -> None:
 
     def wrapped(self: Any, line: dict[str, Any]) -> None:
         if seen[0] == call:
-            self._stream.write('{"step": 1')
-            self._stream.flush()
+            os.write(self._stream.fileno(), b'{"step": 1')
             _die()
         seen[0] += 1
         original(self, line)
@@ -137,7 +142,9 @@ POINTS: dict[str, Callable[[int], None]] = {
     "before the save": lambda n: _at(checkpoint, "save", n),
     "before the model's file": lambda n: _at(hf, "save_file", n),
     "in the middle of the model's file": lambda n: _in_middle_of_file(hf, "save_file", lambda _, file: file, n),
-    "in the middle of the training state": lambda n: _in_middle_of_file(torch, "save", lambda _, file: Path(file), n),
+    "in the middle of the training state": lambda n: _in_middle_of_file(
+        torch, "save", lambda _, file: _path_of(file), n
+    ),
     "before COMPLETE": lambda n: _at(checkpoint, "file_sha256", 4 * n + 3),
     "between the syncs": lambda n: _at(os, "fsync", 7 * n + 3),
     "before the rename": lambda n: _at(os, "rename", n, only=_is_step),

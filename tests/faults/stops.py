@@ -51,11 +51,17 @@ def _at_random(setting: Setting, case: tuple[int, int]) -> None:
     world, number = case
     draw = runs.random_of(setting.seed, "signal", *case)
     folder, flags = setting.folder / f"signal-{world}-{number}", [*setting.data, *runs.SMALL_RUN]
-    with runs.started(flags, folder, world) as run:
-        wait_for_training(folder, run, 1)
-        time.sleep(draw.uniform(0, 0.8 * setting.seconds[world]))
-        run.processes[draw.randrange(world)].send(_number(number))
-        _check_stopped(run, folder, world, time.monotonic())
+    while True:
+        with runs.started(flags, folder, world) as run:
+            wait_for_training(folder, run, 1)
+            time.sleep(draw.uniform(0, 0.8 * setting.seconds[world]))
+            if not folder.joinpath(
+                f"step-{runs.STEPS:08d}"
+            ).exists():  # else training is over, and the signal not heeded
+                run.processes[draw.randrange(world)].send(_number(number))
+                _check_stopped(run, folder, world, time.monotonic())
+                break
+        clear(folder)
     _check_goes_on(setting, flags, folder, world)
 
 
