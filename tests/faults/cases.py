@@ -90,12 +90,18 @@ def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) ->
             if failure:
                 shown += 1
                 if shown <= _SHOWN:
-                    print(f"    FAILED: {cases[number]}: {failure}", flush=True)
-                    row.notes.append(f"failed: {cases[number]}: {failure.splitlines()[0]}")
+                    case = _in_words(cases[number])
+                    print(f"    FAILED: {case}: {failure}", flush=True)
+                    row.notes.append(f"failed: {case}: {failure.splitlines()[0]}")
     for pid in workers:
         os.waitpid(pid, 0)
     row.seconds += time.monotonic() - begun
     return row
+
+
+def _in_words(case: Any) -> str:
+    parts = case if isinstance(case, tuple) else (case,)
+    return ", ".join(str(part) for part in parts if not callable(part) and not isinstance(part, Path))
 
 
 def _outcome(check: Callable[[Any], int | None], case: Any) -> tuple[int, str]:
