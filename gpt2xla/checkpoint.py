@@ -21,6 +21,7 @@ from torch import Tensor
 from gpt2xla import hf
 from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import file_sha256
+from gpt2xla.json_file import read_json
 from gpt2xla.metrics import METRICS_FILE
 from gpt2xla.tokenizer import Tokenizer
 
@@ -131,7 +132,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 def step_of(folder: Path) -> int:
     """The step at which a checkpoint was saved; 0 for a model that is none of ours."""
     try:
-        return int(json.loads((folder / COMPLETE).read_text())["step"])
+        return int(read_json(folder / COMPLETE)["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 
@@ -139,7 +140,7 @@ def step_of(folder: Path) -> int:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if nothing is."""
     try:
-        files = json.loads((folder / COMPLETE).read_text())["files"]
+        files = read_json(folder / COMPLETE)["files"]
         expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return f"{folder} is not a finished checkpoint: it has no file {COMPLETE}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import RunConfig
+from gpt2xla.json_file import read_json
 
 WANDB_FILE = "wandb_run.json"  # which of wandb's runs this folder's is, and the last step that was handed to it
 _SECONDS_TO_CLOSE = 30  # as long as machines that are taken away often leave a process
@@ -89,7 +90,10 @@ class WandbSink:
         import wandb
 
         # Were wandb to see what is printed, printing would wait for it.
-        run = wandb.init(**self._settings, settings={"console": "off"})
+        settings = wandb.Settings(console="off")
+        if hasattr(settings, "finish_timeout"):  # older ones try for ever, also after the last line of the program
+            settings.finish_timeout = _SECONDS_TO_CLOSE
+        run = wandb.init(**self._settings, settings=settings)
         # A server says what it has; without one there is only what was handed on.
         first = self._handed_on + 1 if run.offline else run.step
         waiting: list[dict[str, Any]] = []
@@ -145,10 +149,10 @@ def _has(run: Any, values: dict[str, Any]) -> bool:
 def _read(file: Path | None) -> tuple[str | None, int]:
     """Id and last step that an earlier process left; what is not ours counts as nothing."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        values = read_json(file) if file else {}
         run_id, step = values.get("id"), values.get("step")
         return (run_id, step) if isinstance(run_id, str) and isinstance(step, int) else (None, 0)
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return None, 0
 
 

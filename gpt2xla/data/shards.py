@@ -20,6 +20,7 @@ import numpy as np
 
 from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder, is_url
 from gpt2xla.errors import InputError
+from gpt2xla.json_file import read_json
 
 MANIFEST = "manifest.json"
 LLMC_DTYPES = {20240520: "<u2", 20240801: "<u4"}  # by the magic number of the header
@@ -58,7 +59,7 @@ class Manifest:
         if not file.exists():
             return None
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
             manifest = cls(**values, shards=shards)
             _check_types(manifest)

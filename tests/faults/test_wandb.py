@@ -32,6 +32,9 @@ class FakeWandb(types.ModuleType):
         self.on_init: Callable[[], None] = lambda: None
         self.on_log: Callable[[int], None] = lambda step: None
 
+    class Settings(types.SimpleNamespace):
+        pass
+
     def init(self, **settings: Any) -> FakeRun:
         self.on_init()
         self.started.append(settings)
