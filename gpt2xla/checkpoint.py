@@ -150,7 +150,11 @@ def find_damage(folder: Path) -> str | None:
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{folder / COMPLETE} names a file outside of its folder"
-        if not file.is_file():
+        try:
+            is_there = file.is_file()
+        except OSError:
+            return f"{folder / COMPLETE} names what no file can be called"
+        if not is_there:
             return f"{file} is missing"
         if file.stat().st_size != size or file_sha256(file) != sha256:
             return f"{file} is damaged: its contents are not what was saved"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -65,6 +66,8 @@ class GeneralConfig:
 
     def check(self) -> None:
         _require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
+        _require(self.from_checkpoint != "", "--from-checkpoint is empty; name a model, or leave it out")
+        _require(self.resume != "", "--resume is empty; choose auto, never or the path of a checkpoint")
         _require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
 
 
@@ -102,9 +105,8 @@ class DataConfig:
         for name, folders in (("train_dir", self.train_dir), ("valid_dir", (self.valid_dir,))):
             _require(all(folders) and folders != (), f"{flag(name)} is empty; name a folder of token shards")
         _require(self.data_cache != "", "--data-cache is empty; name a folder")
-        _require(
-            0 <= self.data_cache_gb <= 1e9, f"--data-cache-gb {self.data_cache_gb}: choose a number from 0 to 1e9"
-        )
+        _require(self.tokenizer != "", "--tokenizer is empty; name one, or leave it out")
+        _require(0 <= self.data_cache_gb <= 1e9, f"--data-cache-gb {self.data_cache_gb}: choose a number from 0 to 1e9")
 
 
 @dataclass(frozen=True)
@@ -143,16 +145,15 @@ class ModelConfig:
     @property
     def matrix_elements(self) -> int:
         """How many numbers its embeddings and blocks hold in matrices; biases and layer norms add next to nothing."""
-        return self.d_model * (
-            self.vocab_size + self.seq_length + self.num_layers * (4 * self.d_model + 2 * self.d_ff)
-        )
+        return self.d_model * (self.vocab_size + self.seq_length + self.num_layers * (4 * self.d_model + 2 * self.d_ff))
 
     def check(self) -> None:
         _check_types(self)
         _require_positive(self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
         _require(0 <= self.vocab_padding < self.vocab_size, f"--vocab-size {self.vocab_size} is all padding")
         _require(
-            self.num_layers <= _MOST_LAYERS, f"--num-layers {self.num_layers}: choose a number of at most {_MOST_LAYERS}"
+            self.num_layers <= _MOST_LAYERS,
+            f"--num-layers {self.num_layers}: choose a number of at most {_MOST_LAYERS}",
         )
         _require(
             self.matrix_elements <= _MOST_PARAMETERS,
@@ -384,7 +385,14 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_fits(value, part) for part in parts)
     if kind in (int, float) and isinstance(value, int):
         return not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, kind) and not (kind is str and "\0" in value)  # no file's name may hold it
+    return isinstance(value, kind) and (kind is not str or _can_name_a_file(value))
+
+
+def _can_name_a_file(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a character, as YAML and JSON can spell
+        return False
 
 
 def _require(condition: bool, message: str) -> None:

@@ -246,12 +246,16 @@ def _resize(config: RunConfig, saved: ModelConfig, source: Path, notes: list[str
 
 def _refuse_beyond_memory(model: ModelConfig) -> None:
     """An operating system may promise more memory than there is, and end the process once it is used."""
-    needed, there = 4 * model.matrix_elements, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, there = 4 * model.matrix_elements, _memory_bytes()
     if needed > there:
         raise InputError(
             f"--d-model {model.d_model}, --num-layers {model.num_layers}, --vocab-size {model.vocab_size}: the weights take "
             f"{needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}; choose a smaller model"
         )
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _load_training_state(source: Path, model: ModelConfig) -> dict[str, Any]:

@@ -117,7 +117,9 @@ for format in FORMATS:
         case(f"pt: {format}, {how}", format, how, lambda evil: evil)(pickled)
 case("pt: in the model", "zip", "system", lambda evil: {"model": evil, "config": {}})(pickled)
 case("pt: in the config", "zip", "system", lambda evil: {"model": {}, "config": evil})(pickled)
-case("pt: in nanoGPT's arguments", "legacy", "exec", lambda evil: {"model": {}, "model_args": {"n_layer": evil}})(pickled)
+case("pt: in nanoGPT's arguments", "legacy", "exec", lambda evil: {"model": {}, "model_args": {"n_layer": evil}})(
+    pickled
+)
 
 
 @case("pt: for training", "zip")
@@ -224,7 +226,7 @@ def shard(scene: Scene, contents: Callable[[Scene], bytes], name: str = "shard_0
     shutil.rmtree(scene.train)
     scene.train.mkdir()
     (scene.train / name).write_bytes(contents(scene))
-    return scene.pretrain(), name
+    return scene.pretrain(), str(scene.train)
 
 
 def npy(header: bytes, version: bytes = b"\x01\x00", data: bytes = bytes(4000)) -> bytes:
@@ -247,7 +249,9 @@ case("npy: a pickle", lambda scene: pickle.dumps(scene.evil()))(shard)
 case("npy: a zip of arrays", lambda scene: _npz(scene))(shard)
 case("npy: objects by header", lambda scene: described("'|O'"))(shard)
 case("npy: fields", lambda scene: described("[('a', '<u2'), ('b', '|O')]"))(shard)
-case("npy: code for a header", lambda scene: npy(f"__import__('os').system('touch {scene.sentinel}')\n".encode()))(shard)
+case("npy: code for a header", lambda scene: npy(f"__import__('os').system('touch {scene.sentinel}')\n".encode()))(
+    shard
+)
 case("npy: code for a type", lambda scene: described(f"__import__('os').system('touch {scene.sentinel}')"))(shard)
 case("npy: deep header", lambda scene: npy(b"(" * 9_000 + b"\n"))(shard)
 case("npy: deep signs", lambda scene: npy(b"-" * 9_000 + b"1\n"))(shard)
@@ -264,9 +268,9 @@ case("npy: times", lambda scene: described("'<M8[s]'"))(shard)
 case("npy: no bytes", lambda scene: b"")(shard)
 case("npy: nothing in it", lambda scene: described(shape="(0,)"))(shard)
 case("bin: negative tokens", lambda scene: np.array([20240520, 1, -5] + [0] * 253, "<i4").tobytes(), "train.bin")(shard)
-case("bin: 2^31 - 1 tokens", lambda scene: np.array([20240520, 1, 2**31 - 1] + [0] * 253, "<i4").tobytes(), "train.bin")(
-    shard
-)
+case(
+    "bin: 2^31 - 1 tokens", lambda scene: np.array([20240520, 1, 2**31 - 1] + [0] * 253, "<i4").tobytes(), "train.bin"
+)(shard)
 case("bin: half a header", lambda scene: np.array([20240520, 1, 5], "<i4").tobytes(), "train.bin")(shard)
 case("bin: no bytes", lambda scene: b"", "train.bin")(shard)
 case("bin: an odd byte", lambda scene: bytes(4001), "train.bin")(shard)
@@ -282,7 +286,7 @@ def manifest(scene: Scene, change: Callable[[dict], object] | str) -> tuple[list
     file = scene.train / "manifest.json"
     values = json.loads(file.read_text())
     file.write_text(change if isinstance(change, str) else json.dumps(change(values)))
-    return scene.pretrain(), "manifest.json"
+    return scene.pretrain(), str(scene.train)
 
 
 def elsewhere(name: object) -> Callable[[dict], dict]:
@@ -338,7 +342,7 @@ def _(scene: Scene) -> tuple[list[str], str]:
 def complete(scene: Scene, change: Callable[[dict], object] | str) -> tuple[list[str], str]:
     file = scene.checkpoint / "COMPLETE"
     file.write_text(change if isinstance(change, str) else json.dumps(change(json.loads(file.read_text()))))
-    return scene.resume(), "COMPLETE"
+    return scene.resume(), str(scene.checkpoint)
 
 
 def names(name: str) -> Callable[[dict], dict]:
@@ -370,12 +374,16 @@ case("config.json: deep", DEEP)(model_config)
 case("config.json: no bytes", "")(model_config)
 case("config.json: a list", lambda values: [values])(model_config)
 case("config.json: a number of 5,000 digits", '{"n_layer": ' + "9" * 5000 + "}")(model_config)
-case("config.json: a list for an activation", lambda values: values | {"activation_function": ["gelu_new"]})(model_config)
+case("config.json: a list for an activation", lambda values: values | {"activation_function": ["gelu_new"]})(
+    model_config
+)
 HOSTILE_NUMBERS = (float("nan"), float("inf"), -1, 0, 10**9, 10**30, 10**400, "8", True, 8.5, [8], None, {"a": 1})
 for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
     for number in HOSTILE_NUMBERS:
         text = repr(number) if len(repr(number)) < 11 else f"of {len(repr(number))} digits"
-        case(f"config.json: {name} {text}", lambda values, name=name, number=number: values | {name: number})(model_config)
+        case(f"config.json: {name} {text}", lambda values, name=name, number=number: values | {name: number})(
+            model_config
+        )
 for name, number in (
     ("resid_pdrop", float("nan")), ("resid_pdrop", -1), ("resid_pdrop", "x"), ("layer_norm_epsilon", float("nan")),
     ("layer_norm_epsilon", -1e-5), ("layer_norm_epsilon", 10**400), ("n_inner", -5), ("n_inner", "x"), ("n_inner", 10**15),
@@ -494,7 +502,9 @@ case("tokenizer.json: a word list", {"version": "1.0", "model": {"type": "WordLe
 
 @case("tokenizer_config.json: deep", DEEP)
 @case("tokenizer_config.json: a list", "[]")
-@case("tokenizer_config.json: strange values", json.dumps({"name_or_path": {"a": 1}, "eos_token": [[]], "bos_token": 7}))
+@case(
+    "tokenizer_config.json: strange values", json.dumps({"name_or_path": {"a": 1}, "eos_token": [[]], "bos_token": 7})
+)
 def _(scene: Scene, contents: str) -> tuple[list[str], str]:
     """It may lack altogether; with a vocabulary that does not fit, it is the vocabulary that is named."""
     folder = scene.folder / "tokenizer"
@@ -513,12 +523,13 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 def yaml(scene: Scene, text: str) -> tuple[list[str], str]:
     (scene.folder / "run.yaml").write_text(text.replace("SENTINEL", str(scene.sentinel)), encoding="utf-8")
-    return scene.pretrain("--config", scene.folder / "run.yaml"), "run.yaml"
+    culprit = "--tokenizer" if "tokenizer" in text else "run.yaml"
+    return scene.pretrain("--config", scene.folder / "run.yaml"), culprit
 
 
 case("yaml: a call", "seed: !!python/object/apply:os.system ['touch SENTINEL']")(yaml)
 case("yaml: a process", "seed: !!python/object/apply:subprocess.Popen [['touch', 'SENTINEL']]")(yaml)
-case("yaml: an object", "!!python/object/new:builtins.exec ['open(\"SENTINEL\", \"w\")']")(yaml)
+case("yaml: an object", '!!python/object/new:builtins.exec [\'open("SENTINEL", "w")\']')(yaml)
 case("yaml: a module", "seed: !!python/module:antigravity")(yaml)
 case("yaml: a name", "seed: !!python/name:os.system")(yaml)
 case("yaml: a tag of its own", "seed: !evil 5")(yaml)
@@ -530,8 +541,8 @@ case("yaml: deep mappings", "{a: " * 50_000)(yaml)
 case("yaml: a 13th month", "seed: 2001-13-40")(yaml)
 case("yaml: bytes", "seed: !!binary aGVsbG8=")(yaml)
 case("yaml: a set", "seed: !!set {a, b}")(yaml)
-case("yaml: a NUL in a name", 'train_dir: "a\\0b"')(yaml)
-case("yaml: half a character in a name", 'train_dir: "\\ud800"')(yaml)
+case("yaml: a NUL in a name", 'tokenizer: "a\\0b"')(yaml)
+case("yaml: half a character in a name", 'tokenizer: "\\ud800"')(yaml)
 case("yaml: a number of 5,000 digits", "seed: " + "9" * 5000)(yaml)
 case("yaml: a key that is a list", "? [a, b]\n: 5")(yaml)
 case("yaml: two documents", "seed: 1\n---\nseed: 2\n")(yaml)

@@ -112,9 +112,7 @@ def test_evaluations_share_the_row_of_their_step(wandb: FakeWandb, tmp_path: Pat
     }
 
 
-def test_out_of_reach_is_told_once(
-    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_out_of_reach_is_told_once(wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wandb.on_init = fails("the server\nrefuses")
     write(sink(tmp_path), *map(trained, range(1, 50)))
     error = capsys.readouterr().err
@@ -122,9 +120,7 @@ def test_out_of_reach_is_told_once(
     assert error.count("\n") == 1
 
 
-def test_dying_in_the_middle_is_told_once(
-    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dying_in_the_middle_is_told_once(wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wandb.on_log = lambda step: fails("gone")() if step == 3 else None
     write(sink(tmp_path), *map(trained, range(1, 50)))
     assert steps_of(wandb, "loss") == [1, 2]
@@ -231,7 +227,9 @@ def test_a_test_is_a_run_of_its_own(wandb: FakeWandb, tmp_path: Path) -> None:
     assert (tmp_path / WANDB_FILE).read_text() == kept
 
 
-@pytest.mark.parametrize("text", ["", "[", "[]", '{"id": 5, "step": 2}', '{"id": "x", "step": "2"}', "[" * 100_000, "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "[", "[]", '{"id": 5, "step": 2}', '{"id": "x", "step": "2"}', "[" * 100_000, "\0"]
+)
 def test_a_damaged_note_of_the_id_counts_as_none(wandb: FakeWandb, tmp_path: Path, text: str) -> None:
     (tmp_path / WANDB_FILE).write_text(text)
     write(sink(tmp_path, "of-the-checkpoint"), trained(1))
