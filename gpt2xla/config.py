@@ -215,6 +215,11 @@ class TrainConfig:
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest", "fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
     )
+    deterministic: bool = option(
+        False,
+        "CUDA: only kernels that add in a fixed order, so that the same command gives the same numbers to the last bit; "
+        "slower. CPUs and TPUs do so anyway",
+    )
     attention: Literal["auto", "sdpa", "chunked", "flash"] = option(
         "auto",
         "auto: the device's best; sdpa: torch's own; chunked: scores computed twice and never kept; flash: a kernel of its "

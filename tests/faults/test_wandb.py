@@ -1,7 +1,7 @@
 """A wandb that is out of reach, hangs, dies or is slow costs a run nothing; what it has, it has once, under one id.
 
-No network: `FakeWandb` keeps rows as wandb's server does. A step that is over takes no more values, and a run that is resumed
-begins after the last step that arrived.
+No network: `FakeWandb` keeps rows as wandb's server does. A step that is over takes no more values, and a run that is
+resumed begins after the last step that arrived.
 """
 
 from __future__ import annotations
