@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from gpt2xla.data.shards import Manifest
 from gpt2xla.errors import InputError
+from gpt2xla.json_file import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
@@ -227,7 +228,7 @@ def _load_file(file: Path, name: str | None = None) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     try:
-        config = json.loads((file.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = read_json(file.parent / "tokenizer_config.json")
         names = _named_special_tokens(config, backend)
     except (OSError, ValueError, AttributeError):  # a tokenizer.json alone will do
         config, names = {}, None

@@ -249,7 +249,8 @@ def test_an_error_that_only_one_process_meets_is_told_and_ends_all(tmp_path: Pat
 
 def test_a_failing_wandb_does_not_disturb_the_run(data_flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "wandb.py").write_text(
-        "class Run:\n    id = 'x'\n    def log(self, *a, **k): raise RuntimeError('unreachable')\n"
+        "class Run:\n    offline, step = False, 0\n    def log(self, *a, **k): raise RuntimeError('unreachable')\n"
+        "class Settings:\n    def __init__(self, **k): pass\n"
         "def init(**k): return Run()\n"
     )
     flags = [
