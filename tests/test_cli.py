@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, metrics, run, run_xla, succeed, torchrun, training_losses, write_split
+from conftest import ROOT, SMALL_RUN, metrics, run, run_here, run_xla, succeed, torchrun, training_losses, write_split
 from wandb.proto import wandb_internal_pb2
 
 from gpt2xla import checkpoint
@@ -66,7 +66,7 @@ def test_a_wrong_flag_is_one_line(
 ) -> None:
     flags = [flag.format(data=data) for flag in flags]
     output = tmp_path / "checkpoints"
-    refused(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", output, *flags), *culprits)
+    refused(run_here("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", output, *flags), *culprits)
     assert not output.exists(), "nothing is written before the first step"
 
 
@@ -91,17 +91,24 @@ def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[st
 def test_a_resume_that_would_lose_or_repeat_data_is_refused(trained: Path, data_flags: list[str]) -> None:
     flags = [*data_flags, *SMALL_RUN, "--train-steps", 40, "--checkpoints-dir", trained]
     refused(
-        run("run_pretrain.py", *flags, "--train-batch-size", 8), "--gradient-accum-step", "12, now 24", "--resume never"
+        run_here("run_pretrain.py", *flags, "--train-batch-size", 8),
+        "--gradient-accum-step",
+        "12, now 24",
+        "--resume never",
     )
-    refused(run("run_pretrain.py", *flags, "--shuffle"), "--shuffle or --seed", "no --shuffle, now --seed 1061109567")
-    refused(run("run_pretrain.py", *flags, "--d-model", 64), "--d-model 64", "where it is 32")
-    refused(run("run_pretrain.py", *flags, "--train-steps", 19), "--train-steps 19", "already at step 20")
-    refused(run("run_pretrain.py", *flags, "--resume", "never"), "--resume never", "step-00000020")
+    refused(
+        run_here("run_pretrain.py", *flags, "--shuffle"), "--shuffle or --seed", "no --shuffle, now --seed 1061109567"
+    )
+    refused(run_here("run_pretrain.py", *flags, "--d-model", 64), "--d-model 64", "where it is 32")
+    refused(run_here("run_pretrain.py", *flags, "--train-steps", 19), "--train-steps 19", "already at step 20")
+    refused(run_here("run_pretrain.py", *flags, "--resume", "never"), "--resume never", "step-00000020")
 
 
 def test_a_finished_run_has_nothing_to_do(trained: Path, data_flags: list[str]) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
-    assert "nothing to do" in succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", trained))
+    assert "nothing to do" in succeed(
+        run_here("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", trained)
+    )
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
