@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     xla_environment.prepare(os.environ)
     if options.fsdp and not options.spmd:
         raise InputError("--fsdp needs --spmd; add it")
+    flags = os.environ.get("XLA_FLAGS")  # before torch_xla adds its own
     try:
         import torch_xla
     except ImportError as error:
@@ -43,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         torch_xla.launch(worker, args=(config, options), start_method=options.mp_start_method)
     except BrokenProcessPool:
-        raise RunFailed("a worker process ended early, and with it the run; its own message stands above") from None
+        hint = f"; XLA_FLAGS is {flags!r}, and XLA ends a process for a flag that it does not know" if flags else ""
+        raise RunFailed(
+            f"a worker process ended early, and with it the run; its own message stands above{hint}"
+        ) from None
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:

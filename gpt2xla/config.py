@@ -59,6 +59,7 @@ class GeneralConfig:
 
     def check(self) -> None:
         _require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
+        _require(self.from_checkpoint != "", "--from-checkpoint is empty; name a model, or leave the flag out")
         _require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
 
 
@@ -74,8 +75,8 @@ class DataConfig:
     valid_dir: str = option("./fineweb_10BT/test", "folder or URL of token shards to validate on")
     tokenizer: str | None = option(
         None,
-        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', or a tokenizer.json or its folder (default: the "
-        "one beside the shards)",
+        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id "
+        "(default: the one beside the shards)",
     )
     shuffle: bool = option(False, "read the windows of each epoch in an order drawn from --seed")
     drop_last: bool = option(

@@ -78,6 +78,9 @@ def test_wrong_flags_on_xla_are_one_line_too(data_flags: list[str], tmp_path: Pa
     refused(run_xla(*flags, CPU_NUM_DEVICES="two"), "CPU_NUM_DEVICES=two")
     refused(run_xla(*flags, "--train-batch-size", 3, CPU_NUM_DEVICES="2"), "--train-batch-size 3", "2 devices", "4")
     refused(run_xla(*flags, "--ddp", CPU_NUM_DEVICES="2"), "--ddp")
+    ended = run_xla(*flags, XLA_FLAGS="--xla_nonsense=1")
+    assert ended.returncode == 1
+    assert "its own message stands above; XLA_FLAGS is '--xla_nonsense=1', and" in ended.stderr.splitlines()[-1]
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[str], tmp_path: Path) -> None:
