@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_text_goes_on_and_the_seed_decides(model: Path) -> None:
     arguments = ["--model", model, "--prompt", "Hello 🙂", "--max-new-tokens", 100, "--top-k", 30, "--top-p", 0.9]
-    first = succeed(run("generate.py", *arguments, "--seed", 1))
+    first = succeed(run("generate.py", *arguments, "--seed", 1))  # another process
     assert first.startswith("Hello 🙂")
     assert len(first) > 30
     assert succeed(run_here("generate.py", *arguments, "--seed", 1)) == first

@@ -66,11 +66,11 @@ def test_prepared_shards_decode_to_the_documents_each_in_one_split(texts: Path, 
     assert [shard.tokens for shard in manifest.shards[:-1]] == [999] * (len(manifest.shards) - 1)
     assert all(shard.sha256 == file_sha256(tmp_path / "a" / "train" / shard.file) for shard in manifest.shards)
 
-    succeed(run("scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b"))
+    succeed(run_here("scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b"))
     assert Manifest.load(tmp_path / "b" / "train") == manifest, "the same input gives the same shards"
     again = ["scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b"]
-    assert "nothing to do" in succeed(run(*again))
-    other = run(*again, "--seed", 5)
+    assert "nothing to do" in succeed(run_here(*again))
+    other = run_here(*again, "--seed", 5)
     assert other.returncode == 2
     assert "prepared with --seed 1061109567, now 5" in other.stderr
 

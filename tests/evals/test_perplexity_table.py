@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run, succeed
+from conftest import run, run_here, succeed
 from evals.small import make_model, make_split, reference_losses
 from transformers import GPT2LMHeadModel
 
@@ -63,10 +63,10 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     flags = ["--models", model, "--valid-dir", split, "--output", tmp_path / "table"]
-    result = run("scripts/perplexity_table.py", *flags)
+    result = run_here("scripts/perplexity_table.py", *flags)
     assert result.returncode == 2
     assert f"--models {model}: its tokenizer is not the one that made --valid-dir (bytes)" in result.stderr
-    missing = run("scripts/perplexity_table.py", *flags, "--models", model, tmp_path / "none")
+    missing = run_here("scripts/perplexity_table.py", *flags, "--models", model, tmp_path / "none")
     assert missing.returncode == 2
     assert f"{tmp_path / 'none'}: no such folder" in missing.stderr
     assert not list(tmp_path.glob("table*"))
