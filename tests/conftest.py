@@ -26,7 +26,7 @@ os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELI
 # Of the tests themselves, too, before they import torch: models this small are no faster with more threads, and much slower
 # where other processes want the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# XLA as ever, but LLVM makes its machine code quickly instead of well: in these sizes that was half of the time of a run on XLA.
+# XLA as ever, but LLVM makes its machine code quickly instead of well: that was half of a run on XLA in these sizes.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 # A job in the background of a script ignores Ctrl-C, and so would the programs that the tests start and interrupt.
@@ -51,7 +51,7 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 
 def run_here(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """As `run`, but in this process, which has imported what takes a program's first seconds: for mistakes, and for short runs
+    """As `run`, but in this process, which has imported what takes a program's first seconds: for mistakes and short runs
     that leave nothing behind in it."""
     words, folder, arguments_here = [program, *map(str, arguments)], Path.cwd(), sys.argv
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
