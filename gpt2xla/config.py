@@ -83,8 +83,8 @@ class DataConfig:
     valid_dir: str = option("./fineweb_10BT/test", "folder or URL of token shards to validate on")
     tokenizer: str | None = option(
         None,
-        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', or a tokenizer.json or its folder (default: the "
-        "one beside the shards)",
+        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id "
+        "(default: the one beside the shards)",
     )
     shuffle: bool = option(False, "read the windows of each epoch in an order drawn from --seed")
     drop_last: bool = option(

@@ -158,6 +158,20 @@ def find_folder(name: str) -> Path:
     raise InputError(f"{name}: {reason}")
 
 
+def is_missing_path(name: str) -> bool:
+    """Whether `name` is a path with nothing there: one that the hub could not know, or one into a folder that is here."""
+    path = Path(name)
+    if path.exists():
+        return False
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return path.suffix == ".pt" or (path.parent != Path() and path.parent.is_dir())
+
+
 def to_hf_config(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
     """The contents of `config.json`. Hugging Face keeps the keys it does not know."""
     own: dict[str, Any] = {"gpt2xla_bias": config.bias}

@@ -136,6 +136,10 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path
 
 def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:
     """The source, and whether its run is continued."""
+    if general.from_checkpoint is not None and hf.is_missing_path(general.from_checkpoint):
+        raise InputError(
+            f"--from-checkpoint {general.from_checkpoint}: no such folder or file; correct the path, or leave the flag out"
+        )
     root = Path(general.checkpoints_dir)
     named = None if general.resume in ("auto", "never") else Path(general.resume)
     is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())

@@ -193,6 +193,21 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file()
 
 
+def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of the model in `source`: the one asked for, else the model's own, else GPT-2's.
+
+    Raises:
+        InputError: there is no such tokenizer, or it has ids beyond the model's real ones, of which there are `vocab_size`.
+    """
+    tokenizer = load_tokenizer(asked or (str(source) if has_tokenizer(source) else "gpt2"))
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {vocab_size}; name the "
+            "tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
 def match_tokenizer(
     asked: str | None, folders: Sequence[Path], manifests: Sequence[Manifest], vocab_size: int
 ) -> Tokenizer | None:
