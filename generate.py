@@ -25,7 +25,8 @@ class GenerateConfig:
 
     model: str = option(MISSING, "checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a .pt file")
     tokenizer: str | None = option(
-        None, "a tiktoken name, 'bytes' or a tokenizer.json (default: the model's own, else gpt2)"
+        None,
+        "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else gpt2)",
     )
     prompt: str | None = option(None, "text to continue (default: ask for one again and again)")
     prompts_file: str | None = option(None, "file of prompts to continue, one a line; writes JSON lines")
@@ -64,7 +65,7 @@ def main() -> None:
     from gpt2xla.prompts import json_lines, read_prompts, record
     from gpt2xla.sampling import SamplingConfig
     from gpt2xla.start import build_model, load_weights, locate
-    from gpt2xla.tokenizer import has_tokenizer, load_tokenizer
+    from gpt2xla.tokenizer import find_tokenizer
 
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     sampling.check()
@@ -72,12 +73,7 @@ def main() -> None:
     source = locate(options.model)
     model_config, weights = load_weights(source)
     model = build_model(model_config, weights, source)
-    tokenizer = load_tokenizer(options.tokenizer or (str(source) if has_tokenizer(source) else "gpt2"))
-    if tokenizer.vocab_size > model_config.real_vocab_size:
-        raise InputError(
-            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {model_config.real_vocab_size}; "
-            "name the tokenizer that the model was trained with"
-        )
+    tokenizer = find_tokenizer(options.tokenizer, source, model_config.real_vocab_size)
     if options.prompt is not None:
         prompt_ids(tokenizer, options.prompt)  # an empty one may be impossible
     device = move(model, options.device, options.dtype)

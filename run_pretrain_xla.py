@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     xla_environment.prepare(os.environ)
     if options.fsdp and not options.spmd:
         raise InputError("--fsdp needs --spmd; add it")
+    flags = os.environ.get("XLA_FLAGS")  # before torch_xla adds its own
+    if config.train.deterministic and os.environ["PJRT_DEVICE"] == "CUDA":
+        os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_gpu_deterministic_ops=true"
     try:
         import torch_xla
     except ImportError as error:
@@ -38,8 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("this process uses the device already, so its workers cannot; restart the notebook's kernel")
     from gpt2xla.stopping import StopSignals
 
-    with StopSignals() as signals:
-        launch(config, options, signals)
+    try:
+        with StopSignals() as signals:
+            launch(config, options, signals)
+    except BrokenProcessPool:
+        hint = f"; XLA_FLAGS is {flags!r}, and XLA ends a process for a flag that it does not know" if flags else ""
+        raise RunFailed(
+            f"a worker process ended early, and with it the run; its own message stands above{hint}"
+        ) from None
 
 
 def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
@@ -54,10 +63,7 @@ def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     else:
         import torch_xla
 
-        try:
-            torch_xla.launch(worker, args=(config, options, signals), start_method=options.mp_start_method)
-        except BrokenProcessPool:
-            raise RunFailed("a worker process ended early, and with it the run; its own message stands above") from None
+        torch_xla.launch(worker, args=(config, options, signals), start_method=options.mp_start_method)
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:

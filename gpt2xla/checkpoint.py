@@ -22,6 +22,7 @@ from torch import Tensor
 from gpt2xla import hf
 from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import file_sha256
+from gpt2xla.json_file import read_json
 from gpt2xla.metrics import METRICS_FILE
 from gpt2xla.tokenizer import Tokenizer
 
@@ -146,7 +147,7 @@ def list_folders(root: Path) -> list[Path]:
 def step_of(folder: Path) -> int:
     """The step at which a checkpoint was saved; 0 for a model that is none of ours."""
     try:
-        return int(json.loads((folder / COMPLETE).read_text())["step"])
+        return int(read_json(folder / COMPLETE)["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 
@@ -154,7 +155,7 @@ def step_of(folder: Path) -> int:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if nothing is."""
     try:
-        contents = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        contents = read_json(folder / COMPLETE)
         if contents.pop("sha256") != _sha256(contents):
             return f"{folder / COMPLETE} is damaged"
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents["files"].items()}
@@ -166,7 +167,11 @@ def find_damage(folder: Path) -> str | None:
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{folder / COMPLETE} names a file outside of its folder"
-        if not file.is_file():
+        try:
+            is_there = file.is_file()
+        except OSError:
+            return f"{folder / COMPLETE} names what no file can be called"
+        if not is_there:
             return f"{file} is missing"
         if file.stat().st_size != size or file_sha256(file) != sha256:
             return f"{file} is damaged: its contents are not what was saved"

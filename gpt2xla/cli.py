@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from gpt2xla.errors import InputError
 
 Options = TypeVar("Options")
 
+_SCALARS = (str, int, float, datetime.date, type(None))  # a run's name may look like a date
 _PRETRAIN = "Pre-train GPT-2, go on with a run, or (--do-test) validate a checkpoint."
 
 
@@ -55,7 +57,9 @@ def _file_as_flags(file: Path) -> list[str]:
         options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError("is nested too deeply; write lines such as 'seq_length: 1024'") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a date of a 13th month
         raise InputError(f"is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(options, dict):
         raise InputError("holds no options; write lines such as 'seq_length: 1024'")
@@ -68,6 +72,8 @@ def _file_as_flags(file: Path) -> list[str]:
             argv.append(name if value else name.replace("--", "--no-", 1))
         elif isinstance(value, dict):
             raise InputError(f"{name} has options below it; write all options side by side")
+        elif not all(isinstance(part, _SCALARS) for part in (value if isinstance(value, list) else [value])):
+            raise InputError(f"{name} is neither text, a number nor a list of these")
         elif value is not None:
             argv += [name, *map(str, value)] if isinstance(value, list) else [f"{name}={value}"]
     return argv

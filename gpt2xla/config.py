@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gpt2xla.errors import InputError
+
+# Beyond these a number is a slip: no machine holds so much, and finding that out could take it hours.
+_MOST_PARAMETERS = 2**40
+_MOST_LAYERS = 10_000
+_MOST_SEQUENCES = 2**20
 
 Preset = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
@@ -59,6 +66,8 @@ class GeneralConfig:
 
     def check(self) -> None:
         _require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
+        _require(self.from_checkpoint != "", "--from-checkpoint is empty; name a model, or leave it out")
+        _require(self.resume != "", "--resume is empty; choose auto, never or the path of a checkpoint")
         _require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
 
 
@@ -74,8 +83,8 @@ class DataConfig:
     valid_dir: str = option("./fineweb_10BT/test", "folder or URL of token shards to validate on")
     tokenizer: str | None = option(
         None,
-        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', or a tokenizer.json or its folder (default: the "
-        "one beside the shards)",
+        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id "
+        "(default: the one beside the shards)",
     )
     shuffle: bool = option(False, "read the windows of each epoch in an order drawn from --seed")
     drop_last: bool = option(
@@ -96,9 +105,8 @@ class DataConfig:
         for name, folders in (("train_dir", self.train_dir), ("valid_dir", (self.valid_dir,))):
             _require(all(folders) and folders != (), f"{flag(name)} is empty; name a folder of token shards")
         _require(self.data_cache != "", "--data-cache is empty; name a folder")
-        _require(
-            0 <= self.data_cache_gb < math.inf, f"--data-cache-gb {self.data_cache_gb}: choose a number of at least 0"
-        )
+        _require(self.tokenizer != "", "--tokenizer is empty; name one, or leave it out")
+        _require(0 <= self.data_cache_gb <= 1e9, f"--data-cache-gb {self.data_cache_gb}: choose a number from 0 to 1e9")
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,24 @@ class ModelConfig:
         """Number of ids that may occur in data and be predicted."""
         return self.vocab_size - self.vocab_padding
 
+    @property
+    def matrix_elements(self) -> int:
+        """How many numbers its embeddings and blocks hold in matrices; biases and layer norms add next to nothing."""
+        return self.d_model * (self.vocab_size + self.seq_length + self.num_layers * (4 * self.d_model + 2 * self.d_ff))
+
     def check(self) -> None:
+        _check_types(self)
         _require_positive(self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
+        _require(0 <= self.vocab_padding < self.vocab_size, f"--vocab-size {self.vocab_size} is all padding")
+        _require(
+            self.num_layers <= _MOST_LAYERS,
+            f"--num-layers {self.num_layers}: choose a number of at most {_MOST_LAYERS}",
+        )
+        _require(
+            self.matrix_elements <= _MOST_PARAMETERS,
+            f"--d-model {self.d_model}, --d-ff {self.d_ff}, --vocab-size {self.vocab_size}, --seq-length {self.seq_length}: "
+            f"that is a model of {self.matrix_elements:.1e} parameters; choose a smaller one",
+        )
         _require(
             self.d_model % self.num_heads == 0,
             f"--num-heads {self.num_heads} does not divide --d-model {self.d_model}; choose one that does",
@@ -191,6 +215,11 @@ class TrainConfig:
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest", "fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
     )
+    deterministic: bool = option(
+        False,
+        "CUDA: only kernels that add in a fixed order, so that the same command gives the same numbers to the last bit; "
+        "slower. CPUs and TPUs do so anyway",
+    )
     attention: Literal["auto", "sdpa", "chunked", "flash"] = option(
         "auto",
         "auto: the device's best; sdpa: torch's own; chunked: scores computed twice and never kept; flash: a kernel of its "
@@ -231,6 +260,9 @@ class TrainConfig:
             self.valid_steps == "all" or self.valid_steps > 0,
             f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
         )
+        for name in ("train_batch_size", "eval_batch_size"):
+            value = getattr(self, name)
+            _require(value <= _MOST_SEQUENCES, f"{flag(name)} {value}: choose a number of at most {_MOST_SEQUENCES}")
         intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
         for name in (*intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite"):
             value = getattr(self, name)
@@ -314,7 +346,10 @@ class RunConfig:
     def check(self) -> None:
         """Raises InputError for values that no run could work with. The model is checked when its checkpoint, if there is
         one, has filled in what was not given; what needs data or devices is checked where they are."""
-        for group in (self.general, self.data, self.optim, self.train, self.wandb):
+        groups = (self.general, self.data, self.optim, self.train, self.wandb)
+        for group in (*groups, self.model):
+            _check_types(group)
+        for group in groups:
             group.check()
 
 
@@ -331,6 +366,38 @@ GROUPS: dict[str, type] = {
 def flag(name: str) -> str:
     """`train_dir` -> `--train-dir`."""
     return "--" + name.replace("_", "-")
+
+
+def _check_types(group: Any) -> None:
+    """Flags are parsed by type, but options may also come from a checkpoint. Raises InputError."""
+    kinds = typing.get_type_hints(type(group))
+    for f in options_of(group):
+        value = getattr(group, f.name)
+        _require(
+            _fits(value, kinds[f.name]),
+            f"{flag(f.name)} {repr(value)[:80]} is of the wrong kind or size; --help says what it takes",
+        )
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return value in parts
+    if typing.get_origin(kind) is tuple:
+        kinds = parts[:1] * len(value) if parts[1:] == (...,) and isinstance(value, tuple) else parts
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if kind in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind) and (kind is not str or _can_name_a_file(value))
+
+
+def _can_name_a_file(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a character, as YAML and JSON can spell
+        return False
 
 
 def _require(condition: bool, message: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.errors import InputError
+from gpt2xla.json_file import read_json
 from gpt2xla.weights import StoredTensor, StoredWeights
 
 T = TypeVar("T")
@@ -51,11 +52,11 @@ def load_model(folder: Path) -> tuple[ModelConfig, StoredWeights]:
         InputError: the folder holds no GPT-2 that this trainer can express, or no safetensors.
     """
     try:
-        config = from_hf_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = from_hf_config(read_json(folder / "config.json"))
     except FileNotFoundError:
         raise InputError(f"{folder} is not a model folder: it has no config.json") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from None
+    except OSError as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
     stored: dict[str, StoredTensor] = {}
@@ -79,7 +80,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [whole]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index)["weight_map"].values()))
             files = [folder / Path(name).name for name in names]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} cannot be read ({type(error).__name__}); copy it again") from None
@@ -157,6 +158,20 @@ def find_folder(name: str) -> Path:
     raise InputError(f"{name}: {reason}")
 
 
+def is_missing_path(name: str) -> bool:
+    """Whether `name` is a path with nothing there: one that the hub could not know, or one into a folder that is here."""
+    path = Path(name)
+    if path.exists():
+        return False
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return path.suffix == ".pt" or (path.parent != Path() and path.parent.is_dir())
+
+
 def to_hf_config(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
     """The contents of `config.json`. Hugging Face keeps the keys it does not know."""
     own: dict[str, Any] = {"gpt2xla_bias": config.bias}
@@ -196,7 +211,7 @@ def from_hf_config(values: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"{key} = {values[key]} is not supported")
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu-tanh"}
     activation = values.get("activation_function", "gelu_new")
-    if activation not in ours:
+    if not isinstance(activation, str) or activation not in ours:
         raise ValueError(f"activation_function {activation!r} is not one of {', '.join(ours)}")
     try:
         padded = max(values["vocab_size"], values.get("gpt2xla_vocab_size", 0))

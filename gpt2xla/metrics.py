@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
-
-from gpt2xla.config import RunConfig
 
 METRICS_FILE = "metrics.jsonl"
 TEST_FILE = "test.jsonl"  # what --do-test adds to
@@ -115,60 +111,6 @@ class ConsoleSink:
 
     def close(self) -> None:
         self._bar.close()
-
-
-class WandbSink:
-    """Uploads every line, in batches of the logging interval. A failing wandb never disturbs the run: it is reported and
-    left alone from then on."""
-
-    def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
-        options = config.wandb
-        run_id = options.wandb_resume_id or run_id
-        self._interval = options.wandb_logging_interval
-        self._waiting: list[dict[str, Any]] = []
-        self._run: Any = None
-        with self._guard():
-            import wandb
-
-            self._run = wandb.init(
-                project=options.wandb_project,
-                name=options.wandb_name,
-                notes=options.wandb_notes,
-                tags=[tag.strip() for tag in options.wandb_tags.split(",")] if options.wandb_tags else None,
-                id=run_id,
-                resume="allow" if run_id else None,
-                config=config.to_flat(),
-                dir=folder,
-            )
-
-    @property
-    def run_id(self) -> str | None:
-        return self._run.id if self._run else None
-
-    def write(self, line: dict[str, Any]) -> None:
-        self._waiting.append(line)
-        if "loss" not in line or line["step"] % self._interval == 0:
-            self._upload()
-
-    def close(self) -> None:
-        self._upload()
-        with self._guard():
-            if self._run:
-                self._run.finish()
-
-    def _upload(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        with self._guard():
-            for line in waiting if self._run else []:
-                self._run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # wandb raises its own, requests' and protobuf's errors
-            self._run = None
-            print(f"wandb failed ({error}); the run goes on, {METRICS_FILE} has everything", file=sys.stderr)
 
 
 class Throughput:

@@ -7,7 +7,6 @@ config} is nanoGPT's `ckpt.pt` (github.com/karpathy/nanoGPT). Both keep matrices
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,7 @@ def load_pt_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
     Raises:
         InputError: the file is damaged, holds objects other than tensors and plain values, or has another layout.
     """
-    try:
-        mapped = zipfile.is_zipfile(file)  # torch's older format has to be read whole
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file} cannot be loaded as plain tensors ({reason}); nothing in it was run") from None
+    saved = load_plain(file, mapped=True)
     state, values = (saved.get("model"), _our_options(saved)) if isinstance(saved, dict) else (None, None)
     if not isinstance(state, dict) or values is None:
         raise InputError(
@@ -60,7 +54,7 @@ def load_pt_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
         )
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not is_plain(tensor):
             raise InputError(f"{file}: {name!r} among the model's weights is no tensor; choose another file")
         if not name.endswith(("causal_mask", ".attn.bias", ".attn.masked_bias")):
             tensors[_our_name(name)] = StoredTensor(name, tensor.shape, tensor.dtype, tensor.detach)
@@ -73,6 +67,25 @@ def load_pt_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
                 "another file"
             )
     return config, StoredWeights(config, tensors, file)
+
+
+def load_plain(file: Path, mapped: bool = False) -> Any:
+    """Tensors and plain values; with `mapped`, tensors stay on disk until they are used, where the format allows.
+
+    Raises:
+        InputError: the file is damaged, or would make objects of another kind: none is made.
+    """
+    try:
+        mapped &= zipfile.is_zipfile(file)  # torch's older format has to be read whole
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a broken pickle can make the reader raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{file} cannot be loaded as plain tensors ({reason}); nothing in it was run") from None
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor whose numbers are there: not sparse, not a shape without numbers."""
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -108,6 +121,6 @@ def _our_config(file: Path, values: dict[str, Any]) -> ModelConfig:
     try:
         config = ModelConfig(**values)
         config.check()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{file}: its config does not describe a GPT-2 of ours ({error})") from None
     return config

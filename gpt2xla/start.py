@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pickle
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ from gpt2xla.checkpoint import (
 )
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
 from gpt2xla.errors import InputError, blaming
+from gpt2xla.json_file import read_json
 from gpt2xla.model import GPT2
 from gpt2xla.optim import MOMENTS
-from gpt2xla.pt_file import load_pt_model
+from gpt2xla.pt_file import is_plain, load_plain, load_pt_model
 from gpt2xla.weights import StoredWeights, parameter_shapes
 
 # Options of this call, not of the run that is continued.
@@ -88,6 +88,7 @@ def find_start(config: RunConfig) -> Start:
     source, continues = _choose(config.general, notes)
     if source is None:
         config.model.check()
+        _refuse_beyond_memory(config.model)
         return Start(config, notes=tuple(notes))
     if continues:
         config = _complete(config, source, notes)
@@ -135,6 +136,10 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path
 
 def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:
     """The source, and whether its run is continued."""
+    if general.from_checkpoint is not None and hf.is_missing_path(general.from_checkpoint):
+        raise InputError(
+            f"--from-checkpoint {general.from_checkpoint}: no such folder or file; correct the path, or leave the flag out"
+        )
     root = Path(general.checkpoints_dir)
     named = None if general.resume in ("auto", "never") else Path(general.resume)
     is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())
@@ -191,7 +196,7 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
     """`config` with the options that the user did not set taken from the continued run."""
     now, options = config.to_flat(), {}
     try:
-        saved = json.loads((source / RUN_CONFIG).read_text(encoding="utf-8"))
+        saved = read_json(source / RUN_CONFIG)
         for name, value in saved.items():
             if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
                 continue
@@ -251,18 +256,36 @@ def _resize(config: RunConfig, saved: ModelConfig, source: Path, notes: list[str
     return saved
 
 
+def _refuse_beyond_memory(model: ModelConfig) -> None:
+    """An operating system may promise more memory than there is, and end the process once it is used."""
+    needed, there = 4 * model.matrix_elements, _memory_bytes()
+    if needed > there:
+        raise InputError(
+            f"--d-model {model.d_model}, --num-layers {model.num_layers}, --vocab-size {model.vocab_size}: the weights take "
+            f"{needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}; choose a smaller model"
+        )
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _load_training_state(source: Path, model: ModelConfig) -> dict[str, Any]:
     file, shapes = source / TRAINING_STATE, parameter_shapes(model)
+    training = load_plain(file)
     try:
-        training = torch.load(file, map_location="cpu", weights_only=True)
-        step, optimizer = int(training["step"]), training["optimizer"]
+        step, optimizer = training["step"], training["optimizer"]
         if (source / SHARDS).is_dir():
             file = source / SHARDS
             optimizer |= sharded_state.load(file, dict.fromkeys(MOMENTS, shapes))
         sizes = [{name: t.shape for name, t in optimizer[moment].items()} for moment in MOMENTS]
-        is_whole = step >= 0 and sizes == [shapes, shapes] and {"runtime", "data"} <= training.keys()
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+        is_whole = sizes == [shapes, shapes] and all(
+            is_plain(t) and t.is_floating_point() for moment in MOMENTS for t in optimizer[moment].values()
+        )
+        for number in (step, optimizer["step"]):
+            is_whole &= type(number) is int and 0 <= number < 2**63
+        is_whole &= all(isinstance(value, str | int) for value in training["data"].values())
+        is_whole &= isinstance(training["runtime"], dict) and isinstance(training.setdefault("wandb_id"), str | None)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         is_whole = False
     if not is_whole:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from gpt2xla.data.shards import Manifest
 from gpt2xla.errors import InputError
+from gpt2xla.json_file import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
@@ -192,6 +193,21 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file()
 
 
+def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of the model in `source`: the one asked for, else the model's own, else GPT-2's.
+
+    Raises:
+        InputError: there is no such tokenizer, or it has ids beyond the model's real ones, of which there are `vocab_size`.
+    """
+    tokenizer = load_tokenizer(asked or (str(source) if has_tokenizer(source) else "gpt2"))
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {vocab_size}; name the "
+            "tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
 def match_tokenizer(
     asked: str | None, folders: Sequence[Path], manifests: Sequence[Manifest], vocab_size: int
 ) -> Tokenizer | None:
@@ -227,7 +243,7 @@ def _load_file(file: Path, name: str | None = None) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     try:
-        config = json.loads((file.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = read_json(file.parent / "tokenizer_config.json")
         names = _named_special_tokens(config, backend)
     except (OSError, ValueError, AttributeError):  # a tokenizer.json alone will do
         config, names = {}, None

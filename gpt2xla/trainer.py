@@ -23,7 +23,7 @@ from gpt2xla.evals.hellaswag import HellaSwag, Questions, encode_items, read_ite
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.exits import leaving_together
 from gpt2xla.lock import alone
-from gpt2xla.metrics import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, WandbSink, perplexity
+from gpt2xla.metrics import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, perplexity
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.samples import Sampler
 from gpt2xla.saving import BackgroundSaves
@@ -31,6 +31,7 @@ from gpt2xla.start import Start, find_start
 from gpt2xla.stopping import Stop, Stopped, StopSignals
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
 from gpt2xla.train_step import TrainStep
+from gpt2xla.wandb_sink import WandbSink
 
 
 def pretrain(

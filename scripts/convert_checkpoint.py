@@ -19,7 +19,9 @@ class ConvertConfig:
     )
     output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it")
     tokenizer: str | None = option(
-        None, "a tiktoken name, 'bytes' or a tokenizer.json (default: the model's own, else GPT-2's if its size fits)"
+        None,
+        "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else GPT-2's if "
+        "its size fits)",
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.evals.opening import EvalConfig, find_tokenizer, open_runtime
+from gpt2xla.evals.opening import EvalConfig, open_runtime
 from gpt2xla.exits import exit_code, leaving_together
 
 
@@ -17,7 +17,8 @@ class HellaSwagConfig(EvalConfig):
     model: str = option(MISSING, "checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a .pt file")
     data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)")
     tokenizer: str | None = option(
-        None, "a tiktoken name, 'bytes' or a tokenizer.json (default: the model's own, else gpt2)"
+        None,
+        "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else gpt2)",
     )
 
 
@@ -26,13 +27,14 @@ def main() -> None:
     train = options.train_config()
     from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
     from gpt2xla.start import build_model, load_weights, locate
+    from gpt2xla.tokenizer import find_tokenizer
 
     runtime = open_runtime(options.device, train)
     with leaving_together(runtime):
         items = read_items(options.data, "--data")
         source = locate(options.model)
         model_config, weights = load_weights(source)
-        tokenizer = find_tokenizer(options.tokenizer, source, model_config.vocab_size)
+        tokenizer = find_tokenizer(options.tokenizer, source, model_config.real_vocab_size)
         questions = encode_items(items, tokenizer, model_config.seq_length)
         model = build_model(model_config, weights, source)
         runtime.setup_model(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -20,6 +23,11 @@ VOCAB_SIZE = 97
 if "TIKTOKEN_CACHE_DIR" not in os.environ and (ROOT.parent / "shared" / "tiktoken").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(ROOT.parent / "shared" / "tiktoken")
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+# Of the tests themselves, too, before they import torch: models this small are no faster with more threads, and much slower
+# where other processes want the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# XLA as ever, but LLVM makes its machine code quickly instead of well: that was half of a run on XLA in these sizes.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 # A job in the background of a script ignores Ctrl-C, and so would the programs that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,6 +48,24 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, check=False,
         timeout=500,
     )  # fmt: skip
+
+
+def run_here(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """As `run`, but in this process, which has imported what takes a program's first seconds: for mistakes and short runs
+    that leave nothing behind in it."""
+    words, folder, arguments_here = [program, *map(str, arguments)], Path.cwd(), sys.argv
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        os.chdir(ROOT)
+        sys.argv = words
+        try:
+            runpy.run_path(program, run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        finally:
+            os.chdir(folder)
+            sys.argv = arguments_here
+    return subprocess.CompletedProcess(words, code, output.getvalue(), errors.getvalue())
 
 
 def require_xla() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -93,6 +94,26 @@ def test_from_checkpoint_continues_or_with_never_takes_only_weights(root: Path, 
     assert start.weights is not None
     start = find_start(options(tmp_path / "new", "--from-checkpoint", str(root)))
     assert start.step == 20, "a folder of checkpoints means its newest"
+
+
+def test_a_path_with_nothing_there_is_refused_also_where_the_run_goes_on_by_itself(root: Path, tmp_path: Path) -> None:
+    """A name that the hub may know is not looked up then: a run that began with it goes on offline."""
+    (tmp_path / "c1" / "step-00000001").mkdir(parents=True)
+    wrong = (root / "step-00000030", root / "nope", "./none", "none/of/these", tmp_path / "c1" / "nope", "ckpt.pt")
+    for checkpoints in (root, tmp_path / "new"):
+        for name in map(str, wrong):
+            with pytest.raises(InputError, match=f"--from-checkpoint {re.escape(name)}: no such folder or file"):
+                find_start(options(checkpoints, "--from-checkpoint", name))
+    with pytest.raises(InputError, match="--from-checkpoint is empty"):
+        options(root, "--from-checkpoint", "")
+    for name in ("gpt2", "distilgpt2", "me/model"):
+        assert find_start(options(root, "--from-checkpoint", name)).step == 20
+
+
+def test_a_folder_here_is_no_owner_on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    with pytest.raises(InputError, match=f"--from-checkpoint {root.name}/nope: no such folder or file"):
+        find_start(options(root, "--from-checkpoint", f"{root.name}/nope"))
 
 
 def test_a_contradicting_flag_is_refused_with_both_values(root: Path) -> None:

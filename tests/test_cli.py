@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, metrics, run, run_xla, succeed, torchrun, training_losses, write_split
+from conftest import ROOT, SMALL_RUN, metrics, run, run_here, run_xla, succeed, torchrun, training_losses, write_split
 from wandb.proto import wandb_internal_pb2
 
 from gpt2xla import checkpoint
@@ -66,7 +66,7 @@ def test_a_wrong_flag_is_one_line(
 ) -> None:
     flags = [flag.format(data=data) for flag in flags]
     output = tmp_path / "checkpoints"
-    refused(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", output, *flags), *culprits)
+    refused(run_here("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", output, *flags), *culprits)
     assert not output.exists(), "nothing is written before the first step"
 
 
@@ -78,6 +78,9 @@ def test_wrong_flags_on_xla_are_one_line_too(data_flags: list[str], tmp_path: Pa
     refused(run_xla(*flags, CPU_NUM_DEVICES="two"), "CPU_NUM_DEVICES=two")
     refused(run_xla(*flags, "--train-batch-size", 3, CPU_NUM_DEVICES="2"), "--train-batch-size 3", "2 devices", "4")
     refused(run_xla(*flags, "--ddp", CPU_NUM_DEVICES="2"), "--ddp")
+    ended = run_xla(*flags, XLA_FLAGS="--xla_nonsense=1")
+    assert ended.returncode == 1
+    assert "its own message stands above; XLA_FLAGS is '--xla_nonsense=1', and" in ended.stderr.splitlines()[-1]
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[str], tmp_path: Path) -> None:
@@ -91,17 +94,24 @@ def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[st
 def test_a_resume_that_would_lose_or_repeat_data_is_refused(trained: Path, data_flags: list[str]) -> None:
     flags = [*data_flags, *SMALL_RUN, "--train-steps", 40, "--checkpoints-dir", trained]
     refused(
-        run("run_pretrain.py", *flags, "--train-batch-size", 8), "--gradient-accum-step", "12, now 24", "--resume never"
+        run_here("run_pretrain.py", *flags, "--train-batch-size", 8),
+        "--gradient-accum-step",
+        "12, now 24",
+        "--resume never",
     )
-    refused(run("run_pretrain.py", *flags, "--shuffle"), "--shuffle or --seed", "no --shuffle, now --seed 1061109567")
-    refused(run("run_pretrain.py", *flags, "--d-model", 64), "--d-model 64", "where it is 32")
-    refused(run("run_pretrain.py", *flags, "--train-steps", 19), "--train-steps 19", "already at step 20")
-    refused(run("run_pretrain.py", *flags, "--resume", "never"), "--resume never", "step-00000020")
+    refused(
+        run_here("run_pretrain.py", *flags, "--shuffle"), "--shuffle or --seed", "no --shuffle, now --seed 1061109567"
+    )
+    refused(run_here("run_pretrain.py", *flags, "--d-model", 64), "--d-model 64", "where it is 32")
+    refused(run_here("run_pretrain.py", *flags, "--train-steps", 19), "--train-steps 19", "already at step 20")
+    refused(run_here("run_pretrain.py", *flags, "--resume", "never"), "--resume never", "step-00000020")
 
 
 def test_a_finished_run_has_nothing_to_do(trained: Path, data_flags: list[str]) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
-    assert "nothing to do" in succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", trained))
+    assert "nothing to do" in succeed(
+        run_here("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", trained)
+    )
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
@@ -249,7 +259,8 @@ def test_an_error_that_only_one_process_meets_is_told_and_ends_all(tmp_path: Pat
 
 def test_a_failing_wandb_does_not_disturb_the_run(data_flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "wandb.py").write_text(
-        "class Run:\n    id = 'x'\n    def log(self, *a, **k): raise RuntimeError('unreachable')\n"
+        "class Run:\n    offline, step = False, 0\n    def log(self, *a, **k): raise RuntimeError('unreachable')\n"
+        "class Settings:\n    def __init__(self, **k): pass\n"
         "def init(**k): return Run()\n"
     )
     flags = [

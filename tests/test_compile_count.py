@@ -67,7 +67,8 @@ def test_the_loop_never_reads_the_device(counts: dict) -> None:
 
 def test_later_compiles_are_warned_of_once_for_each_cause(data_flags: list[str], tmp_path: Path) -> None:
     """The worker makes XLA compile again for four causes, each twice."""
-    flags = [*data_flags, *SMALL_RUN, "--save-interval", 5, "--checkpoints-dir", tmp_path]
+    small = ["--num-layers", 1, "--gradient-accum-step", 1, "--save-interval", 5]  # it compiles a dozen programs
+    flags = [*data_flags, *SMALL_RUN, *small, "--checkpoints-dir", tmp_path]
     result = run_xla(*flags, program="tests/recompile_worker.py")
     succeed(result)
     warnings = [line for line in result.stderr.splitlines() if "warning: XLA compiled again" in line]

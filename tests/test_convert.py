@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run, succeed
+from conftest import run, run_here, succeed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,7 +116,7 @@ def test_training_and_generating_start_from_nanogpts_file(data_flags: list[str],
     assert "300 ids and 84 of padding" in shown
     assert load_weights(tmp_path / "run" / "step-00000002")[0].real_vocab_size == 300
     shown = succeed(
-        run("generate.py", "--model", file, "--tokenizer", "bytes", "--prompt", "Hé", "--max-new-tokens", 5)
+        run_here("generate.py", "--model", file, "--tokenizer", "bytes", "--prompt", "Hé", "--max-new-tokens", 5)
     )
     assert shown.startswith("Hé")
 
@@ -124,7 +124,7 @@ def test_training_and_generating_start_from_nanogpts_file(data_flags: list[str],
 def test_gpt2s_tokenizer_goes_with_a_vocabulary_of_its_size(gpt2_encoding: str, tmp_path: Path) -> None:
     for size, line in ((50304, "tokenizer: GPT-2's"), (300, "tokenizer: none written, as 300 ids are not GPT-2's")):
         file, output = nanogpt_file(tmp_path / f"{size}.pt", bias=True, vocab_size=size), tmp_path / str(size)
-        assert line in succeed(run("scripts/convert_checkpoint.py", "--input", file, "--output-dir", output))
+        assert line in succeed(run_here("scripts/convert_checkpoint.py", "--input", file, "--output-dir", output))
         assert (output / "tokenizer.json").exists() == (size == 50304)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "50304")
     assert tokenizer("Hello world")["input_ids"] == [15496, 995]
@@ -163,7 +163,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path: Path)
         (["--input", good, "--output-dir", tmp_path], "exists already"),
         (["--input", small, "--output-dir", output, "--tokenizer", "bytes"], "--tokenizer bytes has 257 ids"),
     ):
-        result = run("scripts/convert_checkpoint.py", *flags)
+        result = run_here("scripts/convert_checkpoint.py", *flags)
         assert result.returncode == 2
         assert len(result.stderr.splitlines()) == 1
         assert message in result.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run, run_xla, succeed
+from conftest import ROOT, run, run_here, run_xla, succeed
 
 from gpt2xla import hf
 from gpt2xla.config import ModelConfig
@@ -37,11 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_text_goes_on_and_the_seed_decides(model: Path) -> None:
     arguments = ["--model", model, "--prompt", "Hello 🙂", "--max-new-tokens", 100, "--top-k", 30, "--top-p", 0.9]
-    first = succeed(run("generate.py", *arguments, "--seed", 1))
+    first = succeed(run("generate.py", *arguments, "--seed", 1))  # another process
     assert first.startswith("Hello 🙂")
     assert len(first) > 30
-    assert succeed(run("generate.py", *arguments, "--seed", 1)) == first
-    assert succeed(run("generate.py", *arguments, "--seed", 2)) != first
+    assert succeed(run_here("generate.py", *arguments, "--seed", 1)) == first
+    assert succeed(run_here("generate.py", *arguments, "--seed", 2)) != first
 
 
 def test_prompts_are_asked_for_until_the_end_of_input(model: Path) -> None:
@@ -90,20 +90,20 @@ def test_a_file_of_prompts_becomes_json_lines(model: Path, tmp_path: Path) -> No
     prompts.write_bytes("Hello\n\n  \nÜber alle\r\nx".encode())
     flags = ["--model", model, "--max-new-tokens", 30, "--top-k", 40, "--seed", 4, "--device", "cpu"]
     files = ["--prompts-file", prompts, "--output", output, "--batch-size", 2, "--num-samples", 2]
-    assert succeed(run("generate.py", *flags, *files)) == ""
+    assert succeed(run_here("generate.py", *flags, *files)) == ""
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["Hello", "Über alle", "x"]
     assert [line["prompt_tokens"] for line in lines] == [5, 10, 1]
     assert all(line["new_tokens"] == [30, 30] and len(set(line["texts"])) == 2 for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.jsonl"]
     for seed, text in zip((4, 5), lines[1]["texts"], strict=True):
-        alone = succeed(run("generate.py", *flags, "--prompt", "Über alle", "--seed", seed))
+        alone = succeed(run_here("generate.py", *flags, "--prompt", "Über alle", "--seed", seed))
         assert alone == f"Über alle{text}\n"
 
 
 def test_several_samples_are_shown_one_after_another(model: Path) -> None:
     flags = ["--model", model, "--prompt", "Hi", "--max-new-tokens", 5, "--num-samples", 3, "--dtype", "bf16"]
-    shown = succeed(run("generate.py", *flags))
+    shown = succeed(run_here("generate.py", *flags))
     assert [f"--- sample {n} of 3 ---\nHi" in shown for n in (1, 2, 3)] == [True] * 3
 
 
@@ -116,7 +116,7 @@ def test_a_file_without_prompts_is_refused_and_nothing_written(
 ) -> None:
     (tmp_path / "in.txt").write_bytes(prompts)
     files = ["--prompts-file", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl"]
-    result = run("generate.py", "--model", model, *files)
+    result = run_here("generate.py", "--model", model, *files)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert culprit in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
@@ -124,14 +124,14 @@ def test_a_file_without_prompts_is_refused_and_nothing_written(
 
 def test_on_xla_the_text_is_the_same(model: Path) -> None:
     flags = ["--model", model, "--prompt", "Hello", "--max-new-tokens", 40, "--temperature", 0]
-    here = succeed(run("generate.py", *flags, "--device", "cpu"))
+    here = succeed(run_here("generate.py", *flags, "--device", "cpu"))
     assert succeed(run_xla(*flags, "--device", "xla", program="generate.py")) == here
 
 
 def test_a_device_that_is_not_there_is_refused(model: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one here")
-    result = run("generate.py", "--model", model, "--prompt", "x", "--device", "cuda")
+    result = run_here("generate.py", "--model", model, "--prompt", "x", "--device", "cuda")
     assert result.returncode == 2
     assert "--device cuda: torch finds none here" in result.stderr
 
@@ -155,7 +155,7 @@ def test_a_device_that_is_not_there_is_refused(model: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_line(model: Path, flags: list[str], culprit: str) -> None:
-    result = run("generate.py", "--model", model, "--prompt", "x", *flags)
+    result = run_here("generate.py", "--model", model, "--prompt", "x", *flags)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert culprit in result.stderr

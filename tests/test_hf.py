@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, prepare_documents, run, succeed
+from conftest import ROOT, prepare_documents, run, run_here, succeed
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
@@ -253,7 +253,9 @@ def test_a_trained_model_is_a_model_tokenizer_and_pipeline_of_hugging_face(tmp_p
     assert again == ours.config
     back = build_model(again, weights, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), ours.parameters(), strict=True))
-    shown = succeed(run("generate.py", "--model", tmp_path / "again", "--prompt", "document", "--max-new-tokens", 3))
+    shown = succeed(
+        run_here("generate.py", "--model", tmp_path / "again", "--prompt", "document", "--max-new-tokens", 3)
+    )
     assert shown.startswith("document")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT, SMALL_RUN, metrics, require_xla, run, training_losses
+from conftest import ROOT, SMALL_RUN, metrics, require_xla, run, run_here, training_losses
 from nbclient import NotebookClient
 
 from gpt2xla.checkpoint import list_checkpoints
@@ -85,7 +85,7 @@ def test_the_programs_know_every_flag_with_the_notebooks_own_values(name: str) -
             assert words[1] == "uninstall" or (ROOT / words[words.index("-r") + 1]).exists()
             continue
         # A mistake after all others: with only this one left, everything before it was understood.
-        check = run(words[1], *words[2:], "--no-such-flag")
+        check = (run if words[1] == "-m" else run_here)(words[1], *words[2:], "--no-such-flag")
         assert check.returncode == 2
         assert "unrecognized arguments: --no-such-flag" in check.stderr, check.stderr
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, require_xla
+from conftest import ROOT, require_xla, run_here
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"(<!-- test: ([^>]*?) -->\n)?```(bash|python)\n(.*?)```", README, re.DOTALL)
@@ -49,9 +49,7 @@ def test_flags_exist(block: str) -> None:
         program = next(word for word in words if word.endswith(".py"))
         flags = words[words.index(program) + 1 :]
         # A mistake after all others: with only this one left, everything before it was understood.
-        check = subprocess.run(
-            [sys.executable, program, *flags, "--no-such-flag"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        check = run_here(program, *flags, "--no-such-flag")
         assert check.returncode == 2
         assert "unrecognized arguments: --no-such-flag" in check.stderr, check.stderr
 

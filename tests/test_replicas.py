@@ -1,4 +1,4 @@
-"""Several XLA:CPU replicas, a process each: the numbers of one replica on the joined batch, and one end for all."""
+"""Several XLA:CPU replicas, a process each: the numbers of torch's one process on the joined batch, and one end for all."""
 
 import os
 import signal
@@ -34,13 +34,6 @@ def two(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path
     return folder
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
-    folder = tmp_path_factory.mktemp("one")
-    succeed(run_xla(*data_flags, *SMALL_RUN, "--checkpoints-dir", folder))
-    return folder
-
-
 def assert_same_run(folder: Path, other: Path) -> None:
     """Losses, gradient norms, validations and the final weights."""
     lines, expected = metrics(folder), metrics(other)
@@ -58,23 +51,26 @@ def assert_same_run(folder: Path, other: Path) -> None:
         torch.testing.assert_close(weights[0][name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_two_replicas_equal_one_on_the_joined_batch(two: Path, one: Path) -> None:
-    assert_same_run(two, one)
-
-
-def test_four_replicas_with_the_sync_free_optimizer_equal_one(one: Path, data_flags: list[str], tmp_path: Path) -> None:
-    flags = [*data_flags, *SMALL_RUN, "--use-syncfree-optim", "--checkpoints-dir", tmp_path]
-    assert "4 x XLA:CPU" in succeed(run_xla(*flags, CPU_NUM_DEVICES="4"))
-    assert_same_run(tmp_path, one)
+def test_two_replicas_equal_one_process_on_the_joined_batch(two: Path, trained: Path) -> None:
+    assert_same_run(two, trained)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_replicas_too(one: Path, data_flags: list[str], tmp_path: Path) -> None:
+def test_four_replicas_with_the_sync_free_optimizer_equal_one_process(
+    trained: Path, data_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--use-syncfree-optim", "--checkpoints-dir", tmp_path]
+    assert "4 x XLA:CPU" in succeed(run_xla(*flags, CPU_NUM_DEVICES="4"))
+    assert_same_run(tmp_path, trained)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_replicas_too(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     require_xla()
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
     text = succeed(torchrun(2, *flags, program="run_pretrain_xla.py", PJRT_DEVICE="CPU"))
     assert "2 x XLA:CPU" in text
-    assert_same_run(tmp_path, one)
+    assert_same_run(tmp_path, trained)
 
 
 def test_replicas_compile_three_graphs(two: Path) -> None:

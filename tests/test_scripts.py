@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, succeed, training_losses
+from conftest import ROOT, run, run_here, succeed, training_losses
 
 from gpt2xla.data import inspection
 from gpt2xla.data.inspection import contents
@@ -66,11 +66,11 @@ def test_prepared_shards_decode_to_the_documents_each_in_one_split(texts: Path, 
     assert [shard.tokens for shard in manifest.shards[:-1]] == [999] * (len(manifest.shards) - 1)
     assert all(shard.sha256 == file_sha256(tmp_path / "a" / "train" / shard.file) for shard in manifest.shards)
 
-    succeed(run("scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b"))
+    succeed(run_here("scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b"))
     assert Manifest.load(tmp_path / "b" / "train") == manifest, "the same input gives the same shards"
     again = ["scripts/prepare_text.py", *arguments, "--output-dir", tmp_path / "b"]
-    assert "nothing to do" in succeed(run(*again))
-    other = run(*again, "--seed", 5)
+    assert "nothing to do" in succeed(run_here(*again))
+    other = run_here(*again, "--seed", 5)
     assert other.returncode == 2
     assert "prepared with --seed 1061109567, now 5" in other.stderr
 
@@ -89,7 +89,7 @@ def test_prepared_shards_decode_to_the_documents_each_in_one_split(texts: Path, 
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(flags: list[str], culprit: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = run("scripts/prepare_text.py", "--tokenizer", "bytes", *flags, "--output-dir", output)
+    result = run_here("scripts/prepare_text.py", "--tokenizer", "bytes", *flags, "--output-dir", output)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert culprit in result.stderr
@@ -149,7 +149,7 @@ def test_a_tokenizer_is_measured_on_text_that_it_was_not_trained_on(tmp_path: Pa
     ],
 )
 def test_a_wrong_tokenizer_training_is_one_line(flags: list[str], culprit: str, tmp_path: Path) -> None:
-    result = run("scripts/train_tokenizer.py", *flags, "--output-dir", tmp_path / "out")
+    result = run_here("scripts/train_tokenizer.py", *flags, "--output-dir", tmp_path / "out")
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert culprit in result.stderr
@@ -160,7 +160,7 @@ def test_a_wrong_tokenizer_training_is_one_line(flags: list[str], culprit: str, 
 def prepared(tmp_path: Path) -> Path:
     (tmp_path / "lines.txt").write_text("\n".join(DOCUMENTS))
     flags = ["--input", tmp_path / "lines.txt", "--split-by", "line", "--tokenizer", "bytes", "--shard-size", 999]
-    succeed(run("scripts/prepare_text.py", *flags, "--test-fraction", 0.2, "--output-dir", tmp_path / "data"))
+    succeed(run_here("scripts/prepare_text.py", *flags, "--test-fraction", 0.2, "--output-dir", tmp_path / "data"))
     return tmp_path / "data"
 
 
@@ -196,13 +196,13 @@ def test_an_inspection_names_the_damaged_shard(damage: str, found: str, prepared
     else:
         del data[-2:]
     shard.write_bytes(data)
-    result = run("scripts/inspect_data.py", prepared / "train")
+    result = run_here("scripts/inspect_data.py", prepared / "train")
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert str(shard) in result.stderr
     assert found in result.stderr
     if damage == "flip":
-        succeed(run("scripts/inspect_data.py", prepared / "train", "--no-verify"))
+        succeed(run_here("scripts/inspect_data.py", prepared / "train", "--no-verify"))
 
 
 def test_shards_made_elsewhere_are_inspected(tmp_path: Path) -> None:
@@ -212,12 +212,12 @@ def test_shards_made_elsewhere_are_inspected(tmp_path: Path) -> None:
         header = np.zeros(256, np.int32)
         header[:3] = 20240520, 1, len(tokens)
         (tmp_path / f"x_{split}_000.bin").write_bytes(header.tobytes() + np.array(tokens, np.uint16).tobytes())
-    text = succeed(run("scripts/inspect_data.py", tmp_path, "--tokenizer", "bytes"))
+    text = succeed(run_here("scripts/inspect_data.py", tmp_path, "--tokenizer", "bytes"))
     assert "2 documents counted, tokens in each: mean 4.0, median 3, 90% at most 5, longest 5" in text
     assert "token 0: 'one'" in text
     assert "'three'" in text
     assert "'seven'" in text
-    plain = succeed(run("scripts/inspect_data.py", tmp_path))
+    plain = succeed(run_here("scripts/inspect_data.py", tmp_path))
     assert "7 different ids, the largest 256" in plain
     assert "token 0: 256 111 110 101 256" in plain
 
@@ -263,7 +263,7 @@ def test_a_data_set_in_parquet_is_streamed(tmp_path: Path) -> None:
 
 
 def test_an_endless_or_empty_preparation_is_refused(tmp_path: Path) -> None:
-    result = run("scripts/prepare_fineweb.py", "--dataset", tmp_path, "--tokenizer", "bytes", "--shard-size", 0)
+    result = run_here("scripts/prepare_fineweb.py", "--dataset", tmp_path, "--tokenizer", "bytes", "--shard-size", 0)
     assert result.returncode == 2
     assert "--shard-size 0" in result.stderr
 
@@ -277,7 +277,7 @@ def test_an_output_that_cannot_be_is_one_line(texts: Path, trained: Path, tmp_pa
         ("scripts/train_tokenizer.py", "--vocab-size", 300, *common, file),
         ("scripts/plot_loss.py", trained, "--output", file / "x.png"),
     ):
-        result = run(program, *arguments)
+        result = run_here(program, *arguments)
         assert result.returncode == 2, result.stderr
         assert len(result.stderr.splitlines()) == 1
         assert str(file) in result.stderr

@@ -20,6 +20,7 @@ import numpy as np
 
 from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder, is_url
 from gpt2xla.errors import InputError
+from gpt2xla.json_file import read_json
 
 MANIFEST = "manifest.json"
 LLMC_DTYPES = {20240520: "<u2", 20240801: "<u4"}  # by the magic number of the header
@@ -58,17 +59,17 @@ class Manifest:
         if not file.exists():
             return None
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
             manifest = cls(**values, shards=shards)
             _check_types(manifest)
             for shard in shards:
                 _check_types(shard)
             if manifest.dtype not in ("uint16", "uint32"):
-                raise ValueError(f"dtype is {manifest.dtype!r}")
+                raise ValueError(f"dtype is {manifest.dtype[:80]!r}")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{file} is not a manifest of token shards ({error}); prepare the data again") from None
-        if any(Path(shard.file).name != shard.file for shard in shards):
+        if any(Path(shard.file).name != shard.file or shard.file in ("", "..") for shard in shards):
             raise InputError(f"{file} names a shard outside of its folder; prepare the data again")
         return manifest
 
@@ -245,7 +246,7 @@ def _check_types(part: Manifest | ShardEntry) -> None:
     for name, kind in get_type_hints(type(part)).items():
         plain = tuple if get_origin(kind) is tuple else kind
         if not isinstance(getattr(part, name), plain):
-            raise ValueError(f"{name} is {getattr(part, name)!r}")
+            raise ValueError(f"{name} is {repr(getattr(part, name))[:80]}")
 
 
 def _of_split(files: list[Path], option: str) -> list[Path]:
@@ -266,12 +267,14 @@ def file_sha256(file: Path) -> str:
 
 def _map_shard(file: Path) -> np.ndarray:
     try:
-        shard = np.load(file, mmap_mode="r", allow_pickle=False) if file.suffix == ".npy" else _map_bin(file)
+        # Not np.load, which would take a zip of arrays or a pickle for what it is.
+        shard = np.lib.format.open_memmap(file, mode="r") if file.suffix == ".npy" else _map_bin(file)
     except FileNotFoundError:
         raise InputError(f"{file} is missing although {MANIFEST} names it; prepare the data again") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy reads headers with Python's parser, which fails in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"{file} cannot be read as a shard ({error}); it may be cut short: copy or prepare it again"
+            f"{file} cannot be read as a shard ({reason}); it may be cut short: copy or prepare it again"
         ) from None
     if shard.ndim != 1 or shard.dtype.kind not in "ui":
         raise InputError(f"{file} holds {shard.dtype} of shape {shard.shape}; a shard is one row of integer ids")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gpt2xla.config import TorchConfig, TrainConfig, XlaConfig, option
@@ -12,7 +11,6 @@ from gpt2xla.errors import InputError
 
 if TYPE_CHECKING:
     from gpt2xla.runtime.base import Runtime
-    from gpt2xla.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +50,3 @@ def open_runtime(device: str, train: TrainConfig) -> Runtime:
             f"--device xla: torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt"
         ) from None
     return SpmdRuntime(XlaConfig(spmd=True), train)
-
-
-def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenizer:
-    """The one asked for, else the model's own, else GPT-2's. Raises InputError if it has ids that the model lacks."""
-    from gpt2xla.tokenizer import has_tokenizer, load_tokenizer
-
-    tokenizer = load_tokenizer(asked or (str(source) if has_tokenizer(source) else "gpt2"))
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {vocab_size}; name the "
-            "tokenizer that the model was trained with"
-        )
-    return tokenizer

@@ -21,6 +21,8 @@ _COLUMNS = ("Model", "Params", "loss", "PPL", "tokens", "standard error of the l
 
 @dataclass(frozen=True)
 class Row:
+    """One model's line. `parameters` are those of the model as it is stored: rows that pad the vocabulary do not count."""
+
     model: str
     parameters: int
     seq_length: int
@@ -62,7 +64,8 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     del weights
     runtime.setup_model(model)
     validation = Validator(config, windows, model, runtime, f"validation step of {name}").run()
-    return Row(name, model.num_parameters(), model_config.seq_length, validation)
+    padding = model_config.vocab_padding * model_config.d_model * (1 if model_config.tie_weights else 2)
+    return Row(name, model.num_parameters() - padding, model_config.seq_length, validation)
 
 
 def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None:

@@ -52,6 +52,9 @@ class TorchRuntime:
             dist.init_process_group(_backend(options.ddp_backend, self.device), timeout=timedelta(hours=1))
         self._peers = Peers() if self.distributed else None
         set_matmul_precision(config.matmul_precision)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+            torch.use_deterministic_algorithms(True)
         self.dtype = DTYPES[config.mixed_precision]
         self.train = config
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")

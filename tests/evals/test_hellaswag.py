@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import metrics, run, run_xla, succeed, torchrun
+from conftest import metrics, run, run_here, run_xla, succeed, torchrun
 from data.hub_server import Hub
 from evals.small import MODEL_FLAGS, make_items, make_model, make_split, reference_log_probabilities
 
@@ -180,9 +180,9 @@ def refused(result: subprocess.CompletedProcess[str], says: str) -> None:
 
 def test_training_needs_a_tokenizer_and_items(data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, "--hellaswag-interval", 2, "--checkpoints-dir", tmp_path / "c", *MODEL_FLAGS]
-    refused(run("run_pretrain.py", *flags), "--hellaswag-interval 2 needs a tokenizer")
+    refused(run_here("run_pretrain.py", *flags), "--hellaswag-interval 2 needs a tokenizer")
     refused(
-        run("run_pretrain.py", *flags, "--tokenizer", "bytes", "--hellaswag-data", tmp_path / "none.jsonl"),
+        run_here("run_pretrain.py", *flags, "--tokenizer", "bytes", "--hellaswag-data", tmp_path / "none.jsonl"),
         "--hellaswag-data",
     )
     assert not (tmp_path / "c").exists()

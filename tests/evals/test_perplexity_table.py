@@ -6,8 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run, succeed
+import torch
+from conftest import run, run_here, succeed
 from evals.small import make_model, make_split, reference_losses
+from transformers import GPT2LMHeadModel
+
+from gpt2xla.config import ModelConfig, TorchConfig, TrainConfig
+from gpt2xla.evals.perplexity_table import measure
+from gpt2xla.hf import save_model
+from gpt2xla.model import GPT2
+from gpt2xla.runtime.torch import TorchRuntime
 
 
 def test_a_table_of_two_models_in_markdown_and_json(tmp_path: Path) -> None:
@@ -37,6 +45,17 @@ def test_a_table_of_two_models_in_markdown_and_json(tmp_path: Path) -> None:
         assert shown[5:] == [f"{values['standard_error']:.4f}", f"{values['bits_per_byte']:.4f}"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_that_hugging_face_counts_without_padding(tied: bool, tmp_path: Path) -> None:
+    config = ModelConfig(264, 64, 32, 2, 2, tie_weights=tied, vocab_padding=7)
+    model = GPT2(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(tmp_path, config, model.state_dict(), 256)
+    runtime = TorchRuntime(TorchConfig(), TrainConfig())
+    (row,) = measure([str(tmp_path)], str(make_split(tmp_path / "data")), TrainConfig(), runtime)
+    assert row.parameters == GPT2LMHeadModel.from_pretrained(tmp_path).num_parameters()
+
+
 def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
     split, model = make_split(tmp_path / "data"), make_model(tmp_path / "a")
     tokenizer = json.loads((model / "tokenizer.json").read_text())
@@ -44,10 +63,10 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     flags = ["--models", model, "--valid-dir", split, "--output", tmp_path / "table"]
-    result = run("scripts/perplexity_table.py", *flags)
+    result = run_here("scripts/perplexity_table.py", *flags)
     assert result.returncode == 2
     assert f"--models {model}: its tokenizer is not the one that made --valid-dir (bytes)" in result.stderr
-    missing = run("scripts/perplexity_table.py", *flags, "--models", model, tmp_path / "none")
+    missing = run_here("scripts/perplexity_table.py", *flags, "--models", model, tmp_path / "none")
     assert missing.returncode == 2
     assert f"{tmp_path / 'none'}: no such folder" in missing.stderr
     assert not list(tmp_path.glob("table*"))

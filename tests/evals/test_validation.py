@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_xla, succeed, torchrun
+from conftest import run, run_here, run_xla, succeed, torchrun
 from evals.small import MODEL_FLAGS, make_model, make_split, reference_losses
 
 from gpt2xla.data.shards import TokenStream
@@ -167,7 +167,7 @@ def test_padding_of_the_vocabulary_has_no_probability() -> None:
     assert row_losses.row_losses(x, weight, labels, padding=3).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def test_a_padded_model_is_the_same_function(flags: list[object], reference: Reference) -> None:
+def test_a_padded_model_is_the_same_function(flags: list[object], reference: Reference, tmp_path: Path) -> None:
     sums, counts = reference
-    out = succeed(run("run_pretrain.py", *flags, "--vocab-size", 512))
+    out = succeed(run_here("run_pretrain.py", *flags, "--vocab-size", 512, "--checkpoints-dir", tmp_path))
     assert float(re.search(r"loss ([\d.]+)", out)[1]) == pytest.approx(sums.sum() / counts.sum(), abs=1e-5)
