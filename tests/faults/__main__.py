@@ -54,7 +54,7 @@ def main() -> int:
             options.results.write_text(json.dumps(results, indent=1) + "\n")
     if options.report:
         options.report.parent.mkdir(exist_ok=True)
-        options.report.write_text(report.text(results))
+        options.report.write_text(report.text(results, scenarios.ALL))
     shim.unload()
     if failed:
         print(f"what failed is in {base}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 _HEAD = """# Reliability
@@ -19,17 +20,22 @@ where there are two.
 """
 
 
-def text(results: dict[str, Any]) -> str:
+def text(results: dict[str, Any], scenarios: Iterable[str]) -> str:
+    """The page; of `scenarios`, those without a result are named."""
     lines = [_HEAD, "| Fault | What must hold | Held | Seconds |", "|---|---|---|---|"]
     notes = []
     for result in results.values():
         for row in result["rows"]:
+            if not row["total"] and not row["notes"]:  # nothing of it at this scale
+                continue
             held = f"{row['passed']}/{row['total']}" if row["total"] else "not run"
             lines.append(f"| {row['fault']} | {row['bar']} | {held} | {row['seconds']:.0f} |")
             notes += [f"- {row['fault']}: {note}" for note in row["notes"]]
     dates = sorted({result["date"] for result in results.values()})
     scales = sorted({result["scale"] for result in results.values()})
     lines += ["", f"{' and '.join(dates)}, {os.cpu_count()} cores of {_processor()}, scale: {' and '.join(scales)}."]
+    if missing := [name for name in scenarios if name not in results]:
+        lines += ["", f"Not run yet: {', '.join(missing)}."]
     if notes:
         lines += ["", "## Notes", "", *notes]
     return "\n".join(lines) + "\n"
