@@ -145,7 +145,10 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
             return newest, True
     if general.from_checkpoint is None:
         return None, False
-    source = locate(general.from_checkpoint)
+    try:
+        source = locate(general.from_checkpoint)
+    except InputError as error:
+        raise InputError(f"--from-checkpoint {error}") from None
     if source.is_file() or not (source / TRAINING_STATE).exists():
         return source, False
     return _verified(source, f"--from-checkpoint {source}"), general.resume != "never"
