@@ -77,7 +77,8 @@ def find_start(config: RunConfig) -> Start:
         InputError: what was asked for is missing, damaged, or contradicts the flags.
     """
     notes: list[str] = []
-    source, continues = _choose(config.general, notes)
+    with blaming(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
+        source, continues = _choose(config.general, notes)
     if source is None:
         config.model.check()
         _refuse_beyond_memory(config.model)
@@ -97,11 +98,12 @@ def locate(name: str) -> Path:
     hub id. Raises InputError if it means nothing.
     """
     path = Path(name)
-    if path.is_file():
-        return path
-    if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
-        return checkpoints[-1]
-    return hf.find_folder(name)
+    with blaming(name):  # no permission, or a name that is too long
+        if path.is_file():
+            return path
+        if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
+            return checkpoints[-1]
+        return hf.find_folder(name)
 
 
 def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:

@@ -204,6 +204,12 @@ def test_words_that_are_no_command_line(whole: Path, words: list[str]) -> None:
         check([*base(whole / "data", folder / "out"), *words], folder / "out")
 
 
+@pytest.mark.parametrize("option", ["--train-dir", "--valid-dir", "--resume", "--from-checkpoint", "--tokenizer"])
+def test_names_too_long_for_a_file(whole: Path, option: str) -> None:
+    with room() as folder:
+        check([*base(whole / "data", folder / "out"), option, "x" * 5000], folder / "out")
+
+
 SCALARS = st.one_of(st.none(), st.booleans(), INTEGERS, FLOATS, TEXTS)
 FLAT = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(TEXTS, SCALARS, max_size=3))
 JSON = st.one_of(SCALARS, st.lists(FLAT, max_size=3), st.dictionaries(TEXTS, FLAT, max_size=3))
