@@ -122,7 +122,8 @@ def check(argv: list[str], out: Path) -> None:
     if code:
         lines = [line for line in error.splitlines() if not line.startswith("wandb failed")]
         assert len(lines) == 1, about
-        culprits = ["--", "/", *(f" {argument.partition('=')[2] or argument} " for argument in argv)]
+        values = [argument.partition("=")[2] or argument for argument in argv]
+        culprits = ["--", "/", *(f" {value} " for value in values), *map(repr, values)]
         assert lines[0].startswith("run_pretrain.py: error: "), about
         assert any(culprit in lines[0][len("run_pretrain.py: error:") :] for culprit in culprits), about
         assert len(lines[0]) < 3000 + max(map(len, argv)), about
