@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -30,6 +31,8 @@ def exit_code(main: Callable[[], None]) -> int:
     An error meant for the user becomes one line on stderr, once per host however many processes meet it; every other
     exception keeps its traceback (exit code 1).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name or a sample that the terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (InputError, RunFailed, KeyboardInterrupt) as error:

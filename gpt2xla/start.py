@@ -34,6 +34,8 @@ from gpt2xla.weights import StoredWeights, parameter_shapes
 _NOT_CONTINUED = {
     "checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "wandb_resume_id", "verify_data",
 }  # fmt: skip
+# What torch.amp.GradScaler saves, and the XLA runtime's scaler like it.
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 # Model options that a new run may choose otherwise than the checkpoint it starts from.
 _RESIZED = ("vocab_size", "seq_length")
 
@@ -85,7 +87,8 @@ def find_start(config: RunConfig) -> Start:
         InputError: what was asked for is missing, damaged, or contradicts the flags.
     """
     notes: list[str] = []
-    source, continues = _choose(config.general, notes)
+    with blaming(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
+        source, continues = _choose(config.general, notes)
     if source is None:
         config.model.check()
         _refuse_beyond_memory(config.model)
@@ -105,11 +108,12 @@ def locate(name: str) -> Path:
     hub id. Raises InputError if it means nothing.
     """
     path = Path(name)
-    if path.is_file():
-        return path
-    if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
-        return checkpoints[-1]
-    return hf.find_folder(name)
+    with blaming(name):  # no permission, or a name that is too long
+        if path.is_file():
+            return path
+        if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
+            return checkpoints[-1]
+        return hf.find_folder(name)
 
 
 def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
@@ -157,7 +161,10 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
             return newest, True
     if general.from_checkpoint is None:
         return None, False
-    source = locate(general.from_checkpoint)
+    try:
+        source = locate(general.from_checkpoint)
+    except InputError as error:
+        raise InputError(f"--from-checkpoint {error}") from None
     if source.is_file() or not any((source / name).exists() for name in (COMPLETE, TRAINING_STATE)):
         return source, False
     return _verified(source, f"--from-checkpoint {source}"), general.resume != "never"
@@ -285,7 +292,9 @@ def _load_training_state(source: Path, model: ModelConfig) -> dict[str, Any]:
         for number in (step, optimizer["step"]):
             is_whole &= type(number) is int and 0 <= number < 2**63
         is_whole &= all(isinstance(value, str | int) for value in training["data"].values())
-        is_whole &= isinstance(training["runtime"], dict) and isinstance(training.setdefault("wandb_id"), str | None)
+        scaler = training["runtime"].get("scaler", dict.fromkeys(_SCALER, 1))
+        is_whole &= scaler.keys() == _SCALER and all(isinstance(value, int | float) for value in scaler.values())
+        is_whole &= isinstance(training.setdefault("wandb_id"), str | None)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         is_whole = False
     if not is_whole:

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HFTokenizer
 
 from gpt2xla.data.shards import Manifest
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, blaming
 from gpt2xla.json_file import read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -129,9 +129,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         vocab = {char: byte for byte, char in _byte_alphabet().items()}
         return Tokenizer(name, _byte_level_bpe(vocab, [], {END_OF_TEXT: 256}))
     path = Path(name)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if file.is_file():
-        return _load_file(file)
+    with blaming(f"tokenizer {name!r}"):  # no permission, or a name that is too long
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if file.is_file():
+            return _load_file(file)
     known = tiktoken.list_encoding_names()
     try:
         encoding = tiktoken.get_encoding(name) if name in known else tiktoken.encoding_for_model(name)

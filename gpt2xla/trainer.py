@@ -22,7 +22,7 @@ from gpt2xla.errors import InputError, RunFailed, blaming
 from gpt2xla.evals.hellaswag import HellaSwag, Questions, encode_items, read_items
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.exits import leaving_together
-from gpt2xla.lock import alone
+from gpt2xla.lock import alone, refuse_if_taken
 from gpt2xla.metrics import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, perplexity
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.samples import Sampler
@@ -46,13 +46,13 @@ def pretrain(
         InputError: before the first step, when data, checkpoint and options do not fit together.
         RunFailed: the loss is no longer a number, or a checkpoint cannot be written.
     """
+    if not config.general.do_test:
+        with blaming(f"--checkpoints-dir {config.general.checkpoints_dir}"):
+            refuse_if_taken(*_lock(config))  # by a run that is changing what is read now
     start = find_start(config)
     runtime = make_runtime(start.config.train)
     with leaving_together(runtime):
         if len(set(runtime.gather(start.step))) > 1:
-            if runtime.is_main:
-                with _alone(Path(config.general.checkpoints_dir)):
-                    pass  # nobody else's run is changing them
             raise InputError(
                 f"--checkpoints-dir {config.general.checkpoints_dir}: processes see different checkpoints; on several hosts "
                 "it must be one shared folder"
@@ -68,8 +68,9 @@ def pretrain(
             trainer.run()
 
 
-def _alone(folder: Path) -> contextlib.AbstractContextManager[None]:
-    return alone(folder / ".lock", f"--checkpoints-dir {folder}")
+def _lock(config: RunConfig) -> tuple[Path, str]:
+    folder = Path(config.general.checkpoints_dir)
+    return folder / ".lock", f"--checkpoints-dir {folder}"
 
 
 def test(start: Start, runtime: Runtime) -> None:
@@ -135,16 +136,16 @@ class Trainer:
         self._check_continues_same_data(start)
         questions = self._hellaswag_questions()
         self.folder = Path(config.general.checkpoints_dir)
+        self.model = start.build_model()
         self.holding = contextlib.ExitStack()
         if runtime.is_main:
             with blaming(f"--checkpoints-dir {self.folder}"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.holding.enter_context(_alone(self.folder))
+                self.holding.enter_context(alone(*_lock(config)))
         self.stop = Stop(runtime, signals, train.max_hours)
         self.saves = BackgroundSaves(self._save_failed)
         self.skipped = 0
 
-        self.model = start.build_model()
         self.train_step = TrainStep(config, runtime, self.model, start.training, self.stop, self._log_training)
         self.validator = Validator(config, self.valid_windows, self.model, runtime, stop=self.stop)
         self.validation: Validation | None = None

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2xla.errors import InputError
-from gpt2xla.lock import alone
+from gpt2xla.lock import alone, refuse_if_taken
 
 _HOLD = """
 import pathlib, sys, time
@@ -30,9 +30,12 @@ def test_the_second_is_told_of_the_first_and_a_dead_ones_lock_is_nobodys(tmp_pat
         first.stdout.readline()
         with pytest.raises(InputError) as error, alone(file, "--checkpoints-dir c"):
             pass
+        with pytest.raises(InputError, match=f"process {first.pid} on"):
+            refuse_if_taken(file, "--checkpoints-dir c")
         assert str(error.value).startswith("--checkpoints-dir c: ")
         assert f"process {first.pid} on {socket.gethostname()}" in str(error.value)
         first.send_signal(signal.SIGKILL)
         first.wait()
+    refuse_if_taken(file, "--checkpoints-dir c")
     with alone(file, "--checkpoints-dir c"):
         assert f"process {os.getpid()} " in file.read_text()

@@ -19,7 +19,7 @@ from typing import get_origin, get_type_hints
 import numpy as np
 
 from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder, is_url
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, blaming
 from gpt2xla.json_file import read_json
 
 MANIFEST = "manifest.json"
@@ -94,9 +94,10 @@ class TokenStream:
         self.name, self.option = str(folder), option
         self._remote = RemoteFolder(self.name, option, cache, MANIFEST) if is_url(self.name) else None
         self.folder = self._remote.folder if self._remote else Path(folder)
-        if not self.folder.is_dir():
-            raise InputError(f"{option} {folder}: no such folder; make one with scripts/prepare_text.py")
-        self.manifest = Manifest.load(self.folder)
+        with blaming(f"{option} {folder}"):  # no permission, or a name that is too long
+            if not self.folder.is_dir():
+                raise InputError(f"{option} {folder}: no such folder; make one with scripts/prepare_text.py")
+            self.manifest = Manifest.load(self.folder)
         if self.manifest:
             self.files = [self.folder / shard.file for shard in self.manifest.shards]
         else:

@@ -615,6 +615,13 @@ def test_the_files_are_good_before_they_are_spoilt(
     assert call(scene.load(scene.checkpoint), monkeypatch) == 0
 
 
+def test_a_folder_whose_name_is_no_text(scene: Scene) -> None:
+    out = os.fsdecode(os.fsencode(scene.folder) + b"/\xff")
+    result = run(*scene.pretrain("--checkpoints-dir", out), PYTHONIOENCODING="utf-8:strict")
+    assert result.returncode == 0, result.stderr
+    assert "\\udcff" in result.stdout
+
+
 def test_what_these_pickles_do_if_they_are_let(scene: Scene) -> None:
     for how in ("system", "exec", "popen", "open"):
         result = pickle.loads(pickle.dumps(scene.evil(how)))
