@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # it imports torch, for which --help must not wait
 
 # If all processes fail alike, the main one reports, and the launcher ends the others before they do so too.
 _SECONDS_FOR_MAIN = 3
+_SECONDS_TO_END = 1
 
 # Where a launcher names a file in this variable, only the process that makes it reports: on a busy machine the main one may
 # need longer than that.
@@ -73,9 +74,13 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
     except BaseException as error:
         if runtime.world_size == 1:
             raise
-        if not (runtime.is_main or runtime.ended_ranks()):
-            time.sleep(_SECONDS_FOR_MAIN)
-        if (ended := runtime.ended_ranks()) and not isinstance(error, InputError | RunFailed):
+        # A process's connections close a moment before it has ended, so an error that tells of them may come too early.
+        is_told = isinstance(error, InputError | RunFailed)
+        seconds = (0 if is_told else _SECONDS_TO_END) if runtime.is_main else _SECONDS_FOR_MAIN
+        until = time.monotonic() + seconds
+        while not runtime.ended_ranks() and time.monotonic() < until:
+            time.sleep(0.05)
+        if (ended := runtime.ended_ranks()) and not is_told:
             ranks = f"rank{'s' if len(ended) > 1 else ''} {', '.join(map(str, ended))}"
             error = RunFailed(f"{ranks} ended early, and with it the run; start the same command again to go on")
         code = report(error)
