@@ -136,7 +136,10 @@ class ModelConfig:
         return self.vocab_size - self.vocab_padding
 
     def check(self) -> None:
-        _require_positive(self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
+        sizes = ("vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
+        for name in sizes:  # as others' files have them
+            _require(type(getattr(self, name)) is int, f"{flag(name)} {getattr(self, name)!r}: choose a whole number")
+        _require_positive(self, *sizes)
         _require(
             self.d_model % self.num_heads == 0,
             f"--num-heads {self.num_heads} does not divide --d-model {self.d_model}; choose one that does",

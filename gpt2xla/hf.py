@@ -210,7 +210,7 @@ def from_hf_config(values: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"{key} = {values[key]} is not supported")
     ours = {theirs: name for name, theirs in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu-tanh"}
     activation = values.get("activation_function", "gelu_new")
-    if activation not in ours:
+    if not isinstance(activation, str) or activation not in ours:
         raise ValueError(f"activation_function {activation!r} is not one of {', '.join(ours)}")
     try:
         padded = max(values["vocab_size"], values.get("gpt2xla_vocab_size", 0))
