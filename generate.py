@@ -54,8 +54,16 @@ class GenerateConfig:
             raise InputError("--stop is empty; give the text to stop at")
         if self.prompts_file is not None and self.prompt is not None:
             raise InputError("--prompt and --prompts-file exclude each other; leave one out")
+        if any("\ud800" <= character <= "\udfff" for character in self.prompt or ""):  # Python's form of stray bytes
+            raise InputError("--prompt is not UTF-8; convert it, or set a UTF-8 locale")
         if self.output is not None and self.prompts_file is None:
             raise InputError("--output goes with --prompts-file; add it, or redirect standard output")
+        if self.output is not None and self.prompts_file is not None:
+            output, prompts = Path(self.output), Path(self.prompts_file)
+            if self.output == "" or output.is_dir():
+                raise InputError(f"--output {self.output!r} is no file; name one for the JSON lines")
+            if output.exists() and prompts.exists() and output.samefile(prompts):
+                raise InputError(f"--output {output} is the --prompts-file itself; choose another")
 
 
 def main() -> None:
@@ -149,6 +157,8 @@ def ask(continue_text: Callable[[str], None]) -> None:
                 continue_text(prompt)
         except KeyboardInterrupt:
             print()
+        except UnicodeError:
+            print("that line is not UTF-8", file=sys.stderr)
         except EOFError:
             print()
             return

@@ -5,7 +5,7 @@ import sys
 
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
-from gpt2xla.exits import exit_code
+from gpt2xla.exits import exit_code, settled
 
 
 def main() -> None:
@@ -20,4 +20,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(settled(exit_code(main)))

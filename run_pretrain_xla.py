@@ -16,7 +16,7 @@ from gpt2xla import xla_environment
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
-from gpt2xla.exits import exit_code
+from gpt2xla.exits import exit_code, settled
 
 if TYPE_CHECKING:  # it imports torch, for which --help must not wait
     from gpt2xla.stopping import StopSignals
@@ -89,4 +89,4 @@ def replica(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(settled(exit_code(main)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 import time
 import traceback
@@ -41,6 +42,13 @@ def exit_code(main: Callable[[], None]) -> int:
             time.sleep(_SECONDS_FOR_MAIN)
         return report(error)
     return 0
+
+
+def settled(code: int) -> int:
+    """`code`, with which the program ends from here on at once, should a signal come while it is on its way out."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(code))
+    return code
 
 
 def report(error: BaseException) -> int:

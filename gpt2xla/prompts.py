@@ -15,11 +15,15 @@ from gpt2xla.errors import InputError, blaming
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line, without the line's end; lines without text are left out. Raises InputError."""
+    """One prompt a line, without the line's end or the file's byte order mark; lines without text are left out.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 or holds no prompt.
+    """
     with blaming(f"--prompts-file {file}"):
         content = file.read_bytes()
     try:
-        lines = content.decode("utf-8").split("\n")
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts-file {file} is not UTF-8 (byte {error.start}); convert it") from None
     prompts = [line.removesuffix("\r") for line in lines if line.strip()]

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from gpt2xla.errors import InputError
 
+# Logits are divided by temperature and penalty: by smaller numbers they would leave fp32's range.
+_SMALLEST = 1e-5
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -21,14 +24,17 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
 
     def check(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"--temperature {self.temperature}: choose a number of at least 0 (0 is greedy)")
+        if self.temperature != 0 and not _SMALLEST <= self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature}: choose 0 (greedy) or a number from {_SMALLEST} on")
         if self.top_k < 0:
             raise InputError(f"--top-k {self.top_k}: choose a number of at least 0 (0 is off)")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p}: choose a number above 0 and up to 1 (1 is off)")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise InputError(f"--repetition-penalty {self.repetition_penalty}: choose a number above 0 (1 is off)")
+        if not _SMALLEST <= self.repetition_penalty <= 1 / _SMALLEST:
+            raise InputError(
+                f"--repetition-penalty {self.repetition_penalty}: choose a number from {_SMALLEST} to {1 / _SMALLEST:.0f} "
+                "(1 is off)"
+            )
 
 
 GREEDY = SamplingConfig(temperature=0)

@@ -107,6 +107,8 @@ def locate(name: str) -> Path:
     """The folder or file that a user's `name` means: a path, a folder of checkpoints (its newest), an OpenAI size or a
     hub id. Raises InputError if it means nothing.
     """
+    if not name:
+        raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
     path = Path(name)
     with blaming(name):  # no permission, or a name that is too long
         if path.is_file():

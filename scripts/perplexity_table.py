@@ -11,7 +11,7 @@ from typing import Literal
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.errors import blaming
+from gpt2xla.errors import InputError, blaming
 from gpt2xla.evals.opening import EvalConfig, open_runtime
 from gpt2xla.exits import exit_code, leaving_together
 
@@ -31,13 +31,16 @@ class TableConfig(EvalConfig):
 def main() -> None:
     options = parse_options(TableConfig, "Measure loss and perplexity of several models on one split.")
     train = options.train_config(options.valid_steps)
+    files = [Path(f"{options.output}{suffix}") for suffix in (".md", ".json")]
+    if not Path(options.output).name or not files[0].parent.is_dir() or any(file.is_dir() for file in files):
+        raise InputError(f"--output {options.output!r}: name files in a folder that is there, without .md and .json")
     from gpt2xla.evals.perplexity_table import markdown, measure
 
     runtime = open_runtime(options.device, train)
     with leaving_together(runtime):
         rows = measure(list(options.models), options.valid_dir, train, runtime)
         if runtime.is_main:
-            table, files = markdown(rows), [Path(f"{options.output}{suffix}") for suffix in (".md", ".json")]
+            table = markdown(rows)
             about = {
                 "valid_dir": options.valid_dir,
                 "devices": runtime.description,

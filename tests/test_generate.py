@@ -107,6 +107,45 @@ def test_several_samples_are_shown_one_after_another(model: Path) -> None:
     assert [f"--- sample {n} of 3 ---\nHi" in shown for n in (1, 2, 3)] == [True] * 3
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("Hello\n", encoding="utf-8-sig")
+    shown = succeed(
+        run_here("generate.py", "--model", model, "--max-new-tokens", 1, "--prompts-file", tmp_path / "in.txt")
+    )
+    assert json.loads(shown)["prompt"] == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("output", "culprit"),
+    [("in.txt", "is the --prompts-file itself"), ("", "no file"), ("none/out.jsonl", "No such file")],
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_generated(
+    model: Path, tmp_path: Path, output: str, culprit: str
+) -> None:
+    (tmp_path / "in.txt").write_text("Hello\n")
+    files = ["--prompts-file", tmp_path / "in.txt", "--output", tmp_path / output]
+    result = run_here("generate.py", "--model", model, *files)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert culprit in result.stderr
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("in.txt", "Hello\n")]
+
+
+def test_killed_in_the_midst_it_leaves_an_earlier_output_alone(model: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    prompts.write_text("Hello\n" * 10000)
+    output.write_text("earlier\n")
+    flags = ["--prompts-file", str(prompts), "--output", str(output), "--batch-size", "1"]
+    process = subprocess.Popen([sys.executable, "generate.py", "--model", str(model), *flags], cwd=ROOT)
+    partial, deadline = tmp_path / "out.jsonl.partial", time.monotonic() + 60
+    while time.monotonic() < deadline and not (partial.exists() and partial.read_text().count("\n") >= 2):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert output.read_text() == "earlier\n"
+    whole = partial.read_text().rpartition("\n")[0].splitlines()
+    assert all(json.loads(line)["prompt"] == "Hello" for line in whole)
+
+
 @pytest.mark.parametrize(
     ("prompts", "culprit"),
     [(b"\n \n", "holds no prompt"), (b"\xff\xfe", "not UTF-8")],
@@ -147,6 +186,10 @@ def test_a_device_that_is_not_there_is_refused(model: Path) -> None:
         (["--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["--tokenizer", "klingon"], "klingon"),
         (["--repetition-penalty", "0"], "--repetition-penalty 0"),
+        (["--repetition-penalty", "1e-300"], "--repetition-penalty 1e-300"),
+        (["--temperature", "1e-300"], "--temperature 1e-300"),
+        (["--model", ""], "the model's name is empty"),
+        (["--prompt", "a\udcffb"], "--prompt is not UTF-8"),
         (["--num-samples", "0"], "--num-samples 0"),
         (["--stop", ""], "--stop"),
         (["--output", "x.jsonl"], "--output"),

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
-from gpt2xla.exits import REPORT_ONCE, exit_code
+from gpt2xla.exits import REPORT_ONCE, exit_code, settled
 from gpt2xla.runtime.xla import XlaRuntime
 from gpt2xla.runtime.xla_compiles import CompileWatch
 
@@ -101,7 +101,7 @@ def _replica(rank: int, replicas: int, meeting: Path, run: Callable[..., None], 
     os.environ[REPORT_ONCE] = str(meeting.with_name("reported"))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to, the others are on it
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=replicas, timeout=_TIMEOUT)
-    sys.exit(exit_code(lambda: run(*arguments)))
+    sys.exit(settled(exit_code(lambda: run(*arguments))))
 
 
 def _end_with_launcher() -> None:

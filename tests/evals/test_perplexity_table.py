@@ -69,4 +69,8 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
     missing = run_here("scripts/perplexity_table.py", *flags, "--models", model, tmp_path / "none")
     assert missing.returncode == 2
     assert f"{tmp_path / 'none'}: no such folder" in missing.stderr
+    for output in ("", tmp_path / "none" / "table"):
+        refused = run_here("scripts/perplexity_table.py", *flags, "--output", output)
+        assert refused.returncode == 2
+        assert "name files in a folder that is there" in refused.stderr
     assert not list(tmp_path.glob("table*"))

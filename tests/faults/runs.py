@@ -27,7 +27,7 @@ import torch._dynamo  # noqa: F401  imported late otherwise, in each fork anew
 import gpt2xla.runtime.torch
 import gpt2xla.trainer
 import run_pretrain
-from gpt2xla.exits import exit_code
+from gpt2xla.exits import exit_code, settled
 from tests.faults import recording
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,7 +162,7 @@ def _become_run(
         recording.record(folder.with_name(f"{folder.name}.steps-{rank}"))
         if prepare:
             prepare(rank)
-        code = exit_code(run_pretrain.main)
+        code = settled(exit_code(run_pretrain.main))
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:
