@@ -5,6 +5,7 @@ Each case makes its file (a checkpoint's COMPLETE is signed anew, as a stranger 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
@@ -93,7 +94,15 @@ def sign(checkpoint: Path) -> None:
         file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in files
     }
-    (checkpoint / "COMPLETE").write_text(json.dumps({"step": 20, "files": entries}))
+    (checkpoint / "COMPLETE").write_text(signed({"step": 20, "files": entries}))
+
+
+def signed(contents: object) -> str:
+    """COMPLETE with the hash of its contents, where they can have one."""
+    if isinstance(contents, dict):
+        contents = {name: value for name, value in contents.items() if name != "sha256"}
+        contents["sha256"] = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+    return json.dumps(contents)
 
 
 # ---- pickles
@@ -341,7 +350,7 @@ def _(scene: Scene) -> tuple[list[str], str]:
 
 def complete(scene: Scene, change: Callable[[dict], object] | str) -> tuple[list[str], str]:
     file = scene.checkpoint / "COMPLETE"
-    file.write_text(change if isinstance(change, str) else json.dumps(change(json.loads(file.read_text()))))
+    file.write_text(change if isinstance(change, str) else signed(change(json.loads(file.read_text()))))
     return scene.resume(), str(scene.checkpoint)
 
 
