@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="write the table to this file")
     options = parser.parse_args()
     shim.load()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # not before what runs has been ended
 
     from tests.faults import report, scenarios
 

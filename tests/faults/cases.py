@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 _WORKERS = 2
@@ -76,27 +77,41 @@ def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) ->
         sys.stderr.flush()
         if (pid := os.fork()) == 0:
             os.close(answers)
-            while taken := os.read(queue, 4):
-                number = struct.unpack("i", taken)[0]
-                os.write(answer, (json.dumps([number, *_outcome(check, cases[number])]) + "\n").encode())
-            os._exit(0)
+            _work(queue, answer, cases, check)
         workers.append(pid)
     os.close(queue)
     os.close(answer)
-    with os.fdopen(answers) as stream:
-        for text in stream:
-            number, count, failure = json.loads(text)
-            row.add(not failure, count)
-            if failure:
-                shown += 1
-                if shown <= _SHOWN:
-                    case = _in_words(cases[number])
-                    print(f"    FAILED: {case}: {failure}", flush=True)
-                    row.notes.append(f"failed: {case}: {failure.splitlines()[0]}")
-    for pid in workers:
-        os.waitpid(pid, 0)
+    try:
+        with os.fdopen(answers) as stream:
+            for text in stream:
+                number, count, failure = json.loads(text)
+                row.add(not failure, count)
+                if failure:
+                    shown += 1
+                    if shown <= _SHOWN:
+                        case = _in_words(cases[number])
+                        print(f"    FAILED: {case}: {failure}", flush=True)
+                        row.notes.append(f"failed: {case}: {failure.splitlines()[0]}")
+    except BaseException:  # interrupted: they end what they have started
+        for pid in workers:
+            os.kill(pid, signal.SIGTERM)
+        raise
+    finally:
+        for pid in workers:
+            os.waitpid(pid, 0)
     row.seconds += time.monotonic() - begun
     return row
+
+
+def _work(queue: int, answer: int, cases: list[T], check: Callable[[T], int | None]) -> NoReturn:
+    """Whatever ends this process, runs that it has started are ended by their `with`."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        while taken := os.read(queue, 4):
+            number = struct.unpack("i", taken)[0]
+            os.write(answer, (json.dumps([number, *_outcome(check, cases[number])]) + "\n").encode())
+    finally:
+        os._exit(0)
 
 
 def _in_words(case: Any) -> str:
