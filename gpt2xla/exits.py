@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -46,8 +47,9 @@ def exit_code(main: Callable[[], None]) -> int:
 
 def settled(code: int) -> int:
     """`code`, with which the program ends from here on at once, should a signal come while it is on its way out."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(code))
+    if threading.current_thread() is threading.main_thread():  # in another, Python lets no signal be handled
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: os._exit(code))
     return code
 
 
@@ -84,11 +86,16 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
             raise
         # A process's connections close a moment before it has ended, so an error that tells of them may come too early.
         is_told = isinstance(error, InputError | RunFailed)
+        if is_told:
+            settled(1)
         seconds = (0 if is_told else _SECONDS_TO_END) if runtime.is_main else _SECONDS_FOR_MAIN
         until = time.monotonic() + seconds
         while not runtime.ended_ranks() and time.monotonic() < until:
             time.sleep(0.05)
-        if (ended := runtime.ended_ranks()) and not is_told:
+        ended = runtime.ended_ranks()
+        if ended and is_told and not runtime.is_main:  # of the same, and has said so
+            os._exit(2 if isinstance(error, InputError) else 1)
+        if ended and not is_told:
             ranks = f"rank{'s' if len(ended) > 1 else ''} {', '.join(map(str, ended))}"
             error = RunFailed(f"{ranks} ended early, and with it the run; start the same command again to go on")
         code = report(error)

@@ -93,8 +93,8 @@ def test_openais_layout_without_prefix_and_with_masks_is_read(tmp_path: Path) ->
         ({"activation_function": "silu"}, "silu"),
         ({"n_head": 5}, "does not divide"),
         ({"n_embd": None}, "config.json"),
-        ({"n_layer": 2.0}, "--num-layers 2.0: choose a whole number"),
-        ({"n_head": True}, "--num-heads True: choose a whole number"),
+        ({"n_layer": 2.0}, "--num-layers 2.0 is of the wrong kind"),
+        ({"n_head": True}, "--num-heads True is of the wrong kind"),
         ({"activation_function": ["gelu"]}, "activation_function"),
     ],
 )
