@@ -92,7 +92,7 @@ def launched(setting: Setting) -> list[Row]:
         check_all(stops, cases[:2], partial(_stopped, setting))
         check_all(spoilt, cases[: name != "torchrun"], partial(_spoilt, setting))
         for row, count in ((kills, len(cases)), (stops, 2), (spoilt, int(name != "torchrun"))):
-            row.notes.append(f"{count} with {name}")
+            row.notes += [f"{count} with {name}"] if count else []
     cases = [(f"{number}-torchrun", runs.torchrun, number % 2) for number in range(4)]
     cases += [(f"{victim}-replicas", replicas, victim) for victim in (0, 1)]
     check_all(ones, cases, partial(_one_killed, setting))
