@@ -102,10 +102,10 @@ class Stop:
             signals.heeded = True
 
     def ask(self) -> Tensor:
-        """Inside a step of training or evaluation, the same on all processes: how many of them wish to stop, on the
-        device, for `hearer`."""
+        """Inside a step of training or evaluation, the same on all processes: 1 on the device if this one wishes to stop,
+        else 0. What all processes' come to is for `hearer`."""
         self._asked += 1
-        return self.runtime.sum(self.runtime.flag(self.reason != ""))
+        return self.runtime.flag(self.reason != "")
 
     def hearer(self) -> Callable[[float], None]:
         """Inside the same step: what receives the number once the device has it."""

@@ -59,7 +59,7 @@ class TrainStep:
         loss, grad_norm = runtime.optimizer_step(
             self.model, self.optimizer, loss_sum, max_grad_norm=self.config.optim.max_grad_norm
         )
-        wishes, hear = self.stop.ask(), self.stop.hearer()
+        wishes, hear = runtime.sum(self.stop.ask()), self.stop.hearer()
         log = self.report(step + 1, lr)
 
         def ready(loss: float, grad_norm: float, wishes: float) -> None:

@@ -40,7 +40,7 @@ class RowLosses:
         Raises:
             Stopped: on all processes, when they have agreed to stop.
         """
-        self._values: list[float] = []
+        self._values: list[np.ndarray] = []
         was_training = self.model.training
         self.model.eval()
         try:
@@ -51,7 +51,7 @@ class RowLosses:
             self.runtime.wait()
         finally:
             self.model.train(was_training)
-        return np.array(self._values).reshape(-1, 2)
+        return np.concatenate(self._values)
 
     @torch.no_grad()
     def _score(self, batch: Batch) -> None:
@@ -59,20 +59,19 @@ class RowLosses:
             x_BTD, padding = self.model.hidden(batch.input_ids), self.model.config.vocab_padding
             losses_B = row_losses(x_BTD, self.model.head_weight, batch.labels, padding)
         counts_B = (batch.labels != IGNORED_LABEL).sum(1)
-        values = self.runtime.gather_rows(torch.stack([losses_B, counts_B], dim=1).flatten())
+        values = torch.stack([losses_B, counts_B], dim=1).flatten()
         if self.stop:
-            wishes, hear = self.stop.ask(), self.stop.hearer()
+            values, hear = torch.cat([values, self.stop.ask()[None]]), self.stop.hearer()
+        own = len(values)
 
-            def ready(*values: float) -> None:
-                self._add(*values[:-1])
-                hear(values[-1])
+        def ready(*values: float) -> None:
+            of_processes = np.array(values).reshape(-1, own)
+            if self.stop:
+                hear(of_processes[:, -1].sum())
+                of_processes = of_processes[:, :-1]
+            self._values.append(of_processes.reshape(-1, 2))
 
-            self.runtime.when_ready(ready, torch.cat([values, wishes[None]]))
-        else:
-            self.runtime.when_ready(self._add, values)
-
-    def _add(self, *values: float) -> None:
-        self._values += values
+        self.runtime.when_ready(ready, self.runtime.gather_rows(values))
 
 
 def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:

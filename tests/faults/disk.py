@@ -106,7 +106,8 @@ def _stops(setting: Setting, flags: list[str], case: tuple[str, int]) -> None:
     """The save at `_AT` fails, and so does another try."""
     folder = setting.folder / "-".join(map(str, ("stop", *case)))
     lines = _start(flags, folder, case, "step-", shim.FOR_GOOD, 1)
-    assert len(lines) == 2, f"told {len(lines)} times: {lines}"
+    # One for each save; steps are so short here that the next save may be due before all have agreed to stop.
+    assert len(lines) in (2, 3), f"told {len(lines)} times: {lines}"
     assert f"step-{_AT:08d}" in lines[0], lines[0]
     assert [f.name for f in checkpoint.list_checkpoints(folder)] == ["step-00000006"]
     clear(folder)
