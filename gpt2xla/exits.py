@@ -84,18 +84,11 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
     except BaseException as error:
         if runtime.world_size == 1:
             raise
-        # A process's connections close a moment before it has ended, so an error that tells of them may come too early.
-        is_told = isinstance(error, InputError | RunFailed)
-        if is_told:
+        if isinstance(error, InputError | RunFailed):  # which all may meet, and one is to report
             settled(1)
-        seconds = (0 if is_told else _SECONDS_TO_END) if runtime.is_main else _SECONDS_FOR_MAIN
-        until = time.monotonic() + seconds
-        while not runtime.ended_ranks() and time.monotonic() < until:
-            time.sleep(0.05)
-        ended = runtime.ended_ranks()
-        if ended and is_told and not runtime.is_main:  # of the same, and has said so
-            os._exit(2 if isinstance(error, InputError) else 1)
-        if ended and not is_told:
+            if not runtime.is_main and _wait_for_an_end(runtime, _SECONDS_FOR_MAIN):
+                os._exit(2 if isinstance(error, InputError) else 1)
+        elif ended := _wait_for_an_end(runtime, _SECONDS_TO_END if runtime.is_main else _SECONDS_FOR_MAIN):
             ranks = f"rank{'s' if len(ended) > 1 else ''} {', '.join(map(str, ended))}"
             error = RunFailed(f"{ranks} ended early, and with it the run; start the same command again to go on")
         code = report(error)
@@ -103,3 +96,12 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
         sys.stdout.flush()
         os._exit(code)
     runtime.close()
+
+
+def _wait_for_an_end(runtime: Runtime, seconds: float) -> list[int]:
+    """The ranks that have ended, as soon as there are any. A process's connections close a moment before it has ended, so an
+    error that tells of them may come too early."""
+    until = time.monotonic() + seconds
+    while not (ended := runtime.ended_ranks()) and time.monotonic() < until:
+        time.sleep(0.05)
+    return ended
