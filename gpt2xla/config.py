@@ -292,6 +292,10 @@ class TorchConfig:
     """Torch runner (run_pretrain.py)"""
 
     ddp_backend: Literal["nccl", "gloo"] | None = option(None, "under torchrun (default: nccl on CUDA, else gloo)")
+    zero1: bool = option(False, "under torchrun: split the optimizer's state over processes")
+    fsdp: bool = option(
+        False, "under torchrun: split weights, gradients and optimizer state over processes, for large models"
+    )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gpt2xla.config import OptimConfig
 
@@ -53,6 +54,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):  # of gradients that are split over processes
+        norm = norm.full_tensor()
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
@@ -67,12 +70,16 @@ def init_state(
     count_on_device: bool = True,
     **extra: Tensor,
 ) -> None:
-    """Give every parameter its Adam state before the first step: zeros, or what `export_state` returned on any runtime.
+    """Give each parameter of `optimizer` its Adam state before the first step: zeros, or what `export_state` returned on
+    any runtime.
 
     With the state there from the start, the first step is no other graph than the ones after it. `count_on_device` says
     where the optimizer expects its step count, `extra` what else it expects beside the two moments.
     """
+    updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
+        if parameter not in updated:
+            continue
         step = torch.tensor(float(saved["step"] if saved else 0))
         moments = {key: saved[key][name] if saved else torch.zeros(parameter.shape) for key in MOMENTS}
         optimizer.state[parameter] = {
@@ -82,6 +89,7 @@ def init_state(
 
 
 def export_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Adam's state by parameter name, still on the device: {"step": tensor, "exp_avg": {...}, "exp_avg_sq": {...}}."""
-    named = [(name, optimizer.state[parameter]) for name, parameter in model.named_parameters()]
+    """Adam's state by parameter name, still on the device: {"step": tensor, "exp_avg": {...}, "exp_avg_sq": {...}}. What an
+    optimizer that is split over processes does not have here is left out."""
+    named = [(name, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state]
     return {"step": named[0][1]["step"], **{key: {name: state[key] for name, state in named} for key in MOMENTS}}

@@ -1,4 +1,4 @@
-"""Plain PyTorch: one process, or DistributedDataParallel under torchrun; CUDA, MPS or CPU."""
+"""Plain PyTorch: one process, or several under torchrun; CUDA, MPS or CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from gpt2xla.attention import chunked_attention
@@ -24,6 +24,7 @@ from gpt2xla.errors import InputError
 from gpt2xla.kernels import choose_kernels
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.runtime import torch_parallel as parallel
 from gpt2xla.runtime.base import (
     DTYPES,
     P,
@@ -34,6 +35,7 @@ from gpt2xla.runtime.base import (
     random_seed,
     set_matmul_precision,
 )
+from gpt2xla.runtime.cpu_threads import count_threads, share_cores
 from gpt2xla.runtime.peers import Peers
 
 
@@ -46,11 +48,16 @@ class TorchRuntime:
         self.devices = self.world_size
         self.is_main = self.rank == 0
         self.distributed = "RANK" in os.environ
+        parallel.check_options(options, distributed=self.distributed)
+        self.options = options
         self.device = _pick_device(self.distributed)
         if self.distributed:
             # Others wait while the main process saves; a large model on a slow disk takes its time.
             dist.init_process_group(_backend(options.ddp_backend, self.device), timeout=timedelta(hours=1))
+        self.mesh = init_device_mesh(self.device.type, (self.world_size,)) if options.fsdp else None
         self._peers = Peers() if self.distributed else None
+        if self.device.type == "cpu":
+            share_cores()
         set_matmul_precision(config.matmul_precision)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
@@ -59,7 +66,10 @@ class TorchRuntime:
         self.train = config
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
         self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
-        self.description = f"{self.world_size} x {self.name} (torch {torch.__version__})"
+        threads = f", {count_threads(self.world_size)}" if self.device.type == "cpu" else ""
+        layout = parallel.describe(options)
+        self.description = f"{self.world_size} x {self.name}{threads} (torch {torch.__version__}{layout})"
+        self._sharded: nn.Module | None = None
         self._pending: deque[tuple[Callable[..., None], Tensor, torch.cuda.Event | None]] = deque()
 
     def seed(self, seed: int, step: int) -> None:
@@ -74,19 +84,27 @@ class TorchRuntime:
             loss_chunks=None,
             checkpoint=partial(checkpoint, use_reentrant=False),
         )
-        model.to(self.device)
-        trained = _wrap_in_ddp(model, self.device) if self.distributed else model
+        trained = self._place(model)
         if self.train.compile:
             model.compile()
         return trained
+
+    def _place(self, model: GPT2) -> nn.Module:
+        if self.mesh:
+            self._sharded = parallel.shard_fully(model, self.mesh, self.device)
+            return self._sharded
+        model.to(self.device)
+        return parallel.wrap_in_ddp(model, self.device) if self.distributed else model
 
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
         optimizer_class = torch.optim.AdamW if config.optim_type == "adamw" else torch.optim.Adam
         fused = self.device.type in ("cuda", "cpu")
-        optimizer = optimizer_class(parameter_groups(model, config.weight_decay), fused=fused, **adam_arguments(config))
-        init_state(model, optimizer, saved, self.to_device, count_on_device=fused)
+        make = partial(parallel.split_optimizer, optimizer_class) if self.options.zero1 else optimizer_class
+        optimizer = make(parameter_groups(model, config.weight_decay), fused=fused, **adam_arguments(config))
+        place = partial(parallel.split, mesh=self.mesh, device=self.device) if self.mesh else self.to_device
+        init_state(model, parallel.own_part(optimizer), saved, place, count_on_device=fused)
         return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -98,7 +116,15 @@ class TorchRuntime:
         return prefetch(batches, to_device)
 
     def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
-        return step
+        model = self._sharded
+        if model is None:
+            return step
+
+        def with_parameters(*args: P.args, **kwargs: P.kwargs) -> T:
+            with parallel.gathered(model):
+                return step(*args, **kwargs)
+
+        return with_parameters
 
     def part(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
@@ -110,10 +136,10 @@ class TorchRuntime:
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype != torch.float32 else nullcontext()
 
     def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
-        return model.no_sync() if isinstance(model, DistributedDataParallel) and not sync else nullcontext()
+        return parallel.accumulated(model, sync=sync)
 
     def backward(self, loss: Tensor) -> None:
-        # DDP averages gradients over processes where a sum is wanted.
+        # DDP and FSDP average gradients over processes where a sum is wanted.
         self.scaler.scale(loss * self.world_size).backward()
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -183,9 +209,18 @@ class TorchRuntime:
         return tensor.to(self.device)
 
     def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()} if self.is_main else {}
+        on_host = {}
+        for name, tensor in tensors.items():
+            whole = parallel.joined(tensor.detach())
+            if self.is_main:
+                on_host[name] = whole.to("cpu", copy=True)
+        return on_host
 
     def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+        # Also of what is split: on its way into the background save it crosses the network only, and all checkpoints of
+        # this runtime are of one kind.
+        if self.options.zero1:
+            return {key: parallel.collect(part, self.device) for key, part in state.items()}
         return {key: self.to_host(part) for key, part in state.items()}
 
     def barrier(self, name: str) -> None:
@@ -218,7 +253,8 @@ def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()`, where `finite` is true."""
     if any(group["fused"] for group in optimizer.param_groups):
         # As torch.amp.GradScaler asks for it: fused kernels decide on the device.
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).to(torch.float32)  # type: ignore[attr-defined]
+        own = parallel.own_part(optimizer)
+        own.grad_scale, own.found_inf = None, (~finite).to(torch.float32)  # type: ignore[attr-defined]
         optimizer.step()
     elif finite:
         optimizer.step()
@@ -236,18 +272,6 @@ def _pick_device(distributed: bool) -> torch.device:
         return device
     # No backend of torch.distributed reduces over MPS.
     return torch.device("mps" if torch.backends.mps.is_available() and not distributed else "cpu")
-
-
-def _wrap_in_ddp(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    device_ids = [device] if device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # DDP regroups gradients after its first backward pass, and groups decide the order of summation. Done here, all steps
-    # sum alike, also the first one after a resume, which an unbroken run took as a later one.
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    for _ in range(2):
-        ddp(ids, ids)[0].backward()
-    model.zero_grad(set_to_none=True)
-    return ddp
 
 
 def _backend(asked: str | None, device: torch.device) -> str:
