@@ -157,10 +157,10 @@ def test_a_resumed_run_is_bit_identical(runs: dict[str, Path], name: str, flags:
 
 @pytest.fixture(scope="module")
 def overflowing(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """Flags of a run in fp16 whose scale begins at 2^30, and the checkpoints folder of one process that made it."""
+    """Flags of a run in fp16 whose scale begins at 2^30, and the checkpoints folder of two processes that made it with DDP."""
     folder = tmp_path_factory.mktemp("overflowing")
     flags = [*flags, "--mixed-precision", "fp16", "--valid-interval", "0"]
-    succeed(run("tests/overflow_worker.py", "torch", *flags, "--checkpoints-dir", folder))
+    succeed(torchrun(2, "torch", *flags, "--checkpoints-dir", folder, program="tests/overflow_worker.py"))
     return flags, folder
 
 
@@ -168,14 +168,16 @@ def overflowing(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> t
 def test_overflowing_updates_of_fp16_are_skipped(
     overflowing: tuple[list[str], Path], name: str, tmp_path: Path
 ) -> None:
-    """As one process does, all skip the same updates, and end with the same scale and step count."""
-    flags, one = overflowing
+    """All skip the updates that plain DDP skips, and end with its scale and step count."""
+    flags, plain = overflowing
     more = [*flags, *LAYOUTS[name], "--checkpoints-dir", tmp_path]
     succeed(torchrun(2, "torch", *more, program="tests/overflow_worker.py"))
-    skipped, expected = ([line["grad_norm"] is None for line in metrics(f) if "loss" in line] for f in (tmp_path, one))
+    skipped, expected = (
+        [line["grad_norm"] is None for line in metrics(f) if "loss" in line] for f in (tmp_path, plain)
+    )
     assert skipped == expected
     assert 3 < skipped.count(False) < 20
-    ends = [torch.load(f / "step-00000020" / "training_state.pt", weights_only=True) for f in (tmp_path, one)]
+    ends = [torch.load(f / "step-00000020" / "training_state.pt", weights_only=True) for f in (tmp_path, plain)]
     assert ends[0]["runtime"] == ends[1]["runtime"]
     assert ends[0]["optimizer"]["step"] == ends[1]["optimizer"]["step"] == skipped.count(False)
 
