@@ -27,7 +27,10 @@ PUBLISHED_RECIPE = """--checkpoints-dir ./checkpoints --seed 1061109567 --train-
 
 @pytest.mark.parametrize(
     ("group", "own"),
-    [(TorchConfig, ["--ddp-backend"]), (XlaConfig, ["--mp-start-method", "--ddp", "--use-syncfree-optim"])],
+    [
+        (TorchConfig, ["--ddp-backend", "--zero1", "--fsdp"]),
+        (XlaConfig, ["--mp-start-method", "--ddp", "--use-syncfree-optim"]),
+    ],
 )
 def test_help_lists_every_promised_flag_and_its_default(
     group: type, own: list[str], capsys: pytest.CaptureFixture

@@ -157,7 +157,7 @@ def test_a_resumed_run_is_bit_identical(runs: dict[str, Path], name: str, flags:
 
 @pytest.fixture(scope="module")
 def overflowing(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
-    """Flags of a run in fp16 whose scale begins at 2^30, and the checkpoints folder of two processes that made it with DDP."""
+    """Flags of a run in fp16 whose scale begins at 2^30, and the checkpoints folder of two processes with plain DDP."""
     folder = tmp_path_factory.mktemp("overflowing")
     flags = [*flags, "--mixed-precision", "fp16", "--valid-interval", "0"]
     succeed(torchrun(2, "torch", *flags, "--checkpoints-dir", folder, program="tests/overflow_worker.py"))
@@ -228,8 +228,8 @@ def test_fsdp_evaluates_and_writes_before_and_between_its_steps(tmp_path: Path) 
     ("wrong", "processes", "says"),
     [
         (["--zero1", "--fsdp"], 2, "--zero1 and --fsdp: --fsdp splits Adam's state, too; leave --zero1 out"),
-        (["--zero1"], 1, "--zero1 divides the model over processes; start them with torchrun, or leave it out"),
-        (["--fsdp"], 1, "--fsdp divides the model over processes; start them with torchrun, or leave it out"),
+        (["--zero1"], 1, "--zero1 needs several processes; start them with torchrun, or leave it out"),
+        (["--fsdp"], 1, "--fsdp needs several processes; start them with torchrun, or leave it out"),
     ],
 )
 def test_what_cannot_work_is_one_line(

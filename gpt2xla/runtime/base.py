@@ -140,8 +140,8 @@ class Runtime(Protocol):
         ...
 
     def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
-        """Where tensors are split over devices, write `state` to `folder` part by part (`sharded_state`) and return nothing;
-        elsewhere write nothing and return it as `to_host` does. Collective."""
+        """Write `state`, which may be split over devices, to `folder` part by part (`sharded_state`) and return nothing; or
+        write nothing and return it as `to_host` does. Collective."""
         ...
 
     def barrier(self, name: str) -> None:

@@ -217,8 +217,7 @@ class TorchRuntime:
         return on_host
 
     def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
-        # Also of what is split: on its way into the background save it crosses the network only, and all checkpoints of
-        # this runtime are of one kind.
+        # Whole also where it is split: all checkpoints of this runtime are of one kind, and written in the background.
         if self.options.zero1:
             return {key: parallel.collect(part, self.device) for key, part in state.items()}
         return {key: self.to_host(part) for key, part in state.items()}

@@ -29,7 +29,7 @@ def check_options(options: TorchConfig, *, distributed: bool) -> None:
         raise InputError("--zero1 and --fsdp: --fsdp splits Adam's state, too; leave --zero1 out")
     for name, asked in (("--zero1", options.zero1), ("--fsdp", options.fsdp)):
         if asked and not distributed:
-            raise InputError(f"{name} divides the model over processes; start them with torchrun, or leave it out")
+            raise InputError(f"{name} needs several processes; start them with torchrun, or leave it out")
 
 
 def describe(options: TorchConfig) -> str:
