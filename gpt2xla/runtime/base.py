@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -194,30 +193,3 @@ def prefetch(batches: Iterable[Batch], to_device: Callable[[Batch], Batch]) -> I
         while (batch := pending.result()) is not None:
             pending = thread.submit(next_batch)
             yield batch
-
-
-def measured_cpu_flops(dtype: torch.dtype) -> float:
-    """This process's rate of a large matrix product on the CPU, in floating-point operations per second: the best of a
-    few short ones, about a tenth of a second together."""
-    a = torch.ones(768, 768, dtype=dtype)
-    a @ a
-    seconds: list[float] = []
-    while sum(seconds) < 0.1:
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * 768**3 / min(seconds)
-
-
-# Dense bf16 (fp16 where a device has no bf16) peaks in FLOP/s per device, from the makers' data sheets; the names are what
-# the device calls itself, a name that begins like another one first.
-DEVICE_PEAK_FLOPS = {
-    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12,
-    "TPU v6 lite": 918e12, "V100": 125e12, "Tesla T4": 65e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-}  # fmt: skip
-
-
-def named_peak_flops(device_name: str) -> float | None:
-    """The peak of the first table entry whose name occurs in `device_name`."""
-    return next((peak for name, peak in DEVICE_PEAK_FLOPS.items() if name in device_name), None)

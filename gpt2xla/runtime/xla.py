@@ -34,12 +34,11 @@ from gpt2xla.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.model import GPT2
 from gpt2xla.norm import lean_layer_norm
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.runtime.base import (
     DTYPES,
     P,
     T,
-    measured_cpu_flops,
-    named_peak_flops,
     prefetch,
     random_seed,
     set_matmul_precision,
