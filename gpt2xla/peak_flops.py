@@ -12,7 +12,7 @@ import time
 
 import torch
 
-# By what a device calls itself: torch.cuda.get_device_name, torch_xla's device kind.
+# By what a device calls itself, as CUDA's driver names it, or torch_xla its kind.
 DEVICE_PEAK_FLOPS = {
     # Google Cloud, "TPU architecture", its page for each version; v2 and v3 per core, which is a device there.
     "TPU v2": 22.5e12,
