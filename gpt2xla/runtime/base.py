@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import OptimConfig
 from gpt2xla.data.windows import Batch
+from gpt2xla.memory import Shortage
 from gpt2xla.model import GPT2
 
 P = ParamSpec("P")
@@ -164,6 +165,19 @@ class Runtime(Protocol):
     def peak_flops(self) -> float | None:
         """Peak floating-point operations per second of all devices together; None if unknown. Of a CPU it is measured in the
         run's precision, of others it is the published bf16 (or fp16) rate, whatever the run's precision."""
+        ...
+
+    def shortage(self, error: Exception) -> Shortage | None:
+        """What `error` tells of memory that has run out; None if it tells of something else."""
+        ...
+
+    def has_memory_for(self, work: Callable[[], None]) -> bool | None:
+        """Do `work`, in which no other process takes part, to see whether there is memory for it; None, with nothing done,
+        where that would compile it."""
+        ...
+
+    def free_memory(self) -> int | None:
+        """Bytes that this process may still use, where using more may end it without an error; None elsewhere."""
         ...
 
     def close(self) -> None: ...
