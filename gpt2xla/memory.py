@@ -29,7 +29,7 @@ class Shortage(NamedTuple):
     Attributes:
         place: where, in words.
         memory: bytes that there are for one program; None if unknown.
-        needed: bytes of the program that was refused; None where it broke off on its way.
+        needed: bytes that the refused program takes beside its arguments; None where it broke off on its way.
         state_split: over how many devices weights, gradients and the optimizer's state are divided.
     """
 
@@ -82,12 +82,12 @@ def tried(batches: list[tuple[int, int]], fits: Callable[[int], bool]) -> tuple[
 
 
 def estimated(shortage: Shortage, share: int, parameters: int) -> int:
-    """How many sequences per device may fit where `share` did not: all grows with them but weights, gradients and the
-    optimizer's state."""
+    """How many sequences per device may fit where `share` did not. What the compiler counts leaves out a program's arguments:
+    weights, gradients and the optimizer's state are there beside it."""
     assert shortage.memory is not None
     assert shortage.needed is not None
     state = _STATE_BYTES * parameters // shortage.state_split
-    return max(0, int(share * (shortage.memory - state) / max(1, shortage.needed - state)))
+    return max(0, int(share * (shortage.memory - state) / shortage.needed))
 
 
 def train_advice(

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, succeed
+from conftest import ROOT, SMALL_RUN, require_xla, succeed
 
 from gpt2xla.config import ModelConfig, TorchConfig, TrainConfig
 from gpt2xla.errors import RunFailed, is_out_of_memory
@@ -33,6 +35,31 @@ from gpt2xla.model import GPT2
 from gpt2xla.runtime.torch import TorchRuntime
 
 TRAIN = TrainConfig(train_batch_size=64, gradient_accum_step=8, eval_batch_size=64)
+
+# libtpu 0.0.21 for a v5e, of 1024 sequences per device of one layer of GPT-2; its list of arrays goes on.
+TPU_REFUSES = """\
+RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 39.25G of 15.75G hbm. Exceeded hbm capacity by 23.50G.
+
+Total hbm usage >= 39.50G:
+    reserved        258.00M
+    program          39.25G
+    arguments            0B
+
+Output size 0B; shares 0B with arguments.
+
+Program hbm requirement 39.25G:
+    global            80.5K
+    HLO temp         39.25G (42.6% utilization: Unpadded (16.73G) Padded (39.23G), 0.1% fragmentation (28.36M))
+
+  Largest program allocations in hbm:
+
+  1. Size: 1.50G
+     Shape: bf16[1024,1024,768]{1,2,0:T(8,128)(2,1)}
+     Unpadded size: 1.50G
+     Allocation type: HLO temp
+     ==========================
+"""
 
 # `run_pretrain.py` in a process that may map some GiB more than torch itself does.
 LIMITED = """
@@ -66,16 +93,16 @@ def test_a_smaller_batch_is_the_same_update(share: int) -> None:
 
 def test_a_device_that_says_what_a_program_needs_gets_an_estimate() -> None:
     """Of 16 GiB, weights and all that belongs to them take 4; 64 sequences take 48 beside them, so 12 hold 16."""
-    shortage = Shortage("TPU v5 lite", 16 * GIB, 52 * GIB)
+    shortage = Shortage("TPU v5 lite", 16 * GIB, 48 * GIB)
     advice = train_advice(shortage, TRAIN, 1, GIB // 4, lambda n: None)
     assert advice == (
         "--train-batch-size 64 does not fit; about 16 sequences per device do: --train-batch-size 16 "
         "--gradient-accum-step 32 is the same 512 sequences per update"
     )
-    # Of 8 devices, which divide the state: 8 sequences on each, and 16 GiB hold (16 - 0.5) / 51.5 of them.
+    # Of 8 devices, which divide the state: 8 sequences on each, and 16 GiB hold (16 - 0.5) / 48 of them.
     advice = train_advice(shortage._replace(state_split=8), TRAIN, 8, GIB // 4, lambda n: None)
     assert "about 2 sequences per device do: --train-batch-size 16 --gradient-accum-step 32 is" in advice
-    advice = train_advice(Shortage("", 4 * GIB, 52 * GIB), TRAIN, 1, GIB // 4, lambda n: None)
+    advice = train_advice(Shortage("", 4 * GIB, 48 * GIB), TRAIN, 1, GIB // 4, lambda n: None)
     assert "not even one sequence" in advice
     assert "--activation-checkpointing block" in advice
 
@@ -111,11 +138,7 @@ def test_an_evaluation_is_told_its_own_flag() -> None:
 @pytest.mark.parametrize(
     ("message", "figures"),
     [
-        (
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 41.24G of "
-            "15.75G hbm. Exceeded hbm capacity by 25.49G.",
-            (41.24, 15.75),
-        ),
+        (TPU_REFUSES, (39.25, 15.75)),
         ("Allocation (size=26374832128) would exceed memory (size=16911433728) :: #allocation6", (24.563, 15.75)),
         ("INVALID_ARGUMENT: something else", None),
     ],
@@ -123,6 +146,40 @@ def test_an_evaluation_is_told_its_own_flag() -> None:
 def test_a_tpus_compiler_gives_figures(message: str, figures: tuple[float, float] | None) -> None:
     found = compiler_figures(message)
     assert (found and [n / GIB for n in found]) == (figures and pytest.approx(list(figures), rel=1e-3))
+
+
+def test_a_tpu_is_named_with_its_figures() -> None:
+    require_xla()
+    from gpt2xla.runtime.xla import XlaRuntime
+
+    runtime: Any = SimpleNamespace(device_kind="TPU v5 lite")
+    # torch_xla puts words of its own before.
+    found = XlaRuntime.shortage(runtime, RuntimeError(f"Error preparing computation: {TPU_REFUSES}"))
+    assert found is not None
+    assert found.place == "TPU v5 lite (15.75 GiB, of which the program needs 39.25)"
+    advice = train_advice(found, dataclasses.replace(TRAIN, train_batch_size=8192), 8, 46_000_000, lambda n: None)
+    assert "; about 393 sequences per device do: --train-batch-size 2048 --gradient-accum-step 32 is" in advice
+    # XLA:CPU gives no figures.
+    full = RuntimeError(
+        "Error dispatching computation: Error preparing computation: Out of memory allocating 4000000000 bytes."
+    )
+    assert XlaRuntime.shortage(runtime, full) == Shortage("TPU v5 lite")
+    assert XlaRuntime.shortage(runtime, RuntimeError("INVALID_ARGUMENT: shapes")) is None
+
+
+def test_a_gpu_is_named_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime: Any = SimpleNamespace(device=torch.device("cuda:0"), name="NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140 * GIB))
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):
+        found = TorchRuntime.shortage(runtime, error)
+        assert found is not None
+        assert found.place == "cuda:0 (NVIDIA H200, 140 GiB)"
+        assert found.needed is None
+    assert TorchRuntime.shortage(runtime, RuntimeError("CUDA error: an illegal memory access was encountered")) is None
 
 
 class OutOfMemoryError(RuntimeError):
@@ -169,7 +226,8 @@ def test_on_a_cpu_it_is_one_line_with_a_batch_that_fits(data_flags: list[str], t
     assert result.returncode == 1, result.stderr
     found = re.fullmatch(
         r"run_pretrain.py: error: out of memory on this machine in step 1: --train-batch-size 64 does not fit; "
-        r"(\d+) sequences? per device fit: (--train-batch-size \1 --gradient-accum-step (\d+)) is the same 64 sequences per update",
+        r"(\d+) sequences? per device fit: (--train-batch-size \1 --gradient-accum-step (\d+)) is the same 64 sequences "
+        r"per update",
         line,
     )
     assert found, line
