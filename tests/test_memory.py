@@ -1,4 +1,4 @@
-"""Memory that runs out: on a CPU for real, within a limited address space; on devices that are not here by their own words."""
+"""Memory that runs out: on a CPU for real, within a limited address space; of absent devices, by their words."""
 
 from __future__ import annotations
 
