@@ -82,8 +82,8 @@ def tried(batches: list[tuple[int, int]], fits: Callable[[int], bool]) -> tuple[
 
 
 def estimated(shortage: Shortage, share: int, parameters: int) -> int:
-    """How many sequences per device may fit where `share` did not. What the compiler counts leaves out a program's arguments:
-    weights, gradients and the optimizer's state are there beside it."""
+    """How many sequences per device may fit where `share` did not. The compiler counts a program without its arguments:
+    weights and the optimizer's state are there beside it, and gradients between micro-steps."""
     assert shortage.memory is not None
     assert shortage.needed is not None
     state = _STATE_BYTES * parameters // shortage.state_split
