@@ -71,12 +71,19 @@ def report(error: BaseException) -> int:
 
 
 def _is_first_to_report() -> bool:
+    file = os.environ.get(REPORT_ONCE) or _file_of_torchrun()
     try:
-        if file := os.environ.get(REPORT_ONCE):
+        if file:
             os.close(os.open(file, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
+
+
+def _file_of_torchrun() -> Path | None:
+    """One for all processes that it started here: each has a folder of its own beside the others', until all have ended."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own).parents[1] / "gpt2xla-reported" if own and Path(own).parent.is_dir() else None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, require_xla, succeed
+from conftest import ROOT, SMALL_RUN, require_xla, succeed, torchrun
 
 from gpt2xla.config import ModelConfig, TorchConfig, TrainConfig
 from gpt2xla.errors import RunFailed, is_out_of_memory
@@ -233,6 +233,20 @@ def test_on_a_cpu_it_is_one_line_with_a_batch_that_fits(data_flags: list[str], t
     assert found, line
     assert int(found[1]) * int(found[3]) == 64
     succeed(run_limited(1, *flags, *found[2].split()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["1", "0,1"])
+def test_of_several_processes_one_tells_and_all_end(ranks: str, data_flags: list[str], tmp_path: Path) -> None:
+    flags = [
+        *data_flags, *SMALL_RUN, "--vocab-size", "50000", "--seq-length", "64", "--train-steps", "1", "--valid-steps", "1",
+        "--train-batch-size", "64", "--gradient-accum-step", "1", "--checkpoints-dir", tmp_path,
+    ]  # fmt: skip
+    result = torchrun(2, *flags, program="tests/memory_worker.py", LIMITED=ranks, PYTHONPATH=str(ROOT))
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert "out of memory on this machine in step 1: --train-batch-size 64 does not fit; " in line
+    assert line.endswith(" is the same 64 sequences per update")
 
 
 def test_an_evaluation_out_of_memory_names_its_batch(data_flags: list[str], trained: Path) -> None:
