@@ -21,6 +21,7 @@ from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.exits import exit_code
+from gpt2xla.host_memory import free_host_memory
 from gpt2xla.xla_environment import SET_FOR_ONE_PROCESS, gpus, notebook_host, prepare, tpu_chips
 
 PACKAGES = (
@@ -121,7 +122,7 @@ class Machine:
             holders=_holders([file for file in files if "nvidia" not in file]),
             lockfile=LOCKFILE.exists(),
             free_disk=_free_disk(checkpoints_dir),
-            free_memory=_free_memory(),
+            free_memory=free_host_memory(),
         )
 
 
@@ -306,14 +307,6 @@ def _free_disk(folder: Path) -> int | None:
     folder = folder.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(existing).free if existing.is_dir() and os.access(existing, os.W_OK) else None
-
-
-def _free_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 
@@ -12,6 +13,15 @@ class InputError(ValueError):
 
 class RunFailed(RuntimeError):
     """The run cannot go on, through no fault of the program; the message says why and what to do. Exit code 1."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory has run out: this machine's, or a device's by torch's own error."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in ("can't allocate memory", "std::bad_alloc"))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.errors import InputError, RunFailed, is_out_of_memory
 
 if TYPE_CHECKING:  # it imports torch, for which --help must not wait
     from gpt2xla.runtime.base import Runtime
@@ -38,7 +38,9 @@ def exit_code(main: Callable[[], None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (InputError, RunFailed, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if not (isinstance(error, InputError | RunFailed | KeyboardInterrupt) or is_out_of_memory(error)):
+            raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_SECONDS_FOR_MAIN)
         return report(error)
@@ -55,6 +57,8 @@ def settled(code: int) -> int:
 
 def report(error: BaseException) -> int:
     """Print what went wrong; the exit code that goes with it."""
+    if is_out_of_memory(error):
+        error = RunFailed("out of memory; end other programs, or choose a smaller batch or model")
     if isinstance(error, InputError | RunFailed):
         if _is_first_to_report():
             line = str(error).replace("\n", "\\n")  # a name in it may hold one
@@ -67,12 +71,19 @@ def report(error: BaseException) -> int:
 
 
 def _is_first_to_report() -> bool:
+    file = os.environ.get(REPORT_ONCE) or _file_of_torchrun()
     try:
-        if file := os.environ.get(REPORT_ONCE):
+        if file:
             os.close(os.open(file, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
+
+
+def _file_of_torchrun() -> Path | None:
+    """One for all processes that it started here: each has a folder of its own beside the others', until all have ended."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own).parents[1] / "gpt2xla-reported" if own and Path(own).parent.is_dir() else None
 
 
 @contextlib.contextmanager

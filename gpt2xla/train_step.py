@@ -67,3 +67,15 @@ class TrainStep:
             log(loss, grad_norm)
 
         runtime.when_ready(ready, torch.stack([loss / self.tokens, grad_norm, wishes]))
+
+    def rehearse(self, sequences: int) -> None:
+        """Hold what a step of several micro-steps does at its peak, with `sequences` on this device: their activations,
+        beside whole gradients. On this process alone, and for a run that has failed: nothing is updated."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        ids = torch.zeros(sequences, self.config.model.seq_length, dtype=torch.int64, device=self.runtime.device)
+        with self.runtime.autocast():
+            loss, _ = self.model(ids, ids)
+        torch.autograd.grad(loss, parameters)  # unlike backward(), it wakes none of DistributedDataParallel's hooks

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gpt2xla import checkpoint, optim
+from gpt2xla import checkpoint, memory, optim
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.mixture import PATTERN
 from gpt2xla.data.opening import check_same_tokenizer, open_training, open_validation
@@ -82,11 +82,16 @@ def test(start: Start, runtime: Runtime) -> None:
     windows = open_validation(config)
     _match_tokenizer(config, [start.source], [windows])
     model = start.build_model()
-    runtime.setup_model(model)
-    result = Validator(config, windows, model, runtime).run()
+    with explained_evaluation(runtime, config.train, "validation"):
+        runtime.setup_model(model)
+        result = Validator(config, windows, model, runtime).run()
     if runtime.is_main:
         print(f"{start.source}: {result}; the split has {windows.stream.length - 1:,} to predict")
         _log_test(config, start.source, result)
+
+
+def explained_evaluation(runtime: Runtime, train: TrainConfig, name: str) -> contextlib.AbstractContextManager[None]:
+    return memory.explained(runtime, f"in {name}", lambda _: memory.eval_advice(train, runtime.devices, name))
 
 
 def _log_test(config: RunConfig, source: Path, result: Validation) -> None:
@@ -146,7 +151,8 @@ class Trainer:
         self.saves = BackgroundSaves(self._save_failed)
         self.skipped = 0
 
-        self.train_step = TrainStep(config, runtime, self.model, start.training, self.stop, self._log_training)
+        with memory.explained(runtime, "before the first step", lambda _: memory.SMALLER_MODEL):
+            self.train_step = TrainStep(config, runtime, self.model, start.training, self.stop, self._log_training)
         self.validator = Validator(config, self.valid_windows, self.model, runtime, stop=self.stop)
         self.validation: Validation | None = None
         self.hellaswag = questions and HellaSwag(questions, self.model, runtime, train.eval_batch_size, self.stop)
@@ -188,12 +194,13 @@ class Trainer:
         batches = runtime.device_batches(self.order.batches(step))
         self.throughput.restart()
         while step < config.train_steps and not stopping:
-            train_step(batches, step)
-            step += 1
-            if step == self.first_step + 1:
-                # This one compiled where anything is compiled: the clock starts after it.
-                runtime.wait()
-                self.throughput.restart()
+            with memory.explained(runtime, f"in step {step + 1}", self._smaller_batch):
+                train_step(batches, step)
+                step += 1
+                if step == self.first_step + 1:
+                    # This one compiled where anything is compiled: the clock starts after it.
+                    runtime.wait()
+                    self.throughput.restart()
 
             is_evaluated = not self.stop.agreed() and self._evaluate(step)
             stopping = not is_evaluated
@@ -203,6 +210,16 @@ class Trainer:
                 self.throughput.restart()
         runtime.wait()
         return step
+
+    def _smaller_batch(self, shortage: memory.Shortage) -> str:
+        step, runtime = self.train_step, self.runtime
+        return memory.train_advice(
+            shortage,
+            self.config.train,
+            runtime.devices,
+            self.model.num_parameters(),
+            lambda sequences: runtime.has_memory_for(partial(step.rehearse, sequences)),
+        )
 
     def _is_due(self, interval: int, step: int) -> bool:
         return step == self.config.train.train_steps or bool(interval and step % interval == 0)
@@ -219,7 +236,7 @@ class Trainer:
             if is_due:
                 self.runtime.wait()
                 try:
-                    with self.runtime.part(name):
+                    with self.runtime.part(name), explained_evaluation(self.runtime, config, name):
                         self._log({"step": step, "tokens": step * self.tokens_per_step} | evaluate())
                 except Stopped:
                     return False
@@ -358,6 +375,9 @@ class Trainer:
         }
         for name, text in rows.items():
             print(f"{name:>10}: {text}", flush=True)
+        free, parameters = runtime.free_memory(), self.model.num_parameters()
+        if warning := memory.host_warning(model, train, parameters, free, runtime.devices):
+            print(warning, file=sys.stderr, flush=True)
 
     def _training_data(self) -> str:
         sets, shares = self.order.sets, self.order.mixture.shares

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import OptimConfig
 from gpt2xla.data.windows import Batch
+from gpt2xla.memory import Shortage
 from gpt2xla.model import GPT2
 
 P = ParamSpec("P")
@@ -167,6 +167,19 @@ class Runtime(Protocol):
         run's precision, of others it is the published bf16 (or fp16) rate, whatever the run's precision."""
         ...
 
+    def shortage(self, error: Exception) -> Shortage | None:
+        """What `error` tells of memory that has run out; None if it tells of something else."""
+        ...
+
+    def has_memory_for(self, work: Callable[[], None]) -> bool | None:
+        """Do `work`, in which no other process takes part, to see whether there is memory for it; None, with nothing done,
+        where that would compile it."""
+        ...
+
+    def free_memory(self) -> int | None:
+        """Bytes that this process may still use, where using more may end it without an error; None elsewhere."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -194,30 +207,3 @@ def prefetch(batches: Iterable[Batch], to_device: Callable[[Batch], Batch]) -> I
         while (batch := pending.result()) is not None:
             pending = thread.submit(next_batch)
             yield batch
-
-
-def measured_cpu_flops(dtype: torch.dtype) -> float:
-    """This process's rate of a large matrix product on the CPU, in floating-point operations per second: the best of a
-    few short ones, about a tenth of a second together."""
-    a = torch.ones(768, 768, dtype=dtype)
-    a @ a
-    seconds: list[float] = []
-    while sum(seconds) < 0.1:
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * 768**3 / min(seconds)
-
-
-# Dense bf16 (fp16 where a device has no bf16) peaks in FLOP/s per device, from the makers' data sheets; the names are what
-# the device calls itself, a name that begins like another one first.
-DEVICE_PEAK_FLOPS = {
-    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12,
-    "TPU v6 lite": 918e12, "V100": 125e12, "Tesla T4": 65e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-}  # fmt: skip
-
-
-def named_peak_flops(device_name: str) -> float | None:
-    """The peak of the first table entry whose name occurs in `device_name`."""
-    return next((peak for name, peak in DEVICE_PEAK_FLOPS.items() if name in device_name), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -20,23 +21,27 @@ from torch.utils.checkpoint import checkpoint
 from gpt2xla.attention import chunked_attention
 from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, is_out_of_memory
+from gpt2xla.host_memory import free_host_memory
 from gpt2xla.kernels import choose_kernels
+from gpt2xla.memory import GIB, Shortage
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.runtime import torch_parallel as parallel
 from gpt2xla.runtime.base import (
     DTYPES,
     P,
     T,
-    measured_cpu_flops,
-    named_peak_flops,
     prefetch,
     random_seed,
     set_matmul_precision,
 )
 from gpt2xla.runtime.cpu_threads import count_threads, share_cores
 from gpt2xla.runtime.peers import Peers
+
+# Where a library asks for memory past torch's own allocator, or the allocator is MPS's.
+_DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 
 
 class TorchRuntime:
@@ -242,6 +247,31 @@ class TorchRuntime:
     def peak_flops(self) -> float | None:
         peak = measured_cpu_flops(self.dtype) if self.device.type == "cpu" else named_peak_flops(self.name)
         return None if peak is None else peak * self.devices
+
+    def shortage(self, error: Exception) -> Shortage | None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _DEVICE_IS_FULL):
+            if self.device.type != "cuda":
+                return Shortage(self.name)
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            return Shortage(f"{self.device} ({self.name}, {memory / GIB:.0f} GiB)", memory)
+        return Shortage("this machine") if is_out_of_memory(error) else None
+
+    def has_memory_for(self, work: Callable[[], None]) -> bool | None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            with torch.compiler.set_stance("force_eager"):  # which takes more than compiled code, and no minutes
+                work()
+        except Exception as error:
+            if self.shortage(error) is None:
+                raise
+            traceback.clear_frames(error.__traceback__)
+            return False
+        return True
+
+    def free_memory(self) -> int | None:
+        free = free_host_memory() if self.device.type == "cpu" else None
+        return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def close(self) -> None:
         if self.distributed and dist.is_initialized():

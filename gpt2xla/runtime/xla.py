@@ -29,17 +29,17 @@ from torch_xla.utils.checkpoint import checkpoint as torch_xla_checkpoint
 from gpt2xla.attention import chunked_attention
 from gpt2xla.config import ModelConfig, OptimConfig, TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, is_out_of_memory
 from gpt2xla.kernels import Attention, Kernels, choose_kernels
+from gpt2xla.memory import GIB, Shortage, compiler_figures
 from gpt2xla.model import GPT2
 from gpt2xla.norm import lean_layer_norm
 from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.runtime.base import (
     DTYPES,
     P,
     T,
-    measured_cpu_flops,
-    named_peak_flops,
     prefetch,
     random_seed,
     set_matmul_precision,
@@ -47,6 +47,9 @@ from gpt2xla.runtime.base import (
 from gpt2xla.runtime.xla_compiles import CompileWatch, count_compiles, open_compile_cache
 from gpt2xla.runtime.xla_flash import flash_attention_for, why_not
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
+
+# What XLA says of memory in its several runtimes; a TPU's compiler gives figures, too.
+_MEMORY_IS_FULL = ("RESOURCE_EXHAUSTED", "Out of memory allocating", "Out of memory while trying to allocate")
 
 # Numbers: 1 GiB in bf16. Larger pieces cost memory, smaller ones keep the matrix units less busy.
 _LOGITS_AT_ONCE = 2**29
@@ -280,6 +283,25 @@ class XlaRuntime:
             return measured_cpu_flops(self.dtype)
         peak = named_peak_flops(self.device_kind)
         return None if peak is None else peak * self.devices
+
+    def shortage(self, error: Exception) -> Shortage | None:
+        message = str(error)
+        if figures := compiler_figures(message):
+            needed, memory = figures
+            return Shortage(
+                f"{self.device_kind} ({memory / GIB:.2f} GiB, of which the program needs {needed / GIB:.2f})",
+                memory,
+                needed,
+            )
+        if any(words in message for words in _MEMORY_IS_FULL) or is_out_of_memory(error):
+            return Shortage(self.device_kind)
+        return None
+
+    def has_memory_for(self, work: Callable[[], None]) -> bool | None:
+        return None
+
+    def free_memory(self) -> int | None:
+        return None  # what a compiled step takes is not known beforehand
 
     def close(self) -> None:
         self._reader.shutdown()

@@ -29,6 +29,7 @@ from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.kernels import Attention
+from gpt2xla.memory import Shortage
 from gpt2xla.runtime.base import prefetch, random_seed
 from gpt2xla.runtime.xla import XlaRuntime
 from gpt2xla.runtime.xla_flash import flash_attention_for
@@ -149,6 +150,10 @@ class SpmdRuntime(XlaRuntime):
         devices = xr.addressable_runtime_device_count()
         sharded_state.save(folder, state, SPMDSavePlanner(), devices=devices, distributed=self.world_size > 1)
         return {}
+
+    def shortage(self, error: Exception) -> Shortage | None:
+        shortage = super().shortage(error)
+        return shortage._replace(state_split=self.devices) if shortage and self.options.fsdp else shortage
 
     def _gather_parts(self, tensor: Tensor) -> Tensor:
         """The whole tensor on the main process's host; on others an empty one of its shape. Collective."""

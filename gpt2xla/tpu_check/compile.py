@@ -15,10 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from gpt2xla.memory import GIB, compiler_figures
 from gpt2xla.tpu_check.hlo import Allocation, Program, module_of
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
-
-GIB = 2**30
 
 
 def main(request: dict[str, Any]) -> None:
@@ -173,23 +172,21 @@ def _module_of(proto: bytes) -> bytes:
 def _does_not_fit(message: str) -> dict[str, Any] | None:
     """The compiler's two ways to say so, or None if it says something else: the whole program needs too much, or a single
     array does, of which it then tells the size alone."""
-    scale = {"K": 2**10, "M": 2**20, "G": GIB}
-    if single := re.search(
-        r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\).*?shape = '([^{']*)", message
-    ):
-        size = int(single[1])
-        alone = {"gib": round(size / GIB, 3), "count": 1, "shape": single[3], "origin": "this array alone"}
-        return {"fits": False, "peak_gib": size / GIB, "memory_gib": int(single[2]) / GIB, "largest": [alone]}
-    used = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)G hbm", message)
-    if not used:
+    figures = compiler_figures(message)
+    if figures is None:
         return None
+    needed, memory = figures
+    refused = {"fits": False, "peak_gib": needed / GIB, "memory_gib": memory / GIB}
+    if shape := re.search(r"would exceed memory \(size=\d+\).*?shape = '([^{']*)", message):
+        alone = {"gib": round(needed / GIB, 3), "count": 1, "shape": shape[1], "origin": "this array alone"}
+        return refused | {"largest": [alone]}
+    scale = {"K": 2**10, "M": 2**20, "G": GIB}
     operator = r'(?:\s+Operator: (?:op_type="[^"]*" )?op_name="([^"]*)"[^\n]*\n)?'
     largest = [
         Allocation(int(float(size) * scale[unit]), shape.split("{")[0], module_of(name) if name else "unnamed")
         for size, unit, name, shape in re.findall(rf"Size: ([\d.]+)([KMG])\n{operator}\s+Shape: (\S+)", message)
     ]
-    peak = float(used[1]) * scale[used[2]] / GIB
-    return {"fits": False, "peak_gib": peak, "memory_gib": float(used[3]), "largest": _by_origin(largest, 8)}
+    return refused | {"largest": _by_origin(largest, 8)}
 
 
 def _by_origin(allocations: list[Allocation], count: int) -> list[dict[str, Any]]:

@@ -1,0 +1,60 @@
+"""How much memory this machine, or the container around this process, has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+# Files with a control group's limit and what it uses, and the line of memory.stat that counts what it has read of files,
+# which is let go of where memory runs short: cgroups version 2, then 1.
+_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def free_host_memory(root: Path = Path("/")) -> int | None:
+    """Bytes; None where the operating system does not tell. By the least of what the machine has available and the limits
+    of the control groups around this process."""
+    free = [*_of_machine(root), *_of_groups(root)]
+    return min(free) if free else None
+
+
+def _of_machine(root: Path) -> list[int]:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+
+
+def _of_groups(root: Path) -> list[int]:
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    free = []
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers in _FILES or "memory" in controllers.split(","):
+            version = _FILES["memory" if controllers else ""]
+            top = root / str(_CGROUPS / ("memory" if controllers else "")).lstrip("/")
+            # In a container the path may be the host's, and the container's own group stands at the top.
+            for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+                free += _of_group(folder, version)
+                if folder == top:
+                    break
+    return free
+
+
+def _of_group(folder: Path, version: tuple[str, str, str]) -> list[int]:
+    limit, usage, cache = version
+    try:
+        allowed, used = ((folder / name).read_text().strip() for name in (limit, usage))
+        if allowed == "max":
+            return []
+        lines = (folder / "memory.stat").read_text().splitlines()
+        cached = sum(int(line.split()[1]) for line in lines if line.split()[0] == cache)
+        return [max(0, int(allowed) - int(used) + cached)]
+    except (OSError, ValueError, IndexError):
+        return []
