@@ -56,7 +56,7 @@ def test_clipping_equals_float64() -> None:
 
 def test_only_matrices_and_embeddings_decay() -> None:
     model = GPT2(SMALL)
-    decayed, kept = optim.parameter_groups(model, 0.1)
+    decayed, kept = optim.parameter_groups(model.parameters(), 0.1)
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1
     assert kept["weight_decay"] == 0.0
@@ -75,7 +75,7 @@ def test_updates_equal_torchs_and_the_state_survives_its_export(optim_type: str,
     truth = GPT2(SMALL).double()
     truth.load_state_dict(model.state_dict())
     plain = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim_type](
-        optim.parameter_groups(truth, 0.1), lr=0.01, betas=config.betas
+        optim.parameter_groups(truth.parameters(), 0.1), lr=0.01, betas=config.betas
     )
 
     def step(optimizer: torch.optim.Optimizer) -> None:

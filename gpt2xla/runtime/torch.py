@@ -23,7 +23,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.kernels import choose_kernels
 from gpt2xla.model import GPT2
-from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
 from gpt2xla.runtime.base import (
     DTYPES,
     P,
@@ -83,10 +83,11 @@ class TorchRuntime:
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
-        optimizer_class = torch.optim.AdamW if config.optim_type == "adamw" else torch.optim.Adam
+        adam_class = torch.optim.Adam if config.optim_type == "adam" else torch.optim.AdamW
         fused = self.device.type in ("cuda", "cpu")
-        optimizer = optimizer_class(parameter_groups(model, config.weight_decay), fused=fused, **adam_arguments(config))
-        init_state(model, optimizer, saved, self.to_device, count_on_device=fused)
+        adam = partial(adam_class, fused=fused, **adam_arguments(config))
+        optimizer = build_optimizer(model, config, self.dtype, adam)
+        init_state(model, config, optimizer, saved, self.to_device, count_on_device=fused)
         return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -216,7 +217,7 @@ class TorchRuntime:
 
 def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()`, where `finite` is true."""
-    if any(group["fused"] for group in optimizer.param_groups):
+    if any(group.get("fused") for group in optimizer.param_groups):
         # As torch.amp.GradScaler asks for it: fused kernels decide on the device.
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).to(torch.float32)  # type: ignore[attr-defined]
         optimizer.step()
