@@ -29,6 +29,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
+ARGUMENT = "## Which default"
 OPTIMIZERS = ("adamw", "muon")
 RATES = (0.002, 0.004, 0.008)
 SWEEP_SEED, SEEDS = 0, (1, 2, 3)
@@ -227,7 +228,9 @@ def main() -> None:
     results["load_average"] = os.getloadavg()[2]
     results["summary"] = summarize(results)
     (RESULTS / "time_to_loss.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "time_to_loss.md").write_text(table(results))
+    page = RESULTS / "time_to_loss.md"
+    _, _, argument = (page.read_text() if page.exists() else "").partition(ARGUMENT)
+    page.write_text(table(results) + "\n" + ARGUMENT + argument)  # the argument is written by hand
     plot(results, RESULTS / "time_to_loss.png")
     print(table(results))
 

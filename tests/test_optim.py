@@ -175,8 +175,8 @@ def test_an_update_that_is_not_finite_changes_no_bit_and_is_never_read(precision
     optimizer = runtime.build_optimizer(model, OptimConfig(optim_type="muon"), None)
 
     def update(loss: float, factor: float) -> list[Tensor]:
-        summands = [p.square().sum() for p in model.parameters()]
-        summands[7] = summands[7] * factor
+        summands = [(p - 2).square().sum() for p in model.parameters()]
+        summands[6] = summands[6] * factor  # of a matrix of Muon's
         runtime.backward(torch.stack(summands).sum())
         with NoReads():
             runtime.optimizer_step(model, optimizer, torch.tensor(loss), max_grad_norm=1.0)
