@@ -207,7 +207,7 @@ def plot(results: dict, output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--steps", type=int, default=800, help="updates of the long runs; those of the sweep have a quarter"
+        "--steps", type=int, default=400, help="updates of the long runs; those of the sweep have a quarter"
     )
     parser.add_argument(
         "--folder", type=Path, default=Path("demo"), help="for data and runs; what is there is not made again"
