@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
     """One optimizer of two: Muon for `matrices`, and `others` for the parameters that it was made of.
 
     The rate is that of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): 0.2 * sqrt(longer side) times `lr`, which makes an
-    update as large as AdamW's (Liu et al. 2025, arXiv:2502.16982, section 2.2), so that one rate and one weight decay serve
+    update as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one rate and one weight decay serve
     both. torch's own class reads a rate that is on the device, and cannot leave an update out on the device.
 
     Args:

@@ -29,7 +29,8 @@ def build_optimizer(
     others = adam(parameter_groups([p for name, p in named.items() if name not in matrices], config.weight_decay))
     if not matrices:
         return others
-    # Queries, keys and values are three matrices: made orthogonal as one, they train worse, says Jordan.
+    # Queries, keys and values share a parameter for speed alone. As usual they are made orthogonal one by one; as one matrix
+    # they train worse (https://verenalabs.com/posts/evaluating_muon__moe_in_llms).
     joint = [p for name, p in matrices.items() if name.endswith("c_attn.weight")]
     single = [p for name, p in matrices.items() if not name.endswith("c_attn.weight")]
     groups = [
