@@ -80,7 +80,7 @@ def test_torchs_run_goes_on_on_xla(
     source = torch_run / "step-00000010"
     succeed(run_xla(*flags, tmp_path, "--from-checkpoint", source, *layout, CPU_NUM_DEVICES=str(devices)))
     assert training_losses(tmp_path) == pytest.approx(training_losses(torch_run)[10:], rel=RELATIVE)
-    assert compiles(tmp_path) == (3 if devices == 2 else 2)
+    assert compiles(tmp_path) == (2 if devices == 2 else 1), "the training step's; validation follows the last one"
     assert (tmp_path / "step-00000020" / checkpoint.SHARDS).exists() == ("--fsdp" in layout)
     saved, expected = (optimizer_state(folder) for folder in (tmp_path, torch_run))
     assert saved.keys() == expected.keys()
