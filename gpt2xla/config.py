@@ -172,8 +172,10 @@ class ModelConfig:
 class OptimConfig:
     """Optimizer"""
 
-    optim_type: Literal["adam", "adamw"] = option(
-        "adamw", "adam adds --weight-decay to the gradient, adamw decays weights"
+    optim_type: Literal["adam", "adamw", "muon"] = option(
+        "adamw",
+        "adam adds --weight-decay to the gradient, adamw decays weights; muon makes the updates of the blocks' matrices "
+        "orthogonal, and is adamw for the rest",
     )
     learning_rate: float = option(6e-4, "peak learning rate (noam: the factor of the formula)")
     betas: tuple[float, float] = option((0.9, 0.95), "decay rates of Adam's two averages")

@@ -1,9 +1,9 @@
-"""Parameter groups, Adam and AdamW, the learning-rate schedule, and optimizer state by parameter name."""
+"""Parameter groups, the choice of the optimizer, the learning-rate schedule, and optimizer state by parameter name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,43 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gpt2xla.config import OptimConfig
+from gpt2xla.muon import Muon
 
 ADAM_EPS = 1e-8
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+MOMENTS = ADAM_MOMENTS + MUON_MOMENTS
+
+Groups = list[dict[str, Any]]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype, adam: Callable[[Groups], torch.optim.Optimizer]
+) -> torch.optim.Optimizer:
+    """`adam` of all parameters or, with --optim-type muon, of those that are not the blocks' matrices. `dtype` is the run's
+    compute type."""
+    named = dict(model.named_parameters())
+    matrices = {name: p for name, p in named.items() if _is_muons(config, name, p.shape)}
+    others = adam(parameter_groups([p for name, p in named.items() if name not in matrices], config.weight_decay))
+    if not matrices:
+        return others
+    # Queries, keys and values share a parameter for speed alone. As usual they are made orthogonal one by one; as one matrix
+    # they train worse (https://verenalabs.com/posts/evaluating_muon__moe_in_llms).
+    joint = [p for name, p in matrices.items() if name.endswith("c_attn.weight")]
+    single = [p for name, p in matrices.items() if not name.endswith("c_attn.weight")]
+    groups = [
+        {"params": parameters, "blocks": blocks, "weight_decay": config.weight_decay}
+        for blocks, parameters in ((3, joint), (1, single))
+    ]
+    return Muon(groups, others, config.learning_rate, dtype)
+
+
+def _is_muons(config: OptimConfig, name: str, shape: torch.Size) -> bool:
+    return config.optim_type == "muon" and name.startswith("h.") and len(shape) == 2
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> Groups:
     """Matrices and embeddings decay; biases and layer norms do not."""
-    parameters = list(model.parameters())
+    parameters = list(parameters)
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -61,8 +90,18 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return norm
 
 
+def moments(config: OptimConfig, shapes: Mapping[str, torch.Size]) -> dict[str, dict[str, torch.Size]]:
+    """What the optimizer keeps of parameters of these names and shapes: a tensor of the same shape by moment and name."""
+    kept: dict[str, dict[str, torch.Size]] = {}
+    for name, shape in shapes.items():
+        for key in MUON_MOMENTS if _is_muons(config, name, shape) else ADAM_MOMENTS:
+            kept.setdefault(key, {})[name] = shape
+    return kept
+
+
 def init_state(
     model: nn.Module,
+    config: OptimConfig,
     optimizer: torch.optim.Optimizer,
     saved: dict[str, Any] | None,
     to_device: Callable[[Tensor], Tensor],
@@ -70,26 +109,30 @@ def init_state(
     count_on_device: bool = True,
     **extra: Tensor,
 ) -> None:
-    """Give each parameter of `optimizer` its Adam state before the first step: zeros, or what `export_state` returned on
-    any runtime.
+    """Give each parameter of `optimizer` its state before the first step: zeros, or what `export_state` returned on any
+    runtime.
 
     With the state there from the start, the first step is no other graph than the ones after it. `count_on_device` says
-    where the optimizer expects its step count, `extra` what else it expects beside the two moments.
+    where Adam expects its step count, `extra` what else it expects beside the two moments.
     """
     updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    kept = moments(config, {name: parameter.shape for name, parameter in model.named_parameters()})
     for name, parameter in model.named_parameters():
         if parameter not in updated:
             continue
-        step = torch.tensor(float(saved["step"] if saved else 0))
-        moments = {key: saved[key][name] if saved else torch.zeros(parameter.shape) for key in MOMENTS}
-        optimizer.state[parameter] = {
-            "step": to_device(step) if count_on_device else step,
-            **{key: to_device(tensor) for key, tensor in (moments | extra).items()},
-        }
+        own = {key: saved[key][name] if saved else torch.zeros(parameter.shape) for key in kept if name in kept[key]}
+        state = {key: to_device(tensor) for key, tensor in own.items()}
+        if name in kept[ADAM_MOMENTS[0]]:
+            step = torch.tensor(float(saved["step"] if saved else 0))
+            state["step"] = to_device(step) if count_on_device else step
+            state |= {key: to_device(tensor) for key, tensor in extra.items()}
+        optimizer.state[parameter] = state
 
 
 def export_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Adam's state by parameter name, still on the device: {"step": tensor, "exp_avg": {...}, "exp_avg_sq": {...}}. What an
-    optimizer that is split over processes does not have here is left out."""
+    """The optimizer's state by parameter name, still on the device: {"step": tensor, "exp_avg": {...}, "exp_avg_sq": {...}}
+    and, of Muon, "momentum_buffer": {...}; each parameter is under one optimizer's. What an optimizer that is split over
+    processes does not have here is left out."""
     named = [(name, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state]
-    return {"step": named[0][1]["step"], **{key: {name: state[key] for name, state in named} for key in MOMENTS}}
+    exported = {key: {name: state[key] for name, state in named if key in state} for key in MOMENTS}
+    return {"step": named[0][1]["step"], **{key: tensors for key, tensors in exported.items() if tensors}}

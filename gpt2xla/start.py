@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2xla import hf, sharded_state
+from gpt2xla import hf, optim, sharded_state
 from gpt2xla.checkpoint import (
     COMPLETE,
     RUN_CONFIG,
@@ -26,7 +26,6 @@ from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_
 from gpt2xla.errors import InputError, blaming
 from gpt2xla.json_file import read_json
 from gpt2xla.model import GPT2
-from gpt2xla.optim import MOMENTS
 from gpt2xla.pt_file import is_plain, load_plain, load_pt_model
 from gpt2xla.weights import StoredWeights, parameter_shapes
 
@@ -99,7 +98,7 @@ def find_start(config: RunConfig) -> Start:
     if not continues:
         saved_model = _resize(config, saved_model, source, notes)
     config = dataclasses.replace(config, model=_agree(config, saved_model, source))
-    training = _load_training_state(source, config.model) if continues and not config.general.do_test else None
+    training = _load_training_state(source, config) if continues and not config.general.do_test else None
     return Start(config, source, weights, training, tuple(notes))
 
 
@@ -219,6 +218,13 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
         completed = RunConfig.from_flat({name: now[name] for name in config.given} | options)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{source / RUN_CONFIG} cannot be used: {error}") from None
+    asked = completed.optim.optim_type
+    trained = saved.get("optim_type", asked)
+    if asked != trained and "muon" in (asked, trained) and not config.general.do_test:
+        raise InputError(
+            f"--optim-type {asked} cannot go on with the state of {trained}, which {source} holds; leave the flag out, or "
+            "begin a new run with its weights (--resume never)"
+        )
     return dataclasses.replace(completed, given=config.given)
 
 
@@ -279,17 +285,17 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _load_training_state(source: Path, model: ModelConfig) -> dict[str, Any]:
-    file, shapes = source / TRAINING_STATE, parameter_shapes(model)
+def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
+    file, moments = source / TRAINING_STATE, optim.moments(config.optim, parameter_shapes(config.model))
     training = load_plain(file)
     try:
         step, optimizer = training["step"], training["optimizer"]
         if (source / SHARDS).is_dir():
             file = source / SHARDS
-            optimizer |= sharded_state.load(file, dict.fromkeys(MOMENTS, shapes))
-        sizes = [{name: t.shape for name, t in optimizer[moment].items()} for moment in MOMENTS]
-        is_whole = sizes == [shapes, shapes] and all(
-            is_plain(t) and t.is_floating_point() for moment in MOMENTS for t in optimizer[moment].values()
+            optimizer |= sharded_state.load(file, moments)
+        found = {key: {name: t.shape for name, t in optimizer[key].items()} for key in moments}
+        is_whole = found == moments and all(
+            is_plain(t) and t.is_floating_point() for key in moments for t in optimizer[key].values()
         )
         for number in (step, optimizer["step"]):
             is_whole &= type(number) is int and 0 <= number < 2**63

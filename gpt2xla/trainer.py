@@ -292,7 +292,7 @@ class Trainer:
         optimizer = optim.export_state(self.model, self.train_step.optimizer)
         shards = checkpoint.shards_folder(self.folder, step)
         weights = self.runtime.to_host(self.model.state_dict())
-        moments = self.runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS}, shards)
+        moments = self.runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS if key in optimizer}, shards)
         updates = self.runtime.to_host({"step": optimizer["step"]})
         self.runtime.barrier("shards are written")
         if self.runtime.is_main:

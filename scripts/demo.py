@@ -37,7 +37,27 @@ def main() -> None:
     if options.steps < 2:
         raise InputError(f"--steps {options.steps}: choose a number of at least 2")
     folder = Path(options.output_dir)
-    tokenizer, data, checkpoints = folder / "tokenizer", folder / "data", folder / "checkpoints"
+    checkpoints = folder / "checkpoints"
+    data = prepare_corpus(folder)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    run(
+        "run_pretrain_xla.py", "--train-dir", data / "train", "--valid-dir", data / "test", "--shuffle",
+        "--checkpoints-dir", checkpoints, "--vocab-size", 4096, "--seq-length", 128, "--d-model", 128, "--num-layers", 4,
+        "--num-heads", 4, "--train-batch-size", 16, "--gradient-accum-step", 1, "--learning-rate", 0.004,
+        "--min-lr", 0.0004, "--warmup-steps", min(50, options.steps // 2), "--decay-steps", options.steps,
+        "--train-steps", options.steps, "--eval-batch-size", 16, "--valid-steps", 40, "--valid-interval", 200,
+        "--save-interval", 400, "--use-syncfree-optim", PJRT_DEVICE="CPU",
+    )  # fmt: skip
+    run(
+        "generate.py", "--model", checkpoints, "--prompt", "def read(self, size):\n", "--max-new-tokens", 120,
+        "--temperature", 0.8, "--top-k", 40, "--seed", 1,
+    )  # fmt: skip
+    report(checkpoints / METRICS_FILE, TokenStream(data / "test"))
+
+
+def prepare_corpus(folder: Path) -> Path:
+    """The folder of shards, which may be there already: train/ and test/, of 4,096 ids."""
+    tokenizer, data = folder / "tokenizer", folder / "data"
     text = [
         "--input",
         sysconfig.get_path("stdlib"),
@@ -55,20 +75,7 @@ def main() -> None:
     if not (data / "test").exists():
         shutil.rmtree(data, ignore_errors=True)
         run("scripts/prepare_text.py", *text, "--output-dir", data, "--tokenizer", tokenizer)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    run(
-        "run_pretrain_xla.py", "--train-dir", data / "train", "--valid-dir", data / "test", "--shuffle",
-        "--checkpoints-dir", checkpoints, "--vocab-size", 4096, "--seq-length", 128, "--d-model", 128, "--num-layers", 4,
-        "--num-heads", 4, "--train-batch-size", 16, "--gradient-accum-step", 1, "--learning-rate", 0.004,
-        "--min-lr", 0.0004, "--warmup-steps", min(50, options.steps // 2), "--decay-steps", options.steps,
-        "--train-steps", options.steps, "--eval-batch-size", 16, "--valid-steps", 40, "--valid-interval", 200,
-        "--save-interval", 400, "--use-syncfree-optim", PJRT_DEVICE="CPU",
-    )  # fmt: skip
-    run(
-        "generate.py", "--model", checkpoints, "--prompt", "def read(self, size):\n", "--max-new-tokens", 120,
-        "--temperature", 0.8, "--top-k", 40, "--seed", 1,
-    )  # fmt: skip
-    report(checkpoints / METRICS_FILE, TokenStream(data / "test"))
+    return data
 
 
 def run(program: str, *arguments: object, **environment: str) -> None:

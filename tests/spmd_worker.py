@@ -35,7 +35,7 @@ def main() -> None:
     whole, on_device = 0, Counter[str]()
     for parameter in steps[0].model.parameters():
         state = steps[0].optimizer.state[parameter]
-        for tensor in (parameter.detach(), *(state[key] for key in MOMENTS)):
+        for tensor in (parameter.detach(), *(state[key] for key in MOMENTS if key in state)):
             whole += tensor.numel() * 4
             for shard in xs.XLAShardedTensor(tensor).local_shards:
                 on_device[shard.shard_device] += shard.data.numel() * 4

@@ -11,18 +11,23 @@ STEPS, VALID_INTERVAL, SAVE_INTERVAL, VALID_BATCHES = 60, 15, 20, 3
 
 
 @pytest.fixture(
-    scope="module", params=["--use-syncfree-optim", pytest.param("--no-use-syncfree-optim", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "--use-syncfree-optim",
+        *(pytest.param(flags, marks=pytest.mark.slow) for flags in ("--no-use-syncfree-optim", "--optim-type muon")),
+    ],
 )
 def counts(request: pytest.FixtureRequest, data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Of a run whose learning rate falls to exactly 0, past where 1 - rate * decay rounds to 1: both are traps."""
     folder = tmp_path_factory.mktemp("counted")
     flags = [
         "--train-steps", STEPS, "--decay-steps", 40, "--valid-interval", VALID_INTERVAL, "--save-interval", SAVE_INTERVAL,
-        request.param, "--min-lr", 0, "--checkpoints-dir", folder,
+        *request.param.split(), "--min-lr", 0, "--checkpoints-dir", folder,
     ]  # fmt: skip
     result = run_xla(*data_flags, *SMALL_RUN, *flags, program="tests/compile_count_worker.py")
     *shown, last = succeed(result).splitlines()
-    return json.loads(last) | {"folder": folder, "shown": shown, "errors": result.stderr}
+    moments = 3 if "muon" in request.param else 2
+    return json.loads(last) | {"folder": folder, "shown": shown, "errors": result.stderr, "moments": moments}
 
 
 def test_sixty_steps_with_validation_and_saves_compile_two_graphs(counts: dict) -> None:
@@ -61,7 +66,7 @@ def test_the_loop_never_reads_the_device(counts: dict) -> None:
             assert after["reads"] - before["reads"] <= 2, f"step {done + 1}"
     saves, validations = STEPS // SAVE_INTERVAL, STEPS // VALID_INTERVAL
     assert counts["end"]["fallbacks"] == 0
-    reads_per_save = 4  # weights, two moments, the step count
+    reads_per_save = 2 + counts["moments"]  # weights, the step count
     assert counts["end"]["reads"] == STEPS + validations * VALID_BATCHES + saves * reads_per_save
 
 

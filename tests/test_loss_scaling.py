@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
 
 FP16 = ["--mixed-precision", "fp16"]
+MUON = "--optim-type muon --use-syncfree-optim"
 
 
 def saved(folder: Path, step: int = 20) -> dict:
@@ -75,22 +76,26 @@ def test_a_step_is_made_or_leaves_everything() -> None:
 
 
 @pytest.fixture(
-    scope="module", params=["--use-syncfree-optim", pytest.param("--no-use-syncfree-optim", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "--use-syncfree-optim",
+        *(pytest.param(flags, marks=pytest.mark.slow) for flags in ("--no-use-syncfree-optim", MUON)),
+    ],
 )
 def overflowing(
     request: pytest.FixtureRequest, data_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict:
     folder = tmp_path_factory.mktemp("overflowing")
-    flags = [*data_flags, *SMALL_RUN, *FP16, request.param, "--checkpoints-dir", folder]
+    flags = [*data_flags, *SMALL_RUN, *FP16, *request.param.split(), "--checkpoints-dir", folder]
     result = run_xla("xla", *flags, program="tests/overflow_worker.py")
-    return json.loads(succeed(result).splitlines()[-1]) | {"folder": folder}
+    return json.loads(succeed(result).splitlines()[-1]) | {"folder": folder, "optimizer": request.param.split()[:-1]}
 
 
 def test_overflowing_updates_are_skipped_as_torch_skips_them(
     overflowing: dict, data_flags: list[str], tmp_path: Path
 ) -> None:
     """Two runs whose scale begins at 2^30, on XLA and on torch with GradScaler: skips, scales, and losses between them."""
-    flags = [*data_flags, *SMALL_RUN, *FP16, "--checkpoints-dir", tmp_path]
+    flags = [*data_flags, *SMALL_RUN, *FP16, *overflowing["optimizer"], "--checkpoints-dir", tmp_path]
     succeed(run("tests/overflow_worker.py", "torch", *flags))
     folder = overflowing["folder"]
     skipped = [line["grad_norm"] is None for line in metrics(folder) if "loss" in line]
@@ -108,7 +113,7 @@ def test_a_skip_is_the_same_graph_and_reads_nothing(overflowing: dict) -> None:
     assert overflowing["end"]["compiles"] == 2
     assert overflowing["end"]["executions"] == 20 + validations * 3
     assert overflowing["readers"] == ["reader"]
-    reads_per_save = 6  # weights, two moments, the step count, scale and growth tracker
+    reads_per_save = 6 + bool(overflowing["optimizer"])  # weights, moments, the step count, scale and growth tracker
     assert overflowing["end"]["reads"] == 20 + validations * 3 + saves * reads_per_save
 
 

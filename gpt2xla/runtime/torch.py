@@ -26,7 +26,7 @@ from gpt2xla.host_memory import free_host_memory
 from gpt2xla.kernels import choose_kernels
 from gpt2xla.memory import GIB, Shortage
 from gpt2xla.model import GPT2
-from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
 from gpt2xla.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.runtime import torch_parallel as parallel
 from gpt2xla.runtime.base import (
@@ -104,12 +104,13 @@ class TorchRuntime:
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
-        optimizer_class = torch.optim.AdamW if config.optim_type == "adamw" else torch.optim.Adam
+        parallel.check_optimizer(self.options, config)
+        adam_class = torch.optim.Adam if config.optim_type == "adam" else torch.optim.AdamW
         fused = self.device.type in ("cuda", "cpu")
-        make = partial(parallel.split_optimizer, optimizer_class) if self.options.zero1 else optimizer_class
-        optimizer = make(parameter_groups(model, config.weight_decay), fused=fused, **adam_arguments(config))
+        make = partial(parallel.split_optimizer, adam_class) if self.options.zero1 else adam_class
+        optimizer = build_optimizer(model, config, self.dtype, partial(make, fused=fused, **adam_arguments(config)))
         place = partial(parallel.split, mesh=self.mesh, device=self.device) if self.mesh else self.to_device
-        init_state(model, parallel.own_part(optimizer), saved, place, count_on_device=fused)
+        init_state(model, config, parallel.own_part(optimizer), saved, place, count_on_device=fused)
         return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -257,6 +258,8 @@ class TorchRuntime:
         return Shortage("this machine") if is_out_of_memory(error) else None
 
     def has_memory_for(self, work: Callable[[], None]) -> bool | None:
+        if self.mesh:
+            return None  # the other processes, whose weights it needs, may not have failed
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
@@ -280,7 +283,7 @@ class TorchRuntime:
 
 def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()`, where `finite` is true."""
-    if any(group["fused"] for group in optimizer.param_groups):
+    if any(group.get("fused") for group in optimizer.param_groups):
         # As torch.amp.GradScaler asks for it: fused kernels decide on the device.
         own = parallel.own_part(optimizer)
         own.grad_scale, own.found_inf = None, (~finite).to(torch.float32)  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2xla.config import TorchConfig
+from gpt2xla.config import OptimConfig, TorchConfig
 from gpt2xla.errors import InputError
 from gpt2xla.model import GPT2
 
@@ -30,6 +30,13 @@ def check_options(options: TorchConfig, *, distributed: bool) -> None:
     for name, asked in (("--zero1", options.zero1), ("--fsdp", options.fsdp)):
         if asked and not distributed:
             raise InputError(f"{name} needs several processes; start them with torchrun, or leave it out")
+
+
+def check_optimizer(options: TorchConfig, config: OptimConfig) -> None:
+    """Raises InputError where an update needs whole matrices, and processes have parts."""
+    for name, asked in (("--zero1", options.zero1), ("--fsdp", options.fsdp)):
+        if asked and config.optim_type == "muon":
+            raise InputError(f"{name} does not work with --optim-type muon, whose updates need whole matrices; leave it out")
 
 
 def describe(options: TorchConfig) -> str:

@@ -34,7 +34,7 @@ from gpt2xla.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.memory import GIB, Shortage, compiler_figures
 from gpt2xla.model import GPT2
 from gpt2xla.norm import lean_layer_norm
-from gpt2xla.optim import adam_arguments, clip_gradients, init_state, parameter_groups
+from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
 from gpt2xla.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.runtime.base import (
     DTYPES,
@@ -141,17 +141,18 @@ class XlaRuntime:
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
-        groups, arguments = parameter_groups(model, config.weight_decay), adam_arguments(config)
-        adamw = config.optim_type == "adamw"
+        plain_adam, arguments = config.optim_type == "adam", adam_arguments(config)
+        extra: dict[str, Any] = {}
         if self.options.use_syncfree_optim:
-            optimizer = (syncfree.AdamW if adamw else syncfree.Adam)(groups, **arguments)
-            init_state(model, optimizer, saved, self.to_device, max_exp_avg_sq=torch.empty(0))
-            return optimizer
-        # capturable keeps the step count on the device. On the host its bias corrections would be scalars that one day
-        # round to exactly 1.0, which XLA compiles anew.
-        adam_class = torch.optim.AdamW if adamw else torch.optim.Adam
-        optimizer = adam_class(groups, capturable=True, foreach=False, **arguments)
-        init_state(model, optimizer, saved, self.to_device)
+            adam = partial(syncfree.Adam if plain_adam else syncfree.AdamW, **arguments)
+            extra["max_exp_avg_sq"] = torch.empty(0)
+        else:
+            # capturable keeps the step count on the device. On the host its bias corrections would be scalars that one day
+            # round to exactly 1.0, which XLA compiles anew.
+            adam_class = torch.optim.Adam if plain_adam else torch.optim.AdamW
+            adam = partial(adam_class, capturable=True, foreach=False, **arguments)
+        optimizer = build_optimizer(model, config, self.dtype, adam)
+        init_state(model, config, optimizer, saved, self.to_device, **extra)
         return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:

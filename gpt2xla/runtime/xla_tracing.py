@@ -77,7 +77,7 @@ class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):
         with torch.no_grad():
             for parameter in step.model.parameters():
                 state = step.optimizer.state[parameter]
-                for tensor in (parameter, *(state[name] for name in MOMENTS)):
+                for tensor in (parameter, *(state[name] for name in MOMENTS if name in state)):
                     tensor.mul_(1)
                     self._place(tensor)
 

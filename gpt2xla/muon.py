@@ -1,0 +1,82 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum whose every update is made orthogonal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Jordan's, and torch.optim.Muon's defaults.
+MOMENTUM, ITERATIONS = 0.95, 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPS = 1e-7
+
+
+class Muon(torch.optim.Optimizer):
+    """One optimizer of two: Muon for `matrices`, and `others` for the parameters that it was made of.
+
+    The rate is that of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): 0.2 * sqrt(longer side) times `lr`, which makes an
+    update as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one rate and one weight decay serve
+    both. torch's own class reads a rate that is on the device, and cannot leave an update out on the device.
+
+    Args:
+        matrices: parameter groups with `weight_decay` and `blocks`, the number of matrices of equal size that lie one below
+            the other in each parameter.
+        others: shares its groups and its state with this one.
+        dtype: of the matrix products that orthogonalize.
+    """
+
+    def __init__(self, matrices: list[dict[str, Any]], others: torch.optim.Optimizer, lr: float, dtype: torch.dtype):
+        super().__init__(matrices, {"lr": lr})
+        self.matrices, self.others, self.dtype = self.param_groups, others, dtype
+        self.param_groups = [*self.matrices, *others.param_groups]
+        others.state = self.state
+        # For torch.amp.GradScaler: whether `found_inf` is heeded on the device.
+        self._step_supports_amp_scaling = getattr(others, "_step_supports_amp_scaling", False)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
+        """Where `found_inf` is not 0, nothing changes. It is an argument, as of torch_xla's sync-free optimizers, or, as of
+        torch's fused ones, an attribute; `others` is told in the same way."""
+        assert closure is None
+        skip = getattr(self, "found_inf", None) if found_inf is None else found_inf
+        for group in self.matrices:
+            for parameter in group["params"]:
+                self._update(group, parameter, self.state[parameter]["momentum_buffer"], skip)
+        if found_inf is not None:
+            self.others.step(found_inf=found_inf)  # type: ignore[call-overload]
+        else:
+            if skip is not None:
+                self.others.grad_scale, self.others.found_inf = None, skip  # type: ignore[attr-defined]
+            self.others.step()
+
+    def _update(self, group: dict[str, Any], parameter: Tensor, momentum_buffer: Tensor, skip: Tensor | None) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        momentum = momentum_buffer + (1 - MOMENTUM) * (gradient - momentum_buffer)
+        nesterov = gradient + MOMENTUM * (momentum - gradient)
+        blocks = nesterov.unflatten(0, (group["blocks"], -1))
+        update = 0.2 * math.sqrt(max(blocks.shape[1:])) * orthogonalized(blocks, self.dtype).flatten(0, 1)
+        # Not as a factor 1 - rate * weight_decay, which for a small rate rounds to 1 and would be another graph on XLA.
+        step = group["lr"] * (update + group["weight_decay"] * parameter)
+        for tensor, new in ((momentum_buffer, momentum), (parameter, parameter - step)):
+            tensor.copy_(new if skip is None else torch.where(skip > 0, tensor, new))
+
+
+def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """`matrices` (N, rows, columns) with their singular values brought near 1, from about 0.7 to 1.2: five steps of a
+    Newton-Schulz iteration whose coefficients Jordan chose for speed instead of convergence. Products are of type `dtype`.
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    norm = x.square().sum((1, 2), keepdim=True).sqrt()
+    x = (x / norm.clamp(min=EPS)).to(dtype)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        # baddbmm rounds once; the sums of two rounded products are twice as far off in bf16.
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices.dtype)
