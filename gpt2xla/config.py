@@ -222,10 +222,10 @@ class TrainConfig:
         "CUDA: only kernels that add in a fixed order, so that the same command gives the same numbers to the last bit; "
         "slower. CPUs and TPUs do so anyway",
     )
-    attention: Literal["auto", "sdpa", "chunked", "flash"] = option(
+    attention: Literal["auto", "sdpa", "chunked", "kept", "flash"] = option(
         "auto",
-        "auto: the device's best; sdpa: torch's own; chunked: scores computed twice and never kept; flash: a kernel of its "
-        "own, on TPU v3 and later",
+        "auto: the device's best; sdpa: torch's own; chunked: scores computed twice and never kept; kept: weights kept, on "
+        "CPUs; flash: a kernel of its own, on TPU v3 and later",
     )
     loss_chunks: int = option(
         0, "compute logits and loss in this many pieces, to save memory; 0 lets the device choose"
@@ -233,7 +233,10 @@ class TrainConfig:
     activation_checkpointing: Literal["none", "block"] = option(
         "none", "block: keep only each block's input for the backward pass, and compute the rest again"
     )
-    compile: bool = option(False, "torch.compile the model; XLA always compiles and needs no flag")
+    compile: bool | None = option(
+        None,
+        "torch.compile the blocks (default: where the run is long enough to pay); XLA always compiles, without this flag",
+    )
     eval_batch_size: int = option(32, "sequences per validation step, over all devices together")
     valid_steps: int | Literal["all"] = option(
         100, "validation batches; stops early where the split ends; all: each token of the split once"
@@ -294,6 +297,9 @@ class TorchConfig:
     """Torch runner (run_pretrain.py)"""
 
     ddp_backend: Literal["nccl", "gloo"] | None = option(None, "under torchrun (default: nccl on CUDA, else gloo)")
+    compile_cache: str = option(
+        "~/.cache/gpt2xla", "folder where torch.compile's programs wait for the next start; '' leaves it to torch"
+    )
     zero1: bool = option(False, "under torchrun: split the optimizer's state over processes")
     fsdp: bool = option(
         False, "under torchrun: split weights, gradients and optimizer state over processes, for large models"

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import ModelConfig, TrainConfig
 from gpt2xla.errors import InputError
-from gpt2xla.fence import Fence, no_fence
-from gpt2xla.loss import chunked_cross_entropy, plain_cross_entropy
+from gpt2xla.loss import in_place_cross_entropy, plain_cross_entropy
 from gpt2xla.norm import plain_layer_norm
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -31,6 +30,7 @@ class Kernels:
             that attention reads, where it would copy the parts of a joint one.
         head: (x, head weight) -> logits.
         static_shapes: whether each new shape costs a compile; then shapes must not follow a text's length.
+        compiled: called as compiled(block, x, kernels) on sequences of full length; None calls the block itself.
         checkpoint: called as checkpoint(block, x, ...) to keep nothing of a block but its input; None keeps all.
         description: for the summary at start.
     """
@@ -41,6 +41,7 @@ class Kernels:
     separate_qkv: bool = False
     head: Callable[[Tensor, Tensor], Tensor] = F.linear
     static_shapes: bool = False
+    compiled: Callable[..., Tensor] | None = None
     checkpoint: Callable[..., Any] | None = None
     description: str = "torch's own"
 
@@ -53,15 +54,17 @@ def choose_kernels(
     preferred: str,
     loss_chunks: int | None,
     checkpoint: Callable[..., Any],
+    chunked_loss: Callable[..., Tensor] = in_place_cross_entropy,
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
-    fence: Fence = no_fence,
     static_shapes: bool = False,
+    compiled: Callable[..., Tensor] | None = None,
 ) -> Kernels:
     """What the user asked for, or else what the runtime prefers.
 
     Args:
         attention: by the names of --attention, what the device can compute beside `sdpa`.
         preferred, loss_chunks: the device's own choices, for options left alone; without chunks, the plain loss.
+        chunked_loss: what computes the loss in chunks.
 
     Raises:
         InputError: --attention names something that this device, or this model, cannot do.
@@ -76,12 +79,14 @@ def choose_kernels(
     chunks = train.loss_chunks or loss_chunks
     pieces = f"loss in {chunks} {'piece' if chunks == 1 else 'pieces'}" if chunks else "loss at once"
     checkpointed = ", blocks computed twice" if train.activation_checkpointing == "block" else ""
+    compiles = ", blocks compiled" if compiled else ""
     return Kernels(
         attention=attention.get(name),
-        cross_entropy=partial(chunked_cross_entropy, chunks=chunks, fence=fence) if chunks else plain_cross_entropy,
+        cross_entropy=partial(chunked_loss, chunks=chunks) if chunks else plain_cross_entropy,
         layer_norm=layer_norm,
-        separate_qkv=name != "sdpa",
+        separate_qkv=name in ("chunked", "flash"),
         static_shapes=static_shapes,
+        compiled=compiled,
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,
-        description=f"{name} attention, {pieces}{checkpointed}",
+        description=f"{name} attention, {pieces}{checkpointed}{compiles}",
     )

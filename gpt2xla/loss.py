@@ -38,6 +38,16 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(x_BTD.to(dtype), weight_VD, labels_BT, padding, chunks, fence)
 
 
+def in_place_cross_entropy(
+    x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, *, chunks: int
+) -> Tensor:
+    """The same as `chunked_cross_entropy` for devices that run operations as they are called: each pass over the logits
+    overwrites them, until they are their own gradient."""
+    kind = x_BTD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+    return _InPlaceCrossEntropy.apply(x_BTD.to(dtype), weight_VD, labels_BT, padding, chunks)
+
+
 def mask_padding(logits_V: Tensor, padding: int) -> Tensor:
     """-inf for the last `padding` of the last dimension's V entries."""
     if padding == 0:
@@ -89,3 +99,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_BTD, dweight_VD = ctx.saved_tensors
         return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None, None
+
+
+class _InPlaceCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int, chunks: int) -> Tensor:
+        x_ND, labels_N = x_BTD.flatten(0, 1), labels_BT.flatten()
+        counted_N = labels_N != IGNORED_LABEL
+        wants_gradient = any(ctx.needs_input_grad[:2])
+        head_VD = weight_VD.to(x_ND.dtype)
+        head_DV = head_VD.t().contiguous()  # the product with its transpose is faster than that with head_VD
+        losses, dx_ND, dweight_VD = [], torch.empty_like(x_ND), None
+        parts = (t.split(-(-len(x_ND) // chunks)) for t in (x_ND, labels_N.where(counted_N, 0), counted_N, dx_ND))
+        for x_CD, labels_C, counted_C, dx_CD in zip(*parts, strict=True):
+            logits_CV = x_CD @ head_VD.t()
+            if padding:
+                logits_CV[:, -padding:] = -torch.inf
+            label_logits_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1).float()
+            max_C = logits_CV.amax(-1).float()
+            probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+            log_sum_C = max_C - probabilities_CV.amax(-1).float().log()
+            losses.append(torch.where(counted_C, log_sum_C - label_logits_C, 0.0).sum())
+            if wants_gradient:
+                dlabel_C = torch.exp(label_logits_C - log_sum_C) - 1
+                dlogits_CV = probabilities_CV.scatter_(1, labels_C[:, None], dlabel_C.to(x_CD.dtype)[:, None])
+                counted_C1 = counted_C[:, None]
+                torch.mm(dlogits_CV, head_DV.t(), out=dx_CD).mul_(counted_C1)
+                part_VD = (dlogits_CV.t() @ (x_CD * counted_C1)).to(weight_VD.dtype)
+                dweight_VD = part_VD if dweight_VD is None else dweight_VD.add_(part_VD)
+        if wants_gradient:
+            ctx.save_for_backward(dx_ND.view_as(x_BTD), dweight_VD)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx_BTD, dweight_VD = ctx.saved_tensors
+        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None

@@ -7,6 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +67,17 @@ class GPT2(nn.Module):
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         positions = cache.positions_BT if cache else torch.arange(ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions))
-        checkpoint = self.kernels.checkpoint if torch.is_grad_enabled() else None
         for layer, block in enumerate(self.h):
-            if checkpoint:
-                x_BTD = checkpoint(block, x_BTD, self.kernels)
-            else:
-                x_BTD = block(x_BTD, self.kernels, cache, layer)
+            x_BTD = block(x_BTD, self.kernels, cache, layer) if cache else self._run(block, x_BTD)
         return self.kernels.layer_norm(x_BTD, self.ln_f)
+
+    def _run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
+        compiled, checkpoint = self.kernels.compiled, self.kernels.checkpoint
+        # Texts of many lengths would each be compiled anew.
+        call = partial(compiled, block) if compiled and x_BTD.shape[1] == self.config.seq_length else block
+        if checkpoint and torch.is_grad_enabled():
+            return checkpoint(call, x_BTD, self.kernels)
+        return call(x_BTD, self.kernels)
 
     @property
     def head_weight(self) -> Tensor:

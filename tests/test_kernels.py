@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,13 +11,14 @@ from conftest import run_xla, succeed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gpt2xla.attention import chunked_attention, sdpa_attention
+from gpt2xla.attention import chunked_attention, kept_attention, kept_numbers, sdpa_attention
 from gpt2xla.config import ModelConfig, RunConfig
 from gpt2xla.errors import InputError
-from gpt2xla.kernels import Kernels, choose_kernels
-from gpt2xla.loss import IGNORED_LABEL, chunked_cross_entropy
+from gpt2xla.kernels import Attention, Kernels, choose_kernels
+from gpt2xla.loss import IGNORED_LABEL, chunked_cross_entropy, in_place_cross_entropy, plain_cross_entropy
 from gpt2xla.model import GPT2
 from gpt2xla.norm import lean_layer_norm
+from gpt2xla.runtime.torch_compile import CompiledBlock
 
 CONFIG = ModelConfig(vocab_size=211, seq_length=48, d_model=64, num_layers=3, num_heads=4)
 LEAN = Kernels(
@@ -29,6 +31,9 @@ CHOICES = {
     "chunked attention": Kernels(attention=chunked_attention),
     "chunked loss": Kernels(cross_entropy=partial(chunked_cross_entropy, chunks=3)),
     "chunked loss, one piece": Kernels(cross_entropy=partial(chunked_cross_entropy, chunks=1)),
+    "loss in place": Kernels(cross_entropy=partial(in_place_cross_entropy, chunks=3)),
+    "loss in place, one piece": Kernels(cross_entropy=partial(in_place_cross_entropy, chunks=1)),
+    "kept attention": Kernels(attention=kept_attention),
     "lean layer norm": Kernels(layer_norm=lean_layer_norm),
     "separate projections": Kernels(separate_qkv=True),
     "checkpointed blocks": Kernels(checkpoint=partial(checkpoint, use_reentrant=False)),
@@ -89,9 +94,61 @@ def test_in_bf16_on_xla_as_exact_as_the_plain_path() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 3, 5, 17, 64])
-def test_chunked_attention_at_lengths_that_do_not_divide(length: int) -> None:
+@pytest.mark.parametrize("attention", [chunked_attention, kept_attention])
+def test_attention_at_lengths_that_do_not_divide(length: int, attention: Attention) -> None:
     q, k, v = (torch.randn(2, length, 32, generator=torch.Generator().manual_seed(n)) for n in range(3))
-    torch.testing.assert_close(chunked_attention(q, k, v, 4), sdpa_attention(q, k, v, 4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(attention(q, k, v, 4), sdpa_attention(q, k, v, 4), rtol=0, atol=1e-6)
+
+
+def test_kept_attention_keeps_as_many_numbers_as_counted() -> None:
+    q, k, v = (torch.randn(5, 48, 64, requires_grad=True) for _ in range(3))
+    sizes: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept_attention(q, k, v, CONFIG.num_heads)
+    assert CONFIG.num_layers * (sum(sizes) - 3 * q.numel()) == kept_numbers(5, CONFIG)
+
+
+@pytest.mark.parametrize("padding", [0, 13])
+def test_loss_in_place_in_bf16_and_with_padding_is_as_exact_as_the_plain_one(padding: int) -> None:
+    """Distance to float64, of the summed loss and its gradients, where each label is nearly certain or unlikely."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 48, 64, generator=generator), torch.randn(211, 64, generator=generator)
+    labels = torch.randint(211 - 13, (2, 48), generator=generator)
+    x[0] = 0.5 * weight[labels[0]]
+    labels[1, 5:9] = IGNORED_LABEL
+
+    def distances(compute: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        own = [tensor.clone().to(dtype).requires_grad_() for tensor in (x, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            loss = compute(*own, labels, padding)
+        loss.backward()
+        return [loss.detach().double(), *(tensor.grad.double() for tensor in own if tensor.grad is not None)]
+
+    exact = distances(plain_cross_entropy, torch.float64)
+    plain, in_place = (
+        [(value - true).norm() / true.norm() for value, true in zip(distances(f, torch.float32), exact, strict=True)]
+        for f in (plain_cross_entropy, partial(in_place_cross_entropy, chunks=3))
+    )
+    assert all(ours <= 1.1 * theirs + 1e-4 for ours, theirs in zip(in_place, plain, strict=True)), (in_place, plain)
+
+
+def test_compiled_blocks_are_one_program_for_all_layers_and_the_same_function() -> None:
+    expected_loss, expected = loss_and_gradients(model_with(Kernels(), torch.float64))
+    compiled = CompiledBlock(speaks=False)
+    model = model_with(Kernels(attention=kept_attention, compiled=compiled))
+    loss, gradients = loss_and_gradients(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    assert all((gradients[n] - expected[n]).norm() / expected[n].norm() <= 1e-5 for n in expected)
+    loss_and_gradients(model, seed=1)
+    with torch.no_grad():
+        model.hidden(batch()[0][:, :5])  # not of full length: not compiled
+    assert compiled.programs == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_more_loss_chunks_than_tokens() -> None:

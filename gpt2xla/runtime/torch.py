@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from gpt2xla.attention import chunked_attention
-from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
+from gpt2xla.attention import chunked_attention, kept_attention, kept_numbers
+from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError, is_out_of_memory
-from gpt2xla.host_memory import free_host_memory
-from gpt2xla.kernels import choose_kernels
+from gpt2xla.host_memory import free_host_memory, keep_freed_memory
+from gpt2xla.kernels import Kernels, choose_kernels
 from gpt2xla.memory import GIB, Shortage
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
@@ -37,11 +37,17 @@ from gpt2xla.runtime.base import (
     random_seed,
     set_matmul_precision,
 )
+from gpt2xla.runtime.cpu_products import choose_products
 from gpt2xla.runtime.cpu_threads import count_threads, share_cores
 from gpt2xla.runtime.peers import Peers
+from gpt2xla.runtime.torch_compile import CompiledBlock, open_compile_cache, pays, why_not
 
 # Where a library asks for memory past torch's own allocator, or the allocator is MPS's.
 _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+
+# Numbers: logits of 1 GiB in bf16 on a GPU, 256 MiB in fp32 on a CPU.
+_LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**26}
+_KEPT_BYTES = 2**31  # that attention may keep for the backward pass, on a CPU
 
 
 class TorchRuntime:
@@ -63,7 +69,10 @@ class TorchRuntime:
         self._peers = Peers() if self.distributed else None
         if self.device.type == "cpu":
             share_cores()
-        set_matmul_precision(config.matmul_precision)
+            keep_freed_memory()
+            choose_products(config.matmul_precision)
+        else:
+            set_matmul_precision(config.matmul_precision)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
             torch.use_deterministic_algorithms(True)
@@ -75,24 +84,44 @@ class TorchRuntime:
         layout = parallel.describe(options)
         self.description = f"{self.world_size} x {self.name}{threads} (torch {torch.__version__}{layout})"
         self._sharded: nn.Module | None = None
+        self._compiled: CompiledBlock | None = None
         self._pending: deque[tuple[Callable[..., None], Tensor, torch.cuda.Event | None]] = deque()
 
     def seed(self, seed: int, step: int) -> None:
         torch.manual_seed(random_seed(seed, step, self.rank))
 
     def setup_model(self, model: GPT2) -> nn.Module:
-        model.kernels = choose_kernels(
+        self._compiled = self._compile(model)
+        model.kernels = self._kernels(model.config)
+        return self._place(model)
+
+    def _compile(self, model: GPT2) -> CompiledBlock | None:
+        flops = model.flops_per_token() * model.config.seq_length * self.train.train_batch_size / self.devices
+        flops *= self.train.train_steps * self.train.gradient_accum_step
+        asked = self.train.compile
+        if asked and (lack := why_not(self.device)):
+            raise InputError(f"--compile: {lack}; leave it out")
+        if asked is False or not (asked or pays(self.device, flops)):
+            return None
+        open_compile_cache(self.options.compile_cache)
+        return CompiledBlock(speaks=self.is_main)
+
+    def _kernels(self, model: ModelConfig) -> Kernels:
+        sequences, kind = self.train.train_batch_size // self.devices, self.device.type
+        logits = sequences * model.seq_length * model.vocab_size
+        keeps = kind == "cpu" and kept_numbers(sequences, model) * self.dtype.itemsize <= _KEPT_BYTES
+        in_chunks = (
+            kind in _LOGITS_AT_ONCE and self.dtype != torch.float16
+        )  # whose gradients are not in its range unscaled
+        return choose_kernels(
             self.train,
-            model.config,
-            attention={"chunked": chunked_attention},
-            preferred="sdpa",
-            loss_chunks=None,
+            model,
+            attention={"chunked": chunked_attention} | ({"kept": kept_attention} if kind == "cpu" else {}),
+            preferred="kept" if keeps else "sdpa",
+            loss_chunks=-(-logits // _LOGITS_AT_ONCE[kind]) if in_chunks else None,
             checkpoint=partial(checkpoint, use_reentrant=False),
+            compiled=self._compiled,
         )
-        trained = self._place(model)
-        if self.train.compile:
-            model.compile()
-        return trained
 
     def _place(self, model: GPT2) -> nn.Module:
         if self.mesh:
@@ -243,7 +272,7 @@ class TorchRuntime:
         return self._peers.ended() if self._peers else []
 
     def compiles(self) -> int:
-        return 0
+        return self._compiled.programs if self._compiled else 0
 
     def peak_flops(self) -> float | None:
         peak = measured_cpu_flops(self.dtype) if self.device.type == "cpu" else named_peak_flops(self.name)

@@ -36,7 +36,9 @@ def check_optimizer(options: TorchConfig, config: OptimConfig) -> None:
     """Raises InputError where an update needs whole matrices, and processes have parts."""
     for name, asked in (("--zero1", options.zero1), ("--fsdp", options.fsdp)):
         if asked and config.optim_type == "muon":
-            raise InputError(f"{name} does not work with --optim-type muon, whose updates need whole matrices; leave it out")
+            raise InputError(
+                f"{name} does not work with --optim-type muon, whose updates need whole matrices; leave it out"
+            )
 
 
 def describe(options: TorchConfig) -> str:

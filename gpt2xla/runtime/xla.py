@@ -31,6 +31,7 @@ from gpt2xla.config import ModelConfig, OptimConfig, TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError, is_out_of_memory
 from gpt2xla.kernels import Attention, Kernels, choose_kernels
+from gpt2xla.loss import chunked_cross_entropy
 from gpt2xla.memory import GIB, Shortage, compiler_figures
 from gpt2xla.model import GPT2
 from gpt2xla.norm import lean_layer_norm
@@ -125,7 +126,7 @@ class XlaRuntime:
             loss_chunks=-(-tokens * model.vocab_size // _LOGITS_AT_ONCE),
             checkpoint=torch_xla_checkpoint,
             layer_norm=partial(lean_layer_norm, fence=xm.optimization_barrier_),
-            fence=xm.optimization_barrier_,
+            chunked_loss=partial(chunked_cross_entropy, fence=xm.optimization_barrier_),
             static_shapes=True,
         )
 
