@@ -15,13 +15,17 @@ class RunFailed(RuntimeError):
     """The run cannot go on, through no fault of the program; the message says why and what to do. Exit code 1."""
 
 
+# What torch says, C++ says, and oneDNN says when it cannot have its scratch memory.
+_NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "could not create a primitive", "could not create a memory")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory has run out: this machine's, or a device's by torch's own error."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(w in str(error) for w in ("can't allocate memory", "std::bad_alloc"))
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 @contextlib.contextmanager

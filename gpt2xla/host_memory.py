@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -23,7 +24,15 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
 
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed for what is asked for next, where it is glibc. It gives large pieces back to the
-    system, which hands each one out again page by page, all zeroed: on CPUs that takes up to half of a training step."""
+    system, which hands each one out again page by page, all zeroed: on CPUs that takes up to half of a training step.
+
+    Not where the process's address space is limited, of which pieces too small for what comes next would take a part."""
+    if sys.platform != "linux":
+        return
+    import resource  # which Windows does not have
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
     no_piece_of_its_own, never_shrink = (-4, 0), (-1, -1)  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:

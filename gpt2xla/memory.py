@@ -151,16 +151,18 @@ def host_step_bytes(model: ModelConfig, train: TrainConfig, parameters: int, sha
 
     Of each token a block keeps its two inputs in the residual stream, the two layer norms' outputs, q, k, v, attention's
     output and, before and after the activation function, d_ff: 8 d_model + 2 d_ff numbers, of 2 bytes under autocast but for
-    the residual stream's. A checkpointed block keeps its input. At its backward pass, the loss holds the log-softmax of the
-    logits and two gradients.
+    the residual stream's. A checkpointed block keeps its input. The loss holds the logits of one piece.
     """
+    from gpt2xla.loss import LOGITS_AT_ONCE
+
     width = 4 if train.mixed_precision is None else 2
-    block = 2 * 4 * model.d_model + width * (6 * model.d_model + 2 * model.d_ff)
-    logits = 3 * 4 * model.vocab_size // max(1, train.loss_chunks)
+    tokens = share * model.seq_length
+    block = tokens * (2 * 4 * model.d_model + width * (6 * model.d_model + 2 * model.d_ff))
+    logits = width * min(tokens * model.vocab_size // max(1, train.loss_chunks), LOGITS_AT_ONCE["cpu"])
     kept = model.num_layers * block + logits
     if train.activation_checkpointing == "block":
-        kept = model.num_layers * 4 * model.d_model + max(block, logits)
-    return 4 * parameters + share * model.seq_length * kept
+        kept = model.num_layers * tokens * 4 * model.d_model + max(block, logits)
+    return 4 * parameters + kept
 
 
 def _sequences(count: int) -> str:

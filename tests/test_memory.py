@@ -216,22 +216,22 @@ def test_one_line_tells_and_what_the_work_held_is_free() -> None:
 
 
 def test_on_a_cpu_it_is_one_line_with_a_batch_that_fits(data_flags: list[str], tmp_path: Path) -> None:
-    """Each sequence takes some 38 MB, the loss's logits and their gradients above all: 64 are more than a GiB."""
+    """Each sequence takes some 5 MB, its activations above all: 512 are more than a GiB."""
     flags = [
-        *data_flags, *SMALL_RUN, "--vocab-size", "50000", "--seq-length", "64", "--train-steps", "1", "--valid-steps", "1",
+        *data_flags, *SMALL_RUN, "--d-model", "256", "--seq-length", "64", "--train-steps", "1", "--valid-steps", "1",
         "--eval-batch-size", "1", "--checkpoints-dir", tmp_path,
     ]  # fmt: skip
-    result = run_limited(1, *flags, "--train-batch-size", 64, "--gradient-accum-step", 1)
+    result = run_limited(1, *flags, "--train-batch-size", 512, "--gradient-accum-step", 1)
     (line,) = result.stderr.strip().splitlines()
     assert result.returncode == 1, result.stderr
     found = re.fullmatch(
-        r"run_pretrain.py: error: out of memory on this machine in step 1: --train-batch-size 64 does not fit; "
-        r"(\d+) sequences? per device fit: (--train-batch-size \1 --gradient-accum-step (\d+)) is the same 64 sequences "
+        r"run_pretrain.py: error: out of memory on this machine in step 1: --train-batch-size 512 does not fit; "
+        r"(\d+) sequences? per device fit: (--train-batch-size \1 --gradient-accum-step (\d+)) is the same 512 sequences "
         r"per update",
         line,
     )
     assert found, line
-    assert int(found[1]) * int(found[3]) == 64
+    assert int(found[1]) * int(found[3]) == 512
     succeed(run_limited(1, *flags, *found[2].split()))
 
 
@@ -239,14 +239,14 @@ def test_on_a_cpu_it_is_one_line_with_a_batch_that_fits(data_flags: list[str], t
 @pytest.mark.parametrize("ranks", ["1", "0,1"])
 def test_of_several_processes_one_tells_and_all_end(ranks: str, data_flags: list[str], tmp_path: Path) -> None:
     flags = [
-        *data_flags, *SMALL_RUN, "--vocab-size", "50000", "--seq-length", "64", "--train-steps", "1", "--valid-steps", "1",
-        "--train-batch-size", "64", "--gradient-accum-step", "1", "--checkpoints-dir", tmp_path,
+        *data_flags, *SMALL_RUN, "--d-model", "256", "--seq-length", "64", "--train-steps", "1", "--valid-steps", "1",
+        "--train-batch-size", "512", "--gradient-accum-step", "1", "--checkpoints-dir", tmp_path,
     ]  # fmt: skip
     result = torchrun(2, *flags, program="tests/memory_worker.py", LIMITED=ranks, PYTHONPATH=str(ROOT))
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
-    assert "out of memory on this machine in step 1: --train-batch-size 64 does not fit; " in line
-    assert line.endswith(" is the same 64 sequences per update")
+    assert "out of memory on this machine in step 1: --train-batch-size 512 does not fit; " in line
+    assert line.endswith(" is the same 512 sequences per update")
 
 
 def test_an_evaluation_out_of_memory_names_its_batch(data_flags: list[str], trained: Path) -> None:
@@ -263,9 +263,9 @@ def test_a_run_that_may_be_ended_without_a_word_is_warned() -> None:
     model, train = ModelConfig(), dataclasses.replace(TRAIN, train_batch_size=8, gradient_accum_step=64)
     assert host_warning(model, train, 124_000_000, None, 1) is None
     assert host_warning(model, train, 124_000_000, 64 * GIB, 1) is None
-    warning = host_warning(model, train, 124_000_000, 6 * GIB, 1)
+    warning = host_warning(model, train, 124_000_000, 4 * GIB, 1)
     assert warning is not None
-    assert "6.0 are free" in warning
+    assert "4.0 are free" in warning
     assert "--train-batch-size 4 --gradient-accum-step 128 is the same 512" in warning
     assert "choose a smaller model" in (host_warning(model, train, 124_000_000, GIB // 4, 1) or "")
 

@@ -24,6 +24,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError, is_out_of_memory
 from gpt2xla.host_memory import free_host_memory, keep_freed_memory
 from gpt2xla.kernels import Kernels, choose_kernels
+from gpt2xla.loss import LOGITS_AT_ONCE
 from gpt2xla.memory import GIB, Shortage
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
@@ -45,8 +46,6 @@ from gpt2xla.runtime.torch_compile import CompiledBlock, open_compile_cache, pay
 # Where a library asks for memory past torch's own allocator, or the allocator is MPS's.
 _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 
-# Numbers: logits of 1 GiB in bf16 on a GPU, 256 MiB in fp32 on a CPU.
-_LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**26}
 _KEPT_BYTES = 2**31  # that attention may keep for the backward pass, on a CPU
 
 
@@ -111,14 +110,14 @@ class TorchRuntime:
         logits = sequences * model.seq_length * model.vocab_size
         keeps = kind == "cpu" and kept_numbers(sequences, model) * self.dtype.itemsize <= _KEPT_BYTES
         in_chunks = (
-            kind in _LOGITS_AT_ONCE and self.dtype != torch.float16
+            kind in LOGITS_AT_ONCE and self.dtype != torch.float16
         )  # whose gradients are not in its range unscaled
         return choose_kernels(
             self.train,
             model,
             attention={"chunked": chunked_attention} | ({"kept": kept_attention} if kind == "cpu" else {}),
             preferred="kept" if keeps else "sdpa",
-            loss_chunks=-(-logits // _LOGITS_AT_ONCE[kind]) if in_chunks else None,
+            loss_chunks=-(-logits // LOGITS_AT_ONCE[kind]) if in_chunks else None,
             checkpoint=partial(checkpoint, use_reentrant=False),
             compiled=self._compiled,
         )
