@@ -8,8 +8,8 @@
 
 Same shapes, first weights, tokens, precision and rates for all. In each round they take turns, so that all see the same
 machine, and a round's ratios are taken between neighbours: other programs disturb the rates, and the ratios less. The tuned
-nanoGPT is the fastest that settings make of it: torch.compile, fused AdamW and, on CPUs, matrix products through oneDNN and
-glibc told to keep freed memory and to use huge pages. Before the rounds, ours and that one each make --curve updates, and the
+nanoGPT is the fastest that settings make of it: torch.compile, fused AdamW and, on CPUs, products through oneDNN and glibc
+told to keep freed memory and to use huge pages. Before the rounds, ours and that one each make --curve updates, and the
 largest difference between their losses is noted.
 """
 
@@ -75,14 +75,14 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
 class Running:
     """A contender in its process."""
 
-    def __init__(self, contender: Contender, folder: Path, batch: int, precision: str, device: str) -> None:
+    def __init__(self, contender: Contender, folder: Path, batch: int, precision: str, device: str, *more: str) -> None:
         environment = {**os.environ, "USE_TORCH_XLA": "0"}  # or transformers' Trainer would take XLA's CPU
         environment |= {"GLIBC_TUNABLES": KEEP_MEMORY} if contender.tuned else {}
         command = [sys.executable, "-W", "ignore", CONTENDERS, "--contender", contender.kind, "--folder", folder]
         command += ["--batch", batch, "--device", device]
         command += ["--peer", contender.peer] if contender.peer else []
         command += ["--precision", precision] if precision != "fp32" else []
-        command += [f"--{name}" for name in ("compile", "tuned") if getattr(contender, name)]
+        command += [*(f"--{name}" for name in ("compile", "tuned") if getattr(contender, name)), *more]
         self.name = contender.name
         self.process = subprocess.Popen(
             [str(part) for part in command], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -113,6 +113,8 @@ def measure(args: argparse.Namespace, size: str, precision: str) -> dict[str, An
         hf.save_model(Path(name), config, model.state_dict(), eot_id=None)
         flops = model.flops_per_token()
         del model
+        profiled = Running(contenders(args)[0], Path(name), batch, precision, args.device, "--profile")
+        costs = json.loads(profiled.process.communicate()[0])
         running = [Running(c, Path(name), batch, precision, args.device) for c in contenders(args)]
         curves, rates = {}, {contender.name: [] for contender in running}
         for contender in running:  # the first turn also compiles
@@ -131,7 +133,7 @@ def measure(args: argparse.Namespace, size: str, precision: str) -> dict[str, An
     peak = named_peak_flops(torch.cuda.get_device_name()) if args.device == "cuda" else None
     return {
         "batch": batch, "seq_length": config.seq_length, "flops_per_token": flops, "curves": curves,
-        "tokens_per_second": rates, "memory_bytes": memory, "peak_flops": peak,
+        "tokens_per_second": rates, "largest_costs": costs, "memory_bytes": memory, "peak_flops": peak,
     }  # fmt: skip
 
 
@@ -145,6 +147,8 @@ def table(results: dict[str, Any]) -> str:
     ]
     notes = []
     for run in results["runs"]:
+        costs = ", ".join(f"`{name[:60]}` {share:.0%}" for name, share in run["largest_costs"])
+        notes.append(f"- {run['size']}, {run['precision']}: the three largest costs of our update: {costs}.")
         name, rates = f"{run['size']}, {run['precision']}", run["tokens_per_second"]
         for contender, values in rates.items():
             ratios = [own / theirs for own, theirs in zip(rates["ours"], values, strict=True)]

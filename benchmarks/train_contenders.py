@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tuned", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     if args.tuned:
@@ -84,7 +85,8 @@ def main() -> None:
         Path(args.peer) if args.peer else None, args.compile, args.tuned,
     )  # fmt: skip
     answers, sys.stdout = sys.stdout, sys.stderr  # what the trainers print is no answer
-    CONTENDERS[args.contender](job, turns(job.device, answers))
+    turn = profiled(job.device, answers) if args.profile else turns(job.device, answers)
+    CONTENDERS[args.contender](job, turn)
 
 
 def turns(device: torch.device, answers: TextIO) -> Iterator[list[Tensor]]:
@@ -102,6 +104,25 @@ def turns(device: torch.device, answers: TextIO) -> Iterator[list[Tensor]]:
         answer = {"losses": [float(loss) for loss in losses], "seconds": seconds, "memory": memory}
         _release(device)
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def profiled(device: torch.device, answers: TextIO) -> Iterator[list[Tensor]]:
+    """Some updates to warm up, then three of which the answer tells the largest costs: (operation, share of the time)."""
+    for _ in range(3):
+        yield []
+    _finish(device)
+    with torch.profiler.profile() as profile:
+        for _ in range(3):
+            yield []
+        _finish(device)
+    on_device = device.type == "cuda"
+    seconds = {
+        event.key: event.self_device_time_total if on_device else event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    whole = sum(seconds.values())
+    largest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
+    print(json.dumps([(name, time / whole) for name, time in largest]), file=answers, flush=True)
 
 
 def _finish(device: torch.device) -> None:
