@@ -7,7 +7,6 @@ All begin with the same weights and see the same tokens, at the same rates: what
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import itertools
 import json
@@ -91,7 +90,7 @@ def main() -> None:
 
 def turns(device: torch.device, answers: TextIO) -> Iterator[list[Tensor]]:
     """One item per update that is asked for: the list that takes its loss. Of a turn the first one is not timed: it finds
-    caches cold, memory given back, and in the first turn nothing compiled."""
+    caches cold, and in the first turn nothing compiled."""
     for line in sys.stdin:
         losses: list[Tensor] = []
         ends = []
@@ -102,7 +101,8 @@ def turns(device: torch.device, answers: TextIO) -> Iterator[list[Tensor]]:
         seconds = [after - before for before, after in itertools.pairwise(ends)]
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         answer = {"losses": [float(loss) for loss in losses], "seconds": seconds, "memory": memory}
-        _release(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # for the others, who take their turns in the same memory
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -128,14 +128,6 @@ def profiled(device: torch.device, answers: TextIO) -> Iterator[list[Tensor]]:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _release(device: torch.device) -> None:
-    """What is free, for the others, who take their turns in the same memory."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
