@@ -29,6 +29,7 @@ from gpt2xla.samples import Sampler
 from gpt2xla.saving import BackgroundSaves
 from gpt2xla.start import Start, find_start
 from gpt2xla.stopping import Stop, Stopped, StopSignals
+from gpt2xla.summary import summary
 from gpt2xla.tokenizer import Tokenizer, match_tokenizer
 from gpt2xla.train_step import TrainStep
 from gpt2xla.wandb_sink import WandbSink
@@ -349,48 +350,18 @@ class Trainer:
         print(f"checkpoint: {self.folder / f'step-{step:08d}'}")
 
     def _print_summary(self, start: Start) -> None:
-        train, model, runtime = self.config.train, self.config.model, self.runtime
+        model, runtime = self.config.model, self.runtime
         for note in start.notes:
             print(note)
         if start.training:
             print(f"going on from {start.source} after step {start.step}")
         elif start.source:
             print(f"weights from {start.source}; the run starts at step 0")
-        rows = {
-            "model": f"{self.model.num_parameters():,} parameters: {model.num_layers} layers, d_model {model.d_model}, "
-            f"{model.num_heads} heads, vocabulary {model.vocab_size:,}, sequences of {model.seq_length}, "
-            f"dropout {model.dropout}",
-            "devices": runtime.description,
-            "precision": f"{train.mixed_precision or 'fp32'}, matmul {train.matmul_precision}",
-            "batch": f"{self.per_device} sequences x {runtime.devices} devices x {train.gradient_accum_step} micro-steps "
-            f"= {self.sequences_per_step} sequences = {self.tokens_per_step:,} tokens per step",
-            "data": f"{self._training_data()} to train on, {self.valid_windows.stream.length:,} to validate on"
-            + (", all as their manifests say" if self.config.data.verify_data else ""),
-            "run": f"steps {start.step + 1} to {train.train_steps}: {train.train_steps * self.tokens_per_step:,} tokens in "
-            f"all, {self._epochs()}",
-            "tokenizer": self.tokenizer.name
-            if self.tokenizer
-            else "none found: checkpoints will lack one (--tokenizer)",
-            "output": str(self.folder),
-        }
-        for name, text in rows.items():
+        for name, text in summary(self, start).items():
             print(f"{name:>10}: {text}", flush=True)
         free, parameters = runtime.free_memory(), self.model.num_parameters()
-        if warning := memory.host_warning(model, train, parameters, free, runtime.devices):
+        if warning := memory.host_warning(model, self.config.train, parameters, free, runtime.devices):
             print(warning, file=sys.stderr, flush=True)
-
-    def _training_data(self) -> str:
-        sets, shares = self.order.sets, self.order.mixture.shares
-        if len(sets) == 1:
-            return f"{sets[0].stream.length:,} tokens"
-        parts = zip(sets, shares, strict=True)
-        return " + ".join(f"{share:.2%} from {w.stream.name} ({w.stream.length:,} tokens)" for w, share in parts)
-
-    def _epochs(self) -> str:
-        sequences = self.config.train.train_steps * self.sequences_per_step
-        parts = zip(self.order.epochs, self.order.mixture.shares, strict=True)
-        counts = ", ".join(f"{share * sequences / order.per_epoch:.2f}" for order, share in parts)
-        return f"{counts} epochs"
 
     def _data_position(self) -> dict[str, Any]:
         """What decides which windows a step reads: all of it must stay the same for a resumed run to go on exactly."""
