@@ -112,7 +112,6 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
         counted_N = labels_N != IGNORED_LABEL
         wants_gradient = any(ctx.needs_input_grad[:2])
         head_VD = weight_VD.to(x_ND.dtype)
-        head_DV = head_VD.t().contiguous()  # the product with its transpose is faster than that with head_VD
         losses, dx_ND, dweight_VD = [], torch.empty_like(x_ND), None
         parts = (t.split(-(-len(x_ND) // chunks)) for t in (x_ND, labels_N.where(counted_N, 0), counted_N, dx_ND))
         for x_CD, labels_C, counted_C, dx_CD in zip(*parts, strict=True):
@@ -128,7 +127,8 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
                 dlabel_C = torch.exp(label_logits_C - log_sum_C) - 1
                 dlogits_CV = probabilities_CV.scatter_(1, labels_C[:, None], dlabel_C.to(x_CD.dtype)[:, None])
                 counted_C1 = counted_C[:, None]
-                torch.mm(dlogits_CV, head_DV.t(), out=dx_CD).mul_(counted_C1)
+                # On CPUs this way round the same product is faster.
+                torch.mul((head_VD.t() @ dlogits_CV.t()).t(), counted_C1, out=dx_CD)
                 part_VD = (dlogits_CV.t() @ (x_CD * counted_C1)).to(weight_VD.dtype)
                 dweight_VD = part_VD if dweight_VD is None else dweight_VD.add_(part_VD)
         if wants_gradient:
