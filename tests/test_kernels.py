@@ -139,6 +139,8 @@ def test_loss_in_place_in_bf16_and_with_padding_is_as_exact_as_the_plain_one(pad
 
 def test_compiled_blocks_are_one_program_for_all_layers_and_the_same_function() -> None:
     expected_loss, expected = loss_and_gradients(model_with(Kernels(), torch.float64))
+    torch._dynamo.reset()  # of what other tests have compiled in this process
+    torch._dynamo.utils.counters.clear()
     compiled = CompiledBlock(speaks=False)
     model = model_with(Kernels(attention=kept_attention, compiled=compiled))
     loss, gradients = loss_and_gradients(model)

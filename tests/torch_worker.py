@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
-from gpt2xla.optim import MOMENTS
+from gpt2xla.optim import ADAM_MOMENTS
 from gpt2xla.runtime.torch import TorchRuntime
 from gpt2xla.train_step import TrainStep
 from gpt2xla.trainer import pretrain
@@ -56,7 +56,7 @@ def main() -> None:
     dist.reduce_scatter_tensor = count_reduce_scatter
     pretrain(config, lambda train: TorchRuntime(options, train))
     (step,) = steps
-    states = [state[key] for state in step.optimizer.state.values() for key in MOMENTS]
+    states = [state[key] for state in step.optimizer.state.values() for key in ADAM_MOMENTS]
     counts = {
         "updates": updates,
         "moments": sum(map(numel_here, states)),
