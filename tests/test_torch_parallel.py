@@ -64,7 +64,9 @@ def test_two_processes_train_as_one(runs: dict[str, Path], name: str) -> None:
     for key in ("loss", "grad_norm", "valid_loss"):
         values = [[line[key] for line in lines if key in line] for lines in (lines, expected)]
         assert len(values[0]) == (2 if key == "valid_loss" else 20)
-        assert values[0] == pytest.approx(values[1], rel=RELATIVE[name]), key
+        # A norm has the rounding of every gradient in it: of half a batch each, some ten units in fp32's last place.
+        rel = max(RELATIVE[name], 4e-6 if key == "grad_norm" else 0)
+        assert values[0] == pytest.approx(values[1], rel=rel), key
     ours, theirs = weights_of(runs[name]), weights_of(runs["one"])
     for key, tensor in theirs.items():
         if key.endswith("attn.c_attn.bias"):
