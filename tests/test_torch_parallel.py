@@ -29,7 +29,8 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def flags(data_flags: list[str]) -> list[str]:
-    return [*data_flags, *SMALL_RUN, "--gradient-accum-step", "4"]
+    # torch's own attention rounds a sequence alike in batches of any size, which leaves the reduction to be compared.
+    return [*data_flags, *SMALL_RUN, "--gradient-accum-step", "4", "--attention", "sdpa"]
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,7 @@ def test_two_processes_train_as_one(runs: dict[str, Path], name: str) -> None:
     for key in ("loss", "grad_norm", "valid_loss"):
         values = [[line[key] for line in lines if key in line] for lines in (lines, expected)]
         assert len(values[0]) == (2 if key == "valid_loss" else 20)
-        # A norm has the rounding of every gradient in it: of half a batch each, some ten units in fp32's last place.
-        rel = max(RELATIVE[name], 4e-6 if key == "grad_norm" else 0)
-        assert values[0] == pytest.approx(values[1], rel=rel), key
+        assert values[0] == pytest.approx(values[1], rel=RELATIVE[name]), key
     ours, theirs = weights_of(runs[name]), weights_of(runs["one"])
     for key, tensor in theirs.items():
         if key.endswith("attn.c_attn.bias"):
