@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from gpt2xla.console import say
+
 METRICS_FILE = "metrics.jsonl"
 TEST_FILE = "test.jsonl"  # what --do-test adds to
 _SECONDS_BETWEEN_LINES = 10
@@ -52,7 +54,7 @@ class JsonlSink:
         self._stream.close()
         if self._unwritten:
             lines = self._unwritten.count(b"\n")
-            print(f"{self._file} lacks its last {lines} lines", file=sys.stderr, flush=True)
+            say(f"{self._file} lacks its last {lines} lines", error=True)
 
     def _write_out(self) -> None:
         try:
@@ -60,9 +62,7 @@ class JsonlSink:
                 self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
         except OSError as error:
             if not self._is_told:
-                print(
-                    f"{self._file} cannot be written ({error.strerror}); its lines wait until it can", file=sys.stderr
-                )
+                say(f"{self._file} cannot be written ({error.strerror}); its lines wait until it can", error=True)
             self._is_told = True
 
 
@@ -83,16 +83,14 @@ class ConsoleSink:
         if "valid_loss" in line:
             loss = line["valid_loss"]
             text = f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f} on {line['valid_tokens']:,} tokens"
-            tqdm.write(f"step {step:>6}: {text}", file=sys.stdout)
+            say(f"step {step:>6}: {text}")
             return
         if "hellaswag_acc" in line:
             acc, acc_norm, items = (line[f"hellaswag_{name}"] for name in ("acc", "acc_norm", "items"))
-            tqdm.write(
-                f"step {step:>6}: HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items", file=sys.stdout
-            )
+            say(f"step {step:>6}: HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items")
             return
         if "sample" in line:
-            tqdm.write(f"step {step:>6}: sample: {line['sample']}", file=sys.stdout)
+            say(f"step {step:>6}: sample: {line['sample']}")
             return
         mfu = "" if line["mfu"] is None else f", mfu {line['mfu']:.1%}"
         text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {line['tokens_per_second']:,.0f} tokens/s{mfu}"
@@ -107,7 +105,7 @@ class ConsoleSink:
             left = (
                 f", {tqdm.format_interval((now - self._first_done) / done * (self._last - step))} left" if done else ""
             )
-            print(f"step {step:>6}/{self._last}: {text}{left}", flush=True)
+            say(f"step {step:>6}/{self._last}: {text}{left}")
 
     def close(self) -> None:
         self._bar.close()

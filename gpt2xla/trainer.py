@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from gpt2xla import checkpoint, memory, optim
 from gpt2xla.config import RunConfig, TrainConfig
+from gpt2xla.console import say
 from gpt2xla.data.mixture import PATTERN
 from gpt2xla.data.opening import check_same_tokenizer, open_training, open_validation
 from gpt2xla.data.windows import TrainingOrder, Windows, share_of
@@ -315,11 +315,7 @@ class Trainer:
 
     def _save_failed(self, error: OSError) -> None:
         goes_on = self.config.train.on_save_error == "go-on"
-        print(
-            f"{error}; older checkpoints are good; training {'goes on' if goes_on else 'stops'}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{error}; older checkpoints are good; training {'goes on' if goes_on else 'stops'}", error=True)
         if not goes_on:
             self.stop.wish("a checkpoint that could not be written")
 
@@ -361,7 +357,7 @@ class Trainer:
             print(f"{name:>10}: {text}", flush=True)
         free, parameters = runtime.free_memory(), self.model.num_parameters()
         if warning := memory.host_warning(model, self.config.train, parameters, free, runtime.devices):
-            print(warning, file=sys.stderr, flush=True)
+            say(warning, error=True)
 
     def _data_position(self) -> dict[str, Any]:
         """What decides which windows a step reads: all of it must stay the same for a resumed run to go on exactly."""

@@ -8,12 +8,12 @@ import os
 import queue
 import secrets
 import string
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import RunConfig
+from gpt2xla.console import say
 from gpt2xla.json_file import read_json
 
 WANDB_FILE = "wandb_run.json"  # which of wandb's runs this folder's is, and the last step that was handed to it
@@ -133,11 +133,8 @@ class WandbSink:
     def _fail(self, error: object) -> None:
         if not self._is_dead:
             self._is_dead = True
-            print(
-                f"wandb failed ({' '.join(str(error).split())}); the run goes on, metrics.jsonl has everything",
-                file=sys.stderr,
-                flush=True,
-            )
+            reason = " ".join(str(error).split())
+            say(f"wandb failed ({reason}); the run goes on, metrics.jsonl has everything", error=True)
 
 
 def _has(run: Any, values: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gpt2xla.console import say
 from gpt2xla.errors import RunFailed, blaming
 from gpt2xla.kernels import Kernels
 
@@ -69,7 +70,7 @@ class CompiledBlock:
             return self._compiled(block, x_BTD, kernels)
         name = "training step" if program[1] else "validation step"
         if self._speaks:
-            print(f"compiling the blocks of the {name} ...", flush=True)
+            say(f"compiling the blocks of the {name} ...")
         start = time.perf_counter()
         try:
             y_BTD = self._compiled(block, x_BTD, kernels)
@@ -78,7 +79,7 @@ class CompiledBlock:
             raise RunFailed(f"torch.compile failed ({reason}); go on without it: --no-compile") from error
         self._known.add(program)
         if self._speaks:
-            print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+            say(f"compiled in {time.perf_counter() - start:.0f} s")
         return y_BTD
 
 

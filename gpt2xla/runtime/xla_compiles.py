@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 import torch_xla
 import torch_xla.debug.metrics as met
 import torch_xla.runtime as xr
-from tqdm import tqdm
 
+from gpt2xla.console import say
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import blaming
 
@@ -123,8 +122,7 @@ class CompileWatch:
 
     def _say(self, text: str, error: bool = False) -> None:
         if self._speaks:
-            tqdm.write(text, file=sys.stderr if error else sys.stdout)  # past a progress bar
-            sys.stdout.flush()
+            say(text, error)
 
 
 def _count_fallbacks() -> dict[str, int]:
