@@ -113,6 +113,7 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
         wants_gradient = any(ctx.needs_input_grad[:2])
         head_VD = weight_VD.to(x_ND.dtype)
         losses, dx_ND, dweight_VD = [], torch.empty_like(x_ND), None
+        rows_C = torch.arange(len(x_ND), device=x_ND.device)
         parts = (t.split(-(-len(x_ND) // chunks)) for t in (x_ND, labels_N.where(counted_N, 0), counted_N, dx_ND))
         for x_CD, labels_C, counted_C, dx_CD in zip(*parts, strict=True):
             logits_CV = x_CD @ head_VD.t()
@@ -125,7 +126,8 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
             losses.append(torch.where(counted_C, log_sum_C - label_logits_C, 0.0).sum())
             if wants_gradient:
                 dlabel_C = torch.exp(label_logits_C - log_sum_C) - 1
-                dlogits_CV = probabilities_CV.scatter_(1, labels_C[:, None], dlabel_C.to(x_CD.dtype)[:, None])
+                probabilities_CV[rows_C[: len(x_CD)], labels_C] = dlabel_C.to(x_CD.dtype)
+                dlogits_CV = probabilities_CV
                 counted_C1 = counted_C[:, None]
                 # On CPUs this way round the same product is faster.
                 torch.mul((head_VD.t() @ dlogits_CV.t()).t(), counted_C1, out=dx_CD)
