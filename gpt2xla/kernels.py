@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import ModelConfig, TrainConfig
 from gpt2xla.errors import InputError
-from gpt2xla.loss import in_place_cross_entropy, plain_cross_entropy
+from gpt2xla.loss import plain_cross_entropy
 from gpt2xla.norm import plain_layer_norm
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -53,8 +53,8 @@ def choose_kernels(
     attention: dict[str, Attention],
     preferred: str,
     loss_chunks: int | None,
+    chunked_loss: Callable[..., Tensor],
     checkpoint: Callable[..., Any],
-    chunked_loss: Callable[..., Tensor] = in_place_cross_entropy,
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
     static_shapes: bool = False,
     compiled: Callable[..., Tensor] | None = None,

@@ -18,8 +18,8 @@ from gpt2xla.fence import Fence, no_fence
 IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
 
 
-# How many a torch device makes at a time, unless told: on a GPU 1 GiB in bf16, on a CPU 256 MiB in fp32.
-LOGITS_AT_ONCE = {"cuda": 2**29, "cpu": 2**26}
+# Bytes of them that a torch device makes at a time, unless told.
+LOGITS_AT_ONCE = {"cuda": 2**30, "cpu": 2**29}
 
 
 def plain_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
@@ -43,13 +43,15 @@ def chunked_cross_entropy(
 
 
 def in_place_cross_entropy(
-    x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, *, chunks: int
+    x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, *, chunks: int, reads_wait: bool = False
 ) -> Tensor:
     """The same as `chunked_cross_entropy` for devices that run operations as they are called: each pass over the logits
-    overwrites them, until they are their own gradient."""
+    overwrites them, until they are their own gradient.
+
+    reads_wait: whether the host, to read a value, waits for the device; where it does not, two passes are saved."""
     kind = x_BTD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
-    return _InPlaceCrossEntropy.apply(x_BTD.to(dtype), weight_VD, labels_BT, padding, chunks)
+    return _InPlaceCrossEntropy.apply(x_BTD.to(dtype), weight_VD, labels_BT, padding, chunks, reads_wait)
 
 
 def mask_padding(logits_V: Tensor, padding: int) -> Tensor:
@@ -107,27 +109,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 class _InPlaceCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int, chunks: int) -> Tensor:
+    def forward(
+        ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int, chunks: int, reads_wait: bool
+    ) -> Tensor:
         x_ND, labels_N = x_BTD.flatten(0, 1), labels_BT.flatten()
         counted_N = labels_N != IGNORED_LABEL
         wants_gradient = any(ctx.needs_input_grad[:2])
         head_VD = weight_VD.to(x_ND.dtype)
         losses, dx_ND, dweight_VD = [], torch.empty_like(x_ND), None
-        rows_C = torch.arange(len(x_ND), device=x_ND.device)
-        parts = (t.split(-(-len(x_ND) // chunks)) for t in (x_ND, labels_N.where(counted_N, 0), counted_N, dx_ND))
+        size = -(-len(x_ND) // chunks)
+        space_CV, rows_C = x_ND.new_empty(size, len(head_VD)), torch.arange(size, device=x_ND.device)
+        parts = (t.split(size) for t in (x_ND, labels_N.where(counted_N, 0), counted_N, dx_ND))
         for x_CD, labels_C, counted_C, dx_CD in zip(*parts, strict=True):
-            logits_CV = x_CD @ head_VD.t()
+            logits_CV = torch.mm(x_CD, head_VD.t(), out=space_CV[: len(x_CD)])
             if padding:
                 logits_CV[:, -padding:] = -torch.inf
-            label_logits_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1).float()
-            max_C = logits_CV.amax(-1).float()
+            of_labels = rows_C[: len(x_CD)], labels_C
+            label_logits_C = logits_CV[of_labels].float()
+            max_C = logits_CV.amax(-1).float() if reads_wait else None
             probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
-            log_sum_C = max_C - probabilities_CV.amax(-1).float().log()
+            if max_C is None:
+                # No pass over all of them for the sums: the label's own tells it, unless it has vanished.
+                log_sum_C = label_logits_C - probabilities_CV[of_labels].float().log()
+                vanished_C = probabilities_CV[of_labels] < torch.finfo(torch.float32).tiny
+                if vanished_C.any():
+                    again_CV = mask_padding((x_CD[vanished_C] @ head_VD.t()).float(), padding)
+                    log_sum_C[vanished_C] = again_CV.logsumexp(-1)
+            else:
+                log_sum_C = max_C - probabilities_CV.amax(-1).float().log()
             losses.append(torch.where(counted_C, log_sum_C - label_logits_C, 0.0).sum())
             if wants_gradient:
-                dlabel_C = torch.exp(label_logits_C - log_sum_C) - 1
-                probabilities_CV[rows_C[: len(x_CD)], labels_C] = dlabel_C.to(x_CD.dtype)
                 dlogits_CV = probabilities_CV
+                # scatter_ would copy all of them in bf16.
+                dlogits_CV[of_labels] = (torch.exp(label_logits_C - log_sum_C) - 1).to(x_CD.dtype)
                 counted_C1 = counted_C[:, None]
                 # On CPUs this way round the same product is faster.
                 torch.mul((head_VD.t() @ dlogits_CV.t()).t(), counted_C1, out=dx_CD)
@@ -140,4 +154,4 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx_BTD, dweight_VD = ctx.saved_tensors
-        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None
+        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None, None

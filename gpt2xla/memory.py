@@ -158,7 +158,7 @@ def host_step_bytes(model: ModelConfig, train: TrainConfig, parameters: int, sha
     width = 4 if train.mixed_precision is None else 2
     tokens = share * model.seq_length
     block = tokens * (2 * 4 * model.d_model + width * (6 * model.d_model + 2 * model.d_ff))
-    logits = width * min(tokens * model.vocab_size // max(1, train.loss_chunks), LOGITS_AT_ONCE["cpu"])
+    logits = min(width * tokens * model.vocab_size // max(1, train.loss_chunks), LOGITS_AT_ONCE["cpu"])
     kept = model.num_layers * block + logits
     if train.activation_checkpointing == "block":
         kept = model.num_layers * tokens * 4 * model.d_model + max(block, logits)

@@ -24,7 +24,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError, is_out_of_memory
 from gpt2xla.host_memory import free_host_memory, keep_freed_memory
 from gpt2xla.kernels import Kernels, choose_kernels
-from gpt2xla.loss import LOGITS_AT_ONCE
+from gpt2xla.loss import LOGITS_AT_ONCE, in_place_cross_entropy
 from gpt2xla.memory import GIB, Shortage
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
@@ -117,7 +117,8 @@ class TorchRuntime:
             model,
             attention={"chunked": chunked_attention} | ({"kept": kept_attention} if kind == "cpu" else {}),
             preferred="kept" if keeps else "sdpa",
-            loss_chunks=-(-logits // LOGITS_AT_ONCE[kind]) if in_chunks else None,
+            chunked_loss=partial(in_place_cross_entropy, reads_wait=kind != "cpu"),
+            loss_chunks=-(-logits * self.dtype.itemsize // LOGITS_AT_ONCE[kind]) if in_chunks else None,
             checkpoint=partial(checkpoint, use_reentrant=False),
             compiled=self._compiled,
         )
