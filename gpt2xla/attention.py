@@ -56,11 +56,12 @@ class _KeptAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
         q_NTK, k_NTK, v_NTK = (_beside_sequences(x, num_heads) for x in (q_BTD, k_BTD, v_BTD))
-        scale, y_NTK, kept = 1 / math.sqrt(q_NTK.shape[-1]), torch.empty_like(q_NTK), []
+        q_NTK = q_NTK / math.sqrt(q_NTK.shape[-1])
+        y_NTK, kept = torch.empty_like(q_NTK), []
         for queries, keys in _chunks(q_NTK.shape[1]):
-            future_CS = torch.full((queries.stop - queries.start, keys.stop), -torch.inf, dtype=q_NTK.dtype)
-            future_CS = future_CS.triu(queries.start + 1)
-            scores_NCS = torch.baddbmm(future_CS, q_NTK[:, queries], k_NTK[:, keys].mT, alpha=scale)
+            scores_NCS = q_NTK[:, queries] @ k_NTK[:, keys].mT
+            now_NCC = scores_NCS[..., queries]  # the keys among which some are in a query's future
+            now_NCC += torch.full(now_NCC.shape[1:], -torch.inf, dtype=now_NCC.dtype).triu(1)
             weights_NCS = torch.softmax(scores_NCS, -1, out=scores_NCS)
             y_NTK[:, queries] = weights_NCS @ v_NTK[:, keys]
             kept.append(weights_NCS)
@@ -79,7 +80,6 @@ class _KeptAttention(torch.autograd.Function):
             dq_NTK[:, queries] = dscores_NCS @ k_NTK[:, keys] * scale
             dk_NTK[:, keys] += dscores_NCS.mT @ q_NTK[:, queries]
             dv_NTK[:, keys] += weights_NCS.mT @ dy_NTK[:, queries]
-        dk_NTK *= scale
         return *(_side_by_side(x, ctx.num_heads) for x in (dq_NTK, dk_NTK, dv_NTK)), None
 
 
