@@ -33,6 +33,9 @@ CHOICES = {
     "chunked loss, one piece": Kernels(cross_entropy=partial(chunked_cross_entropy, chunks=1)),
     "loss in place": Kernels(cross_entropy=partial(in_place_cross_entropy, chunks=3)),
     "loss in place, one piece": Kernels(cross_entropy=partial(in_place_cross_entropy, chunks=1)),
+    "loss in place, where reads wait": Kernels(
+        cross_entropy=partial(in_place_cross_entropy, chunks=3, reads_wait=True)
+    ),
     "kept attention": Kernels(attention=kept_attention),
     "lean layer norm": Kernels(layer_norm=lean_layer_norm),
     "separate projections": Kernels(separate_qkv=True),
@@ -137,6 +140,22 @@ def test_loss_in_place_in_bf16_and_with_padding_is_as_exact_as_the_plain_one(pad
     assert all(ours <= 1.1 * theirs + 1e-4 for ours, theirs in zip(in_place, plain, strict=True)), (in_place, plain)
 
 
+@pytest.mark.parametrize("reads_wait", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_label_whose_probability_is_no_longer_a_number_has_its_loss_all_the_same(
+    dtype: torch.dtype, reads_wait: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 48, 64, generator=generator), torch.randn(211, 64, generator=generator)
+    labels = torch.randint(211 - 13, (2, 48), generator=generator)
+    labels[1, 5:9] = IGNORED_LABEL
+    x[0] = -4 * weight[labels[0]]
+    expected = plain_cross_entropy(x.to(dtype).double(), weight.to(dtype).double(), labels, 13)
+    assert expected > 48 * 200
+    loss = in_place_cross_entropy(x.to(dtype), weight.to(dtype), labels, 13, chunks=3, reads_wait=reads_wait)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0)
+
+
 def test_compiled_blocks_are_one_program_for_all_layers_and_the_same_function() -> None:
     expected_loss, expected = loss_and_gradients(model_with(Kernels(), torch.float64))
     torch._dynamo.reset()  # of what other tests have compiled in this process
@@ -179,7 +198,7 @@ def test_attention_that_does_not_fit_is_refused() -> None:
         config = RunConfig.from_flat(options)
         return choose_kernels(
             config.train, config.model, attention={"chunked": chunked_attention}, preferred="chunked", loss_chunks=None,
-            checkpoint=checkpoint,
+            chunked_loss=in_place_cross_entropy, checkpoint=checkpoint,
         )  # fmt: skip
 
     assert choose().attention is chunked_attention
