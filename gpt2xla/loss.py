@@ -48,7 +48,8 @@ def in_place_cross_entropy(
     """The same as `chunked_cross_entropy` for devices that run operations as they are called: each pass over the logits
     overwrites them, until they are their own gradient.
 
-    reads_wait: whether the host, to read a value, waits for the device; where it does not, two passes are saved."""
+    With `reads_wait` the host reads no value, for which it would wait for the device. Without, the sums behind the losses
+    follow from the labels' own probabilities, where these are not too small, and two passes over the logits are saved."""
     kind = x_BTD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
     return _InPlaceCrossEntropy.apply(x_BTD.to(dtype), weight_VD, labels_BT, padding, chunks, reads_wait)
@@ -126,17 +127,18 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
                 logits_CV[:, -padding:] = -torch.inf
             of_labels = rows_C[: len(x_CD)], labels_C
             label_logits_C = logits_CV[of_labels].float()
-            max_C = logits_CV.amax(-1).float() if reads_wait else None
-            probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
-            if max_C is None:
-                # No pass over all of them for the sums: the label's own tells it, unless it has vanished.
-                log_sum_C = label_logits_C - probabilities_CV[of_labels].float().log()
-                vanished_C = probabilities_CV[of_labels] < torch.finfo(torch.float32).tiny
+            if reads_wait:
+                max_C = logits_CV.amax(-1).float()
+                probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+                log_sum_C = max_C - probabilities_CV.amax(-1).float().log()
+            else:
+                probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+                label_probabilities_C = probabilities_CV[of_labels].float()
+                log_sum_C = label_logits_C - label_probabilities_C.log()
+                vanished_C = label_probabilities_C < torch.finfo(torch.float32).tiny
                 if vanished_C.any():
                     again_CV = mask_padding((x_CD[vanished_C] @ head_VD.t()).float(), padding)
                     log_sum_C[vanished_C] = again_CV.logsumexp(-1)
-            else:
-                log_sum_C = max_C - probabilities_CV.amax(-1).float().log()
             losses.append(torch.where(counted_C, log_sum_C - label_logits_C, 0.0).sum())
             if wants_gradient:
                 dlogits_CV = probabilities_CV

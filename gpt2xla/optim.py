@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from gpt2xla.config import OptimConfig
 from gpt2xla.muon import Muon
@@ -83,7 +82,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):  # of gradients that are split over processes
+    if hasattr(norm, "full_tensor"):  # a DTensor, of gradients that are split over processes
         norm = norm.full_tensor()
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2xla import hf, optim, sharded_state
+from gpt2xla import hf, optim
 from gpt2xla.checkpoint import (
     COMPLETE,
     RUN_CONFIG,
@@ -291,6 +291,8 @@ def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
     try:
         step, optimizer = training["step"], training["optimizer"]
         if (source / SHARDS).is_dir():
+            from gpt2xla import sharded_state  # whose library takes half a second
+
             file = source / SHARDS
             optimizer |= sharded_state.load(file, moments)
         found = {key: {name: t.shape for name, t in optimizer[key].items()} for key in moments}

@@ -117,7 +117,7 @@ def test_a_finished_run_has_nothing_to_do(trained: Path, data_flags: list[str]) 
 
 def test_the_same_batch_may_be_cut_otherwise_on_resume(data_flags: list[str], trained: Path, tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path, "--resume", trained / "step-00000010"]
-    succeed(run("run_pretrain.py", *flags, "--train-batch-size", 6, "--gradient-accum-step", 2))
+    succeed(run_here("run_pretrain.py", *flags, "--train-batch-size", 6, "--gradient-accum-step", 2))
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained)[10:], rel=1e-5)
 
 
@@ -136,11 +136,12 @@ def test_a_run_continued_by_its_folder_alone_is_exact_in_its_own_precision(
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_follows_fp32(precision: str, trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     flags = ["--mixed-precision", precision, "--checkpoints-dir", tmp_path]
-    succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, *flags))
+    succeed(run_here("run_pretrain.py", *data_flags, *SMALL_RUN, *flags))
     assert training_losses(tmp_path)[0] == pytest.approx(training_losses(trained)[0], rel=1e-2)
     assert training_losses(tmp_path)[-1] == pytest.approx(training_losses(trained)[-1], abs=0.3)
 
 
+@pytest.mark.slow
 def test_bf16_on_xla_follows_fp32(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     flags = ["--mixed-precision", "bf16", "--use-syncfree-optim", "--checkpoints-dir", tmp_path]
     succeed(run_xla(*data_flags, *SMALL_RUN, *flags))
@@ -164,7 +165,7 @@ def test_do_test_prints_the_checkpoints_loss_and_writes_a_line(
         "--checkpoints-dir",
         tmp_path / "c",
     ]
-    text = succeed(run("run_pretrain.py", *flags, "--eval-batch-size", 4, "--valid-steps", 3))
+    text = succeed(run_here("run_pretrain.py", *flags, "--eval-batch-size", 4, "--valid-steps", 3))
     assert f"loss {last:.6f}" in text
     assert f"perplexity {np.exp(last):.4f} on 192 tokens" in text
     assert [file.name for file in (tmp_path / "c").iterdir()] == ["test.jsonl"]

@@ -173,7 +173,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path: Path)
 
 def test_a_folder_of_our_checkpoints_converts_to_its_newest(trained: Path, tmp_path: Path) -> None:
     """Without what only training needs."""
-    succeed(run("scripts/convert_checkpoint.py", "--input", trained, "--output-dir", tmp_path / "out"))
+    succeed(run_here("scripts/convert_checkpoint.py", "--input", trained, "--output-dir", tmp_path / "out"))
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors"}
     _, weights = load_weights(tmp_path / "out")

@@ -128,7 +128,7 @@ for name in sys.argv[1:]:
         assert all(part in line for part in parts), line
 
 
-@pytest.mark.parametrize("program", ["run_pretrain.py", "run_pretrain_xla.py"])
+@pytest.mark.parametrize("program", ["run_pretrain.py", pytest.param("run_pretrain_xla.py", marks=pytest.mark.slow)])
 def test_without_a_network_one_line_says_how_to_go_on(program: str, data_flags: list[str], tmp_path: Path) -> None:
     nowhere = environment("http://127.0.0.1:9", tmp_path)
     flags = [*data_flags, *SMALL_RUN, "--from-checkpoint", "gpt2-xl", "--checkpoints-dir", tmp_path / "run"]

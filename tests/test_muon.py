@@ -35,7 +35,7 @@ def flags(data_flags: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def torch_run(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torch")
-    succeed(run("run_pretrain.py", *flags, folder))
+    succeed(run_here("run_pretrain.py", *flags, folder))
     return folder
 
 
@@ -66,8 +66,8 @@ def test_xla_equals_torch_in_two_graphs(torch_run: Path, xla_run: Path) -> None:
 @pytest.mark.parametrize(
     ("devices", "layout"),
     [
-        (1, ["--use-syncfree-optim"]),
         (4, ["--spmd", "--fsdp"]),
+        pytest.param(1, ["--use-syncfree-optim"], marks=pytest.mark.slow),
         pytest.param(1, [], marks=pytest.mark.slow),
         pytest.param(2, [], marks=pytest.mark.slow),
         pytest.param(4, ["--spmd", "--use-syncfree-optim"], marks=pytest.mark.slow),
@@ -95,7 +95,7 @@ def optimizer_state(root: Path) -> dict:
 
 
 def test_xlas_run_goes_on_in_torch(torch_run: Path, xla_run: Path, flags: list[str], tmp_path: Path) -> None:
-    succeed(run("run_pretrain.py", *flags, tmp_path, "--from-checkpoint", xla_run / "step-00000010"))
+    succeed(run_here("run_pretrain.py", *flags, tmp_path, "--from-checkpoint", xla_run / "step-00000010"))
     assert training_losses(tmp_path) == pytest.approx(training_losses(torch_run)[10:], rel=RELATIVE)
 
 

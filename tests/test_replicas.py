@@ -15,7 +15,7 @@ from conftest import (
     SMALL_RUN,
     metrics,
     require_xla,
-    run,
+    run_here,
     run_xla,
     succeed,
     torchrun,
@@ -86,7 +86,7 @@ def test_a_run_moves_between_replicas_one_replica_and_torch(
     flags = [*data_flags, *SMALL_RUN]
     from_two, to_two = two / "step-00000010", trained / "step-00000010"
     succeed(run_xla(*flags, "--from-checkpoint", from_two, "--checkpoints-dir", tmp_path / "one"))
-    succeed(run("run_pretrain.py", *flags, "--from-checkpoint", from_two, "--checkpoints-dir", tmp_path / "torch"))
+    succeed(run_here("run_pretrain.py", *flags, "--from-checkpoint", from_two, "--checkpoints-dir", tmp_path / "torch"))
     flags += ["--from-checkpoint", to_two, "--checkpoints-dir", tmp_path / "two"]
     succeed(run_xla(*flags, CPU_NUM_DEVICES="2"))
     for name in ("one", "torch", "two"):
@@ -103,7 +103,8 @@ def test_resumed_replicas_with_dropout_are_bit_identical(data_flags: list[str], 
     assert training_losses(broken) == training_losses(unbroken)
 
 
-@pytest.mark.parametrize("replica", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("replica", [0, 1])
 def test_an_error_that_only_one_replica_meets_ends_all_with_its_message_and_code(replica: int, tmp_path: Path) -> None:
     """An id that no sample finds, in a window of that replica, in step 26; the other waits for it in a collective."""
     tokens = np.zeros(2_000_000, dtype=np.uint16)

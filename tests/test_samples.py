@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RUN, metrics, prepare_documents, run, run_xla, succeed, torchrun, training_losses
+from conftest import SMALL_RUN, metrics, prepare_documents, run, run_here, run_xla, succeed, torchrun, training_losses
 
 FLAGS = [*SMALL_RUN, "--vocab-size", 320, "--tokenizer", "bytes", "--train-steps", 8, "--valid-interval", 3]
 SAMPLES = ["--sample-interval", 3, "--sample-prompt", "docu"]
@@ -19,7 +19,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 @pytest.fixture(scope="module")
 def without(tmp_path_factory: pytest.TempPathFactory, documents: list[object]) -> Path:
     folder = tmp_path_factory.mktemp("without")
-    succeed(run("run_pretrain.py", *documents, "--checkpoints-dir", folder))
+    succeed(run_here("run_pretrain.py", *documents, "--checkpoints-dir", folder))
     return folder
 
 
@@ -37,8 +37,8 @@ def check(folder: Path, output: str) -> None:
 def test_samples_are_shown_and_training_stays_as_it_is(documents: list[object], without: Path, tmp_path: Path) -> None:
     """Dropout of the steps after a sample would be other if it had drawn from training's random numbers."""
     flags = [*documents, "--dropout", 0.1]
-    succeed(run("run_pretrain.py", *flags, "--checkpoints-dir", tmp_path / "a"))
-    output = succeed(run("run_pretrain.py", *flags, *SAMPLES, "--checkpoints-dir", tmp_path / "b"))
+    succeed(run_here("run_pretrain.py", *flags, "--checkpoints-dir", tmp_path / "a"))
+    output = succeed(run_here("run_pretrain.py", *flags, *SAMPLES, "--checkpoints-dir", tmp_path / "b"))
     check(tmp_path / "b", output)
     assert training_losses(tmp_path / "b") == training_losses(tmp_path / "a")
 

@@ -105,7 +105,7 @@ def test_a_tokenizer_is_trained_and_found_beside_the_shards(texts: Path, tmp_pat
     assert run("scripts/train_tokenizer.py", *arguments).returncode == 2
     flags = ["--input", texts, "--tokenizer", folder, "--test-fraction", 0.2, "--output-dir", tmp_path / "data"]
     succeed(run("scripts/prepare_text.py", *flags))
-    text = succeed(run("scripts/inspect_data.py", tmp_path / "data" / "train"))
+    text = succeed(run_here("scripts/inspect_data.py", tmp_path / "data" / "train"))
     assert "tokenizer tokenizer, 297 ids, end of text 296" in text
     assert "Document " in text
 
@@ -165,7 +165,7 @@ def prepared(tmp_path: Path) -> Path:
 
 
 def test_an_inspection_counts_and_shows_both_splits(prepared: Path) -> None:
-    text = succeed(run("scripts/inspect_data.py", prepared))
+    text = succeed(run_here("scripts/inspect_data.py", prepared))
     for split in ("train", "test"):
         documents = split_documents(prepared / split)
         lengths = sorted(len(document.encode()) for document in documents)
@@ -316,10 +316,10 @@ def test_unigram_entropy_equals_its_definition(tmp_path: Path) -> None:
 
 def test_losses_are_drawn(trained: Path, tmp_path: Path) -> None:
     picture = tmp_path / "loss.png"
-    succeed(run("scripts/plot_loss.py", trained, trained / "metrics.jsonl", "--output", picture))
+    succeed(run_here("scripts/plot_loss.py", trained, trained / "metrics.jsonl", "--output", picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert len(training_losses(trained)) == 20
-    assert run("scripts/plot_loss.py", tmp_path).returncode == 2
+    assert run_here("scripts/plot_loss.py", tmp_path).returncode == 2
 
 
 def test_metrics_keep_full_precision(trained: Path) -> None:

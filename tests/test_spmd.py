@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_RUN, metrics, run, run_xla, succeed, training_losses
+from conftest import SMALL_RUN, metrics, run_here, run_xla, succeed, training_losses
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +31,7 @@ def runs(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """Checkpoints folders of the same 20 steps: "torch" on one CPU, "spmd" and "fsdp" on eight devices. The latter two hold
     what tests/spmd_worker.py printed in counts.json."""
     root = tmp_path_factory.mktemp("runs")
-    succeed(run("run_pretrain.py", *flags, "--checkpoints-dir", root / "torch"))
+    succeed(run_here("run_pretrain.py", *flags, "--checkpoints-dir", root / "torch"))
     for name, layout in LAYOUTS.items():
         output = succeed(run_spmd(8, *flags, *layout, "--checkpoints-dir", root / name, program="tests/spmd_worker.py"))
         (root / name / "counts.json").write_text(output.splitlines()[-1])
@@ -158,7 +158,7 @@ def test_checkpoints_move(
 ) -> None:
     more = [*flags, "--from-checkpoint", runs[source] / "step-00000010", "--checkpoints-dir", tmp_path]
     if layout == "torch":
-        succeed(run("run_pretrain.py", *more))
+        succeed(run_here("run_pretrain.py", *more))
     else:
         succeed(run_spmd(devices, *more, *LAYOUTS.get(layout, [])))
     assert training_losses(tmp_path) == pytest.approx(training_losses(runs["torch"])[10:], rel=RELATIVE)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, run, run_xla, succeed, training_losses
+from conftest import metrics, run, run_here, run_xla, succeed, training_losses
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -187,7 +187,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def padded_run(theirs: Path, data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("padded")
     flags = [*data_flags, *PADDED, "--from-checkpoint", theirs, "--checkpoints-dir", folder]
-    succeed(run("run_pretrain.py", *flags))
+    succeed(run_here("run_pretrain.py", *flags))
     return folder
 
 
@@ -241,6 +241,7 @@ def test_a_padded_run_goes_on_bit_for_bit(
     assert ours["transformer.wte.weight"].shape == (97, 32)
 
 
+@pytest.mark.slow
 def test_a_padded_run_on_xla_equals_torch_in_two_graphs(
     theirs: Path, padded_run: Path, data_flags: list[str], tmp_path: Path
 ) -> None:

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, metrics, prepare_documents, run, run_xla, succeed, torchrun, training_losses
+from conftest import (
+    ROOT,
+    SMALL_RUN,
+    metrics,
+    prepare_documents,
+    run,
+    run_here,
+    run_xla,
+    succeed,
+    torchrun,
+    training_losses,
+)
 from safetensors.torch import load_file
 
 from gpt2xla.cli import parse_run
@@ -37,7 +48,7 @@ def flags(data_flags: list[str]) -> list[str]:
 def runs(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints folders of the same 20 steps: "one" of a single process, the others of two, with their counts beside."""
     root = tmp_path_factory.mktemp("runs")
-    succeed(run("run_pretrain.py", *flags, "--checkpoints-dir", root / "one"))
+    succeed(run_here("run_pretrain.py", *flags, "--checkpoints-dir", root / "one"))
     for name, layout in LAYOUTS.items():
         folder = root / name
         folder.mkdir()
@@ -120,7 +131,7 @@ def test_zero1_is_ddp_to_the_last_bit_and_so_is_its_checkpoint(runs: dict[str, P
 @pytest.mark.parametrize("name", SPLIT)
 def test_its_checkpoint_resumes_without_it(runs: dict[str, Path], name: str, flags: list[str], tmp_path: Path) -> None:
     more = ["--from-checkpoint", runs[name] / "step-00000010", "--checkpoints-dir", tmp_path]
-    succeed(run("run_pretrain.py", *flags, *more))
+    succeed(run_here("run_pretrain.py", *flags, *more))
     assert training_losses(tmp_path) == pytest.approx(training_losses(runs["one"])[10:], rel=RELATIVE[name])
 
 
@@ -238,7 +249,7 @@ def test_fsdp_evaluates_and_writes_before_and_between_its_steps(tmp_path: Path) 
     flags = ["--train-dir", data / "train", "--valid-dir", data / "test", *SMALL_RUN, "--vocab-size", "257"]
     flags += ["--seq-length", "64", "--train-steps", "4", "--valid-interval", "2", "--sample-interval", "2"]
     flags += ["--hellaswag-interval", "2", "--hellaswag-data", items]
-    succeed(run("run_pretrain.py", *flags, "--checkpoints-dir", tmp_path / "one"))
+    succeed(run_here("run_pretrain.py", *flags, "--checkpoints-dir", tmp_path / "one"))
     succeed(torchrun(2, *flags, "--fsdp", "--activation-checkpointing", "block", "--checkpoints-dir", tmp_path / "two"))
     lines, expected = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     assert [line["step"] for line in lines] == [line["step"] for line in expected]

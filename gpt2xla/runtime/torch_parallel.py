@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2xla.config import OptimConfig, TorchConfig
 from gpt2xla.errors import InputError
 from gpt2xla.model import GPT2
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def check_options(options: TorchConfig, *, distributed: bool) -> None:
@@ -66,6 +67,8 @@ def shard_fully(model: GPT2, mesh: DeviceMesh, device: torch.device) -> GPT2:
     Parameters stay fp32, and autocast rounds them where it does so in DDP: FSDP's own mixed precision would also run layer
     norms and the residual stream in 16 bits.
     """
+    from torch.distributed.fsdp import fully_shard  # takes a third of a second
+
     for part in (*model.h, model):
         fully_shard(part, mesh=mesh)
     # The root must be the first to run, and an evaluation may come before training; it calls the root's methods alone.
@@ -83,8 +86,8 @@ def _warm_up(model: nn.Module, device: torch.device) -> None:
 @contextmanager
 def accumulated(model: nn.Module, *, sync: bool) -> Iterator[None]:
     """Around a micro-step: gradients are reduced with `sync` alone, and kept whole until then."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(sync)
+    if hasattr(model, "set_requires_gradient_sync"):
+        cast("FSDPModule", model).set_requires_gradient_sync(sync)
     if isinstance(model, DistributedDataParallel) and not sync:
         with model.no_sync():
             yield
@@ -95,17 +98,18 @@ def accumulated(model: nn.Module, *, sync: bool) -> Iterator[None]:
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, parameters that belong to no block can be read, whichever method of the model is called. Collective."""
-    if isinstance(model, FSDPModule):
-        model.unshard()
+    sharded = cast("FSDPModule", model)
+    sharded.unshard()
     try:
         yield
     finally:
-        if isinstance(model, FSDPModule):
-            model.reshard()
+        sharded.reshard()
 
 
 def split(whole: Tensor, mesh: DeviceMesh, device: torch.device) -> Tensor:
     """A host tensor as `shard_fully` lays out a parameter of its shape; a single number is whole everywhere."""
+    from torch.distributed.tensor import DTensor, Shard
+
     if whole.dim() == 0:
         return whole.to(device)
     parts, rank = whole.chunk(mesh.size()), mesh.get_local_rank()
@@ -115,7 +119,7 @@ def split(whole: Tensor, mesh: DeviceMesh, device: torch.device) -> Tensor:
 
 def joined(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be split. Collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def split_optimizer(

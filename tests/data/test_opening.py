@@ -5,7 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, learnable_tokens, metrics, prepare_documents, run, succeed, training_losses, write_split
+from conftest import (
+    SMALL_RUN,
+    learnable_tokens,
+    metrics,
+    prepare_documents,
+    run_here,
+    succeed,
+    training_losses,
+    write_split,
+)
 
 from gpt2xla import checkpoint
 from gpt2xla.checkpoint import RUN_CONFIG
@@ -81,7 +90,7 @@ def exceed_the_vocabulary(data: Path) -> Path:
 def test_damage_ends_the_run_before_it_begins(damage, message: str, prepared: Path, tmp_path: Path) -> None:
     file = damage(prepared)
     flags = ["--train-dir", prepared / "train", "--valid-dir", prepared / "test", "--checkpoints-dir", tmp_path / "out"]
-    result = run("run_pretrain.py", *flags, *BYTES_RUN, *(["--verify-data"] if damage is flip_bit else []))
+    result = run_here("run_pretrain.py", *flags, *BYTES_RUN, *(["--verify-data"] if damage is flip_bit else []))
     assert result.returncode == 2, result.stdout + result.stderr
     assert str(file) in result.stderr
     assert message in result.stderr
@@ -91,7 +100,7 @@ def test_damage_ends_the_run_before_it_begins(damage, message: str, prepared: Pa
 
 def test_undamaged_data_verifies_and_trains(prepared: Path, tmp_path: Path) -> None:
     flags = ["--train-dir", prepared / "train", "--valid-dir", prepared / "test", "--checkpoints-dir", tmp_path / "out"]
-    succeed(run("run_pretrain.py", *flags, *BYTES_RUN, "--verify-data"))
+    succeed(run_here("run_pretrain.py", *flags, *BYTES_RUN, "--verify-data"))
     assert len(training_losses(tmp_path / "out")) == 4
 
 
@@ -104,7 +113,7 @@ def mixed(tmp_path: Path, data: Path) -> list[str]:
 def test_a_mixed_run_says_so_and_resumes_exactly(mixed: list[str], data: Path, tmp_path: Path) -> None:
     def train(folder: str, steps: int, *flags: object) -> str:
         always = ["--valid-dir", data / "test", "--checkpoints-dir", tmp_path / folder, "--shuffle"]
-        return succeed(run("run_pretrain.py", *always, *SMALL_RUN, *flags, "--train-steps", steps))
+        return succeed(run_here("run_pretrain.py", *always, *SMALL_RUN, *flags, "--train-steps", steps))
 
     said = train("whole", 12, "--train-dir", *mixed)
     assert f"75.00% from {data / 'train'} (5,000 tokens) + 25.00% from {tmp_path / 'second'} (700 tokens)" in said
@@ -119,11 +128,11 @@ def test_a_mixed_run_says_so_and_resumes_exactly(mixed: list[str], data: Path, t
 
 def test_a_continued_run_refuses_other_weights(mixed: list[str], data: Path, tmp_path: Path) -> None:
     always = ["--valid-dir", data / "test", "--checkpoints-dir", tmp_path / "out", *SMALL_RUN, "--train-dir"]
-    succeed(run("run_pretrain.py", *always, *mixed, "--train-steps", 2))
+    succeed(run_here("run_pretrain.py", *always, *mixed, "--train-steps", 2))
     same_in_percent = [entry.replace("=3", "=75").replace("=1", "=25") for entry in mixed]
-    succeed(run("run_pretrain.py", *always, *same_in_percent, "--train-steps", 3))
+    succeed(run_here("run_pretrain.py", *always, *same_in_percent, "--train-steps", 3))
     for other in ([mixed[0], mixed[1].replace("=1", "=2")], [mixed[1], mixed[0]], [mixed[0]]):
-        result = run("run_pretrain.py", *always, *other, "--train-steps", 4)
+        result = run_here("run_pretrain.py", *always, *other, "--train-steps", 4)
         assert result.returncode == 2
         assert "error: --train-dir is not what" in result.stderr, result.stderr
     assert metrics(tmp_path / "out")[-1]["step"] == 3
@@ -135,7 +144,7 @@ def test_data_of_two_tokenizers_is_not_mixed(prepared: Path, tmp_path: Path) -> 
     for part in (prepared / "train").iterdir():
         (file.parent / part.name).write_bytes(part.read_bytes())
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer": "another", "tokenizer_sha256": "0" * 64}))
-    result = run(
+    result = run_here(
         "run_pretrain.py", "--train-dir", f"{prepared / 'train'}=1", f"{file.parent}=1", "--valid-dir", prepared / "test",
         "--checkpoints-dir", tmp_path / "out", *BYTES_RUN,
     )  # fmt: skip
@@ -144,17 +153,19 @@ def test_data_of_two_tokenizers_is_not_mixed(prepared: Path, tmp_path: Path) -> 
 
 
 def test_folders_without_weights_are_refused(data: Path, tmp_path: Path) -> None:
-    result = run("run_pretrain.py", "--train-dir", data / "train", data / "test", "--checkpoints-dir", tmp_path / "out")
+    result = run_here(
+        "run_pretrain.py", "--train-dir", data / "train", data / "test", "--checkpoints-dir", tmp_path / "out"
+    )
     assert result.returncode == 2
     assert f"--train-dir {data / 'train'} has no weight" in result.stderr
 
 
 def test_a_checkpoint_that_names_its_folder_as_text_goes_on(data_flags: list[str], tmp_path: Path) -> None:
     out = ["--checkpoints-dir", tmp_path / "out"]
-    succeed(run("run_pretrain.py", *data_flags, *out, *SMALL_RUN, "--train-steps", 2))
+    succeed(run_here("run_pretrain.py", *data_flags, *out, *SMALL_RUN, "--train-steps", 2))
     folder = tmp_path / "out" / "step-00000002"
     file = folder / RUN_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"train_dir": data_flags[1]}))
     checkpoint.seal(folder, 2)
-    assert "changed: --train-dir" not in succeed(run("run_pretrain.py", *out, *data_flags, "--train-steps", 3))
-    succeed(run("run_pretrain.py", *out, "--train-steps", 4))
+    assert "changed: --train-dir" not in succeed(run_here("run_pretrain.py", *out, *data_flags, "--train-steps", 3))
+    succeed(run_here("run_pretrain.py", *out, "--train-steps", 4))

@@ -75,6 +75,7 @@ def test_one_and_two_processes_are_equal(model: Path, items: Path, expected: tup
         assert shown(succeed(result)) == expected[1:]
 
 
+@pytest.mark.slow
 def test_on_four_xla_devices_too(model: Path, items: Path, expected: tuple[np.ndarray, float, float]) -> None:
     flags = ["--model", model, "--data", items, "--batch-size", 15, "--device", "xla"]
     result = run_xla(*flags, program="scripts/eval_hellaswag.py", CPU_NUM_DEVICES="4")
@@ -103,6 +104,7 @@ def assert_logged(folder: Path, items: Path) -> None:
     assert lines[-1]["hellaswag_acc_norm"] == pytest.approx(acc_norm, abs=2 / ITEMS)
 
 
+@pytest.mark.slow
 def test_in_a_training_run_on_xla_each_length_is_compiled_once(
     training: list[object], items: Path, tmp_path: Path
 ) -> None:

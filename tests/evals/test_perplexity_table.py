@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run, run_here, succeed
+from conftest import run_here, succeed
 from evals.small import make_model, make_split, reference_losses
 from transformers import GPT2LMHeadModel
 
@@ -23,7 +23,7 @@ def test_a_table_of_two_models_in_markdown_and_json(tmp_path: Path) -> None:
     split = make_split(tmp_path / "data")
     models = [make_model(tmp_path / "a", 192, seed=1), make_model(tmp_path / "b", 64, seed=2)]
     flags = ["--models", *models, "--valid-dir", split, "--batch-size", 5, "--output", tmp_path / "table"]
-    text = succeed(run("scripts/perplexity_table.py", *flags))
+    text = succeed(run_here("scripts/perplexity_table.py", *flags))
     table = (tmp_path / "table.md").read_text()
     assert table in text
     head, _, *rows = table.splitlines()

@@ -91,7 +91,10 @@ def test_one_two_and_three_processes_count_each_token_once(
     assert f"the split has {total} to predict" in (tested / "printed.txt").read_text()
 
 
-@pytest.mark.parametrize(("devices", "layout"), [pytest.param(1, [], marks=pytest.mark.slow), (3, []), (8, ["--spmd"])])
+@pytest.mark.parametrize(
+    ("devices", "layout"),
+    [pytest.param(1, [], marks=pytest.mark.slow), (3, []), pytest.param(8, ["--spmd"], marks=pytest.mark.slow)],
+)
 def test_xla_counts_each_token_once(
     devices: int, layout: list[str], flags: list[object], reference: Reference, tmp_path: Path
 ) -> None:
@@ -136,7 +139,7 @@ def test_a_test_leaves_a_runs_log_alone_and_goes_to_wandb(tested: Path, model: P
 def test_training_validates_on_all_of_a_split(split: Path, reference: Reference, tmp_path: Path) -> None:
     steps = ["--train-steps", 1, "--warmup-steps", 0, "--train-batch-size", 2, "--gradient-accum-step", 1]
     data = ["--train-dir", split.parent / "train", "--valid-dir", split, "--valid-steps", "all", "--eval-batch-size", 3]
-    succeed(run("run_pretrain.py", *MODEL_FLAGS, *steps, *data, "--checkpoints-dir", tmp_path))
+    succeed(run_here("run_pretrain.py", *MODEL_FLAGS, *steps, *data, "--checkpoints-dir", tmp_path))
     *_, line = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["valid_tokens"] == reference[1].sum()
     sums, counts = reference_losses(tmp_path / "step-00000001", split)
