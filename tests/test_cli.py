@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, metrics, run, run_here, run_xla, succeed, torchrun, training_losses, write_split
+from conftest import (
+    ROOT,
+    SMALL_RUN,
+    metrics,
+    require_xla,
+    run,
+    run_here,
+    run_xla,
+    succeed,
+    torchrun,
+    training_losses,
+    write_split,
+)
 from wandb.proto import wandb_internal_pb2
 
 from gpt2xla import checkpoint
@@ -70,12 +82,26 @@ def test_a_wrong_flag_is_one_line(
     assert not output.exists(), "nothing is written before the first step"
 
 
+@pytest.mark.parametrize(
+    ("environment", "culprits"),
+    [
+        ({"PJRT_DEVICE": "CUDA"}, ["PJRT_DEVICE=CUDA", "run_pretrain.py"]),
+        ({"PJRT_DEVICE": ""}, ["PJRT_DEVICE"]),
+        ({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "two"}, ["CPU_NUM_DEVICES=two"]),
+    ],
+)
+def test_a_wrong_environment_is_one_line(
+    environment: dict[str, str], culprits: list[str], data_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_xla()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused(run_here("run_pretrain_xla.py", *data_flags, *SMALL_RUN), *culprits)
+
+
 def test_wrong_flags_on_xla_are_one_line_too(data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path / "c"]
     refused(run_xla(*flags, "--vocab-size", 90), "--vocab-size 90")
-    refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE="CUDA"), "PJRT_DEVICE=CUDA", "run_pretrain.py")
-    refused(run("run_pretrain_xla.py", *flags, PJRT_DEVICE=""), "PJRT_DEVICE")
-    refused(run_xla(*flags, CPU_NUM_DEVICES="two"), "CPU_NUM_DEVICES=two")
     refused(run_xla(*flags, "--train-batch-size", 3, CPU_NUM_DEVICES="2"), "--train-batch-size 3", "2 devices", "4")
     refused(run_xla(*flags, "--ddp", CPU_NUM_DEVICES="2"), "--ddp")
     ended = run_xla(*flags, XLA_FLAGS="--xla_nonsense=1")
