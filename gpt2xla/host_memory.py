@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 # Files with a control group's limit and what it uses, and the line of memory.stat that counts what it has read of files,
 # which is let go of where memory runs short: cgroups version 2, then 1.
 _FILES = {
@@ -27,8 +25,6 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed for what is asked for next, where it is glibc. It gives large pieces back to the
     system, which hands each one out again page by page, all zeroed: on CPUs that takes up to half of a training step.
-    Have torch ask for pages of 2 MiB, with which matrix products find their operands faster; it reads its setting when it
-    allocates for the first time.
 
     Not where the process's address space is limited, of which pieces too small for what comes next would take a part."""
     if sys.platform != "linux":
@@ -42,8 +38,6 @@ def keep_freed_memory() -> None:
     if mallopt:
         mallopt(*no_piece_of_its_own)
         mallopt(*never_shrink)
-    if _HUGE_PAGES.exists():
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _of_machine(root: Path) -> list[int]:

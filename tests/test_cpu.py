@@ -1,10 +1,8 @@
 """What the torch runner does to be fast on a CPU: exact products, memory that is kept, and when it compiles."""
 
-import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from gpt2xla.runtime.cpu_products import choose_products
 from gpt2xla.runtime.torch import TorchRuntime
 
 CPU = torch.device("cpu")
-HUGE_PAGES_ALLOWED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 FAULTS = """
 import resource, sys, torch
@@ -36,41 +33,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-HUGE_PAGES = """
-import torch
-from gpt2xla.config import TorchConfig, TrainConfig
-from gpt2xla.runtime.torch import TorchRuntime
-runtime = TorchRuntime(TorchConfig(), TrainConfig())
-tensor = torch.ones(2**26)
-print(sum(int(line.split()[1]) for line in open("/proc/self/smaps") if line.startswith("AnonHugePages")))
-"""
-
-
-def output_of(program: str, *arguments: str, **environment: str) -> str:
-    kept = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"} | environment
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, env=kept, capture_output=True, text=True, check=True).stdout
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_not_fetched_again_page_by_page() -> None:
     """Ten times 64 MiB, freed each time: the system counts the pages that it hands out."""
 
     def faults(how: str) -> int:
-        return int(output_of(FAULTS, how, THP_MEM_ALLOC_ENABLE="0"))
+        return int(
+            subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout
+        )
 
     pages = 2**26 // resource.getpagesize()
     assert faults("keep") < pages / 10
     assert faults("do not") > 5 * pages
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES_ALLOWED.exists() or "[never]" in HUGE_PAGES_ALLOWED.read_text(), reason="no huge pages here"
-)
-def test_tensors_lie_in_huge_pages_unless_the_user_says_otherwise() -> None:
-    assert int(output_of(HUGE_PAGES)) > 2**17  # KiB: at least half of the 256 MiB
-    if "[madvise]" in HUGE_PAGES_ALLOWED.read_text():
-        assert int(output_of(HUGE_PAGES, THP_MEM_ALLOC_ENABLE="0")) < 2**17
 
 
 def test_memory_is_not_kept_where_the_address_space_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:

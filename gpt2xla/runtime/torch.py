@@ -61,8 +61,6 @@ class TorchRuntime:
         parallel.check_options(options, distributed=self.distributed)
         self.options = options
         self.device = _pick_device(self.distributed)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         if self.distributed:
             # Others wait while the main process saves; a large model on a slow disk takes its time.
             dist.init_process_group(_backend(options.ddp_backend, self.device), timeout=timedelta(hours=1))
@@ -70,6 +68,7 @@ class TorchRuntime:
         self._peers = Peers() if self.distributed else None
         if self.device.type == "cpu":
             share_cores()
+            keep_freed_memory()
             choose_products(config.matmul_precision)
         else:
             set_matmul_precision(config.matmul_precision)
