@@ -18,7 +18,7 @@ from gpt2xla.fence import Fence, no_fence
 IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
 
 
-# Bytes of them that a torch device makes at a time, unless told.
+# Bytes of logits that a torch device makes at a time, unless told.
 LOGITS_AT_ONCE = {"cuda": 2**30, "cpu": 2**29}
 
 
