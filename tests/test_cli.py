@@ -99,11 +99,23 @@ def test_a_wrong_environment_is_one_line(
     refused(run_here("run_pretrain_xla.py", *data_flags, *SMALL_RUN), *culprits)
 
 
-def test_wrong_flags_on_xla_are_one_line_too(data_flags: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("devices", "flags", "culprits"),
+    [
+        ("2", ["--train-batch-size", "3"], ["--train-batch-size 3", "2 devices", "4"]),
+        pytest.param("1", ["--vocab-size", "90"], ["--vocab-size 90"], marks=pytest.mark.slow),
+        pytest.param("2", ["--ddp"], ["--ddp"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_wrong_flag_on_xla_is_one_line_too(
+    devices: str, flags: list[str], culprits: list[str], data_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", str(tmp_path / "c"), *flags]
+    refused(run_xla(*flags, CPU_NUM_DEVICES=devices), *culprits)
+
+
+def test_a_flag_that_xla_does_not_know_is_named(data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path / "c"]
-    refused(run_xla(*flags, "--vocab-size", 90), "--vocab-size 90")
-    refused(run_xla(*flags, "--train-batch-size", 3, CPU_NUM_DEVICES="2"), "--train-batch-size 3", "2 devices", "4")
-    refused(run_xla(*flags, "--ddp", CPU_NUM_DEVICES="2"), "--ddp")
     ended = run_xla(*flags, XLA_FLAGS="--xla_nonsense=1")
     assert ended.returncode == 1
     assert "its own message stands above; XLA_FLAGS is '--xla_nonsense=1', and" in ended.stderr.splitlines()[-1]
@@ -151,8 +163,8 @@ def test_a_run_continued_by_its_folder_alone_is_exact_in_its_own_precision(
     data_flags: list[str], tmp_path: Path
 ) -> None:
     flags = [*data_flags, *SMALL_RUN, "--mixed-precision", "bf16", "--dropout", "0.1", "--checkpoints-dir"]
-    succeed(run("run_pretrain.py", *flags, tmp_path / "unbroken"))
-    succeed(run("run_pretrain.py", *flags, tmp_path / "broken", "--train-steps", 10))
+    succeed(run_here("run_pretrain.py", *flags, tmp_path / "unbroken"))
+    succeed(run_here("run_pretrain.py", *flags, tmp_path / "broken", "--train-steps", 10))
     text = succeed(run("run_pretrain.py", "--checkpoints-dir", tmp_path / "broken", "--train-steps", 20))
     assert "precision: bf16" in text
     assert "changed: --train-steps 10 -> 20" in text

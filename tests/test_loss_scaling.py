@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_RUN, metrics, run, run_xla, succeed, training_losses
+from conftest import SMALL_RUN, metrics, run, run_here, run_xla, succeed, training_losses
 from torch import Tensor, nn
 
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
@@ -121,8 +121,8 @@ def test_a_skip_is_the_same_graph_and_reads_nothing(overflowing: dict) -> None:
 def test_fp16_follows_fp32_and_moves_between_runtimes(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, *FP16, "--checkpoints-dir"]
     succeed(run_xla(*flags, tmp_path / "a", "--train-steps", 10))
-    succeed(run("run_pretrain.py", *flags, tmp_path / "a"))
-    succeed(run("run_pretrain.py", *flags, tmp_path / "b", "--train-steps", 10))
+    succeed(run_here("run_pretrain.py", *flags, tmp_path / "a"))
+    succeed(run_here("run_pretrain.py", *flags, tmp_path / "b", "--train-steps", 10))
     succeed(run_xla(*flags, tmp_path / "b", "--use-syncfree-optim"))
     for folder in (tmp_path / "a", tmp_path / "b"):
         assert training_losses(folder) == pytest.approx(training_losses(trained), rel=1e-3)

@@ -51,7 +51,7 @@ def compiles(folder: Path) -> int:
 
 
 def test_a_resumed_run_is_bit_identical(torch_run: Path, flags: list[str], tmp_path: Path) -> None:
-    succeed(run("run_pretrain.py", *flags, tmp_path, "--train-steps", 10))
+    succeed(run_here("run_pretrain.py", *flags, tmp_path, "--train-steps", 10))
     assert "after step 10" in succeed(run("run_pretrain.py", "--checkpoints-dir", tmp_path, "--train-steps", 20))
     assert training_losses(tmp_path) == training_losses(torch_run)
     ours, theirs = (load_file(folder / "step-00000020" / "model.safetensors") for folder in (tmp_path, torch_run))

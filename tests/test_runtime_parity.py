@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, metrics, run, run_xla, succeed, torchrun, training_losses
+from conftest import SMALL_RUN, metrics, run, run_here, run_xla, succeed, torchrun, training_losses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -113,7 +113,7 @@ def test_ddp_on_xla_equals_torch(trained: Path, data_flags: list[str], tmp_path:
 
 def test_a_resumed_torch_run_is_bit_identical(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
-    succeed(run("run_pretrain.py", *flags, "--train-steps", 10))
+    succeed(run_here("run_pretrain.py", *flags, "--train-steps", 10))
     assert "after step 10" in succeed(run("run_pretrain.py", *flags))
     assert training_losses(tmp_path) == training_losses(trained)
     assert validations(tmp_path) == validations(trained)

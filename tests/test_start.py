@@ -224,7 +224,7 @@ def test_a_padded_run_goes_on_bit_for_bit(
     theirs: Path, padded_run: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
     flags = [*data_flags, *PADDED, "--from-checkpoint", theirs, "--checkpoints-dir", tmp_path]
-    succeed(run("run_pretrain.py", *flags, "--train-steps", 10))
+    succeed(run_here("run_pretrain.py", *flags, "--train-steps", 10))
     moments = torch.load(tmp_path / "step-00000010" / "training_state.pt", weights_only=True)["optimizer"]
     for moment in ("exp_avg", "exp_avg_sq"):
         assert moments[moment]["wte.weight"].shape == (128, 32)

@@ -136,7 +136,7 @@ def test_workers_change_nothing(parquet: Path, tokenizer_folder: Path, tmp_path:
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2") == hashes(tmp_path / "5")
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(
     kills: int, parquet: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:

@@ -71,7 +71,10 @@ def test_log_probabilities_and_accuracies_equal_a_plain_loop(
 
 def test_one_and_two_processes_are_equal(model: Path, items: Path, expected: tuple[np.ndarray, float, float]) -> None:
     flags = ["--model", model, "--data", items, "--batch-size", 15]
-    for result in (run("scripts/eval_hellaswag.py", *flags), torchrun(2, *flags, program="scripts/eval_hellaswag.py")):
+    for result in (
+        run_here("scripts/eval_hellaswag.py", *flags),
+        torchrun(2, *flags, program="scripts/eval_hellaswag.py"),
+    ):
         assert shown(succeed(result)) == expected[1:]
 
 

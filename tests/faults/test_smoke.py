@@ -4,26 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
 
-_QUICK = [
-    "kill",
-    "kill-in-save",
-    "kill-one",
-    "signals",
-    "damage",
-    "disk",
-    "slow",
-    "nonfinite",
-    "shared-folder",
-    "moved",
-]
+_QUICK = ["kill", "kill-in-save", "signals", "damage", "disk", "nonfinite"]
+_OTHERS = ["kill-one", "slow", "shared-folder", "moved", "launched"]
 
 
-def do(names: list[str], folder: Any) -> tuple[dict[str, Any], str]:
+def do(names: list[str], folder: Path) -> tuple[dict[str, Any], str]:
     """The results by scenario, and what was printed."""
     results, scenarios = folder / "results.json", [word for name in names for word in ("--only", name)]
     done = subprocess.run(
@@ -52,6 +43,7 @@ def test_a_run_survives(name: str, done: tuple[dict[str, Any], str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_under_torchrun_survives(tmp_path: Any) -> None:
-    results, printed = do(["launched"], tmp_path)
-    check(results["launched"], printed)
+@pytest.mark.parametrize("name", _OTHERS)
+def test_a_run_survives_this_too(name: str, tmp_path: Path) -> None:
+    results, printed = do([name], tmp_path)
+    check(results[name], printed)
