@@ -214,6 +214,10 @@ def main() -> None:
     )
     parser.add_argument("--hardware", default=f"{os.cpu_count()} cores", help="the machine in words")
     options = parser.parse_args()
+    if options.steps < 40:
+        parser.error(f"--steps {options.steps} is too few for a sweep of a quarter of them; use 40 or more")
+    if options.folder.exists() and not options.folder.is_dir():
+        parser.error(f"--folder {options.folder} is a file; name a folder")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -69,7 +69,7 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
         found += [trainer] if args.device == "cpu" else [replace(trainer, name="Trainer, compiled", compile=True)]
     if args.reference and args.device == "cpu":
         found += [Contender("reference", "reference", args.reference)]
-    return [contender for contender in found if not args.only or contender.name in args.only]
+    return [contender for contender in found if not args.only or contender.name in ("ours", *args.only)]
 
 
 class Running:
@@ -90,9 +90,12 @@ class Running:
 
     def train(self, updates: int) -> dict[str, Any]:
         assert self.process.stdin
-        assert self.process.stdout
         self.process.stdin.write(f"{updates}\n")
         self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        assert self.process.stdout
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"{self.name} ended early, with exit code {self.process.wait()}; its error stands above")
@@ -114,7 +117,8 @@ def measure(args: argparse.Namespace, size: str, precision: str) -> dict[str, An
         flops = model.flops_per_token()
         del model
         profiled = Running(contenders(args)[0], Path(name), batch, precision, args.device, "--profile")
-        costs = json.loads(profiled.process.communicate()[0])
+        costs = profiled.answer()
+        profiled.end()
         running = [Running(c, Path(name), batch, precision, args.device) for c in contenders(args)]
         curves, rates = {}, {contender.name: [] for contender in running}
         for contender in running:  # the first turn also compiles
@@ -174,7 +178,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--reference", type=Path, help="a checkout of minhnguyent546/pre-training-gpt2")
     parser.add_argument("--no-trainer", dest="trainer", action="store_false", help="leave transformers' Trainer out")
-    parser.add_argument("--only", nargs="+", help="these alone, by the names in the table")
+    parser.add_argument("--only", nargs="+", help="beside ours these alone, by the names in the table")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["6x384", "124M"])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"))
@@ -185,9 +189,17 @@ def main() -> None:
     parser.add_argument("--hardware", default=f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}")
     parser.add_argument("--output", type=Path, help="without the suffix (default: benchmarks/results/train_DEVICE)")
     args = parser.parse_args()
-    for flag, folder in (("--nanogpt", args.nanogpt), ("--reference", args.reference)):
-        if folder and not folder.is_dir():
-            parser.error(f"{flag} {folder}: no such folder; name a checkout")
+    for flag, folder, model in (
+        ("--nanogpt", args.nanogpt, "model.py"),
+        ("--reference", args.reference, "gpt2/model.py"),
+    ):
+        if folder and not (folder / model).is_file():
+            parser.error(f"{flag} {folder} holds no {model}; name a checkout")
+    known = [contender.name for contender in contenders(argparse.Namespace(**vars(args) | {"only": None}))]
+    if unknown := set(args.only or []) - set(known):
+        parser.error(
+            f"--only {', '.join(sorted(unknown))}: there are only {', '.join(map(repr, known))}; peers have flags of their own"
+        )
     if args.trainer:
         try:
             import accelerate  # noqa: F401

@@ -1,4 +1,5 @@
-"""Stopping before the last step: on SIGTERM, on Ctrl-C, after --max-hours, and all processes of a run at the same step."""
+"""Stopping before the last step: on SIGTERM, on Ctrl-C, after --max-hours, at the launcher's end, and all processes of a run
+at the same step."""
 
 from __future__ import annotations
 
@@ -96,6 +97,8 @@ class Stop:
         self.runtime, self.signals = runtime, signals
         self._deadline = math.inf if hours is None else time.monotonic() + hours * 3600
         self._own_wish = ""
+        # It ends its workers before itself, unless it is killed: they would train on with nobody to end them.
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._asked = 0
         self._first_wish: float = math.inf
         if signals:
@@ -130,4 +133,10 @@ class Stop:
     def reason(self) -> str:
         """Why this process wished to stop."""
         signal_name = self.signals.received if self.signals else None
-        return self._own_wish or signal_name or ("--max-hours" if time.monotonic() > self._deadline else "")
+        is_alone = self._torchrun is not None and os.getppid() != self._torchrun
+        return (
+            self._own_wish
+            or signal_name
+            or ("the end of torchrun" if is_alone else "")
+            or ("--max-hours" if time.monotonic() > self._deadline else "")
+        )

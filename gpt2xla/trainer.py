@@ -284,8 +284,9 @@ class Trainer:
         if self.skipped > self.config.train.skip_nonfinite:
             raise RunFailed(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}: the run has diverged. It read "
-                f"{self.order.describe(step - 1)}; this update was not made, and older checkpoints are good: go on from "
-                "one with --resume and a lower --learning-rate, or leave such updates out with --skip-nonfinite"
+                f"{self.order.describe(step - 1)}; this update was not made, and checkpoints from before are good: start "
+                "again with a lower --learning-rate, from one of them with --resume, or leave more such updates out with "
+                "--skip-nonfinite"
             )
 
     def _save(self, step: int, is_evaluated: bool) -> None:

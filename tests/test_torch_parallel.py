@@ -7,7 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+from gpt2xla.checkpoint import list_checkpoints
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.model import GPT2
@@ -237,6 +241,30 @@ def test_an_update_is_made_with_a_finite_loss_and_at_the_rate_that_was_set(name:
         assert change(1.0, 0.0) == (0, 2)
     finally:
         runtime.close()
+
+
+def test_when_torchrun_is_killed_its_workers_stop_with_a_checkpoint(data_flags: list[str], tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_pretrain.py", *data_flags]
+    flags = [*SMALL_RUN, "--train-steps", "1000000", "--checkpoints-dir", str(tmp_path)]
+    with (tmp_path / "printed").open("w") as printed:
+        process = subprocess.Popen([sys.executable, *launcher, *flags], cwd=ROOT, stdout=printed, stderr=printed)
+    wait_for(lambda: list_checkpoints(tmp_path))
+    workers = [*map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    text = (tmp_path / "printed").read_text()
+    assert "stopped by the end of torchrun after step" in text
+    assert "Traceback" not in text
+    assert text.rstrip().endswith(list_checkpoints(tmp_path)[-1].name)
+
+
+def wait_for(happened: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_fsdp_evaluates_and_writes_before_and_between_its_steps(tmp_path: Path) -> None:
