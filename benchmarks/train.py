@@ -198,7 +198,7 @@ def main() -> None:
     known = [contender.name for contender in contenders(argparse.Namespace(**vars(args) | {"only": None}))]
     if unknown := set(args.only or []) - set(known):
         parser.error(
-            f"--only {', '.join(sorted(unknown))}: there are only {', '.join(map(repr, known))}; peers have flags of their own"
+            f"--only {', '.join(sorted(unknown))}: there are only {', '.join(map(repr, known))}; name peers' folders"
         )
     if args.trainer:
         try:
