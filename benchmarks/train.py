@@ -69,7 +69,7 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
         found += [trainer] if args.device == "cpu" else [replace(trainer, name="Trainer, compiled", compile=True)]
     if args.reference and args.device == "cpu":
         found += [Contender("reference", "reference", args.reference)]
-    return [contender for contender in found if not args.only or contender.name in ("ours", *args.only)]
+    return found
 
 
 class Running:
@@ -105,7 +105,7 @@ class Running:
         self.process.communicate()
 
 
-def measure(args: argparse.Namespace, size: str, precision: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, chosen: list[Contender], size: str, precision: str) -> dict[str, Any]:
     options, *batches = SIZES[size]
     batch = args.batch or batches[args.device != "cpu"]
     # nanoGPT computes the exact GELU.
@@ -116,10 +116,10 @@ def measure(args: argparse.Namespace, size: str, precision: str) -> dict[str, An
         hf.save_model(Path(name), config, model.state_dict(), eot_id=None)
         flops = model.flops_per_token()
         del model
-        profiled = Running(contenders(args)[0], Path(name), batch, precision, args.device, "--profile")
+        profiled = Running(chosen[0], Path(name), batch, precision, args.device, "--profile")
         costs = profiled.answer()
         profiled.end()
-        running = [Running(c, Path(name), batch, precision, args.device) for c in contenders(args)]
+        running = [Running(c, Path(name), batch, precision, args.device) for c in chosen]
         curves, rates = {}, {contender.name: [] for contender in running}
         for contender in running:  # the first turn also compiles
             is_compared = contender.name in ("ours", "nanoGPT, tuned")
@@ -195,11 +195,13 @@ def main() -> None:
     ):
         if folder and not (folder / model).is_file():
             parser.error(f"{flag} {folder} holds no {model}; name a checkout")
-    known = [contender.name for contender in contenders(argparse.Namespace(**vars(args) | {"only": None}))]
-    if unknown := set(args.only or []) - set(known):
+    found = contenders(args)
+    names = [contender.name for contender in found]
+    if unknown := set(args.only or []) - set(names):
         parser.error(
-            f"--only {', '.join(sorted(unknown))}: there are only {', '.join(map(repr, known))}; name peers' folders"
+            f"--only {', '.join(sorted(unknown))}: there are only {', '.join(map(repr, names))}; name peers' folders"
         )
+    chosen = [contender for contender in found if not args.only or contender.name in ("ours", *args.only)]
     if args.trainer:
         try:
             import accelerate  # noqa: F401
@@ -214,7 +216,7 @@ def main() -> None:
     }  # fmt: skip
     for size in args.sizes:
         for precision in precisions:
-            results["runs"].append({"size": size, "precision": precision} | measure(args, size, precision))
+            results["runs"].append({"size": size, "precision": precision} | measure(args, chosen, size, precision))
             output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
             output.with_suffix(".md").write_text(table(results))
     print(table(results))

@@ -97,7 +97,7 @@ class Stop:
         self.runtime, self.signals = runtime, signals
         self._deadline = math.inf if hours is None else time.monotonic() + hours * 3600
         self._own_wish = ""
-        # It ends its workers before itself, unless it is killed: they would train on with nobody to end them.
+        # torchrun ends its workers before itself, unless it is killed: they would train on with nobody to end them.
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._asked = 0
         self._first_wish: float = math.inf
@@ -133,10 +133,10 @@ class Stop:
     def reason(self) -> str:
         """Why this process wished to stop."""
         signal_name = self.signals.received if self.signals else None
-        is_alone = self._torchrun is not None and os.getppid() != self._torchrun
+        is_orphaned = self._torchrun is not None and os.getppid() != self._torchrun
         return (
             self._own_wish
             or signal_name
-            or ("the end of torchrun" if is_alone else "")
+            or ("the end of torchrun" if is_orphaned else "")
             or ("--max-hours" if time.monotonic() > self._deadline else "")
         )

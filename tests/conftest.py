@@ -11,6 +11,8 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,20 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", program]
     return run("-m", *launcher, *arguments, **environment)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(happened: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+        time.sleep(0.1)
 
 
 def succeed(result: subprocess.CompletedProcess[str]) -> str:

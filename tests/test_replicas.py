@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from conftest import (
     ROOT,
     SMALL_RUN,
+    alive,
     metrics,
     require_xla,
     run_here,
@@ -20,6 +20,7 @@ from conftest import (
     succeed,
     torchrun,
     training_losses,
+    wait_for,
     write_split,
 )
 from safetensors.torch import load_file
@@ -133,13 +134,6 @@ def children(process: subprocess.Popen) -> list[int]:
     return [pid for pid in map(int, text.split()) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 @pytest.mark.parametrize(
     ("target", "number", "code"),
     [
@@ -160,9 +154,7 @@ def test_the_end_of_one_is_the_end_of_all(
         env=os.environ | {"OMP_NUM_THREADS": "1", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}, text=True,
         start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (tmp_path / "step-00000010").exists():
-        time.sleep(0.1)
+    wait_for((tmp_path / "step-00000010").exists, 120)
     replicas = children(process)
     assert len(replicas) == 2
     if target == "all":  # Ctrl-C on a terminal
@@ -171,10 +163,7 @@ def test_the_end_of_one_is_the_end_of_all(
         os.kill(process.pid if target == "launcher" else replicas[int(target[-1])], number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and any(alive(pid) for pid in replicas):
-        time.sleep(0.1)
-    assert not any(alive(pid) for pid in replicas)
+    wait_for(lambda: not any(map(alive, replicas)), 30)
     assert "Traceback" not in errors, errors
     assert "leaked" not in errors or number == signal.SIGKILL, errors
     if target.startswith("replica"):

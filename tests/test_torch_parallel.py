@@ -7,16 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import (
     ROOT,
     SMALL_RUN,
+    alive,
     metrics,
     prepare_documents,
     run,
@@ -25,6 +23,7 @@ from conftest import (
     succeed,
     torchrun,
     training_losses,
+    wait_for,
 )
 from safetensors.torch import load_file
 
@@ -253,18 +252,11 @@ def test_when_torchrun_is_killed_its_workers_stop_with_a_checkpoint(data_flags: 
     assert len(workers) == 2
     process.kill()
     process.wait()
-    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+    wait_for(lambda: not any(map(alive, workers)))
     text = (tmp_path / "printed").read_text()
     assert "stopped by the end of torchrun after step" in text
     assert "Traceback" not in text
     assert text.rstrip().endswith(list_checkpoints(tmp_path)[-1].name)
-
-
-def wait_for(happened: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_fsdp_evaluates_and_writes_before_and_between_its_steps(tmp_path: Path) -> None:
