@@ -138,7 +138,9 @@ class _Reader:
         ids_BT = torch.zeros(self.rows, new, dtype=torch.int64)
         starts_B, counts_B = (torch.zeros(self.rows, dtype=torch.int64) for _ in range(2))
         for number, row in enumerate(texts):
-            ids_BT[number, : len(row.unread)] = torch.tensor(row.unread, dtype=torch.int64)
+            if row.unread:
+                ids_BT[number] = row.unread[-1]  # the padding's, as `GPT2.next_logits` wants it
+                ids_BT[number, : len(row.unread)] = torch.tensor(row.unread, dtype=torch.int64)
             starts_B[number], counts_B[number] = row.start, len(row.unread)
         read = self._read_token if new == 1 else self._read_prompts
         return read(*map(self.device.to_device, (ids_BT, starts_B, counts_B)), span).cpu()

@@ -38,8 +38,8 @@ class KVCache:
     def begin(self, starts_B: Tensor, new: int, span: int) -> None:
         """Prepare a pass over `new` tokens per row, of which row b's first has position starts_B[b].
 
-        Padding after a row's tokens may reach past the last slot, which it then overwrites: that slot is not in use as long
-        as starts_B[b] < seq_length.
+        Padding after a row's tokens may reach past the last slot. It is then read and stored at the last position: this slot
+        is either still unused, or holds the row's last token, which the padding repeats.
 
         Args:
             span: how many slots attention looks at; no token of the pass has a position as high.

@@ -53,7 +53,8 @@ class GPT2(nn.Module):
     def next_logits(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, cache: KVCache, span: int) -> Tensor:
         """Logits (B, V) of the token that follows in each row, and `cache` with the row's new tokens.
 
-        Row b has starts_B[b] tokens in the cache; ids_BT[b] are counts_B[b] more, then padding. For `span` see the cache.
+        Row b has starts_B[b] tokens in the cache; ids_BT[b] are counts_B[b] more, then padding, which repeats the last of
+        them: what of it reaches past the last slot is then what that slot holds. For `span` see the cache.
         """
         cache.begin(starts_B, ids_BT.shape[1], span)
         x_BTD = self.hidden(ids_BT, cache)

@@ -1,5 +1,7 @@
 """Generation against Hugging Face's generate and against an uncached model."""
 
+import dataclasses
+import itertools
 import json
 
 import pytest
@@ -125,6 +127,39 @@ def test_text_outgrows_the_context(ways: Pair) -> None:
                 start = position - 24
             window = torch.tensor([text[start:position]])
             assert theirs(window).logits[0, -1].argmax() == text[position], position
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("context", [1, 2, 3, 4, 5, 8])
+def test_every_batch_gives_the_texts_of_a_plain_loop(context: int, static_shapes: bool) -> None:
+    """Every pair of prompt lengths up to beyond the context, all of them at once, and each alone, until the windows have
+    moved several times. In float64, so that no rounding decides."""
+    ours, theirs = pair(dataclasses.replace(SMALL, seq_length=context, vocab_size=13), noise=0.5)
+    ours.double()
+    theirs.double()
+    ours.kernels = Kernels(static_shapes=static_shapes)
+    prompts = [[(3 * n + i) % 13 for i in range(n)] for n in range(1, context + 3)]
+    new = 3 * context + 2
+    expected = [plain_loop(theirs, prompt, new) for prompt in prompts]
+    lengths = range(len(prompts))
+    batches = [*itertools.combinations_with_replacement(lengths, 2 if context < 8 else 1), tuple(lengths)]
+    for batch in batches:
+        steps = list(generate(ours, [prompts[n] for n in batch], new))
+        assert [list(text) for text in zip(*steps, strict=True)] == [expected[n] for n in batch], batch
+
+
+def plain_loop(theirs: GPT2LMHeadModel, prompt: list[int], count: int) -> list[int]:
+    """Greedy, without a cache: the window grows to the context, then starts again with its last half."""
+    context = theirs.config.n_positions
+    text, window = list(prompt), prompt[-context:]
+    for _ in range(count):
+        if len(window) > context:
+            window = text[-max(1, context // 2) :]
+        with torch.no_grad():
+            token = int(theirs(torch.tensor([window])).logits[0, -1].argmax())
+        text.append(token)
+        window = [*window, token]
+    return text[len(prompt) :]
 
 
 def test_a_prompt_longer_than_the_context_is_read_from_its_end(models: Pair) -> None:
