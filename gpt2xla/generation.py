@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gpt2xla.errors import RunFailed
 from gpt2xla.kv_cache import KVCache
 from gpt2xla.model import GPT2
 from gpt2xla.sampling import GREEDY, SamplingConfig, pick
@@ -82,6 +83,9 @@ def generate(
         ends: called as `ends(row, id)` with each id given out; true ends that text after it.
         rows: compute at least so many texts, where calls with fewer shall not be other programs.
         device: default: plain torch, wherever the model is.
+
+    Raises:
+        RunFailed: the model computes NaN.
     """
     model.eval()
     device = device or TorchDevice(model.wte.weight.device)
@@ -97,6 +101,8 @@ def generate(
             if row.start + len(row.unread) > seq_length:
                 row.start, row.unread = 0, row.text[-max(1, seq_length // 2) :]
         logits_BV = reader.read(texts)
+        if logits_BV.amax().isnan():  # the likeliest of them would be NaN, and no token
+            raise RunFailed("the model's logits are NaN: its weights are damaged, or --dtype is too small for them")
         step: list[int | None] = [None] * len(texts)
         for number, row in enumerate(texts):
             if row.ended:

@@ -126,6 +126,10 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
             if padding:
                 logits_CV[:, -padding:] = -torch.inf
             of_labels = rows_C[: len(x_CD)], labels_C
+            if logits_CV.dtype == torch.float16:
+                logits_CV = (
+                    logits_CV.float()
+                )  # probabilities below 6e-5 are subnormal in fp16: their logarithms are off
             label_logits_C = logits_CV[of_labels].float()
             if reads_wait:
                 max_C = logits_CV.amax(-1).float()
@@ -141,7 +145,7 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
                     log_sum_C[vanished_C] = again_CV.logsumexp(-1)
             losses.append(torch.where(counted_C, log_sum_C - label_logits_C, 0.0).sum())
             if wants_gradient:
-                dlogits_CV = probabilities_CV
+                dlogits_CV = probabilities_CV.to(x_CD.dtype)  # no copy but in fp16
                 # scatter_ would copy all of them in bf16.
                 dlogits_CV[of_labels] = (torch.exp(label_logits_C - log_sum_C) - 1).to(x_CD.dtype)
                 counted_C1 = counted_C[:, None]

@@ -305,6 +305,8 @@ def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
         scaler = training["runtime"].get("scaler", dict.fromkeys(_SCALER, 1))
         is_whole &= scaler.keys() == _SCALER and all(isinstance(value, int | float) for value in scaler.values())
         is_whole &= isinstance(training.setdefault("wandb_id"), str | None)
+        skipped = training.setdefault("skipped", 0)
+        is_whole &= type(skipped) is int and skipped >= 0
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         is_whole = False
     if not is_whole:

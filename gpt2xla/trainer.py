@@ -150,7 +150,7 @@ class Trainer:
                 self.holding.enter_context(alone(*_lock(config)))
         self.stop = Stop(runtime, signals, train.max_hours)
         self.saves = BackgroundSaves(self._save_failed)
-        self.skipped = 0
+        self.skipped = start.training["skipped"] if start.training else 0
 
         with memory.explained(runtime, "before the first step", lambda _: memory.SMALLER_MODEL):
             self.train_step = TrainStep(config, runtime, self.model, start.training, self.stop, self._log_training)
@@ -305,6 +305,7 @@ class Trainer:
                 "runtime": self.runtime.state_dict(),
                 "data": self._data_position(),
                 "wandb_id": self.wandb.run_id if self.wandb else None,
+                "skipped": self.skipped,
             }
             self.saves.start(partial(self._write_checkpoint, weights, training, shards))
 

@@ -142,7 +142,7 @@ def test_loss_in_place_in_bf16_and_with_padding_is_as_exact_as_the_plain_one(pad
 
 
 @pytest.mark.parametrize("reads_wait", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_label_whose_probability_is_no_longer_a_number_has_its_loss_all_the_same(
     dtype: torch.dtype, reads_wait: bool
 ) -> None:
@@ -155,6 +155,22 @@ def test_a_label_whose_probability_is_no_longer_a_number_has_its_loss_all_the_sa
     assert expected > 48 * 200
     loss = in_place_cross_entropy(x.to(dtype), weight.to(dtype), labels, 13, chunks=3, reads_wait=reads_wait)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-6 if dtype == torch.float32 else 1e-3, atol=0)
+
+
+@pytest.mark.parametrize("reads_wait", [False, True])
+def test_loss_in_place_in_fp16_where_probabilities_are_subnormal(reads_wait: bool) -> None:
+    """Losses of 8 to 24 nats: probabilities from 3e-4 down to 3e-11, where fp16's digits end at 6e-5."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        0.5 * torch.randn(1, 512, 64, generator=generator).half(),
+        torch.randn(2000, 64, generator=generator).half(),
+    )
+    logits = torch.nn.functional.linear(x, weight)[0].double()
+    losses = torch.logsumexp(logits, 1, keepdim=True) - logits
+    labels = ((losses > 8) & (losses < 24)).double().multinomial(1, generator=generator).T
+    expected = torch.nn.functional.cross_entropy(logits, labels[0])
+    loss = in_place_cross_entropy(x, weight, labels, chunks=3, reads_wait=reads_wait) / 512
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_compiled_blocks_are_one_program_for_all_layers_and_the_same_function() -> None:

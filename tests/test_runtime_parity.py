@@ -3,6 +3,8 @@
 20 updates of 3 micro-steps with clipping, in fp32, each run started as a user starts it.
 """
 
+import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,28 @@ def test_the_sync_free_optimizer_equals_the_plain_one(trained: Path, data_flags:
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=RELATIVE)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "muon",
+        *(pytest.param(flags, marks=pytest.mark.slow) for flags in ("adamw", "adam", "adamw --use-syncfree-optim")),
+    ],
+)
+def test_a_rate_of_exactly_zero_changes_nothing_on_xla(optimizer: str, data_flags: list[str], tmp_path: Path) -> None:
+    """Steps 4 and 5 have a rate of 0, and ids from 97 on occur nowhere, so that their second moments are 0."""
+    schedule = "--learning-rate 0.01 --min-lr 0 --decay-steps 3 --warmup-steps 1 --train-steps 5".split()
+    flags = [*data_flags, *SMALL_RUN, "--vocab-size", "128", "--no-tie-weights", *schedule, "--optim-type"]
+    flags += [*optimizer.split(), "--checkpoints-dir"]
+    succeed(run_xla(*flags, tmp_path / "xla"))
+    succeed(
+        run_here("run_pretrain.py", *(flag for flag in flags if flag != "--use-syncfree-optim"), tmp_path / "torch")
+    )
+    ours, expected = weights_of(tmp_path / "xla", 5), weights_of(tmp_path / "torch", 5)
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
+    assert validations(tmp_path / "xla") == pytest.approx(validations(tmp_path / "torch"), rel=RELATIVE)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", ["--activation-checkpointing block --loss-chunks 4", "--attention sdpa --loss-chunks 1"]
@@ -118,6 +142,25 @@ def test_a_resumed_torch_run_is_bit_identical(trained: Path, data_flags: list[st
     assert training_losses(tmp_path) == training_losses(trained)
     assert validations(tmp_path) == validations(trained)
     assert same_weights(tmp_path, trained)
+
+
+def test_skipped_updates_are_counted_over_resumes(
+    data_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of steps 2, 5 and 6 are NaN. A run that was resumed after step 3 counts them as an unbroken one does."""
+    forward, calls = GPT2.forward, itertools.count()
+
+    def spoiled(self: GPT2, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, count = forward(self, *batch)
+        return loss * (math.nan if next(calls) // 3 + 1 in (2, 5, 6) else 1), count
+
+    monkeypatch.setattr(GPT2, "forward", spoiled)
+    flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path, "--skip-nonfinite"]
+    succeed(run_here("run_pretrain.py", *flags, 2, "--train-steps", 3))
+    result = run_here("run_pretrain.py", *flags, 2, "--train-steps", 7)
+    assert [line["skipped"] for line in metrics(tmp_path) if "loss" in line] == [0, 1, 1, 1, 2]
+    assert result.returncode == 1
+    assert "step 6: loss nan" in result.stderr
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ division and a look-up, and any 10,000 sequences in a row hold each data set in 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gpt2xla.data.permutation import permute
+from gpt2xla.data.remote import is_url
 from gpt2xla.errors import InputError
 
 PATTERN = 10_000
@@ -74,8 +76,12 @@ def parse_weights(option: str, entries: Sequence[str]) -> tuple[list[str], list[
             raise InputError(f"{option} {entry}: choose a weight above 0, or leave the folder out")
         folders.append(folder)
         weights.append(weight)
-    if doubled := [folder for number, folder in enumerate(folders) if folder in folders[:number]]:
-        raise InputError(f"{option} names {doubled[0]} twice; name it once with the sum of its weights")
+    seen: set[str] = set()
+    for folder in folders:
+        place = folder.rstrip("/") if is_url(folder) else os.path.realpath(folder)  # or one under two names
+        if place in seen:
+            raise InputError(f"{option} names {folder} twice; name it once with the sum of its weights")
+        seen.add(place)
     if len(folders) > PATTERN:
         raise InputError(f"{option} names {len(folders)} folders; at most {PATTERN} can be mixed")
     return folders, weights

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2xla.data.windows import Batch
+from gpt2xla.errors import RunFailed
 from gpt2xla.loss import IGNORED_LABEL, mask_padding
 from gpt2xla.model import GPT2
 from gpt2xla.runtime.base import Runtime
@@ -30,7 +31,7 @@ class RowLosses:
     """
 
     def __init__(self, model: GPT2, runtime: Runtime, name: str, stop: Stop | None = None) -> None:
-        self.model, self.runtime, self.stop = model, runtime, stop
+        self.model, self.runtime, self.name, self.stop = model, runtime, name, stop
         self._step = runtime.compile_step(self._score, name)
 
     def of(self, batches: Iterable[Batch]) -> np.ndarray:
@@ -39,6 +40,7 @@ class RowLosses:
 
         Raises:
             Stopped: on all processes, when they have agreed to stop.
+            RunFailed: on all processes, when a loss is NaN or infinite.
         """
         self._values: list[np.ndarray] = []
         was_training = self.model.training
@@ -51,7 +53,13 @@ class RowLosses:
             self.runtime.wait()
         finally:
             self.model.train(was_training)
-        return np.concatenate(self._values)
+        values = np.concatenate(self._values)
+        if not np.isfinite(values).all():
+            raise RunFailed(
+                f"{self.name}: the loss is not a number: the weights hold NaN or infinity, or activations leave the "
+                "range of fp16, if that was asked for; choose an earlier checkpoint, or a lower --learning-rate"
+            )
+        return values
 
     @torch.no_grad()
     def _score(self, batch: Batch) -> None:

@@ -190,10 +190,12 @@ class XlaRuntime:
         return loss * self.scaler.scale if self.scaler else loss
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        # A rate of exactly 0 would make the plain optimizers divide 0 by 0 where a second moment is 0, and is another graph
+        # with the sync-free ones. 1e-30 moves no weight by more than that.
+        rate = max(rate, 1e-30)
         # The plain optimizers multiply by 1 - rate * weight_decay, which for a small rate rounds to the constant 1.0 and
-        # would be another graph; on the device it is a number like any other. The sync-free ones take a float, and of
-        # these only exactly 0 is another graph; 1e-30 changes no weight either.
-        lr = max(rate, 1e-30) if self.options.use_syncfree_optim else self.to_device(torch.tensor(rate))
+        # would be another graph; on the device it is a number like any other. The sync-free ones take a float.
+        lr = rate if self.options.use_syncfree_optim else self.to_device(torch.tensor(rate))
         for group in optimizer.param_groups:
             group["lr"] = lr
 

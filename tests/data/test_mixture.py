@@ -33,6 +33,8 @@ def test_weights_are_read_and_a_single_folder_needs_none() -> None:
         (["a=1", "b=nan"], "b=nan: choose a weight above 0"),
         (["a=inf", "b=1"], "a=inf: choose a weight above 0"),
         (["a=1", "a=2"], "names a twice"),
+        (["a=1", "./b/../a/=2"], "names ./b/../a/ twice"),
+        (["gs://x/a=1", "gs://x/a/=2"], "names gs://x/a/ twice"),
     ],
 )
 def test_wrong_weights_are_refused(entries: list[str], message: str) -> None:

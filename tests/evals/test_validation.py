@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import run, run_here, run_xla, succeed, torchrun
 from evals.small import MODEL_FLAGS, make_model, make_split, reference_losses
+from safetensors.torch import load_file, save_file
 
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.evals import row_losses
@@ -174,3 +176,26 @@ def test_a_padded_model_is_the_same_function(flags: list[object], reference: Ref
     sums, counts = reference
     out = succeed(run_here("run_pretrain.py", *flags, "--vocab-size", 512, "--checkpoints-dir", tmp_path))
     assert float(re.search(r"loss ([\d.]+)", out)[1]) == pytest.approx(sums.sum() / counts.sum(), abs=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_a_failed_run(
+    model: Path, flags: list[object], split: Path, tmp_path: Path
+) -> None:
+    """Of damaged weights, and at the end of a run whose last update took the weights out of fp32."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["transformer.h.0.mlp.c_fc.weight"][3, 3] = math.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    result = run_here("run_pretrain.py", *flags, "--from-checkpoint", damaged, "--checkpoints-dir", tmp_path / "tested")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "the loss is not a number" in result.stderr
+    result = run_here("generate.py", "--model", damaged, "--prompt", "a", "--temperature", 0)
+    assert (result.returncode, result.stderr.count("error: ")) == (1, 1)
+
+    steps = ["--train-steps", 1, "--warmup-steps", 0, "--train-batch-size", 2, "--gradient-accum-step", 1]
+    data = ["--train-dir", split.parent / "train", "--valid-dir", split, "--learning-rate", 3e37, "--no-compile"]
+    result = run_here("run_pretrain.py", *MODEL_FLAGS, *steps, *data, "--checkpoints-dir", tmp_path / "run")
+    assert result.returncode == 1
+    assert "the loss is not a number" in result.stderr
+    assert not list((tmp_path / "run").glob("step-*"))
