@@ -34,6 +34,8 @@ from gpt2xla.tokenizer import Tokenizer, match_tokenizer
 from gpt2xla.train_step import TrainStep
 from gpt2xla.wandb_sink import WandbSink
 
+_MOST_OVERFLOWS = 40  # in a row; as many halvings take fp16's first scale from 65536 to 6e-8
+
 
 def pretrain(
     config: RunConfig, make_runtime: Callable[[TrainConfig], Runtime], signals: StopSignals | None = None
@@ -151,6 +153,7 @@ class Trainer:
         self.stop = Stop(runtime, signals, train.max_hours)
         self.saves = BackgroundSaves(self._save_failed)
         self.skipped = start.training["skipped"] if start.training else 0
+        self.overflows = 0  # in a row
 
         with memory.explained(runtime, "before the first step", lambda _: memory.SMALLER_MODEL):
             self.train_step = TrainStep(config, runtime, self.model, start.training, self.stop, self._log_training)
@@ -276,9 +279,14 @@ class Trainer:
 
     def _count_skipped(self, step: int, loss: float, grad_norm: float) -> None:
         """Every process sees the same values and fails at the same step; as a save waits for all counts before it, nothing
-        is saved after. With fp16 the scaler skips an update whose gradient overflowed, which is no fault."""
+        is saved after. With fp16 the scaler skips an update whose gradient overflowed, which is no fault, and halves its
+        scale: after many in a row the scale is not what is wrong."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.overflows = 0
+            return
+        self.overflows += 1
         is_fp16 = self.config.train.mixed_precision == "fp16"
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or is_fp16):
+        if math.isfinite(loss) and is_fp16 and self.overflows <= _MOST_OVERFLOWS:
             return
         self.skipped += 1
         if self.skipped > self.config.train.skip_nonfinite:

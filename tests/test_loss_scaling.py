@@ -3,13 +3,17 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL_RUN, metrics, run, run_here, run_xla, succeed, training_losses
 from torch import Tensor, nn
 
+from gpt2xla.config import RunConfig, TrainConfig
+from gpt2xla.errors import RunFailed
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
+from gpt2xla.trainer import Trainer
 
 FP16 = ["--mixed-precision", "fp16"]
 MUON = "--optim-type muon --use-syncfree-optim"
@@ -128,3 +132,16 @@ def test_fp16_follows_fp32_and_moves_between_runtimes(trained: Path, data_flags:
         assert training_losses(folder) == pytest.approx(training_losses(trained), rel=1e-3)
         state = saved(folder)["runtime"]["scaler"]
         assert (state["scale"], state["_growth_tracker"]) == (65536.0, 20)
+
+
+def test_gradients_that_overflow_at_every_scale_end_the_run() -> None:
+    """Forty in a row may be the scale's; one finite gradient begins another row."""
+    trainer = SimpleNamespace(
+        config=RunConfig(train=TrainConfig(mixed_precision="fp16")), skipped=0, overflows=0,
+        order=SimpleNamespace(describe=lambda step: "windows"),
+    )  # fmt: skip
+    for norm in [math.inf] * 40 + [1.0] + [math.nan] * 40:
+        Trainer._count_skipped(trainer, 1, 2.0, norm)
+    with pytest.raises(RunFailed, match="gradient norm inf"):
+        Trainer._count_skipped(trainer, 1, 2.0, math.inf)
+    assert trainer.skipped == 1
