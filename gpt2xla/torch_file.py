@@ -1,0 +1,80 @@
+"""Files of torch.save, read as tensors and plain values: nothing in them is run."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2xla.errors import InputError
+from gpt2xla.weights import StoredTensor
+
+
+class PlainConfig:
+    """Stands in for a pickled `GPTConfig`, a dataclass of numbers that build-nanogpt and others save with a model. It keeps
+    what the file says of one, and does nothing with it.
+    """
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def load_plain(file: Path, mapped: bool = False) -> Any:
+    """Tensors, plain values and PlainConfigs; with `mapped`, tensors stay on disk until they are used, where the format
+    allows.
+
+    Raises:
+        InputError: the file is damaged, or would make objects of another kind: none is made.
+    """
+    try:
+        is_zip = zipfile.is_zipfile(file)  # torch's older format is none, and has to be read whole
+        stand_ins = _stand_ins(file) if is_zip else []
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken pickle can make the reader raise anything
+        raise InputError(f"{file} {_why(file, error)}") from None
+
+
+def stored_tensors(state: Any, file: Path) -> dict[str, StoredTensor]:
+    """A state dict's tensors by name. Raises InputError if it holds anything else."""
+    if not isinstance(state, dict):
+        raise InputError(f"{file} holds no tensors by name; choose another file")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not is_plain(tensor):
+            raise InputError(f"{file}: {str(name)[:80]!r} among the model's weights is no tensor; choose another file")
+    return {name: StoredTensor(name, tensor.shape, tensor.dtype, tensor.detach) for name, tensor in state.items()}
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor whose numbers are there: not sparse, not quantized, not a shape without numbers."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+    )
+
+
+def _stand_ins(file: Path) -> list[Any]:
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+    return [(PlainConfig, name) for name in unknown if name.rpartition(".")[2] == "GPTConfig"]
+
+
+def _why(file: Path, error: Exception) -> str:
+    """Torch's own words advise to run what is in the file."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or type(error).__name__}"
+    if found := re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error)):
+        return (
+            f"holds an object of the class {found[1]}, and only tensors and plain values are read: nothing in it was run; "
+            "save the weights alone, or convert it with the program that wrote it"
+        )
+    return "is damaged, or holds more than tensors and plain values: nothing in it was run; copy it again"
