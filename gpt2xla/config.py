@@ -55,8 +55,8 @@ class GeneralConfig:
     seed: int = option(1061109567, "seed of the initial weights, of dropout and of --shuffle")
     from_checkpoint: str | None = option(
         None,
-        "start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a .pt file, or a "
-        "checkpoint folder of ours (which goes on where it stopped, unless --resume never)",
+        "start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a .safetensors, .pt "
+        "or llm.c file, or a checkpoint folder of ours (which goes on where it stopped, unless --resume never)",
     )
     resume: str = option(
         "auto",

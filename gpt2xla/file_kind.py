@@ -52,7 +52,7 @@ _FOLDERS = (
         "a DeepSpeed checkpoint; its own zero_to_fp32.py makes one file of it",
     ),
     (
-        ("*.ckpt.index", "*.ckpt-*.index", "*.ckpt.meta", "*.ckpt.data-*", "hparams.json"),
+        ("*.ckpt.index", "*.ckpt-*.index", "*.ckpt.meta", "*.ckpt.data-*"),
         "a TensorFlow checkpoint, as OpenAI published; for OpenAI's own weights give gpt2 ... gpt2-xl, else convert it with "
         "transformers 4 (load_tf_weights_in_gpt2)",
     ),

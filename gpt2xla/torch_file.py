@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def load_plain(file: Path, mapped: bool = False) -> Any:
     try:
         is_zip = zipfile.is_zipfile(file)  # torch's older format is none, and has to be read whole
         stand_ins = _stand_ins(file) if is_zip else []
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on formats
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
     except MemoryError:
         raise

@@ -148,7 +148,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     name = "transformer.h.1.mlp.c_fc.weight"
     for change, message in (
         ({name: torch.zeros(32, 96)}, f"{name} is 96 x 32 where its configuration says 128 x 32"),
-        ({name: torch.zeros(32, 128, dtype=torch.int8)}, f"{name} is of type torch.int8"),
+        ({name: torch.zeros(32, 128, dtype=torch.int8)}, f"{name} is of type I8"),
         ({"transformer.h.2.ln_1.weight": torch.zeros(32)}, "holds transformer.h.2.ln_1.weight, which no GPT-2"),
         ({"score.weight": torch.zeros(2, 32)}, "holds score.weight"),
         ({name: None}, "has no tensor h.1.mlp.c_fc.weight"),
@@ -177,9 +177,6 @@ def test_folders_without_readable_weights_say_what_to_do(tmp_path: Path) -> None
     for file in tmp_path.glob("model-*.safetensors"):
         file.unlink()
     with pytest.raises(InputError, match=r"has no model\.safetensors"):
-        hf.load_model(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(InputError, match=r"a pickle, which can run any program .*save_pretrained"):
         hf.load_model(tmp_path)
 
 
