@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 import zipfile
@@ -71,12 +72,20 @@ def _stand_ins(file: Path) -> list[Any]:
 
 
 def _why(file: Path, error: Exception) -> str:
-    """Torch's own words advise to run what is in the file."""
+    """In our words: torch's own advise to run what is in the file."""
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or type(error).__name__}"
-    if found := re.search(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)", str(error)):
+    what = "a Lightning checkpoint, " if _is_lightnings(file) else ""
+    if found := re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)", str(error)):
         return (
-            f"holds an object of the class {found[1]}, and only tensors and plain values are read: nothing in it was run; "
-            "save the weights alone, or convert it with the program that wrote it"
+            f"is not read: {what}it holds an object made by {found[1]}, not only tensors and plain values; nothing in it was "
+            "run; save the model's state_dict alone, with its config.json beside it"
         )
     return "is damaged, or holds more than tensors and plain values: nothing in it was run; copy it again"
+
+
+def _is_lightnings(file: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return any(b"pytorch-lightning_version" in archive.read(name) for name in pickles)
+    return False

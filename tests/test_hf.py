@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import ROOT, prepare_documents, run, run_here, succeed
@@ -266,6 +267,24 @@ def test_a_cut_weights_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
         hf.load_model(tmp_path)
+
+
+def test_pickles_are_fetched_only_where_there_are_no_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    hf.find_folder("me/old")
+    assert "pytorch_model.bin" in asked
+    asked.clear()
+    (tmp_path / "model.safetensors").touch()
+    hf.find_folder("me/new")
+    assert not any(name.startswith("pytorch") for name in asked)
 
 
 def test_an_unknown_name_offline_says_how_to_go_on() -> None:

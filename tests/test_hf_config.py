@@ -1,12 +1,15 @@
 """config.json as transformers' GPT2Config reads it."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2CLS, ACT2FN
 
 from gpt2xla.hf import from_hf_state
-from gpt2xla.hf_config import from_hf_config
+from gpt2xla.hf_config import from_hf_config, read_config
 from gpt2xla.model import GPT2, MLP
 
 GPT_2 = {"model_type": "gpt2"}
@@ -32,6 +35,17 @@ def test_configurations_are_read_as_transformers_reads_them(values: dict) -> Non
     assert ours.d_ff == (4 * theirs.n_embd if theirs.n_inner is None else theirs.n_inner)
     assert (ours.dropout, ours.layer_norm_eps) == (theirs.resid_pdrop, theirs.layer_norm_epsilon)
     assert ours.tie_weights == theirs.tie_word_embeddings
+
+
+def test_a_dropout_that_differs_is_said(tmp_path: Path) -> None:
+    """Of transformers' three there is one here."""
+    for values, notes in (
+        ({"attn_pdrop": 0.0}, ("dropout: 0.1 everywhere (resid_pdrop), where config.json has attn_pdrop 0.0",)),
+        ({"attn_pdrop": 0.2, "embd_pdrop": 0.2, "resid_pdrop": 0.2}, ()),
+        ({}, ()),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(GPT_2 | values))
+        assert read_config(tmp_path)[1] == notes
 
 
 @pytest.mark.parametrize(
