@@ -78,8 +78,8 @@ def _why(file: Path, error: Exception) -> str:
     what = "a Lightning checkpoint, " if _is_lightnings(file) else ""
     if found := re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)", str(error)):
         return (
-            f"is not read: {what}it holds an object made by {found[1]}, not only tensors and plain values; nothing in it was "
-            "run; save the model's state_dict alone, with its config.json beside it"
+            f"is not read: {what}it holds an object made by {found[1]}, not only tensors and plain values; nothing in it "
+            "was run; save the model's state_dict alone, with its config.json beside it"
         )
     return "is damaged, or holds more than tensors and plain values: nothing in it was run; copy it again"
 
