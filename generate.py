@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it imports torch, for which --help must not wait
 class GenerateConfig:
     """Generation"""
 
-    model: str = option(MISSING, "checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a .pt file")
+    model: str = option(MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file")
     tokenizer: str | None = option(
         None,
         "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else gpt2)",
@@ -80,6 +80,8 @@ def main() -> None:
     prompts = read_prompts(Path(options.prompts_file)) if options.prompts_file is not None else []
     source = locate(options.model)
     model_config, weights = load_weights(source)
+    for note in weights.notes:
+        print(note, file=sys.stderr)
     model = build_model(model_config, weights, source)
     tokenizer = find_tokenizer(options.tokenizer, source, model_config.real_vocab_size)
     if options.prompt is not None:

@@ -55,8 +55,8 @@ class GeneralConfig:
     seed: int = option(1061109567, "seed of the initial weights, of dropout and of --shuffle")
     from_checkpoint: str | None = option(
         None,
-        "start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a .pt file, or a "
-        "checkpoint folder of ours (which goes on where it stopped, unless --resume never)",
+        "start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a .safetensors, .pt "
+        "or llm.c file, or a checkpoint folder of ours (which goes on where it stopped, unless --resume never)",
     )
     resume: str = option(
         "auto",
@@ -123,8 +123,8 @@ class ModelConfig:
     num_heads: int = option(12, "attention heads per block; divides --d-model")
     d_ff: int = option(0, "width of the feed-forward layers; 0 means 4 x --d-model")
     dropout: float = option(0.0, "probability, for embeddings, attention and residual branches")
-    activation: Literal["gelu-tanh", "gelu", "relu"] = option(
-        "gelu-tanh", "gelu-tanh is GPT-2's; gelu is the exact one"
+    activation: Literal["gelu-tanh", "gelu-exact", "relu"] = option(
+        "gelu-tanh", "gelu-tanh is GPT-2's; gelu-exact is the one with erf"
     )
     tie_weights: bool = option(True, "use the token embedding as the output head, as GPT-2 does")
     bias: bool = option(True, "biases in linear layers and layer norms, as GPT-2 has")

@@ -40,6 +40,8 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
         f"{source}: {config.num_layers} layers, d_model {config.d_model}, {config.num_heads} heads, "
         f"{config.real_vocab_size:,} ids, {config.seq_length} positions, {config.activation}, {head} head, {biases}"
     )
+    for note in weights.notes:
+        say(note)
     say(f"tokenizer: {why}")
     say(f"wrote {output}; from_pretrained, generate.py --model and --from-checkpoint read it")
 

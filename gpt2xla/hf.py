@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,21 +18,25 @@ from torch import Tensor
 
 from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.errors import InputError
+from gpt2xla.file_kind import describe_folder, kind_of, refuse_adapter
+from gpt2xla.hf_config import read_config
 from gpt2xla.json_file import read_json
+from gpt2xla.parameter_names import CONV1D, in_our_names, is_bias, is_mask, with_tied_head
+from gpt2xla.torch_file import load_plain, stored_tensors
 from gpt2xla.weights import StoredTensor, StoredWeights
 
-T = TypeVar("T")
+ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-exact": "gelu", "relu": "relu"}
 
-ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
-# Hugging Face's GPT-2 keeps these as Conv1D: (in, out) where nn.Linear has (out, in).
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64, "I8": torch.int8}
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # Not by model*: repositories hold the same weights in further types and formats, too.
 _HUB_FILES = (
     "config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "tokenizer.json",
     "tokenizer_config.json",
 )  # fmt: skip
+# Fetched only where there are no safetensors.
+_HUB_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+# A hub id may end in these, but a path more likely does.
+_FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], eot_id: int | None) -> None:
@@ -49,53 +53,69 @@ def load_model(folder: Path) -> tuple[ModelConfig, StoredWeights]:
     """Configuration and weights of a Hugging Face GPT-2 folder, in one file or in several with an index.
 
     Raises:
-        InputError: the folder holds no GPT-2 that this trainer can express, or no safetensors.
+        InputError: the folder holds no GPT-2 that this trainer can express, or no weights.
     """
-    try:
-        config = from_hf_config(read_json(folder / "config.json"))
-    except FileNotFoundError:
-        raise InputError(f"{folder} is not a model folder: it has no config.json") from None
-    except OSError as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
-    stored: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
-        with _opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no dictionary
-                header = tensors.get_slice(name)
-                shape, is_conv1d = torch.Size(header.get_shape()), name.endswith(CONV1D)
-                dtype = _DTYPES.get(header.get_dtype())
-                read = partial(_read, file, name, is_conv1d)
-                stored[name] = StoredTensor(name, shape[::-1] if is_conv1d else shape, dtype, read)
-    if not config.bias and any(tensor.read().any() for tensor in stored.values() if _is_bias(tensor.name)):
+    refuse_adapter(folder)
+    if not (folder / "config.json").exists():
+        raise InputError(describe_folder(folder, "config.json"))
+    config, notes = read_config(folder)
+    return weights_in(_weight_files(folder), folder, config, notes)
+
+
+def weights_in(
+    files: list[Path], source: Path, config: ModelConfig, notes: tuple[str, ...]
+) -> tuple[ModelConfig, StoredWeights]:
+    """The weights in these files of `source`, and `config` as they complete it. Raises InputError."""
+    stored = {name: tensor for file in files for name, tensor in _stored(file).items()}
+    tensors = in_our_names(stored, source)
+    biases = {name: tensor for name, tensor in tensors.items() if is_bias(name)}
+    if not config.bias and any(tensor.read().any() for tensor in biases.values()):
         # Saved without biases, which Hugging Face then trained: it knows no model that has none.
         config = dataclasses.replace(config, bias=True)
-    return config, StoredWeights(config, _in_our_names(config, stored), folder)
+    if not config.bias:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
+    if config.tie_weights:
+        keep = 'to keep both, write "tie_word_embeddings": false into config.json'
+        tensors = with_tied_head(tensors, source, keep)
+    return config, StoredWeights(config, tensors, source, notes)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-            files = [folder / Path(name).name for name in names]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} cannot be read ({type(error).__name__}); copy it again") from None
-        for file in files:
-            if not file.is_file():
-                raise InputError(f"{file} is missing, which {index.name} names; copy it too")
-        return files
-    if any(folder.glob("model-*.safetensors")):
-        raise InputError(f"{index} is missing, which names the parts of the model; copy it too")
-    if any(folder.glob("pytorch_model*.bin")):
-        raise InputError(
-            f"{folder} holds its weights as pytorch_model.bin, a pickle, which can run any program and is not opened here; "
-            "if you trust its maker, load it with transformers' from_pretrained and save it with save_pretrained"
-        )
-    raise InputError(f"{folder} has no model.safetensors; save the model with transformers' save_pretrained first")
+    """As transformers looks for them: safetensors first, one file before several."""
+    for name, parts in (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin")):
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            return _parts(index)
+        if any(folder.glob(parts)):
+            raise InputError(f"{index} is missing, which names the parts of the model; copy it too")
+    raise InputError(describe_folder(folder, "model.safetensors or pytorch_model.bin"))
+
+
+def _parts(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        files = [index.with_name(Path(name).name) for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} cannot be read ({type(error).__name__}); copy it again") from None
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is missing, which {index.name} names; copy it too")
+    return files
+
+
+def _stored(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by their names there."""
+    if kind_of(file) == "torch":
+        return stored_tensors(load_plain(file, mapped=True), file)
+    out: dict[str, StoredTensor] = {}
+    with _opened(file) as tensors:
+        for name in tensors.keys():  # noqa: SIM118  it is no dictionary
+            header = tensors.get_slice(name)
+            dtype = _DTYPES.get(header.get_dtype(), header.get_dtype())
+            out[name] = StoredTensor(name, torch.Size(header.get_shape()), dtype, partial(_read, file, name))
+    return out
 
 
 @contextlib.contextmanager
@@ -107,11 +127,10 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InputError(f"{file} is damaged ({error}); copy it again") from None
 
 
-def _read(file: Path, name: str, is_conv1d: bool) -> Tensor:
+def _read(file: Path, name: str) -> Tensor:
     # Opened for each tensor, so that its pages of the file leave memory with it.
     with _opened(file) as tensors:
-        tensor = tensors.get_tensor(name)
-    return tensor.t() if is_conv1d else tensor
+        return tensors.get_tensor(name)
 
 
 def find_folder(name: str) -> Path:
@@ -130,7 +149,10 @@ def find_folder(name: str) -> Path:
     hub_id = f"openai-community/{name}" if name in PRESETS else name
     elsewhere = "or give the path of a folder that holds the model"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+        folder = snapshot_download(hub_id, allow_patterns=list(_HUB_FILES))
+        if not any(Path(folder).glob("model*.safetensors*")):
+            folder = snapshot_download(hub_id, allow_patterns=list(_HUB_PICKLES))
+        return Path(folder)
     except errors.HFValidationError:
         reason = "no such folder or file"
     except errors.GatedRepoError:
@@ -169,7 +191,7 @@ def is_missing_path(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return True
-    return path.suffix == ".pt" or (path.parent != Path() and path.parent.is_dir())
+    return path.suffix in _FILE_SUFFIXES or (path.parent != Path() and path.parent.is_dir())
 
 
 def to_hf_config(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
@@ -200,43 +222,6 @@ def to_hf_config(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
     }
 
 
-def from_hf_config(values: dict[str, Any]) -> ModelConfig:
-    """Raises ValueError for a model that is not GPT-2, or a variant of it that `model.py` does not have."""
-    if not isinstance(values, dict):
-        raise ValueError("it holds no options")
-    if values.get("model_type") != "gpt2":
-        raise ValueError(f"model_type is {values.get('model_type')!r}, not 'gpt2'")
-    for key, expected in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-        if values.get(key, expected) != expected:
-            raise ValueError(f"{key} = {values[key]} is not supported")
-    ours = {theirs: name for name, theirs in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu-tanh"}
-    activation = values.get("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in ours:
-        raise ValueError(f"activation_function {activation!r} is not one of {', '.join(ours)}")
-    try:
-        padded = max(values["vocab_size"], values.get("gpt2xla_vocab_size", 0))
-        config = ModelConfig(
-            vocab_size=padded,
-            vocab_padding=padded - values["vocab_size"],
-            seq_length=values["n_positions"],
-            d_model=values["n_embd"],
-            num_layers=values["n_layer"],
-            num_heads=values["n_head"],
-            d_ff=values.get("n_inner") or 4 * values["n_embd"],
-            dropout=values.get("resid_pdrop", 0.1),
-            activation=ours[activation],  # type: ignore[arg-type]
-            tie_weights=values.get("tie_word_embeddings", True),
-            bias=values.get("gpt2xla_bias", True),
-            layer_norm_eps=values.get("layer_norm_epsilon", 1e-5),
-        )
-        config.check()
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]} is missing") from None
-    except TypeError as error:
-        raise ValueError(f"a size is not a number ({error})") from None
-    return config
-
-
 def to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our weights in Hugging Face's names and layouts, without the padding of the vocabulary. Absent biases become zeros,
     which compute the same."""
@@ -254,24 +239,11 @@ def to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, T
 
 def from_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse, of weights in memory."""
-    ours = _in_our_names(config, state)
-    return {name: tensor.t().contiguous() if name.endswith(CONV1D) else tensor for name, tensor in ours.items()}
-
-
-def _in_our_names(config: ModelConfig, tensors: Mapping[str, T]) -> dict[str, T]:
-    """OpenAI's own files leave out "transformer." and hold causal masks, which are no parameters."""
-    out: dict[str, T] = {}
-    for their_name, tensor in tensors.items():
+    out: dict[str, Tensor] = {}
+    for their_name, tensor in state.items():
         name = their_name.removeprefix("transformer.")
-        is_tied_copy = name == "lm_head.weight" and config.tie_weights
-        if not (_is_mask(name) or (_is_bias(name) and not config.bias) or is_tied_copy):
-            out[name] = tensor
+        if not (
+            is_mask(name) or (is_bias(name) and not config.bias) or (name == "lm_head.weight" and config.tie_weights)
+        ):
+            out[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
     return out
-
-
-def _is_mask(name: str) -> bool:
-    return name.endswith((".attn.bias", ".attn.masked_bias"))
-
-
-def _is_bias(name: str) -> bool:
-    return name.endswith(".bias") and not _is_mask(name)

@@ -1,42 +1,39 @@
-"""Weights from two kinds of `.pt` files, without unpickling objects.
+"""Models in files of torch.save, without unpickling objects.
 
 {model, optimizer, lr_scheduler, config, global_step} is common among GPT-2 reproductions; the parameter names read here are
 those of github.com/minhnguyent546/pre-training-gpt2, and ours. {model, optimizer, model_args, iter_num, best_val_loss,
-config} is nanoGPT's `ckpt.pt` (github.com/karpathy/nanoGPT). Both keep matrices as nn.Linear does.
+config} is nanoGPT's `ckpt.pt` (github.com/karpathy/nanoGPT); {model, config, step, val_loss} is build-nanogpt's
+(github.com/karpathy/build-nanogpt), whose config is a pickled `GPTConfig`. Weights alone need a `config.json` beside them.
 """
 
 from __future__ import annotations
 
-import zipfile
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
-from gpt2xla.weights import StoredTensor, StoredWeights
+from gpt2xla.hf_config import read_config
+from gpt2xla.parameter_names import in_our_names, with_tied_head
+from gpt2xla.torch_file import PlainConfig, is_plain, load_plain, stored_tensors
+from gpt2xla.weights import StoredWeights
 
-_RENAMED = (
-    ("_orig_mod.", ""),
-    ("module.", ""),
-    ("token_embedding.", "wte."),
-    ("positional_embedding.", "wpe."),
-    ("decoder_blocks.", "h."),
-    ("causal_self_attention.w_qkv.", "attn.c_attn."),
-    ("causal_self_attention.rl_projection.", "attn.c_proj."),
-    ("position_wise_ffn.linear.", "mlp.c_fc."),
-    ("position_wise_ffn.rl_projection.", "mlp.c_proj."),
-    ("layer_norm_1.", "ln_1."),
-    ("layer_norm_2.", "ln_2."),
-    ("layer_norm.", "ln_f."),
-    ("transformer.", ""),
-)
-_NANOGPT_ARGUMENTS = {
+_GPT_CONFIG = {
     "vocab_size": "vocab_size", "block_size": "seq_length", "n_embd": "d_model", "n_layer": "num_layers",
     "n_head": "num_heads", "dropout": "dropout", "bias": "bias",
 }  # fmt: skip
+_NANOGPT_NOTE = (
+    "activation: gelu-exact, as nanoGPT has it since 2023-05-17; a model from before has gelu-tanh: convert it with "
+    'scripts/convert_checkpoint.py and write "activation_function": "gelu_new" into its config.json'
+)
+# Keys that give away a trainer, and what its file is.
+_FOREIGN: tuple[tuple[set[str], str], ...] = (
+    ({"step", "code", "model", "optimizers"}, "is modded-nanogpt's, whose model is not a GPT-2"),
+    ({"module", "ds_version"}, "is a part of a DeepSpeed checkpoint; its own zero_to_fp32.py makes one file of it"),
+    ({"state", "param_groups"}, "is an optimizer's state, not a model"),
+    ({"optimizer", "runtime", "step"}, "is the training state of a checkpoint; give its folder"),
+)  # fmt: skip
 
 
 def load_pt_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
@@ -46,78 +43,72 @@ def load_pt_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
         InputError: the file is damaged, holds objects other than tensors and plain values, or has another layout.
     """
     saved = load_plain(file, mapped=True)
-    state, values = (saved.get("model"), _our_options(saved)) if isinstance(saved, dict) else (None, None)
-    if not isinstance(state, dict) or values is None:
-        raise InputError(
-            f"{file} is neither in the layout {{model, optimizer, lr_scheduler, config, global_step}} nor in nanoGPT's "
-            "{model, optimizer, model_args, iter_num, best_val_loss, config}"
-        )
-    tensors: dict[str, StoredTensor] = {}
-    for name, tensor in state.items():
-        if not isinstance(name, str) or not is_plain(tensor):
-            raise InputError(f"{file}: {name!r} among the model's weights is no tensor; choose another file")
-        if not name.endswith(("causal_mask", ".attn.bias", ".attn.masked_bias")):
-            tensors[_our_name(name)] = StoredTensor(name, tensor.shape, tensor.dtype, tensor.detach)
-    config = _our_config(file, values)
-    if config.tie_weights and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        if "wte.weight" in tensors and not _same(head.read(), tensors["wte.weight"].read()):
-            raise InputError(
-                f"{file}: {head.name} is not the token embedding, though by its configuration they are one; choose "
-                "another file"
-            )
-    return config, StoredWeights(config, tensors, file)
+    if not isinstance(saved, dict):
+        raise InputError(f"{file} holds no model but a {type(saved).__name__}; choose another file")
+    for keys, sentence in _FOREIGN:
+        if keys <= saved.keys():
+            raise InputError(f"{file} {sentence}")
+    state = _state(file, saved)
+    config, notes = _configuration(file, saved)
+    tensors = in_our_names(stored_tensors(state, file), file)
+    if config.tie_weights:
+        tensors = with_tied_head(tensors, file, "choose another file")
+    return config, StoredWeights(config, tensors, file, notes)
 
 
-def load_plain(file: Path, mapped: bool = False) -> Any:
-    """Tensors and plain values; with `mapped`, tensors stay on disk until they are used, where the format allows.
+def _state(file: Path, saved: dict[str, Any]) -> Any:
+    for key in ("model", "state_dict", "model_state_dict"):
+        if isinstance(saved.get(key), dict):
+            return saved[key]
+    if saved and all(map(is_plain, saved.values())):
+        return saved
+    raise InputError(
+        f"{file} is neither in the layout {{model, optimizer, lr_scheduler, config, global_step}} nor in nanoGPT's {{model, "
+        "optimizer, model_args, iter_num, best_val_loss, config}, and is no state_dict either; choose another file"
+    )
 
-    Raises:
-        InputError: the file is damaged, or would make objects of another kind: none is made.
+
+def _configuration(file: Path, saved: dict[str, Any]) -> tuple[ModelConfig, tuple[str, ...]]:
+    arguments, config = saved.get("model_args"), saved.get("config")
+    if isinstance(arguments, dict):
+        return _of_gpt_config(file, arguments)
+    if isinstance(config, PlainConfig):
+        return _of_gpt_config(file, config.state)
+    if isinstance(config, dict) and "model" in saved:
+        values = {"layer_norm_eps" if key == "eps" else str(key): value for key, value in config.items()}
+        if values.get("activation") == "gelu":  # there, gelu means the tanh form
+            values["activation"] = "gelu-tanh"
+        return _our_config(file, values), ()
+    if (file.parent / "config.json").is_file():
+        return read_config(file.parent)
+    what = "is a Lightning checkpoint, which" if "pytorch-lightning_version" in saved else "holds weights alone, and"
+    raise InputError(
+        f"{file} {what} does not say what its model is: the number of heads and the activation cannot be told from weights; "
+        "put the model's config.json, in Hugging Face's form, beside it"
+    )
+
+
+def _of_gpt_config(file: Path, values: Any) -> tuple[ModelConfig, tuple[str, ...]]:
+    """By the fields of nanoGPT's GPTConfig, or build-nanogpt's and llm.c's, which have neither dropout nor bias.
+
+    nanoGPT took the exact GELU some months after it made biases an option; all others have GPT-2's.
     """
-    try:
-        mapped &= zipfile.is_zipfile(file)  # torch's older format has to be read whole
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a broken pickle can make the reader raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file} cannot be loaded as plain tensors ({reason}); nothing in it was run") from None
-
-
-def is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor whose numbers are there: not sparse, not a shape without numbers."""
-    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
-
-
-def _our_name(name: str) -> str:
-    for theirs, ours in _RENAMED:
-        name = name.replace(theirs, ours)
-    return name
-
-
-def _our_options(saved: dict[str, Any]) -> dict[str, Any] | None:
-    """Of ModelConfig; None if the file is in neither layout."""
-    if isinstance(arguments := saved.get("model_args"), dict):
-        values = _renamed(arguments, _NANOGPT_ARGUMENTS)
-        # Its GELU is the exact one, also for models that began as OpenAI's. Files that leave out `bias` are from before
-        # that was an option.
-        return {"bias": True, **values, "activation": "gelu"}
-    if not isinstance(config := saved.get("config"), dict):
-        return None
-    values = _renamed(config, {"eps": "layer_norm_eps"})
-    if values.get("activation") == "gelu":  # there, gelu means the tanh form
-        values["activation"] = "gelu-tanh"
-    return values
-
-
-def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    return {str(names.get(key, key)): value for key, value in values.items()}
+    is_plain_config = isinstance(values, dict) and all(
+        isinstance(value, bool | int | float) for value in values.values()
+    )
+    if not is_plain_config or (strange := [str(key) for key in values if key not in _GPT_CONFIG]):
+        what = f"{strange[0][:80]}, which is not GPT-2's" if is_plain_config else "other than plain numbers"
+        raise InputError(f"{file}: its GPTConfig holds {what}; choose another file")
+    options = {"bias": True} | {_GPT_CONFIG[key]: value for key, value in values.items()}
+    is_exact = "bias" in values
+    options["activation"] = "gelu-exact" if is_exact else "gelu-tanh"
+    return _our_config(file, options), (_NANOGPT_NOTE,) if is_exact else ()
 
 
 def _our_config(file: Path, values: dict[str, Any]) -> ModelConfig:
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    if strange := [key for key in values if key not in known]:
+        raise InputError(f"{file}: its config has {strange[0][:80]}, which is not GPT-2's; choose another file")
     try:
         config = ModelConfig(**values)
         config.check()

@@ -26,7 +26,8 @@ from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_
 from gpt2xla.errors import InputError, blaming
 from gpt2xla.json_file import read_json
 from gpt2xla.model import GPT2
-from gpt2xla.pt_file import is_plain, load_plain, load_pt_model
+from gpt2xla.model_files import load_weights, locate
+from gpt2xla.torch_file import is_plain, load_plain
 from gpt2xla.weights import StoredWeights, parameter_shapes
 
 # Options of this call, not of the run that is continued.
@@ -95,31 +96,12 @@ def find_start(config: RunConfig) -> Start:
     if continues:
         config = _complete(config, source, notes)
     saved_model, weights = load_weights(source)
+    notes += weights.notes
     if not continues:
         saved_model = _resize(config, saved_model, source, notes)
     config = dataclasses.replace(config, model=_agree(config, saved_model, source))
     training = _load_training_state(source, config) if continues and not config.general.do_test else None
     return Start(config, source, weights, training, tuple(notes))
-
-
-def locate(name: str) -> Path:
-    """The folder or file that a user's `name` means: a path, a folder of checkpoints (its newest), an OpenAI size or a
-    hub id. Raises InputError if it means nothing.
-    """
-    if not name:
-        raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
-    path = Path(name)
-    with blaming(name):  # no permission, or a name that is too long
-        if path.is_file():
-            return path
-        if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
-            return checkpoints[-1]
-        return hf.find_folder(name)
-
-
-def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Model configuration and weights of a folder or `.pt` file. Raises InputError."""
-    return load_pt_model(source) if source.is_file() else hf.load_model(source)
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:

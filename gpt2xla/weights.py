@@ -14,7 +14,7 @@ from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.model import GPT2
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,18 @@ class StoredTensor:
 
     Attributes:
         name: in the file.
-        shape: in our layout.
-        dtype: None for one that is no torch type.
-        read: the tensor in our layout, perhaps as a view of the mapped file.
+        shape: as `read` returns it.
+        dtype: the file's own name for it where torch has no such type.
+        read: the tensor, perhaps as a view of the mapped file.
     """
 
     name: str
     shape: torch.Size
-    dtype: torch.dtype | None
+    dtype: torch.dtype | str
     read: Callable[[], Tensor]
+
+    def transposed(self) -> StoredTensor:
+        return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().t())
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -40,17 +43,22 @@ class StoredWeights(Mapping[str, Tensor]):
     Of a vocabulary that the model pads, the real rows alone are stored.
 
     Args:
-        tensors: by our parameter names.
+        tensors: by our parameter names, in our layout.
         source: the file or folder, for messages.
+        notes: lines for the user about how they are read.
 
     Raises:
         InputError: these are not the tensors of such a model; the first that is wrong is named.
     """
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, StoredTensor], source: Path) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, StoredTensor], source: Path, notes: tuple[str, ...] = ()
+    ) -> None:
         expected = parameter_shapes(dataclasses.replace(config, vocab_size=config.real_vocab_size, vocab_padding=0))
-        for name in expected.keys() - tensors.keys():
-            raise InputError(f"{source} has no tensor {name}, which a model of its configuration needs; copy it again")
+        if missing := [name for name in expected if name not in tensors]:
+            raise InputError(
+                f"{source} has no tensor {missing[0]}, which a model of its configuration needs; copy it again"
+            )
         for name, tensor in tensors.items():
             if name not in expected:
                 raise InputError(
@@ -59,14 +67,16 @@ class StoredWeights(Mapping[str, Tensor]):
             if tensor.shape != expected[name]:
                 raise InputError(
                     f"{source}: {tensor.name} is {_sizes(tensor.shape)} where its configuration says "
-                    f"{_sizes(expected[name])} (as nn.Linear lays it out); mend the configuration or choose another"
+                    f"{_sizes(expected[name])} (as nn.Linear lays it out); fix the configuration or choose another"
                 )
             if tensor.dtype not in FLOATS:
                 raise InputError(
-                    f"{source}: {tensor.name} is of type {tensor.dtype or 'unknown'}; save the model in float32, bfloat16 "
-                    "or float16"
+                    f"{source}: {tensor.name} is of type {tensor.dtype}; save the model in float32, bfloat16 or float16"
                 )
         self._tensors = {name: tensors[name] for name in expected}
+        if any(tensor.dtype == torch.float64 for tensor in self._tensors.values()):
+            notes = (*notes, "weights: stored in float64, rounded to fp32")
+        self.notes = notes
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name].read().float()

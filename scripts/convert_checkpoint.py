@@ -15,7 +15,8 @@ class ConvertConfig:
     """Conversion"""
 
     input: str = option(
-        MISSING, "nanoGPT's ckpt.pt, another .pt file, a checkpoint folder, gpt2 ... gpt2-xl or a hub id"
+        MISSING,
+        "nanoGPT's ckpt.pt or another .pt, .safetensors or llm.c file, a checkpoint folder, gpt2 ... gpt2-xl or a hub id",
     )
     output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it")
     tokenizer: str | None = option(

@@ -14,7 +14,7 @@ from gpt2xla.exits import exit_code, leaving_together
 class HellaSwagConfig(EvalConfig):
     """HellaSwag"""
 
-    model: str = option(MISSING, "checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a .pt file")
+    model: str = option(MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file")
     data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)")
     tokenizer: str | None = option(
         None,
@@ -40,6 +40,8 @@ def main() -> None:
         runtime.setup_model(model)
         result = HellaSwag(questions, model, runtime, train.eval_batch_size).run()
         if runtime.is_main:
+            for note in weights.notes:
+                print(note, file=sys.stderr)
             shares = {"acc": result.acc, "acc_norm": result.acc_norm}
             shown = ", ".join(
                 f"{name} {share:.4f} ± {result.standard_error(share):.4f}" for name, share in shares.items()

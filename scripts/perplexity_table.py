@@ -21,7 +21,7 @@ class TableConfig(EvalConfig):
     """Perplexity table"""
 
     models: tuple[str, ...] = option(
-        MISSING, "checkpoint folders, gpt2, gpt2-medium, gpt2-large, gpt2-xl, hub ids, or .pt files"
+        MISSING, "checkpoint folders, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files"
     )
     valid_dir: str = option(MISSING, "folder or URL of token shards")
     valid_steps: int | Literal["all"] = option("all", "batches of --batch-size; all: each token of the split once")

@@ -88,7 +88,7 @@ def test_nanogpts_file_is_the_same_function_here_and_in_hugging_face(bias: bool,
     file = nanogpt_file(tmp_path / "ckpt.pt", bias=bias, prefix=prefix)
     expected = plain_forward(file, IDS)
     config, weights = load_weights(file)
-    assert config == ModelConfig(300, 24, 32, 2, 4, activation="gelu", bias=bias)
+    assert config == ModelConfig(300, 24, 32, 2, 4, activation="gelu-exact", bias=bias)
     ours = build_model(config, weights, file).eval()
     torch.testing.assert_close(ours.logits(IDS).double(), expected, rtol=0, atol=1e-4)
 
@@ -144,14 +144,14 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path: Path)
         "no tensor": ({"model": state | {"x": 3}}, "'x' among the model's weights is no tensor"),
         "missing": ({"model": {k: v for k, v in state.items() if "ln_f.weight" not in k}}, "no tensor ln_f.weight"),
         "extra": (
-            {"model": state | {"transformer.h.7.ln_1.weight": torch.ones(32)}},
-            "holds transformer.h.7.ln_1.weight",
+            {"model": state | {"_orig_mod.transformer.h.7.ln_1.weight": torch.ones(32)}},
+            "holds _orig_mod.transformer.h.7.ln_1.weight",
         ),
         "shape": ({"model": state | {wte: torch.ones(299, 32)}}, "is not the token embedding"),
         "width": ({"model_args": ARGUMENTS | {"n_embd": 64}}, "32 where its configuration says"),
         "type": ({"model": state | {"_orig_mod.transformer.ln_f.bias": torch.ones(32).int()}}, "torch.int32"),
         "options": ({"model_args": ARGUMENTS | {"rotary": True}}, "rotary"),
-        "layout": ({"model_args": None, "config": None}, "neither in the layout"),
+        "layout": ({"model_args": None, "config": None}, "does not say what its model is"),
     }
     for name, (changes, message) in cases.items():
         file = nanogpt_file(tmp_path / f"{name}.pt", bias=True, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     except InputError as error:
         raise InputError(f"--models {name}: {error}") from None
     _check_tokenizer(name, source, windows.stream.manifest)
+    for note in weights.notes if runtime.is_main else ():
+        print(f"{name}: {note}", file=sys.stderr)
     model = build_model(model_config, weights, source)
     del weights
     runtime.setup_model(model)

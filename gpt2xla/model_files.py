@@ -1,0 +1,53 @@
+"""The model that a user's name means, wherever a model is asked for: its place, and its weights by what is found there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpt2xla import hf
+from gpt2xla.checkpoint import list_checkpoints
+from gpt2xla.config import ModelConfig
+from gpt2xla.errors import InputError, blaming
+from gpt2xla.file_kind import kind_of
+from gpt2xla.hf_config import read_config
+from gpt2xla.llmc_file import load_llmc_model
+from gpt2xla.pt_file import load_pt_model
+from gpt2xla.weights import StoredWeights
+
+
+def locate(name: str) -> Path:
+    """The folder or file that a user's `name` means: a path, a folder of checkpoints (its newest), an OpenAI size or a
+    hub id. Raises InputError if it means nothing.
+    """
+    if not name:
+        raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
+    path = Path(name)
+    with blaming(name):  # no permission, or a name that is too long
+        if path.is_file():
+            return path
+        if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
+            return checkpoints[-1]
+        return hf.find_folder(name)
+
+
+def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
+    """Model configuration and weights of a folder or file. Raises InputError."""
+    if not source.is_file():
+        return hf.load_model(source)
+    kind = kind_of(source)
+    if kind == "llm.c":
+        return load_llmc_model(source)
+    return load_pt_model(source) if kind == "torch" else _load_safetensors(source)
+
+
+def _load_safetensors(file: Path) -> tuple[ModelConfig, StoredWeights]:
+    """By the `config.json` beside it. Without one it is refused, also where its shapes are those of GPT-2: models of the
+    same shapes differ in what shapes do not show, as Stanford's do in the scale of their attention.
+    """
+    if not (file.parent / "config.json").is_file():
+        raise InputError(
+            f"{file} holds weights alone, and there is no config.json beside it: the number of heads and the activation "
+            "cannot be told from them; copy the model's config.json there"
+        )
+    config, notes = read_config(file.parent)
+    return hf.weights_in([file], file, config, notes)
