@@ -5,6 +5,7 @@ Texts travel as Arrow arrays, a few MB at a time: no Python string is made of a 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from gpt2xla.data import compression, csv_file, input_files, json_lines, json_values, tables, text_file
 from gpt2xla.data.reading import ALL_SUFFIXES, ENDOFTEXT, Format, Reading, SplitBy
 from gpt2xla.data.recognition import Content, promised, recognise
-from gpt2xla.errors import blaming
+from gpt2xla.errors import InputError, blaming
 
 Split = Literal["train", "test"]
 
@@ -127,6 +128,8 @@ def local_parts(
             contents[name] = content = recognise(file, name, reading)  # an hour into the preparation would be late
         read = partial(_read, name=name, content=content, reading=reading, say=say)
         parts.append(Part(name, size, partial(_here, file), read, _how(content.format, reading), say=say))
+        if content.note and size < compression.HEAD_BYTES:  # what only begins as its content says is better known now
+            deque(_readable(parts[-1], file), maxlen=0)
     _report(contents, reading, say)
     return parts
 
@@ -162,21 +165,28 @@ def _how(format: Format, reading: Reading) -> str:
 
 
 def _read(file: Path, name: str, content: Content, reading: Reading, say: Callable[[str], None]) -> Iterator[pa.Array]:
-    if content.format == "parquet":
-        yield from tables.read_parquet(file, name, reading.column)
-    elif content.format == "arrow":
-        yield from tables.read_arrow(file, content.layers, name, reading.column)
-    elif content.format == "text":
-        yield from text_file.read(partial(compression.opened, file, content.layers), name, reading.split_by, say)
-    else:
-        with compression.opened(file, content.layers) as source:
-            if content.format == "jsonl":
-                yield from json_lines.read(source, name, reading.column)
-            elif content.format == "json":
-                yield from json_values.read(source, name, reading.column)
-            else:
-                delimiters = csv_file.TSV_DELIMITERS if content.format == "tsv" else csv_file.CSV_DELIMITERS
-                yield from csv_file.read(source, name, reading.column, delimiters)
+    column, opened = reading.column, partial(compression.opened, file, content.layers)
+    try:
+        if content.format == "parquet":
+            yield from tables.read_parquet(file, name, column)
+        elif content.format == "arrow":
+            yield from tables.read_arrow(file, content.layers, name, column)
+        elif content.format == "text":
+            yield from text_file.read(opened, name, reading.split_by, say)
+        elif content.format == "jsonl":
+            with opened() as source:
+                yield from json_lines.read(source, name, column)
+        elif content.format == "json":
+            with opened() as source:
+                yield from json_values.read(source, name, column)
+        else:
+            delimiters = csv_file.TSV_DELIMITERS if content.format == "tsv" else csv_file.CSV_DELIMITERS
+            with opened() as source:
+                yield from csv_file.read(source, name, column, delimiters)
+    except InputError as error:
+        if content.note:
+            raise InputError(f"{error}; or keep all of it as text with --format text") from None
+        raise
 
 
 def _report(contents: dict[str, Content], reading: Reading, say: Callable[[str], None]) -> None:

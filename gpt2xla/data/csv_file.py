@@ -67,15 +67,18 @@ def _lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
                 raise InputError(f"{name}, line {number}, {what}; fix or remove it")
             yield line
     except UnicodeDecodeError:
-        raise InputError(f"{name}, after line {number}: bytes that are not UTF-8; save it as UTF-8") from None
+        raise InputError(f"{name} holds bytes that are not UTF-8; save it as UTF-8") from None
 
 
 def _delimiter(header: str, column: str, delimiters: str, name: str) -> str:
-    names = {delimiter: next(csv.reader([header], delimiter=delimiter)) for delimiter in delimiters}
+    names: dict[str, list[str]] = {
+        delimiter: next(csv.reader([header], delimiter=delimiter)) for delimiter in delimiters
+    }
     for delimiter, columns in names.items():
         if column in columns:
             return delimiter
-    held = ", ".join(max(names.values(), key=lambda columns: len(columns)))
+    most: list[str] = max(names.values(), key=len)
+    held = ", ".join(most)[:300]
     raise InputError(
-        f"{name}: no column {column!r}; its first line, the header, holds {held[:300]}; choose with --text-column"
+        f"{name}: no column {column!r}; its first line, the header, holds {held}; choose with --text-column"
     )

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +118,10 @@ def _recognised(file: Path, name: str, layers: tuple[str, ...], head: bytes, col
     if suffix in _OTHER:
         raise InputError(f"{name} is text under a name that ends in {suffix}; rename it, or give --format text")
     if name.lower().endswith(PACKED) and not layers:
-        state = "is not compressed" if head else "is empty"
-        raise InputError(f"{name} {state}, though its name says so; copy it again, rename it, or give --format")
+        held = "holds plain text" if head else "is empty"
+        raise InputError(f"{name} {held}, though its name says compressed; copy it again, rename it, or give --format")
+    if promise in ("json", "jsonl") and text.lstrip().startswith((b"[", b'"')):
+        return Content("json", layers)
     if promise in ("csv", "tsv") and not _HTML.match(text):
         return Content(promise, layers)
     if promise and (text.strip() or promise in ("parquet", "arrow")):
@@ -168,16 +169,11 @@ def _certain(file: Path, layers: tuple[str, ...], text: bytes) -> Format | None:
 
 
 def _like_table(text: bytes, column: str) -> Format | None:
-    """Lines of as many columns as the header has, two at least, and the header names `column`."""
-    lines = text.decode(errors="replace").splitlines()[:20]
-    if len(text) >= compression.HEAD_BYTES:
-        lines.pop()
-    kinds: Iterator[tuple[str, Format]] = iter(((",", "csv"), (";", "csv"), ("\t", "tsv")))
+    """A first line of several short names, of which `column` is one, and more lines."""
+    header, *rest = text.decode(errors="replace").splitlines() or [""]
+    kinds: tuple[tuple[str, Format], ...] = ((",", "csv"), (";", "csv"), ("\t", "tsv"))
     for delimiter, kind in kinds:
-        try:
-            rows = [row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row]
-        except csv.Error:
-            continue
-        if len(rows) > 1 and len(rows[0]) > 1 and column in rows[0] and len({len(row) for row in rows}) == 1:
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        if column in names and len(names) > 1 and rest and all(0 < len(name) < 64 for name in names):
             return kind
     return None

@@ -46,8 +46,11 @@ def read(
     split_by: SplitBy,
     say: Callable[[str], None],
 ) -> Iterator[pa.Array]:
-    """The documents that are not blank, in arrays of a few MB, without a byte order mark. Bytes that are no UTF-8 become
-    U+FFFD. `say` gets a line with their number at the end of the file, and with that of <|endoftext|> read as text. Raises InputError for NUL bytes, and a document that is too long."""
+    """The documents that are not blank, in arrays of a few MB, without a byte order mark.
+
+    Bytes that are no UTF-8 become U+FFFD. `say` gets a line with their number at the end of the file, and one with that of
+    <|endoftext|> read as text. Raises InputError for NUL bytes, and for a document that is too long.
+    """
     held: list[str] = []
     size = replacements = separators = 0
     with opened() as source, io.TextIOWrapper(source, encoding="utf-8-sig", errors="replace") as text:
