@@ -129,7 +129,8 @@ def local_parts(
         read = partial(_read, name=name, content=content, reading=reading, say=say)
         parts.append(Part(name, size, partial(_here, file), read, _how(content.format, reading), say=say))
         if content.note and size < compression.HEAD_BYTES:  # what only begins as its content says is better known now
-            deque(_readable(parts[-1], file), maxlen=0)
+            with compression.readable(name):
+                deque(read(file), maxlen=0)
     _report(contents, reading, say)
     return parts
 

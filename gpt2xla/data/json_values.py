@@ -55,8 +55,8 @@ class _Values:
     def __init__(self, text: io.TextIOWrapper, name: str) -> None:
         self.text, self.name = text, name
         self.buffer, self.at, self.number = "", 0, 0
-        # Numbers stay text: there are some that Python would not make one of.
-        self.decoder = json.JSONDecoder(parse_int=str, parse_float=str)
+        # No number is a text, and some have more digits than Python takes.
+        self.decoder = json.JSONDecoder(parse_int=len, parse_float=len)
 
     def __iter__(self) -> Iterator[Any]:
         if self._next() != "[":
