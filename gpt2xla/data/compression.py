@@ -35,7 +35,7 @@ def readable(name: str) -> Iterator[None]:
     """What Arrow and the decoders say of damaged content becomes an InputError about the file `name`."""
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError) as error:
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0] or type(error).__name__
         raise InputError(f"{name} cannot be read ({reason}); fix it, or copy or make it again") from None
 
