@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import dataclasses
+import functools
 import gzip
 import io
 import itertools
@@ -28,8 +30,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2xla.data import text_file
-from gpt2xla.data.corpus import documents_of, local_parts
+from gpt2xla.data.corpus import documents_of, local_parts, remote_part
 from gpt2xla.data.prepare import PrepareConfig, prepare
+from gpt2xla.data.reading import Reading
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
 from gpt2xla.tokenizer import load_tokenizer
@@ -309,6 +312,17 @@ def test_the_file_names_of_c4_are_json_lines(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": text, "url": "https://example.org/a"}) + "\n" for text in texts)
     file = write(tmp_path, "c4-train.00000-of-01024.json.gz", gzip.compress(lines.encode()))
     assert prepared(for_train(file, tmp_path, []), tmp_path / "out") == texts
+
+
+def test_files_of_the_hub_are_recognised_when_they_are_here(tmp_path: Path) -> None:
+    said: list[str] = []
+    for name, (content, expected) in EVERY.items():
+        opened = functools.partial(contextlib.nullcontext, write(tmp_path, "fetched", content))
+        part = remote_part(f"me/set/{name}", "hash", len(content), opened, Reading(split_by="line"), None, said.append)
+        assert list(documents_of([part])) == expected
+        (local,) = local_parts([write(tmp_path, name, content)], split_by="line")
+        assert (part.name, part.how) == (f"me/set/{name}@hash", local.how)
+    assert [line for line in said if line.startswith("note")] == []
 
 
 @pytest.mark.parametrize("split_by", ["endoftext", "file"])
