@@ -9,6 +9,7 @@ from gpt2xla.config import option
 from gpt2xla.data.corpus import Part, local_parts
 from gpt2xla.data.hub import HubConfig, dataset_parts
 from gpt2xla.data.prepare import PrepareConfig, prepare_and_report
+from gpt2xla.data.reading import INPUT_HELP
 from gpt2xla.exits import exit_code
 
 
@@ -18,7 +19,7 @@ class FinewebConfig(HubConfig, PrepareConfig):
 
     config: str | None = option("sample-10BT", "configuration: sample-10BT, sample-100BT, CC-MAIN-2024-10, ...")
     fineweb_edu: bool = option(False, "take HuggingFaceFW/fineweb-edu")
-    input: tuple[str, ...] = option((), "local files or folders to take instead: parquet, jsonl (.gz, .zst), txt")
+    input: tuple[str, ...] = option((), f"local ones to take instead: {INPUT_HELP}")
     output_dir: str = option("./fineweb_10BT", "folder to make train/ and test/ in")
 
 
@@ -29,7 +30,12 @@ def main() -> None:
 
     def parts() -> list[Part]:
         if options.input:
-            return local_parts(options.input, column=options.text_column)
+            return local_parts(
+                options.input,
+                column=options.text_column,
+                split_by=options.split_by or "file",
+                format=options.format,
+            )
         return dataset_parts(options)
 
     prepare_and_report(parts, options)

@@ -3,12 +3,21 @@
 
 import sys
 from dataclasses import MISSING, dataclass
-from typing import Literal
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.data.corpus import TEXT_SUFFIXES, local_parts
+from gpt2xla.data.corpus import local_parts
 from gpt2xla.data.prepare import PrepareConfig, prepare_and_report
+from gpt2xla.data.reading import (
+    COLUMN_HELP,
+    EXCLUDE_HELP,
+    FORMAT_HELP,
+    INPUT_HELP,
+    SPLIT_HELP,
+    TEXT_SUFFIXES,
+    Format,
+    SplitBy,
+)
 from gpt2xla.exits import exit_code
 
 
@@ -16,14 +25,13 @@ from gpt2xla.exits import exit_code
 class TextConfig(PrepareConfig):
     """Text preparation"""
 
-    input: tuple[str, ...] = option(
-        MISSING, "files (text, parquet, jsonl, and .gz or .zst of these), or folders of them"
-    )
+    input: tuple[str, ...] = option(MISSING, INPUT_HELP)
     output_dir: str = option(MISSING, "folder to make train/ and test/ in")
     suffixes: tuple[str, ...] = option(TEXT_SUFFIXES, "endings of the files to take from folders")
-    exclude: tuple[str, ...] = option((), "names of files and folders to leave out")
-    split_by: Literal["file", "blank-lines", "line"] = option("file", "what a document is in a text file")
-    text_column: str = option("text", "column or field that holds the text in parquet and jsonl files")
+    exclude: tuple[str, ...] = option((), EXCLUDE_HELP)
+    split_by: SplitBy = option("file", SPLIT_HELP)
+    text_column: str = option("text", COLUMN_HELP)
+    format: Format = option("auto", FORMAT_HELP)
 
 
 def main() -> None:
@@ -35,6 +43,7 @@ def main() -> None:
             exclude=options.exclude,
             column=options.text_column,
             split_by=options.split_by,
+            format=options.format,
         ),
         options,
     )

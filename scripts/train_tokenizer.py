@@ -4,13 +4,24 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.data.reading import (
+    COLUMN_HELP,
+    EXCLUDE_HELP,
+    FORMAT_HELP,
+    INPUT_HELP,
+    SPLIT_HELP,
+    TEXT_SUFFIXES,
+    Format,
+    SplitBy,
+)
 from gpt2xla.errors import InputError, blaming
 from gpt2xla.exits import exit_code
 
@@ -25,11 +36,11 @@ class TokenizerConfig:
     """Tokenizer training"""
 
     output_dir: str = option(MISSING, "folder for tokenizer.json, which transformers loads")
-    input: tuple[str, ...] = option((), "files (text, parquet, jsonl, and .gz or .zst of these), or folders of them")
+    input: tuple[str, ...] = option((), INPUT_HELP)
     dataset: str | None = option(None, "instead of --input: a data set's name on the hub, or a local folder of one")
     config: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split of the data set")
-    text_column: str = option("text", "column or field that holds the text in tables and jsonl files")
+    text_column: str = option("text", COLUMN_HELP)
     streaming: bool = option(False, "remove each file of the data set once it has been read")
     max_documents: int | None = option(None, "stop after this many documents (default: take all)")
     vocab_size: int = option(32_000, "number of ids, special tokens included")
@@ -37,9 +48,10 @@ class TokenizerConfig:
     special_tokens: tuple[str, ...] = option(
         (), "tokens whose ids follow that of <|endoftext|>, which comes after the merges"
     )
-    suffixes: tuple[str, ...] = option((".txt", ".md"), "endings of the files to take from --input's folders")
-    exclude: tuple[str, ...] = option((), "names of files and folders to leave out")
-    split_by: Literal["file", "blank-lines", "line"] = option("file", "what a document is in a text file")
+    suffixes: tuple[str, ...] = option(TEXT_SUFFIXES, "endings of the files to take from --input's folders")
+    exclude: tuple[str, ...] = option((), EXCLUDE_HELP)
+    split_by: SplitBy | None = option(None, f"{SPLIT_HELP} (default: file; line on the hub, as datasets reads it)")
+    format: Format = option("auto", FORMAT_HELP)
 
     def check(self) -> None:
         """Raises InputError."""
@@ -52,7 +64,7 @@ class TokenizerConfig:
             raise InputError(f"--vocab-size {self.vocab_size}: 256 bytes and the special tokens need at least {least}")
         if self.max_documents is not None and self.max_documents < 1:
             raise InputError(f"--max-documents {self.max_documents}: choose a number of at least 1")
-        if (Path(self.output_dir) / "tokenizer.json").exists():
+        if (Path(os.path.expanduser(self.output_dir)) / "tokenizer.json").exists():
             raise InputError(
                 f"--output-dir {self.output_dir}: holds a tokenizer already; remove it or choose another folder"
             )
@@ -65,7 +77,7 @@ def main() -> None:
     from gpt2xla.data.held_out import HeldOut
     from gpt2xla.tokenizer import train_bpe
 
-    output_dir, held_out = Path(options.output_dir), HeldOut()
+    output_dir, held_out = Path(os.path.expanduser(options.output_dir)), HeldOut()
     documents = itertools.islice(documents_of(corpus(options)), options.max_documents)
     tokenizer = train_bpe(
         held_out.others(documents), output_dir.name, options.vocab_size, options.min_frequency, options.special_tokens
@@ -86,12 +98,12 @@ def corpus(options: TokenizerConfig) -> list[Part]:
         return dataset_parts(
             HubConfig(
                 dataset=options.dataset, config=options.config, split=options.split, text_column=options.text_column,
-                streaming=options.streaming,
+                streaming=options.streaming, split_by=options.split_by, format=options.format,
             )
         )  # fmt: skip
     return local_parts(
         options.input, suffixes=options.suffixes, exclude=options.exclude, column=options.text_column,
-        split_by=options.split_by,
+        split_by=options.split_by or "file", format=options.format,
     )  # fmt: skip
 
 

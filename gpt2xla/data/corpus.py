@@ -5,7 +5,7 @@ Texts travel as Arrow arrays, a few MB at a time: no Python string is made of a 
 
 from __future__ import annotations
 
-import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,20 +15,15 @@ from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.ipc
-import pyarrow.parquet
 
-from gpt2xla.data import json_lines, text_file
+from gpt2xla.data import compression, csv_file, input_files, json_lines, json_values, tables, text_file
+from gpt2xla.data.reading import ALL_SUFFIXES, ENDOFTEXT, Format, Reading, SplitBy
+from gpt2xla.data.recognition import Content, promised, recognise
 from gpt2xla.errors import InputError, blaming
 
 Split = Literal["train", "test"]
 
-TEXT_SUFFIXES = (".txt", ".md")
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson")
-ALL_SUFFIXES = (".parquet", ".arrow", *JSON_SUFFIXES, *TEXT_SUFFIXES, ".txt.gz", ".txt.zst")
-_NO_TEXT = (".json", ".csv", ".tsv", ".zip", ".tar", ".tar.gz", ".npy", ".bin", ".pdf", ".xml.gz")
 _BLOCK_BYTES = 4 << 20
-_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -36,10 +31,11 @@ class Part:
     """One file of a corpus.
 
     Attributes:
-        name, size, how: what it is known by when an interrupted preparation goes on: size in bytes, and how it is read.
+        name, size, how: what it is known by when an interrupted preparation is resumed: size in bytes, and how it is read.
         opened: around its reading; brings the file here if it is elsewhere.
         read: the documents of the file, in arrays of texts.
         split: where its documents go; None: each is drawn.
+        say: gets the notes about its content.
     """
 
     name: str
@@ -48,6 +44,7 @@ class Part:
     read: Callable[[Path], Iterator[pa.Array]]
     how: str
     split: Split | None = None
+    say: Callable[[str], None] = print
 
 
 class Position(NamedTuple):
@@ -91,15 +88,16 @@ def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
 
 
 def _readable(part: Part, file: Path) -> Iterator[pa.LargeStringArray]:
-    try:
+    empty = 0
+    with compression.readable(part.name):
         for array in part.read(file):
+            array.validate(full=True)  # files promise UTF-8, and sound offsets, and nobody checks
             texts = array.cast(pa.large_string())
             texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
-            texts.validate(full=True)  # parquet promises UTF-8, and nobody checks
+            empty += len(array) - len(texts)
             yield texts
-    except (pa.ArrowException, OSError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{part.name} cannot be read ({reason}); mend it, or copy or make it again") from None
+    if empty:
+        part.say(f"note: {part.name}: {empty:,} records without text were left out")
 
 
 def local_parts(
@@ -108,141 +106,106 @@ def local_parts(
     suffixes: tuple[str, ...] = ALL_SUFFIXES,
     exclude: tuple[str, ...] = (),
     column: str = "text",
-    split_by: str = "file",
+    split_by: SplitBy = "file",
+    format: Format = "auto",
     option: str = "--input",
     say: Callable[[str], None] = print,
 ) -> list[Part]:
-    """Files, and those in or below folders whose name ends in one of `suffixes`, in sorted order, but no files or folders
-    named in `exclude`: parquet, Arrow, JSON lines, and text in everything else, gzip and zstd among it. A folder that
-    `datasets` saved is read in its own order; of several splits in one, "train".
-
-    `column` holds the text in tables; `split_by` cuts text files: "file", "blank-lines" or "line".
+    """Files, and those in or below folders whose name ends in one of `suffixes`, in sorted order, each once. What
+    `input_files.find` leaves out, what is read as something else than its name says, and text that seems to hold several
+    documents, is reported to `say`.
 
     Raises:
-        InputError: a path does not exist, nothing was found, or a text file begins as none does.
+        InputError: a path does not exist, nothing was found, or a file is of a format that we do not read.
     """
-    parts = []
-    for file in _files(paths, suffixes, exclude, option):
-        read, how = reader(str(file), column, split_by, say)
-        with blaming(f"{option} {file}"):
-            if _is_text(file.name):  # an hour into the preparation would be late to say so
-                text_file.check_head(file, str(file))
-            parts.append(Part(str(file), file.stat().st_size, partial(_here, file), read, how))
-    if not parts:
-        raise InputError(f"{option} {' '.join(map(str, paths))}: no files ending in {', '.join(suffixes)}")
+    files = input_files.find(paths, suffixes, exclude, option, say)
+    reading = Reading(column, split_by, format)
+    parts, contents = [], {}
+    for file in files:
+        name = str(file)
+        with blaming(f"{option} {name}"):
+            size = file.stat().st_size
+            contents[name] = content = recognise(file, name, reading)  # an hour into the preparation would be late
+        read = partial(_read, name=name, content=content, reading=reading, say=say)
+        parts.append(Part(name, size, partial(_here, file), read, _how(content.format, reading), say=say))
+        if content.note and size < compression.HEAD_BYTES:  # what only begins as its content says is better known now
+            with compression.readable(name):
+                deque(read(file), maxlen=0)
+    _report(contents, reading, say)
     return parts
-
-
-def reader(
-    name: str, column: str, split_by: str = "line", say: Callable[[str], None] = print
-) -> tuple[Callable[[Path], Iterator[pa.Array]], str]:
-    """What reads a file of this name, and how. Messages call it so, wherever it lies; `say` gets the warnings."""
-    lower = name.lower()
-    if lower.endswith(".parquet"):
-        return partial(_read_parquet, name=name, column=column), f"column {column!r}"
-    if lower.endswith(".arrow"):
-        return partial(_read_arrow, name=name, column=column), f"column {column!r}"
-    if lower.endswith(JSON_SUFFIXES):
-        return partial(json_lines.read, name=name, column=column), f"field {column!r}"
-    if lower.endswith(_NO_TEXT):
-        raise InputError(f"{name} is no text; can read {', '.join(ALL_SUFFIXES)}, and what else is text")
-    return partial(text_file.read, name=name, split_by=split_by, say=say), f"split by {split_by}"
-
-
-def _is_text(name: str) -> bool:
-    return not name.lower().endswith((".parquet", ".arrow", *JSON_SUFFIXES))
-
-
-def documents_of(parts: Sequence[Part]) -> Iterator[str]:
-    """The documents as strings, for what learns from text."""
-    for block in blocks(parts, Position(0, 0)):
-        yield from block.texts.to_pylist()
 
 
 def _here(file: Path) -> AbstractContextManager[Path]:
     return nullcontext(file)
 
 
-def _files(
-    paths: Sequence[str | Path], suffixes: tuple[str, ...], exclude: tuple[str, ...], option: str
-) -> Iterator[Path]:
-    if "" in paths:
-        raise InputError(f"{option} is empty; name a file or folder, the one you are in as .")
-    for path in map(Path, paths):
-        if (path / "dataset_dict.json").is_file():
-            path = path / "train"
-        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-            yield from sorted(path.glob("data-*.arrow"))
-        elif path.is_file():
-            yield _checked(path, option)
-        elif path.is_dir():
-            yield from _files_below(path, suffixes, exclude, option)
-        else:
-            raise InputError(f"{option} {path}: no such file or folder")
+def remote_part(
+    name: str,
+    version: str,
+    size: int,
+    opened: Callable[[], AbstractContextManager[Path]],
+    reading: Reading,
+    split: Split | None,
+    say: Callable[[str], None],
+) -> Part:
+    """A file that is elsewhere: what it holds is known when it has been fetched."""
+
+    def read(file: Path) -> Iterator[pa.Array]:
+        content = recognise(file, name, reading)
+        _report({name: content}, reading, say)
+        yield from _read(file, name, content, reading, say)
+
+    expected = promised(name)[1] or "text" if reading.format == "auto" else reading.format
+    return Part(f"{name}@{version}", size, opened, read, _how(expected, reading), split, say)
 
 
-def _files_below(top: Path, suffixes: tuple[str, ...], exclude: tuple[str, ...], option: str) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{option} {error.filename}: {error.strerror}; make it readable, or leave it out: --exclude")
-
-    seen = {os.path.realpath(top)}
-    for folder, subfolders, files in os.walk(top, onerror=refuse, followlinks=True):
-        for name in sorted(subfolders):
-            real = os.path.realpath(Path(folder, name))
-            if name in exclude or real in seen:  # links may lead back
-                subfolders.remove(name)
-            seen.add(real)
-        subfolders.sort()
-        for name in sorted(files):
-            if name.lower().endswith(suffixes) and name not in exclude:
-                yield _checked(Path(folder, name), option)
+def _how(format: Format, reading: Reading) -> str:
+    if format == "text":
+        return f"split by {reading.split_by}"
+    return f"{'field' if format in ('json', 'jsonl') else 'column'} {reading.column!r}"
 
 
-def _checked(file: Path, option: str) -> Path:
+def _read(file: Path, name: str, content: Content, reading: Reading, say: Callable[[str], None]) -> Iterator[pa.Array]:
+    column, opened = reading.column, partial(compression.opened, file, content.layers)
     try:
-        str(file).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{option} {str(file)!a}: its name is not UTF-8; rename it") from None
-    if file.exists() and not file.is_file():  # to read from a pipe would wait for ever
-        raise InputError(f"{option} {file} is no regular file; leave it out")
-    return file
+        if content.format == "parquet":
+            yield from tables.read_parquet(file, name, column)
+        elif content.format == "arrow":
+            yield from tables.read_arrow(file, content.layers, name, column)
+        elif content.format == "text":
+            yield from text_file.read(opened, name, reading.split_by, say)
+        elif content.format == "jsonl":
+            with opened() as source:
+                yield from json_lines.read(source, name, column)
+        elif content.format == "json":
+            with opened() as source:
+                yield from json_values.read(source, name, column)
+        else:
+            delimiters = csv_file.TSV_DELIMITERS if content.format == "tsv" else csv_file.CSV_DELIMITERS
+            with opened() as source:
+                yield from csv_file.read(source, name, column, delimiters)
+    except InputError as error:
+        if content.note:
+            raise InputError(f"{error}; or keep all of it as text with --format text") from None
+        raise
 
 
-def _read_parquet(file: Path, name: str, column: str) -> Iterator[pa.Array]:
-    with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
-        _check_column(name, column, table.schema_arrow)
-        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            yield batch.column(0)
+def _report(contents: dict[str, Content], reading: Reading, say: Callable[[str], None]) -> None:
+    """One line for each thing to say, however many files it is said of."""
+    by_note: dict[str, list[str]] = {}
+    for name, content in contents.items():
+        if content.note:
+            by_note.setdefault(f"note: {{}} {content.note}", []).append(name)
+        if content.has_separators and reading.split_by != "endoftext":
+            separated = (
+                f"warning: {{}} holds {ENDOFTEXT} as text; --split-by endoftext makes it the border of documents"
+            )
+            by_note.setdefault(separated, []).append(name)
+    for note, names in by_note.items():
+        say(note.format(names[0] + (f" (as do {len(names) - 1:,} other files)" if len(names) > 1 else "")))
 
 
-def _read_arrow(file: Path, name: str, column: str) -> Iterator[pa.Array]:
-    with pa.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as batches:
-        _check_column(name, column, batches.schema)
-        for batch in batches:
-            yield batch.column(column)
-
-
-def _check_column(name: str, column: str, schema: pa.Schema) -> None:
-    texts = [field.name for field in schema if _holds_text(field.type)]
-    if column in texts:
-        return
-    if column in schema.names:
-        kind = str(schema.field(column).type)
-        held = f"column {column!r} holds {kind[:60]}{'...' * (len(kind) > 60)}, not text"
-    else:
-        held = f"no column {column!r} but {', '.join(schema.names)}"
-    mend = f"text is in {', '.join(texts)}; choose with --text-column" if texts else "no column holds text"
-    raise InputError(f"{name}: {held}; {mend}")
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    """Numbers and dates would become text, too, without a word."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    texts = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_string_view,
-        pa.types.is_binary,
-        pa.types.is_null,
-    )
-    return any(is_text(kind) for is_text in texts)
+def documents_of(parts: Sequence[Part]) -> Iterator[str]:
+    """The documents as strings, for what learns from text."""
+    for block in blocks(parts, Position(0, 0)):
+        yield from block.texts.to_pylist()

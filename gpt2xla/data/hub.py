@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2xla.config import option
-from gpt2xla.data import passing_folder
-from gpt2xla.data.corpus import ALL_SUFFIXES, Part, Split, local_parts, reader
+from gpt2xla.data import passing_folder, saved_dataset
+from gpt2xla.data.corpus import Part, Split, local_parts, remote_part
+from gpt2xla.data.reading import ALL_SUFFIXES, COLUMN_HELP, FORMAT_HELP, SPLIT_HELP, Format, Reading, SplitBy, described
 from gpt2xla.errors import InputError, RunFailed, blaming
 
 T = TypeVar("T")
@@ -36,7 +37,9 @@ class HubConfig:
     config: str | None = option(None, "configuration of the data set; of a local folder there is none")
     split: str = option("train", "split to take")
     test_split: str | None = option(None, "split that becomes test/ (default: documents are drawn from --split)")
-    text_column: str = option("text", "column or field that holds the text")
+    text_column: str = option("text", COLUMN_HELP)
+    split_by: SplitBy | None = option(None, f"{SPLIT_HELP} (default: file; line on the hub, as datasets reads it)")
+    format: Format = option("auto", FORMAT_HELP)
     streaming: bool = option(False, "remove each file once it has been read, instead of keeping it in the hub's cache")
     cache_dir: str | None = option(None, "where files are kept (default: the hub's cache)")
     retries: int = option(8, "how often a failed request is made again, after 1, 2, 4, ... seconds, at most 60")
@@ -51,21 +54,22 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
     """
     if not options.dataset:
         raise InputError("--dataset is empty; give a name on the hub, or a local folder")
-    folder = Path(options.dataset)
-    if (folder / "dataset_dict.json").is_file():
-        parts = local_parts([folder / options.split], column=options.text_column, option="--dataset", say=say)
+    folder = Path(os.path.expanduser(options.dataset))
+    if not folder.is_dir():
+        return _Hub(options, say).parts()
+    local = partial(
+        local_parts, column=options.text_column, split_by=options.split_by or "file", format=options.format,
+        option="--dataset", say=say,
+    )  # fmt: skip
+    if (folder / saved_dataset.SPLITS).is_file():
+        parts = local([saved_dataset.split_folder(folder, options.split, "--dataset")])
         if options.test_split:
-            parts = [replace(part, split="train") for part in parts]
-            tests = local_parts([folder / options.test_split], column=options.text_column, option="--dataset", say=say)
-            parts += [replace(part, split="test") for part in tests]
+            tests = local([saved_dataset.split_folder(folder, options.test_split, "--dataset")])
+            parts = [replace(part, split="train") for part in parts] + [replace(part, split="test") for part in tests]
         return parts
-    if folder.is_dir():
-        if options.split != "train" or options.test_split:
-            raise InputError(
-                f"--dataset {folder} is a folder of files without splits; leave --split and --test-split out"
-            )
-        return local_parts([folder], column=options.text_column, option="--dataset", say=say)
-    return _Hub(options, say).parts()
+    if options.split != "train" or options.test_split:
+        raise InputError(f"--dataset {folder} is a folder of files without splits; leave --split and --test-split out")
+    return local([folder])
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class _Hub:
     """One data set on the hub. Fetches its files, one ahead of the reader."""
 
     def __init__(self, options: HubConfig, say: Callable[[str], None]) -> None:
-        self._options, self._say = options, say
+        cache = os.path.expanduser(options.cache_dir) if options.cache_dir else None
+        self._options, self._say = replace(options, cache_dir=cache), say
         self._what = f"--dataset {options.dataset}"
         self._files: list[_File] = []
         self._fetching: dict[int, Future[Path]] = {}
@@ -101,16 +106,15 @@ class _Hub:
         wanted: list[tuple[str, Split | None]] = [(self._options.split, "train" if self._options.test_split else None)]
         if self._options.test_split:
             wanted.append((self._options.test_split, "test"))
+        reading = Reading(self._options.text_column, self._options.split_by or "line", self._options.format)
         self._join()
         parts = []
         for file, destination in self._find(wanted):
             if not file.name.endswith(ALL_SUFFIXES):
-                raise InputError(f"{self._what} holds {file.name}, none of {', '.join(ALL_SUFFIXES)}; choose another")
+                raise InputError(f"{self._what} holds {file.name}, none of {described(ALL_SUFFIXES)}; choose another")
             # By its content, not by the revision: a new commit to the data set's card changes no token.
-            name = f"{file.repo}/{file.name}"
-            read, how = reader(name, self._options.text_column, say=self._say)
-            opened = partial(self.opened, len(self._files))
-            parts.append(Part(f"{name}@{file.content}", file.size, opened, read, how, destination))
+            name, opened = f"{file.repo}/{file.name}", partial(self.opened, len(self._files))
+            parts.append(remote_part(name, file.content, file.size, opened, reading, destination, self._say))
             self._files.append(file)
         if self._options.streaming:
             with blaming(f"--cache-dir {self._options.cache_dir}"):

@@ -71,12 +71,13 @@ class PrepareConfig:
 def prepare_and_report(corpus: Callable[[], Sequence[Part]], config: PrepareConfig) -> None:
     """Prepare the parts that `corpus` finds, and print what came of it. Raises as `prepare` does."""
     config.check()
+    output_dir = Path(os.path.expanduser(config.output_dir))
     started = time.perf_counter()
-    manifests = prepare(corpus(), load_tokenizer(config.tokenizer), config)
+    manifests = prepare(corpus(), load_tokenizer(os.path.expanduser(config.tokenizer)), config)
     seconds = time.perf_counter() - started
     for split, manifest in manifests.items():
         print(
-            f"{Path(config.output_dir) / split}: {manifest.tokens:,} tokens in {len(manifest.shards)} shards, from "
+            f"{output_dir / split}: {manifest.tokens:,} tokens in {len(manifest.shards)} shards, from "
             f"{manifest.documents:,} documents, {manifest.bytes / manifest.tokens:.2f} bytes per token"
         )
     print(f"{sum(manifest.bytes for manifest in manifests.values()) / 1e6:,.1f} MB of text in {seconds:.1f} s")
@@ -100,7 +101,7 @@ def prepare(
         RunFailed: the disk is full. What is there is kept, and the same call goes on.
     """
     config.check()
-    output_dir = Path(config.output_dir)
+    output_dir = Path(os.path.expanduser(config.output_dir))
     settings = {
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,

@@ -1,0 +1,88 @@
+"""Compressed files, told by their first bytes under any name: gzip, bzip2, xz, zstd and lz4, also one within another.
+
+Several members or frames in one file are read one after the other. Every decoder here raises an error where a stream ends
+too early; Arrow's are used for speed, the standard library's for xz, which Arrow lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from gpt2xla.errors import InputError
+
+HEAD_BYTES = 64 << 10
+_MOST_LAYERS = 2
+_CODECS = {
+    b"\x1f\x8b\x08": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")  # data, or the end
+# Frames that a decoder of zstd or lz4 passes over; pzstd begins files with one.
+_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What Arrow and the decoders say of damaged content becomes an InputError about the file `name`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        reason = (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0] or type(error).__name__
+        raise InputError(f"{name} cannot be read ({reason}); fix it, or copy or make it again") from None
+
+
+def layers_of(file: Path, name: str) -> tuple[str, ...]:
+    """The codecs that wrap the content, the outermost first. Raises InputError for too many, or if it is cut off."""
+    layers: tuple[str, ...] = ()
+    while codec := _codec(head(file, layers), name):
+        layers = (*layers, codec)
+        if len(layers) > _MOST_LAYERS:
+            raise InputError(f"{name} is compressed more than {_MOST_LAYERS} times over; decompress it first")
+    return layers
+
+
+def head(file: Path, layers: tuple[str, ...]) -> bytes:
+    """The first bytes of the content, decompressed."""
+    with opened(file, layers) as stream:
+        return stream.read(HEAD_BYTES)
+
+
+@contextlib.contextmanager
+def opened(file: Path, layers: tuple[str, ...]) -> Iterator[pa.NativeFile]:
+    """The content as a stream. Not for Arrow's readers with threads of their own: they hang where the stream is damaged."""
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(pa.input_stream(str(file), compression=None))
+        for codec in layers:
+            if codec == "xz":
+                stream = pa.PythonFile(stack.enter_context(lzma.open(stream)), mode="r")
+            else:
+                stream = stack.enter_context(pa.CompressedInputStream(stream, codec))
+        yield stream
+
+
+def _codec(content: bytes, name: str) -> str | None:
+    """What the content is compressed with."""
+    at = skipped = 0
+    while len(content) >= at + 8 and struct.unpack_from("<I", content, at)[0] in _SKIPPABLE:
+        skipped += 1
+        at += 8 + struct.unpack_from("<I", content, at + 4)[0]
+    for magic, codec in _CODECS.items():
+        if content.startswith(magic, at) and (codec != "bz2" or _is_bzip2(content)):
+            return codec
+        if 1 < len(content) < len(magic) and magic.startswith(content) and not content.isalnum():
+            raise InputError(f"{name} is cut off after {len(content)} bytes; copy or make it again")
+    return "zstd" if skipped else None
+
+
+def _is_bzip2(content: bytes) -> bool:
+    """Its first three letters may begin a text, too."""
+    return len(content) > 4 and any(block.startswith(content[4:10]) for block in _BZIP2_BLOCKS)

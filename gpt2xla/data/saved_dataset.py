@@ -1,0 +1,72 @@
+"""Folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` wrote: which of their files are data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.errors import InputError
+
+STATE = "state.json"
+INFO = "dataset_info.json"
+SPLITS = "dataset_dict.json"
+
+
+def is_one(folder: Path) -> bool:
+    return (folder / STATE).is_file() and (folder / INFO).is_file()
+
+
+def data_files(folder: Path, option: str) -> list[Path]:
+    """The files that state.json names, in its order; others are left from before. Raises InputError: it is damaged, a file
+    is missing, or rows are to be taken in the order of a list beside the data, as old versions could save."""
+    state = _read(folder / STATE, option)
+    try:
+        names = [entry["filename"] for entry in state["_data_files"]]
+        is_sound = all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (KeyError, TypeError):
+        is_sound = False
+    if not is_sound:
+        raise InputError(f"{option} {folder / STATE} names no data files; save the dataset again")
+    if any(value for key, value in state.items() if key.startswith("_indices")):
+        raise InputError(
+            f"{option} {folder} holds rows in the order of a separate list of indices; load it with an old version of "
+            "datasets, and save flatten_indices() of it"
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{option} {folder} lacks {name}, which its {STATE} names; copy it again")
+    return [folder / name for name in names]
+
+
+def splits(folder: Path, option: str) -> list[str]:
+    """The names of the splits in a folder of several. Raises InputError if its list is damaged."""
+    names = _read(folder / SPLITS, option).get("splits")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{option} {folder / SPLITS} names no splits; save the dataset again")
+    return names
+
+
+def split_folder(folder: Path, split: str, option: str) -> Path:
+    """The folder of one of them. Raises InputError if there is none of that name."""
+    if split not in (names := splits(folder, option)):
+        raise InputError(
+            f"{option} {folder} has no split {split!r} but {', '.join(names)}; name the folder of one of these"
+        )
+    if not is_one(folder / split):
+        raise InputError(
+            f"{option} {folder} lacks {split}/ or a part of it, though its {SPLITS} names it; copy it again"
+        )
+    return folder / split
+
+
+def _read(file: Path, option: str) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{option} {file} cannot be read, or is not JSON as datasets writes it; save the dataset again"
+        )
+    return values
