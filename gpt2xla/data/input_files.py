@@ -38,7 +38,7 @@ def find(
             search.path(Path(os.path.expanduser(path)))
     left_out = [f"{len(names):,} {why} ({_examples(names)})" for why, names in search.left_out.items()]
     if not search.files:
-        instead = f"; there are {', '.join(left_out)}" if left_out else ""
+        instead = f"; there are {', '.join(left_out)}: name files that you want" if left_out else ""
         raise InputError(f"{option} {' '.join(map(str, paths))}: no files ending in {described(suffixes)}{instead}")
     if left_out:
         say(f"left out: {', '.join(left_out)}")
