@@ -14,7 +14,8 @@ from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.metrics import perplexity
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.start import build_model, load_weights, locate
-from gpt2xla.tokenizer import has_tokenizer, load_tokenizer
+from gpt2xla.tokenizer import load_tokenizer
+from gpt2xla.tokenizer_folder import has_tokenizer
 
 _COLUMNS = ("Model", "Params", "loss", "PPL", "tokens", "standard error of the loss", "bits per byte")
 
