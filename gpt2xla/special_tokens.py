@@ -31,12 +31,28 @@ class SpelledTokens:
 
     def count_each(self, texts: pa.LargeStringArray) -> dict[int, Counter[str]]:
         """By the number of the text, of those that spell any. Where there are none this takes next to no time."""
-        if not self._pattern:
-            return {}
         import pyarrow.compute as pc
 
-        found = pc.indices_nonzero(pc.match_substring_regex(texts, self._pattern)).to_pylist()
+        found = pc.indices_nonzero(self.found_in(texts)).to_pylist()
         return {number: self.count(texts[number].as_py()) for number in found}
+
+    def occur_in(self, texts: pa.LargeStringArray) -> bool:
+        return bool(self.found_in(texts).true_count)
+
+    def blanked(self, texts: pa.LargeStringArray) -> pa.LargeStringArray:
+        """Each text with a space in the place of every token."""
+        import pyarrow.compute as pc
+
+        return pc.replace_substring_regex(texts, self._pattern, " ") if self._pattern else texts
+
+    def found_in(self, texts: pa.LargeStringArray) -> pa.BooleanArray:
+        """Of each text, whether it spells any."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if not self._pattern:
+            return pa.array([False] * len(texts), pa.bool_())
+        return pc.match_substring_regex(texts, self._pattern)
 
 
 def shortened(text: str) -> str:
