@@ -75,8 +75,8 @@ def read_folder(folder: Path) -> StoredTokenizer:
         if further := [text for token in _further(names) if (text := _text(token)) in known]:
             roles["additional_special_tokens"] = further
         return StoredTokenizer(backend, roles, files, config)
-    if "vocab.json" in files and _DEFINITION not in files and "merges.txt" not in files:
-        raise InputError(f"{folder} holds vocab.json but no merges.txt, and a tokenizer needs both; copy it too")
+    if "vocab.json" in files and not {_DEFINITION, "merges.txt"} & files.keys():
+        raise InputError(f"{folder} has no merges.txt beside its vocab.json, and a tokenizer needs both; copy it too")
     return _as_transformers_reads(folder, config, files)
 
 
@@ -101,13 +101,15 @@ def _is_plain(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> 
     if stated not in _PLAIN_CLASSES or _MAP in files or _ADDED in files:
         return False
     try:
-        added = {token.pop("id"): token for token in json.loads(files[_DEFINITION])["added_tokens"]}
+        definition = json.loads(files[_DEFINITION])
+        added = {token.pop("id"): token for token in definition["added_tokens"]}
         again = {int(number): token for number, token in config.get("added_tokens_decoder", added).items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return True  # reading it says what is wrong
     known = {token.get("content") for token in added.values()}
     named = [value for key, value in config.items() if key.endswith("_token")]
-    return again == added and all(_text(token) in known for token in [*named, *_further(config)] if _text(token))
+    is_named = all(_text(token) in known for token in [*named, *_further(config)] if _text(token))
+    return again == added and is_named and not definition.get("padding")  # which would say what the pad_token is
 
 
 def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> StoredTokenizer:
@@ -126,7 +128,7 @@ def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str
     try:
         theirs = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         backend = theirs.backend_tokenizer
-        has_vocabulary = backend.get_vocab_size(with_added_tokens=False) > 0
+        has_words = backend.get_vocab_size(with_added_tokens=False) > 0
     except Exception as error:  # of any type, by the class that reads it
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".;:")
         raise InputError(
@@ -135,10 +137,11 @@ def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str
         ) from None
     finally:
         transformers.logging.set_verbosity(level)
-    if not has_vocabulary:
+    wanted = {name for key, name in theirs.vocab_files_names.items() if key != "tokenizer_file"}
+    if not has_words or (_DEFINITION not in files and (missing := sorted(wanted - files.keys()))):
         raise InputError(
-            f"tokenizer {folder}: none of its files is one that its class, {type(theirs).__name__}, reads; correct "
-            "tokenizer_class in tokenizer_config.json, or copy the files that are missing"
+            f"{folder} has no {' or '.join(missing or wanted)} with words, which its tokenizer's class, "
+            f"{type(theirs).__name__}, needs; copy it too, or correct tokenizer_class in tokenizer_config.json"
         )
     roles: dict[str, Any] = {role: text for role in _ROLES if (text := _text(getattr(theirs, role, None)))}
     if further := [text for text in theirs.all_special_tokens if text not in roles.values()]:

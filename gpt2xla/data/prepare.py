@@ -199,14 +199,15 @@ class _Record:
     def load(cls, file: Path) -> _Record:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
+            values["settings"].setdefault("special_tokens_in_text", "as-text")  # those without it knew no other way
             return cls(
-                {"special_tokens_in_text": "as-text"} | values["settings"],  # those without it knew no other way
+                values["settings"],
                 [(name, size, how) for name, size, how in values["parts"]],
                 Position(*values["position"]),
                 {split: Written.from_json(values["splits"][split]) for split in SPLITS},
                 Counter(values.get("spelled", {})),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is damaged ({error}); remove its folder and prepare again") from None
 
     def check(self, settings: dict[str, Any], parts: Sequence[Part], folder: Path, *, complete: bool) -> None:

@@ -29,7 +29,7 @@ class SpelledInCorpus:
             document, found = next(iter(spelled.items()))
             name, number = _place(parts, start, document)
             raise InputError(
-                f"{name}, document {number + 1}: it spells the special token {next(iter(found))}; remove it there, or choose "
+                f"{name}, document {number + 1}: it spells the special token {next(iter(found))}; remove it there, or use "
                 "--special-tokens-in-text as-text or as-ids"
             )
         is_first = not self.counts
