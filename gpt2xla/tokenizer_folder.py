@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,11 @@ def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str
         has_words = backend.get_vocab_size(with_added_tokens=False) > 0
     except Exception as error:  # of any type, by the class that reads it
         reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".;:")
+        needs_library = any(name.endswith(".model") for name in files) and find_spec("sentencepiece") is None
+        fix = "pip install sentencepiece and try again, or " if needs_library else ""
         raise InputError(
-            f"tokenizer {folder}: transformers cannot read it as a fast one ({type(error).__name__}: {reason}); save it as "
-            "tokenizer.json, with save_pretrained of a fast tokenizer"
+            f"tokenizer {folder}: transformers cannot read it as a fast one ({type(error).__name__}: {reason}); {fix}save "
+            "it as tokenizer.json, with save_pretrained of a fast tokenizer"
         ) from None
     finally:
         transformers.logging.set_verbosity(level)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data.hub_server import Hub
 from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from gpt2xla.errors import InputError
+from gpt2xla.hf import find_folder
 from gpt2xla.tokenizer import find_tokenizer, load_tokenizer, train_bpe
 
 TEXTS = [
@@ -245,3 +247,31 @@ def test_train_tokenizers_special_tokens_are_read_by_transformers_alike(tmp_path
     for text in TEXTS:
         assert ours.encode(text) == whole(theirs(tmp_path, split_special_tokens=True), text)
         assert ours.reading_special_tokens().encode(text) == whole(theirs(tmp_path), text)
+
+
+def test_the_hub_is_asked_for_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By --tokenizer and, for its own model, by --model; what neither needs stays there."""
+    files = FORMS["added_tokens.json and special_tokens_map.json"] | {"chat_template.jinja": "{{ x }}"}
+    model = {
+        "config.json": {"model_type": "gpt2"},
+        "generation_config.json": {"eos_token_id": 7},
+        "pytorch_model.bin": "?",
+    }
+    source = write(tmp_path / "source", files | model)
+    held = {file.name: file.read_bytes() for file in source.iterdir()}
+    for name, value in (
+        ("HF_HUB_OFFLINE", False),
+        ("HF_HUB_CACHE", str(tmp_path / "cache")),
+        ("HF_HUB_DISABLE_XET", True),
+    ):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    with Hub("some-one/chat", held, kind="models") as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        ours = load_tokenizer("some-one/chat")
+        folder = find_folder("some-one/chat")
+        hub.shutdown()
+    assert {file.name for file in folder.iterdir()} == held.keys() - {"pytorch_model.bin"}
+    assert (ours.name, ours.eot_id) == ("some-one/chat", theirs(source).eos_token_id)
+    assert (
+        load_tokenizer(str(folder)).encode("a<tool>b") == ours.encode("a<tool>b") == whole(theirs(source), "a<tool>b")
+    )
