@@ -267,6 +267,8 @@ def test_the_hub_is_asked_for_all_of_it(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     with Hub("some-one/chat", held, kind="models") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        resolve = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", resolve)
         ours = load_tokenizer("some-one/chat")
         folder = find_folder("some-one/chat")
         hub.shutdown()
