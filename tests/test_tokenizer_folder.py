@@ -80,7 +80,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "tokenizer.json as it is, flags": {"tokenizer.json": definition(USER, BOT, TOOL), "tokenizer_config.json": PLAIN},
     "tokenizer.json, more in its config": {
         "tokenizer.json": definition(USER),
-        "tokenizer_config.json": PLAIN | {"pad_token": "[PAD]", "extra_special_tokens": ["<tool>"], "eos_token": "<|user|>"},
+        "tokenizer_config.json": PLAIN | {"pad_token": "[PAD]", "additional_special_tokens": ["<tool>"], "eos_token": "<|user|>"},
     },
     "tokenizer.json, GPT-2's class with prefix space": {
         "tokenizer.json": definition(USER, TOOL),
@@ -179,11 +179,15 @@ def test_without_a_config_what_the_files_say_is_read(tmp_path: Path) -> None:
 def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
     yield "no merges", {"vocab.json": VOCAB, "config.json": {"model_type": "gpt2"}}, "has no merges.txt"
     yield "no class", PAIR | {"vocab.json": {"a": 0, "</w>": 1}}, "does not say what kind"
-    yield "another class", PAIR | {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}}, "has no vocab.txt"
+    yield (
+        "another class",
+        PAIR | {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}},
+        "has no vocab.txt|cannot read it",
+    )
     yield "not JSON", PAIR | {"vocab.json": "version https://git-lfs", "tokenizer_config.json": GPT2}, "cannot read it"
     yield (
         "broken merges",
-        PAIR | {"merges.txt": "no such words here\n", "tokenizer_config.json": GPT2},
+        PAIR | {"merges.txt": "#version: 0.2\nno such words here\n", "tokenizer_config.json": GPT2},
         "cannot read it",
     )
     yield (
