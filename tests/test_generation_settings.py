@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_here, succeed, write_split
+from conftest import prepare_documents, run_here, succeed, write_split
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -16,12 +16,13 @@ from gpt2xla import hf
 from gpt2xla.config import ModelConfig
 from gpt2xla.continuation import continue_texts
 from gpt2xla.convert import convert
+from gpt2xla.data.shards import Manifest
 from gpt2xla.errors import InputError
 from gpt2xla.generation_settings import GenerationSettings
 from gpt2xla.model import GPT2
 from gpt2xla.sampling import GREEDY
 from gpt2xla.start import build_model, load_weights
-from gpt2xla.tokenizer import load_tokenizer
+from gpt2xla.tokenizer import load_tokenizer, match_tokenizer
 
 END, TURN, PAD = 256, 257, 258
 CONFIG = ModelConfig(260, 16, 16, 1, 2)
@@ -171,3 +172,18 @@ def test_a_run_keeps_them_too_from_checkpoint_to_checkpoint(tmp_path: Path) -> N
     assert AutoTokenizer.from_pretrained(saved).eos_token_id == END
     assert GenerationConfig.from_pretrained(saved).eos_token_id == END
     assert not (saved / "chat_template.jinja").exists()
+
+
+def test_data_of_another_tokenizer_than_the_models_is_refused_until_it_is_named(tmp_path: Path) -> None:
+    source = chat_model(tmp_path / "source", {"eos_token_id": TURN}, None)
+    data = prepare_documents(tmp_path / "data")
+    manifest = Manifest.load(data / "train")
+    assert manifest
+    folders = [source, data / "train"]
+    with pytest.raises(
+        InputError, match=f"of {source} is not the one that all shards .* name the shards' with --tokenizer"
+    ):
+        match_tokenizer(None, folders, [manifest], 260)
+    named = match_tokenizer("bytes", folders, [manifest], 260)
+    assert named
+    assert named.eot_id == END

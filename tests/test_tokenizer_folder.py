@@ -80,7 +80,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "tokenizer.json as it is, flags": {"tokenizer.json": definition(USER, BOT, TOOL), "tokenizer_config.json": PLAIN},
     "tokenizer.json, more in its config": {
         "tokenizer.json": definition(USER),
-        "tokenizer_config.json": PLAIN | {"pad_token": "[PAD]", "additional_special_tokens": ["<tool>"], "eos_token": "<|user|>"},
+        "tokenizer_config.json": PLAIN
+        | {"pad_token": "[PAD]", "additional_special_tokens": ["<tool>"], "eos_token": "<|user|>"},
     },
     "tokenizer.json, GPT-2's class with prefix space": {
         "tokenizer.json": definition(USER, TOOL),
