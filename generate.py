@@ -26,7 +26,8 @@ class GenerateConfig:
     model: str = option(MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file")
     tokenizer: str | None = option(
         None,
-        "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else gpt2)",
+        "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
+        "hub id (default: the model's own)",
     )
     prompt: str | None = option(None, "text to continue (default: ask for one again and again)")
     prompts_file: str | None = option(None, "file of prompts to continue, one a line; writes JSON lines")
@@ -39,7 +40,15 @@ class GenerateConfig:
     top_k: int = option(0, "draw from the k likeliest tokens; 0 is off")
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability; 1 is off")
     repetition_penalty: float = option(1.0, "make tokens that are in the text less likely; 1 is off, 1.2 is usual")
-    stop: tuple[str, ...] = option((), "end before the first of these texts")
+    stop: tuple[str, ...] = option(
+        (),
+        "end before the first of these texts that the new text holds; it also ends at the model's end-of-text tokens",
+    )
+    special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
+        "as-text",
+        "special tokens, such as <|user|>, that a prompt spells: as-text takes the letters, as-ids the tokens, as "
+        "transformers does, refuse stops there",
+    )
     device: Literal["auto", "cpu", "cuda", "mps", "xla"] = option("auto", "auto: cuda, else mps, else cpu")
     dtype: Literal["fp32", "bf16"] = option("fp32", "type of the weights and of all that is computed from them")
 
@@ -70,10 +79,12 @@ def main() -> None:
     options = parse_options(GenerateConfig, "Continue text with a GPT-2.")
     options.check()
     from gpt2xla.continuation import Continuation, continue_texts, prompt_ids
-    from gpt2xla.prompts import json_lines, read_prompts, record
+    from gpt2xla.generation_settings import GenerationSettings
+    from gpt2xla.prompts import PromptReader, json_lines, read_prompts, record
     from gpt2xla.sampling import SamplingConfig
     from gpt2xla.start import build_model, load_weights, locate
     from gpt2xla.tokenizer import find_tokenizer
+    from gpt2xla.tokenizer_folder import model_folder
 
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     sampling.check()
@@ -84,16 +95,20 @@ def main() -> None:
         print(note, file=sys.stderr)
     model = build_model(model_config, weights, source)
     tokenizer = find_tokenizer(options.tokenizer, source, model_config.real_vocab_size)
-    if options.prompt is not None:
-        prompt_ids(tokenizer, options.prompt)  # an empty one may be impossible
+    reader = PromptReader(tokenizer, options.special_tokens_in_text)
+    tokenizer = reader.tokenizer
+    folder = model_folder(source)
+    settings = GenerationSettings.load(folder) if folder.is_dir() else GenerationSettings.of(tokenizer)
+    for prompt in prompts if options.prompt is None else [options.prompt]:  # an empty one may be impossible
+        prompt_ids(tokenizer, reader.checked(prompt), settings, model_config.real_vocab_size)
     device = move(model, options.device, options.dtype)
 
     def continued(
         texts: list[str], rows: int = 0, show: Callable[[str], None] = lambda text: None
     ) -> list[Continuation]:
         return continue_texts(
-            model, tokenizer, texts, options.max_new_tokens, sampling, seed=options.seed, samples=options.num_samples,
-            stop=options.stop, rows=rows, device=device, show=show,
+            model, tokenizer, texts, options.max_new_tokens, sampling, settings=settings, seed=options.seed,
+            samples=options.num_samples, stop=options.stop, rows=rows, device=device, show=show,
         )  # fmt: skip
 
     def show_continued(prompt: str) -> None:
@@ -115,7 +130,7 @@ def main() -> None:
     elif options.prompt is not None:
         show_continued(options.prompt)
     else:
-        ask(show_continued)
+        ask(lambda prompt: show_continued(reader.checked(prompt)))
 
 
 def move(model: GPT2, name: str, dtype: str) -> Device:
@@ -157,6 +172,8 @@ def ask(continue_text: Callable[[str], None]) -> None:
             prompt = input(">> ")
             if prompt.strip():
                 continue_text(prompt)
+        except InputError as error:
+            print(error, file=sys.stderr)
         except KeyboardInterrupt:
             print()
         except UnicodeError:

@@ -22,6 +22,7 @@ from torch import Tensor
 from gpt2xla import hf
 from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import file_sha256
+from gpt2xla.generation_settings import GenerationSettings
 from gpt2xla.json_file import read_json
 from gpt2xla.metrics import METRICS_FILE
 from gpt2xla.tokenizer import Tokenizer
@@ -39,12 +40,14 @@ def save(
     weights: dict[str, Tensor],
     training: dict[str, Any],
     tokenizer: Tokenizer | None,
+    settings: GenerationSettings | None = None,
     shards: Path | None = None,
 ) -> Path:
     """Write `step-XXXXXXXX` under `root` for `training["step"]`; return it once it is safely on disk.
 
-    `weights` are by our names and on the CPU. If the folder `shards` exists, it holds the part of the training state that
-    `sharded_state` wrote, and is moved in. An older folder of the same step is set aside.
+    `weights` are by our names and on the CPU; `settings` are by default the tokenizer's. If the folder `shards` exists, it
+    holds the part of the training state that `sharded_state` wrote, and is moved in. An older folder of the same step is set
+    aside.
 
     Raises:
         OSError: it could not be written; nothing is left of it.
@@ -54,7 +57,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write(partial, config, weights, training, tokenizer, shards)
+        _write(partial, config, weights, training, tokenizer, settings, shards)
         if final.exists():
             _set_aside(final)
         os.rename(partial, final)
@@ -74,9 +77,10 @@ def _write(
     weights: dict[str, Tensor],
     training: dict[str, Any],
     tokenizer: Tokenizer | None,
+    settings: GenerationSettings | None,
     shards: Path | None,
 ) -> None:
-    hf.save_model(folder, config.model, weights, tokenizer.eot_id if tokenizer else None)
+    hf.save_model(folder, config.model, weights, settings=settings or GenerationSettings.of(tokenizer))
     if tokenizer:
         tokenizer.save(folder)
     with (folder / TRAINING_STATE).open("wb") as state:  # given a path, torch does not say what is wrong with the disk

@@ -246,6 +246,10 @@ class TrainConfig:
     hellaswag_data: str | None = option(None, "HellaSwag's items as JSON lines (default: 10,042 from the hub)")
     sample_interval: int = option(0, "updates between texts that the model writes, to look at; 0 means none")
     sample_prompt: str = option("", "text that these continue (default: they begin after an end of text)")
+    special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
+        "as-text",
+        "special tokens that --sample-prompt spells: as-text takes the letters, as-ids the tokens, refuse stops",
+    )
     save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
     saved_checkpoint_limit: int = option(6, "newest checkpoints to keep; 0 keeps all")
     on_save_error: Literal["stop", "go-on"] = option(

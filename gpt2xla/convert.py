@@ -9,15 +9,15 @@ from pathlib import Path
 from gpt2xla import hf
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError, blaming
+from gpt2xla.generation_settings import settings_of
 from gpt2xla.start import load_weights, locate
-from gpt2xla.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-
-GPT2_VOCABULARIES = (50257, 50304)  # OpenAI's, and rounded up as most reproductions have it
+from gpt2xla.tokenizer import Tokenizer, load_tokenizer
+from gpt2xla.tokenizer_folder import has_tokenizer, model_folder
 
 
 def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str], None] = print) -> None:
     """Write the model that --from-checkpoint means by `name` to the new folder `output`, in fp32, with a tokenizer: the one
-    asked for, else the one beside it, else GPT-2's if the vocabulary is of its size.
+    asked for, else the one beside it, if there is one. What the model's folder says about generation stays as it is.
 
     Raises:
         InputError: there is no such model, its tokenizer is another one's, or `output` exists already.
@@ -27,11 +27,12 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
     source = locate(name)
     config, weights = load_weights(source)
     found, why = _choose_tokenizer(config, source, tokenizer)
+    settings = settings_of(source, found)
     partial = output.with_name(f".{output.name}.partial")
     with blaming(f"--output-dir {output}"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        hf.save_model(partial, config, weights, found.eot_id if found else None)
+        hf.save_model(partial, config, weights, settings=settings)
         if found:
             found.save(partial)
         partial.rename(output)
@@ -56,11 +57,6 @@ def _choose_tokenizer(config: ModelConfig, source: Path, asked: str | None) -> t
                 "one that the model was trained with"
             )
         return tokenizer, f"{tokenizer.name}, as asked for"
-    if source.is_dir() and has_tokenizer(source):
-        return load_tokenizer(str(source)), "the one beside the model"
-    if config.real_vocab_size not in GPT2_VOCABULARIES:
-        return None, f"none written, as {config.real_vocab_size} ids are not GPT-2's; --tokenizer adds one"
-    try:
-        return load_tokenizer("gpt2"), f"GPT-2's, as a vocabulary of {config.real_vocab_size} suggests"
-    except InputError as error:
-        return None, f"none written: {error}"
+    if has_tokenizer(folder := model_folder(source)):
+        return load_tokenizer(str(folder)), "the one beside the model"
+    return None, f"none written, as {source} has none; --tokenizer gpt2 (OpenAI's), or whichever it is, adds one"

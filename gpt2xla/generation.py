@@ -5,7 +5,7 @@ Shape suffixes: B texts, T new tokens of each with padding, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -65,7 +65,7 @@ def generate(
     *,
     seeds: Sequence[int] | int = 0,
     vocab_size: int | None = None,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
     ends: Callable[[int, int], bool] = lambda row, token: False,
     rows: int = 0,
     device: Device | None = None,
@@ -79,7 +79,7 @@ def generate(
         prompts: ids, at least one each; the model reads the last seq_length of them.
         seeds: of each text's draws; one for all means that equal prompts give equal texts.
         vocab_size: ids from there on are padding of the model's vocabulary and are never drawn.
-        stop_id: ends a text, and is not given out.
+        stop_ids: each ends a text, and is not given out.
         ends: called as `ends(row, id)` with each id given out; true ends that text after it.
         rows: compute at least so many texts, where calls with fewer shall not be other programs.
         device: default: plain torch, wherever the model is.
@@ -111,9 +111,9 @@ def generate(
             row.start += len(row.unread)
             row.text.append(token)
             row.unread = [token]
-            if token != stop_id:
+            if token not in stop_ids:
                 step[number] = token
-            if token == stop_id or ends(number, token):
+            if token in stop_ids or ends(number, token):
                 row.ended, row.unread = True, []
         if any(token is not None for token in step):
             yield step

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gpt2xla import tokenizer_folder
 from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.file_kind import describe_folder, kind_of, refuse_adapter
+from gpt2xla.generation_settings import GENERATION_CONFIG, GenerationSettings
 from gpt2xla.hf_config import read_config
 from gpt2xla.json_file import read_json
 from gpt2xla.parameter_names import CONV1D, in_our_names, is_bias, is_mask, with_tied_head
@@ -30,8 +32,8 @@ ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-exact": "gelu", "relu": "relu"}
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # Not by model*: repositories hold the same weights in further types and formats, too.
 _HUB_FILES = (
-    "config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "tokenizer.json",
-    "tokenizer_config.json",
+    "config.json", GENERATION_CONFIG, "model.safetensors", "model.safetensors.index.json",
+    "model-*-of-*.safetensors", *tokenizer_folder.FILES,
 )  # fmt: skip
 # Fetched only where there are no safetensors.
 _HUB_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
@@ -39,12 +41,24 @@ _HUB_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_mo
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
-def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], eot_id: int | None) -> None:
-    """Write `config.json`, `generation_config.json` and `model.safetensors`, as `GPT2LMHeadModel` reads them."""
-    values = to_hf_config(config, eot_id)
-    generation = {"bos_token_id": eot_id, "eos_token_id": eot_id, "do_sample": True}
+def save_model(
+    folder: Path,
+    config: ModelConfig,
+    state: Mapping[str, Tensor],
+    eot_id: int | None = None,
+    settings: GenerationSettings | None = None,
+) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors`, as `GPT2LMHeadModel` reads them.
+
+    `settings` says which tokens begin and end a text; default: `eot_id` alone.
+    """
+    settings = settings or GenerationSettings.ending_with(eot_id)
+    values = to_hf_config(config, None)
+    values = {key: value for key, value in values.items() if not key.endswith("_token_id")} | settings.config
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    if settings.generation is not None:
+        generation = json.dumps(settings.generation, indent=2) + "\n"
+        (folder / GENERATION_CONFIG).write_text(generation, encoding="utf-8")
     save_file(to_hf_state(config, state), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors shuts out other users
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from gpt2xla.continuation import Continuation
 from gpt2xla.errors import InputError, blaming
+from gpt2xla.special_tokens import SpecialTokensInText, SpelledTokens, shortened, warning
+from gpt2xla.tokenizer import Tokenizer
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -40,6 +42,36 @@ def record(prompt: str, samples: Sequence[Continuation]) -> dict[str, Any]:
         "prompt_tokens": samples[0].prompt_tokens,
         "new_tokens": [sample.tokens for sample in samples],
     }
+
+
+class PromptReader:
+    """Prompts in which special tokens are written out: as text with one warning, as the tokens, or refused."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: SpecialTokensInText,
+        option: str = "--prompt",
+        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    ) -> None:
+        self._spelled = SpelledTokens(token for token, is_special in tokenizer.added.items() if is_special)
+        self._special_tokens, self._option, self._say = special_tokens, option, say
+        self._has_warned = False
+        self.tokenizer = tokenizer.reading_special_tokens() if special_tokens == "as-ids" else tokenizer
+
+    def checked(self, prompt: str) -> str:
+        """The prompt as it is. Raises InputError if it is to be refused."""
+        if self._special_tokens == "as-ids" or not (counts := self._spelled.count(prompt)):
+            return prompt
+        if self._special_tokens == "refuse":
+            raise InputError(
+                f"{self._option} {shortened(prompt)!r} spells the special token {next(iter(counts))}; remove it, or choose "
+                "--special-tokens-in-text as-text or as-ids"
+            )
+        if not self._has_warned:
+            self._say(warning(counts, f"{self._option} {shortened(prompt)!r}"))
+            self._has_warned = True
+        return prompt
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ Every tokenizer can be written as `tokenizer.json`, so shards and checkpoints ca
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +19,57 @@ import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from gpt2xla import tokenizer_folder
 from gpt2xla.data.shards import Manifest
 from gpt2xla.errors import InputError, blaming
-from gpt2xla.json_file import read_json
+from gpt2xla.tokenizer_folder import has_tokenizer, model_folder
 
-FILES = ("tokenizer.json", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class Tokenizer:
-    """Encodes ordinary text: special tokens written out in the text are encoded as text, never as the special token.
+    """Encodes text as transformers does with `add_special_tokens=False`: nothing is put before or after it.
+
+    Special tokens that are written out in the text are encoded as text, never as the special token, which is transformers'
+    `split_special_tokens=True`; `reading_special_tokens` gives the other reading.
 
     Attributes:
         name: how the user names it: a tiktoken encoding, "bytes", or a path.
         vocab_size: one more than the largest id.
-        eot_id: id of the end-of-text token that separates documents: <|endoftext|>, or where there is none, what the
-            tokenizer calls eos_token (Llama, Qwen). None if it has neither.
-        special_tokens: the names of special tokens in `tokenizer_config.json`, eos_token being end-of-text.
+        text_vocab_size: the same without special tokens.
+        special_tokens: their names in `tokenizer_config.json`, such as eos_token.
+        eot_id: id of the token that ends each document: what the tokenizer calls eos_token, else <|endoftext|>. None if it
+            has neither.
         sha256: hash of vocabulary and merges: the same for the same tokenizer from another library or file.
+        added: tokens that are matched in a text before it is split into words, and whether each is a special one.
+        adds_special_tokens: whether transformers puts tokens before or after a text unless told not to.
     """
 
     def __init__(
         self,
         name: str,
         backend: HFTokenizer,
-        encode_batch: Callable[[Sequence[str]], list] | None = None,
-        special_tokens: dict[str, Any] | None = None,
+        special_tokens: Mapping[str, Any],
+        *,
+        encoding: tiktoken.Encoding | None = None,
+        files: Mapping[str, bytes] | None = None,
+        reads_special_tokens: bool = True,
     ) -> None:
+        self.adds_special_tokens = backend.num_special_tokens_to_add(is_pair=False) > 0
+        self.added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+        backend.no_padding()
+        backend.no_truncation()
         backend.encode_special_tokens = True
-        self.name = name
-        self.backend = backend
-        self._encode_batch = encode_batch or (
-            lambda texts: [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        )
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        named = dict.fromkeys(("bos_token", "unk_token"), END_OF_TEXT) if special_tokens is None else special_tokens
-        ends = [
-            token for token in (END_OF_TEXT, named.get("eos_token")) if token and backend.token_to_id(token) is not None
-        ]
-        self.eot_id: int | None = backend.token_to_id(ends[0]) if ends else None
-        self.special_tokens = named | {"eos_token": ends[0]} if ends else special_tokens or {}
+        self.name, self.backend = name, backend
+        self._encoding, self._files, self._reads_special_tokens = encoding, dict(files or {}), reads_special_tokens
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.text_vocab_size = max((i for text, i in vocab.items() if not self.added.get(text)), default=-1) + 1
+        self.special_tokens = dict(special_tokens)
+        if backend.token_to_id(END_OF_TEXT) is not None:
+            self.special_tokens.setdefault("eos_token", END_OF_TEXT)
+        self.eot_id = self.id_of("eos_token")
         self.sha256 = _hash_of_vocabulary(backend)
 
     @property
@@ -66,26 +77,49 @@ class Tokenizer:
         """What shards hold its ids as: uint16, or uint32 for more than 65,536 of them."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
+    def id_of(self, role: str) -> int | None:
+        """The id of a special token by its name in `tokenizer_config.json`, such as "pad_token"; None if there is none."""
+        text = self.special_tokens.get(role)
+        return None if text is None else self.backend.token_to_id(text)
+
+    def reading_special_tokens(self) -> Tokenizer:
+        """The same tokenizer for text that means special tokens where it spells them: they become their ids, as
+        transformers reads them."""
+        twin = copy.copy(self)
+        twin.backend = HFTokenizer.from_str(self.backend.to_str())
+        twin.backend.encode_special_tokens = not self._reads_special_tokens
+        return twin
+
     def encode(self, text: str) -> list[int]:
         return list(self.encode_batch([text])[0])
 
     def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int] | np.ndarray]:
-        return self._encode_batch(texts)
+        if self._encoding is None:
+            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        allowed: Any = set() if self.backend.encode_special_tokens else "all"
+        return [self._encoding.encode_to_numpy(t, allowed_special=allowed, disallowed_special=()) for t in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no valid UTF-8 become U+FFFD; ids beyond the vocabulary (padding of the model's) vanish."""
         return self.backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` reads."""
+        """Write what `AutoTokenizer.from_pretrained(folder)` reads: the files that it was loaded from, as they were, or
+        `tokenizer.json` and `tokenizer_config.json`."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "name_or_path": self.name,
             **self.special_tokens,
         }
-        (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        files = {
+            "tokenizer.json": self.backend.to_str().encode(),
+            "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+            **self._files,
+        }
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
 
 
 def _hash_of_vocabulary(backend: HFTokenizer) -> str:
@@ -95,52 +129,36 @@ def _hash_of_vocabulary(backend: HFTokenizer) -> str:
     return hashlib.sha256(json.dumps([vocab, merges], sort_keys=True).encode()).hexdigest()
 
 
-class TextStream:
-    """Text of a growing list of ids, handed out only as far as no later id can change it: a character whose bytes come in
-    several tokens appears when it is whole."""
-
-    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = [i for i in ids if i != tokenizer.eot_id]
-        self.text = tokenizer.decode(self._ids)
-
-    def add(self, token: int) -> str:
-        """What the token adds, "" while it ends inside a character."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
-            return ""
-        new, self.text = text[len(self.text) :], text
-        return new
-
-    def rest(self) -> str:
-        """What was held back."""
-        return self._tokenizer.decode(self._ids)[len(self.text) :]
-
-
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tiktoken encoding or model name ("gpt2"), "bytes", the path of a tokenizer.json or of a folder with one, or the id
-    of a model on the Hugging Face hub ("owner/name").
+    """A tiktoken encoding or model name ("gpt2"), "bytes", the path of a tokenizer.json, or of a folder with a tokenizer in
+    any form that transformers reads, or the id of a model on the Hugging Face hub ("owner/name").
 
     Raises:
         InputError: there is no such tokenizer, or it is not here and cannot be downloaded.
     """
     if name == "bytes":
         vocab = {char: byte for byte, char in _byte_alphabet().items()}
-        return Tokenizer(name, _byte_level_bpe(vocab, [], {END_OF_TEXT: 256}))
-    path = Path(name)
+        return Tokenizer(name, _byte_level_bpe(vocab, [], {END_OF_TEXT: 256}), _all_roles())
+    path, known = Path(name), tiktoken.list_encoding_names()
     with blaming(f"tokenizer {name!r}"):  # no permission, or a name that is too long
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if file.is_file():
-            return _load_file(file)
-    known = tiktoken.list_encoding_names()
+        if path.is_file():
+            if path.name == "tokenizer.json":
+                return _load_folder(path.parent)
+            return Tokenizer(name, tokenizer_folder.read_definition(path), {})
+        if path.is_dir() and has_tokenizer(path):
+            return _load_folder(path)
+        is_folder = path.is_dir()
     try:
         encoding = tiktoken.get_encoding(name) if name in known else tiktoken.encoding_for_model(name)
     except KeyError:
+        if is_folder:
+            raise InputError(
+                f"tokenizer {name!r}: the folder holds neither tokenizer.json nor vocab.json and merges.txt"
+            ) from None
         if _HUB_ID.fullmatch(name):
             return _from_hub(name)
         raise InputError(
-            f"tokenizer {name!r}: neither a file, nor a folder with tokenizer.json, nor owner/name on the hub, nor one of "
+            f"tokenizer {name!r}: neither a file, nor a folder with a tokenizer, nor owner/name on the hub, nor one of "
             f"tiktoken's ({', '.join(known)})"
         ) from None
     except OSError as error:
@@ -184,24 +202,31 @@ def train_bpe(
     backend.train_from_iterator(documents, trainer)
     added = backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     assert added == len(special)
-    names: dict[str, Any] = dict.fromkeys(("bos_token", "unk_token"), END_OF_TEXT)
-    if special_tokens:
-        names["additional_special_tokens"] = list(special_tokens)
-    return Tokenizer(name, backend, special_tokens=names)
+    return Tokenizer(
+        name, backend, _all_roles() | ({"additional_special_tokens": list(special_tokens)} if special_tokens else {})
+    )
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return (folder / "tokenizer.json").is_file()
+def _all_roles() -> dict[str, Any]:
+    """As in GPT-2's tokenizer."""
+    return dict.fromkeys(("bos_token", "unk_token", "eos_token"), END_OF_TEXT)
 
 
 def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the model in `source`: the one asked for, else the model's own, else GPT-2's.
+    """The tokenizer of the model in `source`: the one asked for, else the model's own.
 
     Raises:
-        InputError: there is no such tokenizer, or it has ids beyond the model's real ones, of which there are `vocab_size`.
+        InputError: there is no such tokenizer, or text has ids beyond the model's `vocab_size` real ones. Special tokens may
+            lie there: a [PAD] that was added to the tokenizer and not to the model does no harm.
     """
-    tokenizer = load_tokenizer(asked or (str(source) if has_tokenizer(source) else "gpt2"))
-    if tokenizer.vocab_size > vocab_size:
+    folder = model_folder(source)
+    if asked is None and not has_tokenizer(folder):
+        raise InputError(
+            f"{source} has no tokenizer; name the one that it was trained with: --tokenizer gpt2 (OpenAI's), bytes, a "
+            "folder or a hub id"
+        )
+    tokenizer = load_tokenizer(asked or str(folder))
+    if tokenizer.text_vocab_size > vocab_size:
         raise InputError(
             f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {vocab_size}; name the "
             "tokenizer that the model was trained with"
@@ -217,15 +242,20 @@ def match_tokenizer(
     Raises:
         InputError: it is not the one that made all the data, or it has ids beyond the model's `vocab_size`.
     """
-    found = asked or next((str(folder) for folder in folders if has_tokenizer(folder)), None)
+    found = asked or next((str(folder) for folder in map(model_folder, folders) if has_tokenizer(folder)), None)
     if found is None:
         return None
     tokenizer = load_tokenizer(found)
     for manifest in manifests:
         if manifest.tokenizer_sha256 != tokenizer.sha256:
+            fix = (
+                "leave --tokenizer out, or prepare"
+                if asked
+                else "name the shards' with --tokenizer to change to it, or prepare"
+            )
             raise InputError(
-                f"tokenizer {tokenizer.name} is not the one that all shards were made with ({manifest.tokenizer}); leave "
-                "--tokenizer out, or prepare --train-dir and --valid-dir with one"
+                f"tokenizer {tokenizer.name}{'' if asked else f' of {found}'} is not the one that all shards were made with "
+                f"({manifest.tokenizer}); {fix} --train-dir and --valid-dir with one"
             )
     if tokenizer.vocab_size > vocab_size:
         raise InputError(
@@ -234,51 +264,29 @@ def match_tokenizer(
     return tokenizer
 
 
-def _load_file(file: Path, name: str | None = None) -> Tokenizer:
-    try:
-        backend = HFTokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises bare Exception for everything
-        raise InputError(f"{file} is not a tokenizer.json: {error}") from None
-    if not backend.get_vocab():
-        raise InputError(f"{file} has an empty vocabulary; choose another tokenizer")
-    backend.no_padding()
-    backend.no_truncation()
-    try:
-        config = read_json(file.parent / "tokenizer_config.json")
-        names = _named_special_tokens(config, backend)
-    except (OSError, ValueError, AttributeError):  # a tokenizer.json alone will do
-        config, names = {}, None
-    return Tokenizer(name or config.get("name_or_path") or str(file), backend, special_tokens=names)
-
-
-def _named_special_tokens(config: dict[str, Any], backend: HFTokenizer) -> dict[str, Any]:
-    """As strings, of a `tokenizer_config.json`: it may spell out how a token is to be matched, and name some that the
-    vocabulary lacks."""
-
-    def known(token: Any) -> str | None:
-        text = token.get("content") if isinstance(token, dict) else token
-        return text if isinstance(text, str) and backend.token_to_id(text) is not None else None
-
-    names = {name: known(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    further = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    if isinstance(further, list):
-        names["additional_special_tokens"] = [token for token in map(known, further) if token]  # type: ignore[assignment]
-    return {name: value for name, value in names.items() if value}
+def _load_folder(folder: Path, name: str | None = None) -> Tokenizer:
+    stored = tokenizer_folder.read_folder(folder)
+    stated = stored.config.get("name_or_path")
+    roles = stored.roles if stored.roles else _all_roles() if END_OF_TEXT in stored.backend.get_vocab() else {}
+    return Tokenizer(
+        name or (stated if isinstance(stated, str) and stated else str(folder)), stored.backend, roles, files=stored.files,
+        reads_special_tokens=not stored.config.get("split_special_tokens"),
+    )  # fmt: skip
 
 
 def _from_hub(name: str) -> Tokenizer:
     from huggingface_hub import snapshot_download
 
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=list(FILES)))
+    try:  # config.json says of which class a tokenizer is that does not say so itself
+        folder = Path(snapshot_download(name, allow_patterns=[*tokenizer_folder.FILES, "config.json"]))
     except Exception as error:  # the hub client lets errors of several HTTP libraries through
         raise InputError(
             f"tokenizer {name!r}: no such file or folder here, and the hub did not give it ({type(error).__name__}); check "
             "the name, go online once (logged in, if the model is gated), or give the path of a downloaded tokenizer.json"
         ) from None
     if not has_tokenizer(folder):
-        raise InputError(f"tokenizer {name!r}: it has no tokenizer.json on the hub; choose another that has one")
-    return _load_file(folder / "tokenizer.json", name)
+        raise InputError(f"tokenizer {name!r}: that model has no tokenizer on the hub; choose another that has one")
+    return _load_folder(folder, name)
 
 
 def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
@@ -289,7 +297,7 @@ def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
     vocab = {spell[token]: rank for token, rank in ranks.items()}
     merges = [tuple(map(spell.__getitem__, _last_merge(ranks, token))) for token in ranks if len(token) > 1]
     backend = _byte_level_bpe(vocab, merges, encoding._special_tokens, encoding._pat_str)
-    return Tokenizer(name, backend, lambda texts: [encoding.encode_to_numpy(t, disallowed_special=()) for t in texts])
+    return Tokenizer(name, backend, _all_roles(), encoding=encoding)
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:

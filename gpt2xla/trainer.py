@@ -22,6 +22,7 @@ from gpt2xla.errors import InputError, RunFailed, blaming
 from gpt2xla.evals.hellaswag import HellaSwag, Questions, encode_items, read_items
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.exits import leaving_together
+from gpt2xla.generation_settings import settings_of
 from gpt2xla.lock import alone, refuse_if_taken
 from gpt2xla.metrics import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, perplexity
 from gpt2xla.runtime.base import Runtime
@@ -137,8 +138,9 @@ class Trainer:
             drop_last=config.data.drop_last,
             shuffle_seed=config.general.seed if config.data.shuffle else None,
         )
-        folders = [*(windows.stream.folder for windows in sets), *([start.source] if start.source else [])]
+        folders = [*([start.source] if start.source else []), *(windows.stream.folder for windows in sets)]
         self.tokenizer = _match_tokenizer(config, folders, [*sets, self.valid_windows])
+        self.generation = settings_of(start.source, self.tokenizer)
         self.sequences_per_step = train.train_batch_size * train.gradient_accum_step
         self.tokens_per_step = self.sequences_per_step * config.model.seq_length
         self._check_continues_same_data(start)
@@ -160,7 +162,9 @@ class Trainer:
         self.validator = Validator(config, self.valid_windows, self.model, runtime, stop=self.stop)
         self.validation: Validation | None = None
         self.hellaswag = questions and HellaSwag(questions, self.model, runtime, train.eval_batch_size, self.stop)
-        self.sampler = Sampler(config, self.model, self.tokenizer, runtime) if train.sample_interval else None
+        self.sampler = (
+            Sampler(config, self.model, self.tokenizer, self.generation, runtime) if train.sample_interval else None
+        )
         self.first_step, self.is_evaluated = start.step, start.is_evaluated
         self.throughput = Throughput(self.tokens_per_step, self.model.flops_per_token(), runtime.peak_flops())
         self.wandb: WandbSink | None = None
@@ -319,8 +323,9 @@ class Trainer:
 
     def _write_checkpoint(self, weights: dict[str, Tensor], training: dict[str, Any], shards: Path) -> None:
         folder = checkpoint.save(
-            self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer, shards=shards
-        )
+            self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer,
+            settings=self.generation, shards=shards,
+        )  # fmt: skip
         checkpoint.prune(self.folder, folder, self.config.train.saved_checkpoint_limit)
 
     def _save_failed(self, error: OSError) -> None:

@@ -21,8 +21,8 @@ class ConvertConfig:
     output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it")
     tokenizer: str | None = option(
         None,
-        "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else GPT-2's if "
-        "its size fits)",
+        "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
+        "hub id (default: the model's own, or none if it has none)",
     )
 
 

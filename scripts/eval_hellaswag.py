@@ -18,7 +18,8 @@ class HellaSwagConfig(EvalConfig):
     data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)")
     tokenizer: str | None = option(
         None,
-        "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else gpt2)",
+        "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
+        "hub id (default: the model's own)",
     )
 
 

@@ -1,17 +1,20 @@
 """Text as it is handed out while a model writes it: stop strings and characters of several tokens."""
 
+import copy
 import random
 
 import pytest
 import torch
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models
 
-from gpt2xla import continuation
 from gpt2xla.config import ModelConfig
-from gpt2xla.continuation import Continuation, continue_texts
+from gpt2xla.continuation import Continuation, TextStream, continue_texts, prompt_ids
 from gpt2xla.errors import InputError
+from gpt2xla.generation_settings import GenerationSettings
 from gpt2xla.model import GPT2
 from gpt2xla.sampling import SamplingConfig
-from gpt2xla.tokenizer import load_tokenizer
+from gpt2xla.tokenizer import Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 
@@ -70,6 +73,18 @@ def test_characters_come_whole() -> None:
     assert growing.rest() == "\ufffd", "what never became a character is shown at the end"
 
 
+def test_a_stream_never_breaks_a_character() -> None:
+    text = "a é 北 🙂 end"
+    ids = BYTES.encode(text)
+    stream = TextStream(BYTES, ids[:1])
+    parts = [stream.text] + [stream.add(token) for token in ids[1:]]
+    assert "".join(parts) == text
+    assert not any("\ufffd" in part for part in parts)
+    stream = TextStream(BYTES, [])
+    assert stream.add(0xE5) == ""
+    assert stream.rest() == "\ufffd"
+
+
 @pytest.fixture(scope="module")
 def model() -> GPT2:
     torch.manual_seed(0)
@@ -92,9 +107,46 @@ def test_what_is_shown_is_prompt_and_text(model: GPT2) -> None:
     assert "".join(shown) == "one" + text.text
 
 
-def test_an_empty_prompt_begins_after_an_end_of_text() -> None:
-    assert continuation.prompt_ids(BYTES, "") == [256]
-    without_one = load_tokenizer("bytes")
-    without_one.eot_id = None
+def test_an_empty_prompt_begins_after_an_end_of_text_which_is_not_shown(model: GPT2) -> None:
+    ends = GenerationSettings.of(BYTES)
+    assert prompt_ids(BYTES, "", ends, 320) == [256]
+    assert prompt_ids(BYTES, "", GenerationSettings({}, {"bos_token_id": 7}), 320) == [7]
+    (text,) = continue_texts(model, BYTES, [""], 1, SamplingConfig())
+    assert (text.prompt, text.prompt_tokens) == ("", 1)
+    without_one = copy.copy(BYTES)
+    without_one.eot_id, without_one.special_tokens = None, {}
     with pytest.raises(InputError, match="--prompt is empty"):
-        continuation.prompt_ids(without_one, "")
+        prompt_ids(without_one, "", GenerationSettings.of(without_one), 320)
+
+
+@pytest.fixture(scope="module")
+def long_tokens() -> Tokenizer:
+    """Tokens that end and begin inside characters and words: byte pairs of random cuts."""
+    text = "ab é🙂 abba 🙂🙃é babéa" * 20
+    words = {text.encode()[i : i + n] for n in (2, 3, 4) for i in range(60)}
+    spell = {byte: char for char, byte in BYTES.backend.get_vocab().items() if char != "<|endoftext|>"}
+    vocab = dict.fromkeys([*spell.values(), *("".join(spell[byte] for byte in word) for word in sorted(words))])
+    backend = HFTokenizer(models.BPE({word: number for number, word in enumerate(vocab)}, []))
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer("long", backend, {})
+
+
+def test_any_cut_into_tokens_gives_the_same_text(long_tokens: Tokenizer) -> None:
+    """Against the text of all ids at once: cut before the stop string that is the first to be complete."""
+    draw = random.Random(0)
+    for _ in range(400):
+        ids = draw.choices(range(long_tokens.vocab_size), k=draw.randint(0, 12))
+        prompt = draw.choices(range(97, 100), k=draw.randint(0, 2))
+        text = long_tokens.decode(prompt + ids)[len(prompt) :]
+        stop = tuple(text[i : i + draw.randint(1, 5)] or "a" for i in draw.choices(range(len(text) + 1), k=2))
+        stop = (*(s for s in stop if "\ufffd" not in s), "zz")
+        growing = Continuation(long_tokens, prompt, stop)
+        pieces = []
+        for token in ids:
+            pieces.append(growing.add(token))
+            if growing.stopped:
+                break
+        pieces.append(growing.rest())
+        ends = sorted((text.find(s) + len(s), text.find(s)) for s in stop if s in text)
+        assert "".join(pieces) == growing.text == (text[: ends[0][1]] if ends else text), (text, stop)
+        assert growing.stopped == bool(ends)

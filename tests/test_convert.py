@@ -121,14 +121,16 @@ def test_training_and_generating_start_from_nanogpts_file(data_flags: list[str],
     assert shown.startswith("Hé")
 
 
-def test_gpt2s_tokenizer_goes_with_a_vocabulary_of_its_size(gpt2_encoding: str, tmp_path: Path) -> None:
-    for size, line in ((50304, "tokenizer: GPT-2's"), (300, "tokenizer: none written, as 300 ids are not GPT-2's")):
-        file, output = nanogpt_file(tmp_path / f"{size}.pt", bias=True, vocab_size=size), tmp_path / str(size)
-        assert line in succeed(run_here("scripts/convert_checkpoint.py", "--input", file, "--output-dir", output))
-        assert (output / "tokenizer.json").exists() == (size == 50304)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "50304")
-    assert tokenizer("Hello world")["input_ids"] == [15496, 995]
-    assert not list(tmp_path.glob(".*"))
+@pytest.mark.parametrize("size", [300, 50257])
+def test_no_tokenizer_is_assumed_from_the_size_of_a_vocabulary(size: int, tmp_path: Path) -> None:
+    file, output = nanogpt_file(tmp_path / "ckpt.pt", bias=True, vocab_size=size), tmp_path / "out"
+    shown = succeed(run_here("scripts/convert_checkpoint.py", "--input", file, "--output-dir", output))
+    assert f"tokenizer: none written, as {file} has none; --tokenizer gpt2" in shown
+    assert {path.name for path in output.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    for model in (file, output):
+        result = run_here("generate.py", "--model", model, "--prompt", "x")
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+        assert f"{model} has no tokenizer; name the one that it was trained with: --tokenizer gpt2" in result.stderr
 
 
 class Anything:

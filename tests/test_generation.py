@@ -99,8 +99,8 @@ def test_texts_side_by_side_equal_each_alone(ways: Pair) -> None:
     sampling = SamplingConfig(temperature=0.9, top_k=30, repetition_penalty=1.1)
     seeds = [5, 6, 7, 8, 9]
     stop = tokens_of(ours, prompts[1], 20, sampling, seeds=6)[12]
-    alone = [tokens_of(ours, p, 90, sampling, seeds=s, stop_id=stop) for p, s in zip(prompts, seeds, strict=True)]
-    steps = list(generate(ours, prompts, 90, sampling, seeds=seeds, stop_id=stop, rows=7))
+    alone = [tokens_of(ours, p, 90, sampling, seeds=s, stop_ids=[stop]) for p, s in zip(prompts, seeds, strict=True)]
+    steps = list(generate(ours, prompts, 90, sampling, seeds=seeds, stop_ids=[stop], rows=7))
     together = [[step[row] for step in steps if step[row] is not None] for row in range(5)]
     assert together == alone
     assert len({len(text) for text in alone}) > 1
@@ -173,7 +173,7 @@ def test_generation_stops_before_the_stop_token_and_after_what_ends_it(models: P
     ours, _ = models
     tokens = tokens_of(ours, [3], 30)
     stop = tokens[5]
-    assert tokens_of(ours, [3], 30, stop_id=stop) == tokens[: tokens.index(stop)]
+    assert tokens_of(ours, [3], 30, stop_ids=[stop]) == tokens[: tokens.index(stop)]
     ends = tokens_of(ours, [3], 30, ends=lambda row, token: token == stop)
     assert ends == tokens[: tokens.index(stop) + 1]
 

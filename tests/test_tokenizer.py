@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from transformers import AutoTokenizer, GPT2TokenizerFast
 
 from gpt2xla.errors import InputError
-from gpt2xla.tokenizer import TextStream, load_tokenizer, train_bpe
+from gpt2xla.tokenizer import load_tokenizer, train_bpe
 
 SAMPLES = [
     "Hello, world!", "  two  spaces\n\n\ttabs", "naïve café 北京 🙂🙃 e\u0301",
@@ -117,9 +117,9 @@ def test_end_of_text_is_what_the_config_names(eos: str | dict, tmp_path: Path) -
     assert load_tokenizer(str(tmp_path)).eot_id == 257
 
 
-def test_an_end_that_the_vocabulary_lacks_is_none(tmp_path: Path) -> None:
+def test_an_end_that_the_vocabulary_lacks_is_added_as_transformers_does(tmp_path: Path) -> None:
     save_like_llama(tmp_path / "odd", "<|nowhere|>")
-    assert load_tokenizer(str(tmp_path / "odd")).eot_id is None
+    assert load_tokenizer(str(tmp_path / "odd")).eot_id == AutoTokenizer.from_pretrained(tmp_path / "odd").eos_token_id
 
 
 def test_a_hub_id_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,19 +133,6 @@ def test_a_hub_id_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match=r"'some-one/else': .* go online once") as error:
         load_tokenizer("some-one/else")
     assert "\n" not in str(error.value)
-
-
-def test_a_stream_never_breaks_a_character() -> None:
-    tokenizer = load_tokenizer("bytes")
-    text = "a é 北 🙂 end"
-    ids = tokenizer.encode(text)
-    stream = TextStream(tokenizer, ids[:1])
-    parts = [stream.text] + [stream.add(token) for token in ids[1:]]
-    assert "".join(parts) == text
-    assert not any("\ufffd" in part for part in parts)
-    stream = TextStream(tokenizer, [])
-    assert stream.add(0xE5) == ""
-    assert stream.rest() == "\ufffd"
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:

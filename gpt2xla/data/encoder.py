@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gpt2xla.errors import InputError
+from gpt2xla.special_tokens import SpecialTokensInText, SpelledTokens
 from gpt2xla.tokenizer import Tokenizer
 
 # Ids of all documents one after the other, and where each document's end.
@@ -24,22 +26,31 @@ _GPT2_BY_TIKTOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]
 
 class Encoded(NamedTuple):
     """`ids`: of all documents, end-of-text after each where the tokenizer has one. `ends`: where each document's ids end.
-    `sizes`: each document's bytes as UTF-8."""
+    `sizes`: each document's bytes as UTF-8. `spelled`: by document, the special tokens that its text spells and that were
+    taken as text."""
 
     ids: np.ndarray
     ends: np.ndarray
     sizes: np.ndarray
+    spelled: dict[int, Counter[str]]
 
 
 class Encoder:
     """Encodes blocks; may be called from several threads at once.
 
+    Special tokens that a text spells become these tokens with `special_tokens` "as-ids", and are letters like others with
+    "as-text" and "refuse", which is the caller's to do.
+
     Attributes:
         fast: whether gigatoken (the extra `fast`) does the work; else tiktoken or tokenizers.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, special_tokens: SpecialTokensInText = "as-text") -> None:
+        as_ids = special_tokens == "as-ids"
+        self.tokenizer = tokenizer.reading_special_tokens() if as_ids else tokenizer
+        self._spelled = SpelledTokens(t for t, is_special in tokenizer.added.items() if is_special and not as_ids)
+        # gigatoken knows no added tokens: blocks with one that the tokenizer would match are not for it.
+        self._matched = SpelledTokens(t for t, is_special in tokenizer.added.items() if as_ids or not is_special)
         fast = _gigatoken(tokenizer)
         self.fast = fast is not None
         self._encode = fast or self._reference
@@ -50,7 +61,8 @@ class Encoder:
         if self.fast and self._encoded_bytes > _FAST_BYTES:
             self._encoded_bytes = 0
             self._encode = _gigatoken(self.tokenizer) or self._reference
-        ids, ends = self._encode(texts)
+        encode = self._reference if self.fast and self._matched.occur_in(texts) else self._encode
+        ids, ends = encode(texts)
         eot = self.tokenizer.eot_id
         if eot is not None:
             ends = ends + np.arange(1, len(ends) + 1)
@@ -60,13 +72,15 @@ class Encoder:
             mixed[ends - 1] = eot
             mixed[is_text] = ids
             ids = mixed
-        return Encoded(ids.astype(self.tokenizer.dtype, copy=False), ends, pc.binary_length(texts).to_numpy())
+        sizes = pc.binary_length(texts).to_numpy()
+        return Encoded(ids.astype(self.tokenizer.dtype, copy=False), ends, sizes, self._spelled.count_each(texts))
 
     def check(self, texts: pa.LargeStringArray) -> bool:
         """Whether the fast encoder gives what the tokenizer itself gives on the first documents, a MB of them. If not, it
         is not used again."""
         first = np.searchsorted(np.cumsum(pc.binary_length(texts).to_numpy()), _CHECKED_BYTES) + 1
         texts = texts[:first]
+        texts = self._matched.blanked(texts)
         same = all(np.array_equal(a, b) for a, b in zip(self._encode(texts), self._reference(texts), strict=True))
         if not same:
             self._encode, self.fast = self._reference, False

@@ -14,12 +14,12 @@ import json
 import os
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -29,6 +29,7 @@ from gpt2xla.data.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.encoder import Encoded, Encoder
 from gpt2xla.data.round_trip import first_loss
 from gpt2xla.data.shards import Manifest, TokenStream
+from gpt2xla.data.spelled_tokens import SpelledInCorpus
 from gpt2xla.data.writer import ShardWriter, Written
 from gpt2xla.errors import InputError, RunFailed, blaming
 from gpt2xla.lock import alone
@@ -53,6 +54,11 @@ class PrepareConfig:
     shard_size: int = option(100_000_000, "tokens per shard")
     seed: int = option(1061109567, "decides which documents go to test/")
     num_workers: int = option(max(1, os.cpu_count() or 1), "threads that encode")
+    special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
+        "as-text",
+        "special tokens, such as <|user|> or <|endoftext|>, that a document spells: as-text takes the letters and counts "
+        "them, as-ids the tokens, as transformers does, refuse stops there",
+    )
 
     def check(self) -> None:
         """Raises InputError."""
@@ -108,6 +114,7 @@ def prepare(
         **{
             name: getattr(config, name) for name in ("test_fraction", "test_tokens", "max_tokens", "shard_size", "seed")
         },
+        "special_tokens_in_text": config.special_tokens_in_text,
     }
     if (output_dir / RECORD).exists():
         _Record.load(output_dir / RECORD).check(settings, parts, output_dir, complete=True)
@@ -165,12 +172,14 @@ def _begin_or_go_on(
 
 @dataclass
 class _Record:
-    """How far a preparation came: the parts it read, the last perhaps not to its end, and what is written."""
+    """How far a preparation came: the parts it read, the last perhaps not to its end, and what is written; how often it met
+    special tokens that it took as text."""
 
     settings: dict[str, Any]
     parts: list[tuple[str, int, str]]
     position: Position
     splits: dict[Split, Written]
+    spelled: Counter[str] = field(default_factory=Counter)
 
     def save(self, file: Path) -> None:
         values = {
@@ -178,6 +187,7 @@ class _Record:
             "parts": self.parts,
             "position": self.position,
             "splits": self.splits,
+            "spelled": self.spelled,
         }
         new = file.with_suffix(".new")
         with new.open("w", encoding="utf-8") as stream:
@@ -190,13 +200,15 @@ class _Record:
     def load(cls, file: Path) -> _Record:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
+            values["settings"].setdefault("special_tokens_in_text", "as-text")  # those without it knew no other way
             return cls(
                 values["settings"],
                 [(name, size, how) for name, size, how in values["parts"]],
                 Position(*values["position"]),
                 {split: Written.from_json(values["splits"][split]) for split in SPLITS},
+                Counter(values.get("spelled", {})),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is damaged ({error}); remove its folder and prepare again") from None
 
     def check(self, settings: dict[str, Any], parts: Sequence[Part], folder: Path, *, complete: bool) -> None:
@@ -236,7 +248,8 @@ class _Preparation:
 
     def run(self) -> None:
         """To the end of the corpus, or to --max-tokens."""
-        self.encoder = Encoder(self.tokenizer)
+        self.encoder = Encoder(self.tokenizer, self.config.special_tokens_in_text)
+        self.spelled = SpelledInCorpus(self.config.special_tokens_in_text, self.record.spelled, self.say)
         self.writers = {
             split: _writer(split, self.record, self.tokenizer, self.config, self.folder) for split in SPLITS
         }
@@ -257,6 +270,7 @@ class _Preparation:
             if writer.written.tokens == 0:
                 why = "give more documents, or change --test-fraction" if self.tokens else "there is no text"
                 raise InputError(f"the {split} split came out empty: {why}")
+        self.spelled.end()
         self._save()
 
     @property
@@ -287,6 +301,8 @@ class _Preparation:
         if self.config.max_tokens is not None and self.tokens + ends[-1] >= self.config.max_tokens:
             documents = int(np.searchsorted(ends, self.config.max_tokens - self.tokens)) + 1
             is_last = True
+        spelled = {number: found for number, found in encoded.spelled.items() if number < documents}
+        self.spelled.add(spelled, self.parts, self.record.position)
         test = self._drawn_for_test(block.split, encoded, documents)
         total = self.drawn + documents
         if is_last and block.split is None and total > 1 and not (test.any() or self.writers["test"].written.documents):

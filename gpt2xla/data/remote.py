@@ -25,7 +25,10 @@ from gpt2xla.errors import InputError, RunFailed, blaming
 
 T = TypeVar("T")
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # fetched too where there are some
+# Fetched too where there are some.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
 _BLOCK_BYTES = 1 << 22
 

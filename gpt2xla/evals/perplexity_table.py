@@ -15,7 +15,8 @@ from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.metrics import perplexity
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.start import build_model, load_weights, locate
-from gpt2xla.tokenizer import has_tokenizer, load_tokenizer
+from gpt2xla.tokenizer import load_tokenizer
+from gpt2xla.tokenizer_folder import has_tokenizer, model_folder
 
 _COLUMNS = ("Model", "Params", "loss", "PPL", "tokens", "standard error of the loss", "bits per byte")
 
@@ -72,10 +73,11 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
 
 
 def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None:
-    if manifest and has_tokenizer(source) and load_tokenizer(str(source)).sha256 != manifest.tokenizer_sha256:
+    folder = model_folder(source)
+    if manifest and has_tokenizer(folder) and load_tokenizer(str(folder)).sha256 != manifest.tokenizer_sha256:
         raise InputError(
             f"--models {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss on it "
-            f"means nothing; prepare the text again with --tokenizer {source}"
+            f"means nothing; prepare the text again with --tokenizer {folder}"
         )
 
 
