@@ -91,9 +91,6 @@ def main() -> None:
     prompts = read_prompts(Path(options.prompts_file)) if options.prompts_file is not None else []
     source = locate(options.model)
     model_config, weights = load_weights(source)
-    for note in weights.notes:
-        print(note, file=sys.stderr)
-    model = build_model(model_config, weights, source)
     tokenizer = find_tokenizer(options.tokenizer, source, model_config.real_vocab_size)
     reader = PromptReader(tokenizer, options.special_tokens_in_text)
     tokenizer = reader.tokenizer
@@ -101,6 +98,9 @@ def main() -> None:
     settings = GenerationSettings.load(folder) if folder.is_dir() else GenerationSettings.of(tokenizer)
     for prompt in prompts if options.prompt is None else [options.prompt]:  # an empty one may be impossible
         prompt_ids(tokenizer, reader.checked(prompt), settings, model_config.real_vocab_size)
+    for note in weights.notes:
+        print(note, file=sys.stderr)
+    model = build_model(model_config, weights, source)
     device = move(model, options.device, options.dtype)
 
     def continued(

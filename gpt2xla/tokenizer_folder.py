@@ -47,7 +47,7 @@ class StoredTokenizer:
 
 
 def model_folder(source: Path) -> Path:
-    """Where a model's tokenizer and settings lie: in `source` itself, or beside it if it is a file with a config.json there."""
+    """Where a model's tokenizer and settings lie: `source` itself, or its folder if it is a file beside a config.json."""
     return source.parent if source.is_file() and (source.parent / "config.json").is_file() else source
 
 

@@ -260,7 +260,7 @@ def test_the_hub_is_asked_for_all_of_it(tmp_path: Path, monkeypatch: pytest.Monk
     model = {
         "config.json": {"model_type": "gpt2"},
         "generation_config.json": {"eos_token_id": 7},
-        "pytorch_model.bin": "?",
+        "tf_model.h5": "?",
     }
     source = write(tmp_path / "source", files | model)
     held = {file.name: file.read_bytes() for file in source.iterdir()}
@@ -277,7 +277,7 @@ def test_the_hub_is_asked_for_all_of_it(tmp_path: Path, monkeypatch: pytest.Monk
         ours = load_tokenizer("some-one/chat")
         folder = find_folder("some-one/chat")
         hub.shutdown()
-    assert {file.name for file in folder.iterdir()} == held.keys() - {"pytorch_model.bin"}
+    assert {file.name for file in folder.iterdir()} == held.keys() - {"tf_model.h5"}
     assert (ours.name, ours.eot_id) == ("some-one/chat", theirs(source).eos_token_id)
     assert (
         load_tokenizer(str(folder)).encode("a<tool>b") == ours.encode("a<tool>b") == whole(theirs(source), "a<tool>b")
