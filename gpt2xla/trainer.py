@@ -348,7 +348,8 @@ class Trainer:
 
     def _print_summary(self, start: Start) -> None:
         model, runtime = self.config.model, self.runtime
-        for note in start.notes:
+        streams = [windows.stream for windows in (*self.order.sets, self.valid_windows)]
+        for note in (*start.notes, *(note for stream in streams for note in stream.notes)):
             print(note)
         if start.training:
             print(f"going on from {start.source} after step {start.step}")
