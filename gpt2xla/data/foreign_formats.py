@@ -37,6 +37,7 @@ _BEGINNINGS = [
     (rb"\x7fELF|\x89HDF\r\n\x1a\n|SQLite format 3\0", f"a program, an HDF5 file or a database; {_MOVE}"),
     (rb"\x89PNG\r\n|\xff\xd8\xff[\xdb\xe0\xe1\xee]|%PDF-|RIFF", f"an image, a sound or a document; {_MOVE}"),
     (rb"MMIDIDX\0\0|TNTIDX\0\0", "a Megatron index under another name; call it .idx again"),
+    (rb"\x93NUM\Z", "the beginning of a numpy file; copy it again"),
     (rb"LITPKDDS", f"packed by an early lit-llama, which is not read; {_PREPARE} from its text"),
 ]
 _PATTERNS = [(re.compile(pattern, re.DOTALL), what) for pattern, what in _BEGINNINGS]

@@ -33,7 +33,7 @@ def against_uint16(tokens: np.ndarray) -> str | None:
             "copy or prepare it again"
         )
     sample = np.concatenate(blocks)
-    if (name := _wider_type(tokens, sample) or _narrower_or_swapped(sample)) is None:
+    if (name := _wider_type(sample) or _narrower_or_swapped(sample)) is None:
         return None
     return (
         f"looks like {name[0]} ids, not uint16; convert it: "
@@ -41,19 +41,18 @@ def against_uint16(tokens: np.ndarray) -> str | None:
     )
 
 
-def _wider_type(tokens: np.ndarray, sample: np.ndarray) -> tuple[str, str] | None:
+def _wider_type(sample: np.ndarray) -> tuple[str, str] | None:
     """Ids of four or eight bytes have nearly nothing in every second uint16: 0, or up to 15 for a vocabulary of a million,
     or 65,535 before a negative one. Were these uint16, small and large ones would be in both places."""
-    if len(tokens) % 2:
+    pairs = sample[: len(sample) // 2 * 2].reshape(-1, 2)  # the file may be cut short
+    if len(pairs) == 0:
         return None
-    for low, order, name in ((sample[0::2], "<", ""), (sample[1::2], ">", "big-endian ")):
-        high = sample[1::2] if order == "<" else sample[0::2]
-        is_high_small = ((high < 16) | (high == 0xFFFF)).all()
-        if not high.any() or (is_high_small and np.count_nonzero(low >= 16) >= _CERTAIN):
-            fours = sample[: len(sample) // 4 * 4].reshape(-1, 4)
-            between = fours[:, 2] if order == "<" else fours[:, 1]
-            is_eight = len(tokens) % 4 == 0 and not between.any()
-            return (f"{name}int64", f"{order}i8") if is_eight else (f"{name}int32", f"{order}i4")
+    for high, name, order in ((1, "", "<"), (0, "big-endian ", ">")):
+        highs, lows = pairs[:, high], pairs[:, 1 - high]
+        is_high_small = ((highs < 16) | (highs == 0xFFFF)).all()
+        if not highs.any() or (is_high_small and np.count_nonzero(lows >= 16) >= _CERTAIN):
+            is_eight = len(pairs) > 1 and not pairs[high::2, 1 - high].any()
+            return f"{name}{'int64' if is_eight else 'int32'}", f"{order}{'i8' if is_eight else 'i4'}"
     return None
 
 
