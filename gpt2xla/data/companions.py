@@ -16,14 +16,8 @@ import numpy as np
 from gpt2xla.data.foreign_formats import HEAD_BYTES, foreign_format
 from gpt2xla.errors import InputError
 
-CODED_DTYPES = {
-    1: "u1",
-    2: "i1",
-    3: "<i2",
-    4: "<i4",
-    5: "<i8",
-    8: "<u2",
-}  # Megatron's and lit-gpt's; 6 and 7 are floats
+# Megatron's and lit-gpt's; 6 and 7 are floats.
+CODED_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _UNSIGNED = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}  # by the bytes of an id
 
 
@@ -36,8 +30,8 @@ class Layout(NamedTuple):
 def megatron(file: Path) -> Layout | None:
     """By `NAME.idx`: magic, version, dtype code, numbers of sequences and documents, then for each sequence its length
     (int32) and place (int64), for each document its end (int64). Source: Megatron-LM, core/datasets/indexed_dataset.py."""
-    index = file.with_suffix(".idx")
-    if not index.exists():
+    index = next((name for name in (file.with_suffix(".idx"), Path(f"{file}.idx")) if name.exists()), None)
+    if index is None:
         return None
     with index.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
