@@ -87,6 +87,8 @@ def test(start: Start, runtime: Runtime) -> None:
         runtime.setup_model(model)
         result = Validator(config, windows, model, runtime).run()
     if runtime.is_main:
+        for note in windows.stream.notes:
+            print(note)
         print(f"{start.source}: {result}; the split has {windows.stream.length - 1:,} to predict")
         _log_test(config, start.source, result)
 

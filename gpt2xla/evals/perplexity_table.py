@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
+from gpt2xla.console import say
 from gpt2xla.data.opening import open_validation
 from gpt2xla.data.shards import Manifest
 from gpt2xla.errors import InputError
@@ -59,6 +60,9 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
         windows = open_validation(config)
     except InputError as error:
         raise InputError(f"--models {name}: {error}") from None
+    if runtime.is_main:
+        for note in windows.stream.notes:
+            say(note, error=True)
     _check_tokenizer(name, source, windows.stream.manifest)
     model = build_model(model_config, weights, source)
     del weights
