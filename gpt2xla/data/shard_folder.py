@@ -79,17 +79,21 @@ def _of_split(folder: Path, files: list[Path], option: str) -> tuple[list[Path],
     wanted = ["val", "test"] if option == "--valid-dir" else ["train"]
     if len(splits) < 2:
         if splits and (name := next(iter(splits))) and name not in wanted:
-            return files, [f"note: {option} {folder} reads shards that are named {name}, such as {files[0].name}"]
+            return files, [f"note: {option} {folder} reads shards named {name} ({_some(files)})"]
         return files, []
     if set(splits) == {"", "train"}:
         return files, []
     if "" in splits or not (name := next((name for name in wanted if name in splits), "")):
-        named = ", ".join(f"{chosen[0].name} ({name or 'no split'})" for name, chosen in splits.items())
+        named = ", ".join(f"{name or 'no split'} ({_some(chosen)})" for name, chosen in splits.items())
         raise InputError(
-            f"{option} {folder} holds several splits by the names of the shards: {named}; one folder for each"
+            f"{option} {folder} holds shards of several splits by their names: {named}; give each its own folder"
         )
-    others = ", ".join(f"{len(chosen)} of {other}" for other, chosen in splits.items() if other != name)
-    return splits[name], [f"note: {option} {folder} reads its {len(splits[name])} shards of {name}, not the {others}"]
+    others = ", ".join(f"{other} ({_some(chosen)})" for other, chosen in splits.items() if other != name)
+    return splits[name], [f"note: {option} {folder} reads the shards named {name} ({_some(splits[name])}), not {others}"]
+
+
+def _some(files: list[Path]) -> str:
+    return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
 def _splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:

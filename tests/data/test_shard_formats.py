@@ -259,8 +259,8 @@ REFUSED: dict[str, tuple[str, dict[str, bytes]]] = {
     "two suffixes": ("may be the same tokens", {"a.bin": raw(IDS), "a.npy": npy(IDS)}),
     "compressed beside": ("would be left out", {"a.npy": npy(IDS), "b.npy.gz": gzip.compress(npy(IDS))}),
     "downloads beside": ("would be left out", {"a.bin": raw(IDS), "a.bin.aria2": b"1"}),
-    "splits and others": ("holds several splits", {"train.bin": raw(IDS), "val.bin": raw(IDS), "x.bin": raw(IDS)}),
-    "val and others": ("holds several splits", {"val.bin": raw(IDS), "x.bin": raw(IDS)}),
+    "splits and others": ("shards of several splits", {"train.bin": raw(IDS), "val.bin": raw(IDS), "x.bin": raw(IDS)}),
+    "val and others": ("shards of several splits", {"val.bin": raw(IDS), "x.bin": raw(IDS)}),
     "both in a name": ("of two splits", {"train_val.bin": raw(IDS), "val.bin": raw(IDS), "x.bin": raw(IDS)}),
 }
 
@@ -304,7 +304,7 @@ def test_a_folder_of_several_splits(names: list[str], train: list[str], valid: l
 
 def test_a_split_of_the_other_name_is_told(tmp_path: Path) -> None:
     stream = TokenStream(put(tmp_path, {"train.bin": raw(IDS)}), "--valid-dir")
-    assert "reads shards that are named train" in stream.notes[0]
+    assert "reads shards named train" in stream.notes[0]
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
