@@ -89,7 +89,9 @@ def _of_split(folder: Path, files: list[Path], option: str) -> tuple[list[Path],
             f"{option} {folder} holds shards of several splits by their names: {named}; give each its own folder"
         )
     others = ", ".join(f"{other} ({_some(chosen)})" for other, chosen in splits.items() if other != name)
-    return splits[name], [f"note: {option} {folder} reads the shards named {name} ({_some(splits[name])}), not {others}"]
+    return splits[name], [
+        f"note: {option} {folder} reads the shards named {name} ({_some(splits[name])}), not {others}"
+    ]
 
 
 def _some(files: list[Path]) -> str:
