@@ -90,6 +90,8 @@ def test(start: Start, runtime: Runtime) -> None:
         runtime.setup_model(model)
         result = Validator(config, windows, model, runtime).run()
     if runtime.is_main:
+        for note in windows.stream.notes:
+            print(note)
         print(f"{start.source}: {result}; the split has {windows.stream.length - 1:,} to predict")
         _log_test(config, start.source, result)
 
@@ -362,7 +364,8 @@ class Trainer:
 
     def _print_summary(self, start: Start) -> None:
         model, runtime = self.config.model, self.runtime
-        for note in start.notes:
+        streams = [windows.stream for windows in (*self.order.sets, self.valid_windows)]
+        for note in (*start.notes, *(note for stream in streams for note in stream.notes)):
             print(note)
         if start.training:
             print(f"going on from {start.source} after step {start.step}")

@@ -46,7 +46,12 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
     manifest, tokenizer = stream.manifest, tokenizer_of(stream, options.tokenizer)
     known = manifest or tokenizer
     eot_id = known.eot_id if known else None
-    print(f"{name}: {stream.length:,} tokens in {len(stream.files)} shards of {stream.dtype}", flush=True)
+    print(
+        f"{name}: {stream.length:,} tokens in {len(stream.files)} shards of {stream.dtype} ({stream.format})",
+        flush=True,
+    )
+    for note in stream.notes:
+        print(note)
     if manifest:
         print(f"{manifest.documents:,} documents, {manifest.bytes / manifest.tokens:.2f} bytes per token")
     if known:

@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
+from gpt2xla.data.shard_formats import SUFFIXES
 from gpt2xla.errors import InputError, RunFailed, blaming
 
 T = TypeVar("T")
@@ -166,7 +167,7 @@ class RemoteFolder:
     def _make_room(self, keep: Path) -> None:
         if not self.cache.limit:
             return
-        shards = [file for file in self.cache.folder.expanduser().glob("*/[!.]*") if file.suffix in (".npy", ".bin")]
+        shards = [file for file in self.cache.folder.expanduser().glob("*/[!.]*") if file.suffix in SUFFIXES]
         found = []
         for file in shards:
             with contextlib.suppress(FileNotFoundError):  # another process makes room, too

@@ -1,7 +1,7 @@
 """A split on disk: a folder of token shards, read as one stream of tokens without loading it.
 
-Formats: 1-D `.npy` (ours, with `manifest.json`; or plain), llm.c `.bin` (header of 256 int32, then uint16 or
-uint32) and nanoGPT `.bin` (uint16 only). Shards follow one another in the order of their names.
+Shards are ours, with a `manifest.json`, or of other programs (`shard_formats.py`). They follow one another in the order of
+their names.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from typing import get_origin, get_type_hints
 
 import numpy as np
 
+from gpt2xla.data.foreign_formats import pointer
+from gpt2xla.data.raw_ids import largest_sampled
 from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder, is_url
+from gpt2xla.data.shard_folder import refuse_others, shards_of
+from gpt2xla.data.shard_formats import RAW, SUFFIXES, Shard, open_shard
 from gpt2xla.errors import InputError, blaming
 from gpt2xla.json_file import read_json
 
 MANIFEST = "manifest.json"
-LLMC_DTYPES = {20240520: "<u2", 20240801: "<u4"}  # by the magic number of the header
-LLMC_HEADER_BYTES = 256 * 4
-_SAMPLE_BLOCKS, _SAMPLE_TOKENS = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Manifest:
         if not file.exists():
             return None
         try:
+            if what := pointer(file.read_bytes()):
+                raise ValueError(f"it is {what}")
             values = read_json(file)
             shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
             manifest = cls(**values, shards=shards)
@@ -85,33 +88,43 @@ class TokenStream:
         dtype: that of what `read` returns.
         manifest: the split's manifest, or None for a plain folder.
         fingerprint: changes when the tokens do (by manifest), or at least their number (plain folders).
+        format: that of the shards, by name.
+        notes: what its user should know: which files were chosen, what is odd about them.
 
     Raises:
-        InputError: the folder is missing or empty, a shard is damaged or does not agree with the manifest.
+        InputError: the folder is missing or empty, a shard is damaged, of an unknown format, or does not agree with the
+            manifest or the other shards.
     """
 
     def __init__(self, folder: str | Path, option: str = "--train-dir", cache: Cache = DEFAULT_CACHE) -> None:
         self.name, self.option = str(folder), option
         self._remote = RemoteFolder(self.name, option, cache, MANIFEST) if is_url(self.name) else None
-        self.folder = self._remote.folder if self._remote else Path(folder)
+        self.folder = self._remote.folder if self._remote else Path(folder).expanduser()
+        self.notes: list[str] = []
         with blaming(f"{option} {folder}"):  # no permission, or a name that is too long
             if not self.folder.is_dir():
-                raise InputError(f"{option} {folder}: no such folder; make one with scripts/prepare_text.py")
+                what = "is a file; name its folder" if self.folder.exists() else "no such folder"
+                raise InputError(f"{option} {folder}: {what}; make one with scripts/prepare_text.py")
             self.manifest = Manifest.load(self.folder)
-        if self.manifest:
-            self.files = [self.folder / shard.file for shard in self.manifest.shards]
-        else:
-            self.files = _of_split(sorted([*self.folder.glob("*.npy"), *self.folder.glob("*.bin")]), option)
+            if self.manifest:
+                self.files = [self.folder / shard.file for shard in self.manifest.shards]
+            else:
+                self.files, self.notes = shards_of(self.folder, option)
         if not self.files:
-            raise InputError(f"{option} {folder}: holds no .npy or .bin shards; make some with scripts/prepare_text.py")
+            raise InputError(f"{option} {folder} holds no shards ({', '.join(SUFFIXES)}); {_what_to_name(self.folder)}")
         self._shards: list[np.ndarray | None]  # a remote one is None until it is read
+        self.format = "numpy"
         if self._remote and self.manifest:
             self._shards = [None] * len(self.files)
             lengths, dtypes = [shard.tokens for shard in self.manifest.shards], {np.dtype(self.manifest.dtype)}
         else:
-            shards = [self._map(number) for number in range(len(self.files))]
-            self._shards = [*shards]
-            lengths, dtypes = [len(shard) for shard in shards], {shard.dtype for shard in shards}
+            shards = [self._open(number) for number in range(len(self.files))]
+            self._shards = [shard.tokens for shard in shards]
+            lengths, dtypes = [len(shard.tokens) for shard in shards], {shard.tokens.dtype for shard in shards}
+            self.format = self._one_format([shard.format for shard in shards])
+            self.notes += [f"note: {shard.note}" for shard in shards if shard.note]
+            if self.manifest:
+                refuse_others(self.folder, self.files, MANIFEST)
         # Plain lists: looking up one position in them is several times faster than in an array.
         self._ends = list(itertools.accumulate(lengths))
         self._starts = [0, *self._ends[:-1]]
@@ -160,7 +173,7 @@ class TokenStream:
         """Refuse a split whose ids do not fit the model: by the manifest, and by a sample of each shard that is here (all
         are checked as they are read). Raises InputError."""
         largest, file = max(
-            ((int(_sample(shard).max(initial=0)), file) for shard, file in zip(self._shards, self.files, strict=True)
+            ((largest_sampled(shard), file) for shard, file in zip(self._shards, self.files, strict=True)
              if shard is not None), default=(0, self.folder),
         )  # fmt: skip
         if self.manifest:
@@ -173,7 +186,7 @@ class TokenStream:
         if largest >= vocab_size:
             raise InputError(
                 f"--vocab-size {vocab_size} is too small for {file}, which holds ids up to {largest}; "
-                f"use at least {largest + 1}"
+                f"use at least {largest + 1}{', or it is no file of uint16 ids' if self.format == RAW else ''}"
             )
 
     def verify(self) -> None:
@@ -212,7 +225,7 @@ class TokenStream:
         if self._remote.cache.limit:  # what is mapped takes room on the disk even when it is deleted
             self._shards = [None] * len(self.files)
         self._remote.use(shards[number].file, shards[number].sha256)
-        shard = self._shards[number] = self._map(number)
+        shard = self._shards[number] = self._open(number).tokens
         following = shards[(number + 1) % len(shards)]
         self._remote.fetch_ahead(following.file, following.sha256)
         return shard
@@ -223,17 +236,28 @@ class TokenStream:
             return self._remote.fetch(shard.file, shard.sha256)
         return self.files[number]
 
-    def _map(self, number: int) -> np.ndarray:
+    def _open(self, number: int) -> Shard:
         file, manifest = self.files[number], self.manifest
-        shard = _map_shard(file)
+        if manifest and not file.exists():
+            raise InputError(f"{file} is missing although {MANIFEST} names it; prepare the data again")
+        shard = open_shard(file)
         if manifest:
             tokens = manifest.shards[number].tokens
-            if len(shard) != tokens or shard.dtype != np.dtype(manifest.dtype):
+            if len(shard.tokens) != tokens or shard.tokens.dtype != np.dtype(manifest.dtype):
                 raise InputError(
-                    f"{file} holds {len(shard)} {shard.dtype} tokens but {MANIFEST} says {tokens} {manifest.dtype}; "
-                    "prepare the data again"
+                    f"{file} holds {len(shard.tokens)} {shard.tokens.dtype} tokens but {MANIFEST} says {tokens} "
+                    f"{manifest.dtype}; prepare the data again"
                 )
         return shard
+
+    def _one_format(self, formats: list[str]) -> str:
+        for file, name in zip(self.files, formats, strict=True):
+            if name != formats[0]:
+                raise InputError(
+                    f"{self.option} {self.name} holds shards of two formats: {self.files[0].name} ({formats[0]}) and "
+                    f"{file.name} ({name}); give each its own folder, or move away what is no shard"
+                )
+        return formats[0]
 
     def _fingerprint(self, lengths: list[int]) -> str:
         if self.manifest:
@@ -250,12 +274,10 @@ def _check_types(part: Manifest | ShardEntry) -> None:
             raise ValueError(f"{name} is {repr(getattr(part, name))[:80]}")
 
 
-def _of_split(files: list[Path], option: str) -> list[Path]:
-    """Where one folder holds both splits, as llm.c's and nanoGPT's do, only the files named after the option's split."""
-    train, valid = ([file for file in files if word in file.name] for word in ("train", "val"))
-    if not train or not valid:
-        return files
-    return valid if option == "--valid-dir" else train
+def _what_to_name(folder: Path) -> str:
+    if (folder / "train").is_dir():
+        return f"its splits are folders: name {folder / 'train'}"
+    return "make some with scripts/prepare_text.py"
 
 
 def file_sha256(file: Path) -> str:
@@ -264,37 +286,3 @@ def file_sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _map_shard(file: Path) -> np.ndarray:
-    try:
-        # Not np.load, which would take a zip of arrays or a pickle for what it is.
-        shard = np.lib.format.open_memmap(file, mode="r") if file.suffix == ".npy" else _map_bin(file)
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing although {MANIFEST} names it; prepare the data again") from None
-    except Exception as error:  # numpy reads headers with Python's parser, which fails in many ways
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(
-            f"{file} cannot be read as a shard ({reason}); it may be cut short: copy or prepare it again"
-        ) from None
-    if shard.ndim != 1 or shard.dtype.kind not in "ui":
-        raise InputError(f"{file} holds {shard.dtype} of shape {shard.shape}; a shard is one row of integer ids")
-    return np.asarray(shard)  # slicing an np.memmap costs ten times as much
-
-
-def _map_bin(file: Path) -> np.ndarray:
-    size = file.stat().st_size
-    header = np.fromfile(file, dtype="<i4", count=3)
-    if len(header) == 3 and header[0] in LLMC_DTYPES:
-        shard = np.memmap(file, dtype=LLMC_DTYPES[header[0]], mode="r", offset=LLMC_HEADER_BYTES)
-        if len(shard) != header[2]:
-            raise ValueError(f"its header promises {header[2]} tokens but {len(shard)} follow")
-        return shard
-    if size == 0 or size % 2:
-        raise ValueError(f"{size} bytes are not whole uint16 ids")
-    return np.memmap(file, dtype="<u2", mode="r")
-
-
-def _sample(shard: np.ndarray) -> np.ndarray:
-    starts = np.linspace(0, max(0, len(shard) - _SAMPLE_TOKENS), _SAMPLE_BLOCKS, dtype=np.int64)
-    return np.concatenate([shard[start : start + _SAMPLE_TOKENS] for start in np.unique(starts)])

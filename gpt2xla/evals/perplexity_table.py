@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
+from gpt2xla.console import say
 from gpt2xla.data.opening import open_validation
 from gpt2xla.data.shards import Manifest
 from gpt2xla.errors import InputError
@@ -61,6 +62,9 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
         windows = open_validation(config)
     except InputError as error:
         raise InputError(f"--models {name}: {error}") from None
+    if runtime.is_main:
+        for note in windows.stream.notes:
+            say(note, error=True)
     _check_tokenizer(name, source, windows.stream.manifest)
     for note in weights.notes if runtime.is_main else ():
         print(f"{name}: {note}", file=sys.stderr)

@@ -1,0 +1,66 @@
+"""What speaks against a headerless file being uint16 ids, by a sample from all over it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+_BLOCKS, _BLOCK_TOKENS = 16, 4096
+_CERTAIN = 20  # bits: chance gives such a sample once in a million files
+
+
+def sample_blocks(tokens: np.ndarray) -> list[np.ndarray]:
+    """Up to 16 runs of tokens, evenly spread from the first to the last; each starts at a multiple of 4."""
+    starts = np.linspace(0, max(0, len(tokens) - _BLOCK_TOKENS), _BLOCKS, dtype=np.int64)
+    return [tokens[start : start + _BLOCK_TOKENS] for start in np.unique(starts // 4 * 4)]
+
+
+def largest_sampled(tokens: np.ndarray) -> int:
+    return max(int(block.max(initial=0)) for block in sample_blocks(tokens))
+
+
+def against_uint16(tokens: np.ndarray) -> str | None:
+    """Why these are not the ids, and the fix, to follow the file's name; None where nothing says so.
+
+    Args:
+        tokens: the file read as little-endian uint16.
+    """
+    blocks = sample_blocks(tokens)
+    if not all(block.any() for block in blocks):
+        return (
+            f"holds runs of {min(len(tokens), _BLOCK_TOKENS):,} and more zeros: it was allocated and never written whole; "
+            "copy or prepare it again"
+        )
+    sample = np.concatenate(blocks)
+    if (name := _wider_type(sample) or _narrower_or_swapped(sample)) is None:
+        return None
+    return (
+        f"looks like {name[0]} ids, not uint16; convert it: "
+        f"np.fromfile(FILE, {name[1]!r}).astype('<u2').tofile(NEW), where all are below 65,536"
+    )
+
+
+def _wider_type(sample: np.ndarray) -> tuple[str, str] | None:
+    """Ids of four or eight bytes have nearly nothing in every second uint16: 0, or up to 15 for a vocabulary of a million,
+    or 65,535 before a negative one. Were these uint16, small and large ones would be in both places."""
+    pairs = sample[: len(sample) // 2 * 2].reshape(-1, 2)  # the file may be cut short
+    if len(pairs) == 0:
+        return None
+    for high, name, order in ((1, "", "<"), (0, "big-endian ", ">")):
+        highs, lows = pairs[:, high], pairs[:, 1 - high]
+        is_high_small = ((highs < 16) | (highs == 0xFFFF)).all()
+        if not highs.any() or (is_high_small and np.count_nonzero(lows >= 16) >= _CERTAIN):
+            is_eight = len(pairs) > 1 and not pairs[high::2, 1 - high].any()
+            return f"{name}{'int64' if is_eight else 'int32'}", f"{order}{'i8' if is_eight else 'i4'}"
+    return None
+
+
+def _narrower_or_swapped(sample: np.ndarray) -> tuple[str, str] | None:
+    """The low byte of an id takes all values. Where it stays below a limit, though the high byte takes many and there are
+    many different ids, it is the high byte of a swapped id, or an id itself."""
+    limit, highest = int((sample & 0xFF).max()) + 1, int((sample >> 8).max())
+    surprise = len(np.unique(sample)) * math.log2(256 / limit)
+    if highest < 8 or surprise < 2 * _CERTAIN:
+        return None
+    return ("big-endian uint16", ">u2") if highest > 1.25 * limit else ("uint8", "u1")
