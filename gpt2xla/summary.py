@@ -20,7 +20,7 @@ def summary(trainer: Trainer, start: Start) -> dict[str, str]:
         f"{model.num_heads} heads, vocabulary {model.vocab_size:,}, sequences of {model.seq_length}, "
         f"dropout {model.dropout}",
         "devices": runtime.description,
-        "precision": f"{train.mixed_precision or 'fp32'}, matmul {train.matmul_precision}",
+        "precision": f"{runtime.precision.description}, matmul {train.matmul_precision}",
         "kernels": trainer.model.kernels.description,
         "batch": f"{trainer.per_device} sequences x {runtime.devices} devices x {train.gradient_accum_step} micro-steps "
         f"= {trainer.sequences_per_step} sequences = {tokens:,} tokens per step",

@@ -29,9 +29,9 @@ from gpt2xla.memory import GIB, Shortage
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
 from gpt2xla.peak_flops import measured_cpu_flops, named_peak_flops
+from gpt2xla.runtime import precision
 from gpt2xla.runtime import torch_parallel as parallel
 from gpt2xla.runtime.base import (
-    DTYPES,
     P,
     T,
     prefetch,
@@ -75,9 +75,10 @@ class TorchRuntime:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
             torch.use_deterministic_algorithms(True)
-        self.dtype = DTYPES[config.mixed_precision]
+        self.precision = precision.choose(config.mixed_precision, precision.of_torch(self.device))
+        self.dtype = self.precision.dtype
         self.train = config
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
         threads = f", {count_threads(self.world_size)}" if self.device.type == "cpu" else ""
         layout = parallel.describe(options)
