@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace, chosen: list[Contender], size: str, precis
     options, *batches = SIZES[size]
     batch = args.batch or batches[args.device != "cpu"]
     # nanoGPT computes the exact GELU.
-    config = ModelConfig(**{**options, "vocab_size": 50304, "activation": "gelu"})
+    config = ModelConfig(**{**options, "vocab_size": 50304, "activation": "gelu-exact"})
     model = GPT2(config)
     model.init_weights(torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as name:

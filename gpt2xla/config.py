@@ -125,8 +125,10 @@ class ModelConfig:
     num_heads: int = option(12, "attention heads per block; divides --d-model")
     d_ff: int = option(0, "width of the feed-forward layers; 0 means 4 x --d-model")
     dropout: float = option(0.0, "probability, for embeddings, attention and residual branches")
-    activation: Literal["gelu-tanh", "gelu", "relu"] = option(
-        "gelu-tanh", "gelu-tanh is GPT-2's; gelu is the exact one"
+    activation: Literal["gelu-tanh", "gelu-exact", "relu"] = option(
+        "gelu-tanh",
+        "gelu and gelu-tanh are GPT-2's, by tanh; gelu-exact is the one by erf",
+        aliases={"gelu": "gelu-tanh"},
     )
     tie_weights: bool = option(True, "use the token embedding as the output head, as GPT-2 does")
     bias: bool = option(True, "biases in linear layers and layer norms, as GPT-2 has")

@@ -70,8 +70,10 @@ def is_run_config(names: Iterable[str]) -> bool:
 
 
 def in_todays_words(saved: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run_config.json of any age. In older ones null is fp32 throughout."""
+    """The options of a run_config.json of any age. In older ones null is fp32 throughout, and gelu the exact form."""
     renamed = {"mixed_precision": "none"} if saved.get("mixed_precision", "none") is None else {}
+    if saved.get("activation") == "gelu":
+        renamed["activation"] = "gelu-exact"
     return saved | renamed
 
 

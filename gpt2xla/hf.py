@@ -23,7 +23,7 @@ from gpt2xla.weights import StoredTensor, StoredWeights
 
 T = TypeVar("T")
 
-ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-exact": "gelu", "relu": "relu"}
 # Hugging Face's GPT-2 keeps these as Conv1D: (in, out) where nn.Linear has (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 

@@ -104,7 +104,7 @@ def _our_options(saved: dict[str, Any]) -> dict[str, Any] | None:
         values = _renamed(arguments, _NANOGPT_ARGUMENTS)
         # Its GELU is the exact one, also for models that began as OpenAI's. Files that leave out `bias` are from before
         # that was an option.
-        return {"bias": True, **values, "activation": "gelu"}
+        return {"bias": True, **values, "activation": "gelu-exact"}
     if not isinstance(config := saved.get("config"), dict):
         return None
     values = _renamed(config, {"eps": "layer_norm_eps"})

@@ -46,7 +46,7 @@ def test_help_lists_every_promised_flag_and_its_default(
 
 def test_the_published_recipe_parses_as_written() -> None:
     config, _ = parse_run(TorchConfig, PUBLISHED_RECIPE)
-    assert (config.model.d_model, config.model.tie_weights, config.model.activation) == (768, True, "gelu")
+    assert (config.model.d_model, config.model.tie_weights, config.model.activation) == (768, True, "gelu-tanh")
     assert config.optim.betas == (0.9, 0.95)
     assert config.train.mixed_precision == "bf16"
     assert config.wandb.wandb_name == "gpt2-124m"

@@ -88,7 +88,7 @@ def test_nanogpts_file_is_the_same_function_here_and_in_hugging_face(bias: bool,
     file = nanogpt_file(tmp_path / "ckpt.pt", bias=bias, prefix=prefix)
     expected = plain_forward(file, IDS)
     config, weights = load_weights(file)
-    assert config == ModelConfig(300, 24, 32, 2, 4, activation="gelu", bias=bias)
+    assert config == ModelConfig(300, 24, 32, 2, 4, activation="gelu-exact", bias=bias)
     ours = build_model(config, weights, file).eval()
     torch.testing.assert_close(ours.logits(IDS).double(), expected, rtol=0, atol=1e-4)
 

@@ -32,7 +32,7 @@ def pair(config: ModelConfig) -> tuple[GPT2, GPT2LMHeadModel]:
     "config",
     [
         SMALL,
-        ModelConfig(61, 24, 32, 2, 2, d_ff=80, activation="gelu"),
+        ModelConfig(61, 24, 32, 2, 2, d_ff=80, activation="gelu-exact"),
         ModelConfig(61, 24, 32, 2, 2, activation="relu", tie_weights=False, layer_norm_eps=1e-3),
     ],
     ids=["gpt2", "exact gelu, odd d_ff", "relu, untied"],
