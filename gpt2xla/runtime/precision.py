@@ -32,10 +32,10 @@ class DevicePrecision(NamedTuple):
 
 
 class ChosenPrecision(NamedTuple):
-    """What a run computes in: `name` is none, bf16 or fp16."""
+    """What a run computes in: `name` is none, bf16 or fp16. `note` is what the summary says of the choice."""
 
     name: Precision
-    description: str
+    note: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,9 +50,9 @@ def choose(asked: Precision, there: DevicePrecision) -> ChosenPrecision:
             f"--mixed-precision {there.auto}"
         )
     name = there.auto if asked == "auto" else asked
-    reason = f" (auto: {there.device} {there.why})" if asked == "auto" else ""
-    hint = f"; --mixed-precision {there.fastest} is faster here" if name == "none" != there.fastest else ""
-    return ChosenPrecision(name, f"{label(name)}{reason}{hint}")
+    reason = [f"auto: {there.device} {there.why}"] if asked == "auto" else []
+    hint = [f"--mixed-precision {there.fastest} is usually faster here"] if name == "none" != there.fastest else []
+    return ChosenPrecision(name, "; ".join(reason + hint))
 
 
 def label(name: str) -> str:
