@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from gpt2xla.config import GROUPS, PRESETS, Preset, RunConfig
 from gpt2xla.config_file import read_config_file
 from gpt2xla.errors import InputError
-from gpt2xla.options import Option, flag, option
+from gpt2xla.options import Option, expanded, flag, option
 from gpt2xla.suggestions import unknown
 
 Options = TypeVar("Options")
@@ -90,11 +90,14 @@ def _parse(groups: Sequence[type], description: str, argv: Sequence[str] | None)
         add_group(parser, group)
         options |= Option.all_of(group)
     values = {}
-    for name, words in vars(parser.parse_args(argv)).items():
+    given, mistake = parser.parse(argv)
+    for name, words in vars(given).items():
         try:
             values[name] = words if isinstance(words, bool) else options[name].read(words)
         except ValueError as error:
             raise InputError(f"{flag(name)} {error}") from None
+    if mistake:
+        raise InputError(mistake)
     return values
 
 
@@ -107,29 +110,44 @@ class OneLineParser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else list(args)
-        known = {string for action in self._actions for string in action.option_strings}
-        spelled = {string.lstrip("-").replace("-", "_"): string for string in known}
-        for word in words[: words.index("--") if "--" in words else None]:
-            name = word.partition("=")[0]
-            if (
-                name.startswith("--") and name not in known and " " not in word
-            ):  # a missing flag is reported after these
-                raise InputError(unknown(name, spelled))
-        found, rest = super().parse_known_args(words, namespace)
-        if rest and rest[0].startswith("-"):
-            raise InputError(unknown(rest[0], spelled))
-        if rest:
-            raise InputError(f"{rest[0]!r} belongs to no flag; remove it, or put quotes around a value with spaces")
+        found, mistake = self.parse(args)
+        if mistake:
+            raise InputError(mistake)
         return found
+
+    def parse(self, args: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
+        """What the flags say, and what is wrong with the first word that belongs to none."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = {string.lstrip("-").replace("-", "_"): string for a in self._actions for string in a.option_strings}
+        names = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
+        flags = [name for name in names if name.startswith("--") and " " not in name and name not in known.values()]
+        self._mistake = unknown(flags[0], known) if flags else ""
+        found, rest = self.parse_known_args(words)
+        if rest and not self._mistake:
+            self._mistake = (
+                unknown(rest[0], known)
+                if rest[0].startswith("-")
+                else f"{rest[0]!r} belongs to no flag; remove it, or put quotes around a value with spaces"
+            )
+        return found, self._mistake
 
     def error(self, message: str) -> NoReturn:
         named = re.fullmatch(r"argument ([^:]*): (.*)", message, re.DOTALL)
         name, problem = named.groups() if named else ("", message)
         for theirs, ours in _REWORDED:
             if found := re.fullmatch(theirs, problem, re.DOTALL):
+                if "required" in theirs and self._mistake:  # the name of what is missing, misspelled
+                    raise InputError(self._mistake)
                 problem = found.expand(ours.replace("{flag}", name.split("/")[0]))
         raise InputError(f"{name} {problem}".strip())
+
+
+def path(word: str) -> str:
+    """An argparse type: a path, in which a leading ~ is the user's home folder."""
+    try:
+        return expanded(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_group(parser: argparse.ArgumentParser, group: type) -> None:

@@ -15,13 +15,14 @@ class ConvertConfig:
     """Conversion"""
 
     input: str = option(
-        MISSING, "nanoGPT's ckpt.pt, another .pt file, a checkpoint folder, gpt2 ... gpt2-xl or a hub id"
+        MISSING, "nanoGPT's ckpt.pt, another .pt file, a checkpoint folder, gpt2 ... gpt2-xl or a hub id", is_path=True
     )
-    output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it")
+    output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it", is_path=True)
     tokenizer: str | None = option(
         None,
         "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else GPT-2's if "
         "its size fits)",
+        is_path=True,
     )
 
 

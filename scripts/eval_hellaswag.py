@@ -14,11 +14,14 @@ from gpt2xla.exits import exit_code, leaving_together
 class HellaSwagConfig(EvalConfig):
     """HellaSwag"""
 
-    model: str = option(MISSING, "checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a .pt file")
-    data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)")
+    model: str = option(
+        MISSING, "checkpoint folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a hub id, or a .pt file", is_path=True
+    )
+    data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)", is_path=True)
     tokenizer: str | None = option(
         None,
         "a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id (default: the model's own, else gpt2)",
+        is_path=True,
     )
 
 

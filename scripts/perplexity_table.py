@@ -21,11 +21,11 @@ class TableConfig(EvalConfig):
     """Perplexity table"""
 
     models: tuple[str, ...] = option(
-        MISSING, "checkpoint folders, gpt2, gpt2-medium, gpt2-large, gpt2-xl, hub ids, or .pt files"
+        MISSING, "checkpoint folders, gpt2, gpt2-medium, gpt2-large, gpt2-xl, hub ids, or .pt files", is_path=True
     )
-    valid_dir: str = option(MISSING, "folder or URL of token shards")
+    valid_dir: str = option(MISSING, "folder or URL of token shards", is_path=True)
     valid_steps: int | Literal["all"] = option("all", "batches of --batch-size; all: each token of the split once")
-    output: str = option("perplexity", "where to write the table, without .md and .json")
+    output: str = option("perplexity", "where to write the table, without .md and .json", is_path=True)
 
 
 def main() -> None:

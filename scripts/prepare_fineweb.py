@@ -19,7 +19,7 @@ class FinewebConfig(HubConfig, PrepareConfig):
     config: str | None = option("sample-10BT", "configuration: sample-10BT, sample-100BT, CC-MAIN-2024-10, ...")
     fineweb_edu: bool = option(False, "take HuggingFaceFW/fineweb-edu")
     input: tuple[str, ...] = option((), "local files or folders to take instead: parquet, jsonl (.gz, .zst), txt")
-    output_dir: str = option("./fineweb_10BT", "folder to make train/ and test/ in")
+    output_dir: str = option("./fineweb_10BT", "folder to make train/ and test/ in", is_path=True)
 
 
 def main() -> None:

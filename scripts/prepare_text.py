@@ -19,7 +19,7 @@ class TextConfig(PrepareConfig):
     input: tuple[str, ...] = option(
         MISSING, "files (text, parquet, jsonl, and .gz or .zst of these), or folders of them"
     )
-    output_dir: str = option(MISSING, "folder to make train/ and test/ in")
+    output_dir: str = option(MISSING, "folder to make train/ and test/ in", is_path=True)
     suffixes: tuple[str, ...] = option(TEXT_SUFFIXES, "endings of the files to take from folders")
     exclude: tuple[str, ...] = option((), "names of files and folders to leave out")
     split_by: Literal["file", "blank-lines", "line"] = option("file", "what a document is in a text file")

@@ -24,9 +24,11 @@ if TYPE_CHECKING:  # --help must not wait for pyarrow
 class TokenizerConfig:
     """Tokenizer training"""
 
-    output_dir: str = option(MISSING, "folder for tokenizer.json, which transformers loads")
+    output_dir: str = option(MISSING, "folder for tokenizer.json, which transformers loads", is_path=True)
     input: tuple[str, ...] = option((), "files (text, parquet, jsonl, and .gz or .zst of these), or folders of them")
-    dataset: str | None = option(None, "instead of --input: a data set's name on the hub, or a local folder of one")
+    dataset: str | None = option(
+        None, "instead of --input: a data set's name on the hub, or a local folder of one", is_path=True
+    )
     config: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split of the data set")
     text_column: str = option("text", "column or field that holds the text in tables and jsonl files")

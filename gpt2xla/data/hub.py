@@ -32,13 +32,13 @@ _NAMES_PER_REQUEST = 500
 class HubConfig:
     """Data set"""
 
-    dataset: str = option("HuggingFaceFW/fineweb", "name on the hub, or a local folder")
+    dataset: str = option("HuggingFaceFW/fineweb", "name on the hub, or a local folder", is_path=True)
     config: str | None = option(None, "configuration of the data set; of a local folder there is none")
     split: str = option("train", "split to take")
     test_split: str | None = option(None, "split that becomes test/ (default: documents are drawn from --split)")
     text_column: str = option("text", "column or field that holds the text")
     streaming: bool = option(False, "remove each file once it has been read, instead of keeping it in the hub's cache")
-    cache_dir: str | None = option(None, "where files are kept (default: the hub's cache)")
+    cache_dir: str | None = option(None, "where files are kept (default: the hub's cache)", is_path=True)
     retries: int = option(8, "how often a failed request is made again, after 1, 2, 4, ... seconds, at most 60")
 
 

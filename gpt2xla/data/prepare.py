@@ -45,8 +45,10 @@ _LEAST_BYTES_PER_BYTE = 0.3  # shards per corpus: text of 6.7 bytes per token, w
 class PrepareConfig:
     """Preparation"""
 
-    output_dir: str = option("./data", "folder to make train/ and test/ in")
-    tokenizer: str = option("gpt2", "a tiktoken name, 'bytes', a hub id, or a tokenizer.json or its folder")
+    output_dir: str = option("./data", "folder to make train/ and test/ in", is_path=True)
+    tokenizer: str = option(
+        "gpt2", "a tiktoken name, 'bytes', a hub id, or a tokenizer.json or its folder", is_path=True
+    )
     test_fraction: float = option(0.01, "share of the documents that goes to test/, one at least")
     test_tokens: int | None = option(None, "most tokens that go to test/ (default: one shard)")
     max_tokens: int | None = option(None, "stop after the document that reaches this many (default: take all)")

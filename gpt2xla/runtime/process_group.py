@@ -84,8 +84,13 @@ def join(place: Place, backend: str) -> None:
                 "program listens there"
             )
         store.set_timeout(COLLECTIVE_TIMEOUT)
-        sizes = {"rank": place.rank, "world_size": place.world_size, "timeout": COLLECTIVE_TIMEOUT}
-        dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), **sizes)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("default_pg", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
 
 
 def _meet(announce: Callable[[], object]) -> Any:
