@@ -81,3 +81,16 @@ def of_cuda(name: str, has_bf16: bool, capability: tuple[int, int]) -> DevicePre
     if capability >= (7, 0) or capability == (6, 0):
         return DevicePrecision(name, "fp16", "has no bf16", "fp16", emulates_bf16=True)
     return DevicePrecision(name, "none", "has no bf16, and fp16 is no faster than fp32", "none", emulates_bf16=True)
+
+
+def of_xla(kind: str, compute_capability: object) -> DevicePrecision:
+    """By what an XLA device calls itself, and what its plugin says of it if it is a GPU, such as "8.0". All TPUs multiply in
+    bf16; XLA:CPU is fastest in fp32, also where torch is not."""
+    if kind.startswith("TPU"):
+        return DevicePrecision(kind, "bf16", "multiplies in bf16", "bf16")
+    if compute_capability is None:
+        return DevicePrecision(f"XLA:{kind.upper()}", "none", "is fastest in fp32", "none")
+    major, _, minor = str(compute_capability).partition(".")
+    if not (major.isdecimal() and minor.isdecimal()):
+        return DevicePrecision(kind, "bf16", "is no GPU of NVIDIA's", "bf16")
+    return of_cuda(kind, int(major) >= 8, (int(major), int(minor)))

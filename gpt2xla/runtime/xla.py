@@ -44,7 +44,7 @@ from gpt2xla.runtime.base import (
     random_seed,
     set_matmul_precision,
 )
-from gpt2xla.runtime.precision import DevicePrecision, choose, of_cuda
+from gpt2xla.runtime.precision import DevicePrecision, choose, of_xla
 from gpt2xla.runtime.xla_compiles import CompileWatch, count_compiles, open_compile_cache
 from gpt2xla.runtime.xla_flash import flash_attention_for, why_not
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
@@ -71,7 +71,7 @@ class XlaRuntime:
         self.devices = self.world_size
         self.is_main = self.rank == 0
         self.options, self.train = options, config
-        self.precision = choose(config.mixed_precision, self.device_precision)
+        self.precision = choose(config.mixed_precision, self._device_precision())
         self.dtype = self.precision.dtype
         self.scaler = LossScaler(self.to_device) if self.dtype == torch.float16 else None
         set_matmul_precision(config.matmul_precision)
@@ -109,6 +109,10 @@ class XlaRuntime:
         if xr.world_size() > 1:
             xm.broadcast_master_param(model)
 
+    def _device_precision(self) -> DevicePrecision:
+        attributes = xr.global_runtime_device_attributes() if xr.device_type() in ("CUDA", "GPU") else [{}]
+        return of_xla(self.device_kind, attributes[0].get("compute_capability"))
+
     def _kernels(self, model: ModelConfig) -> Kernels:
         flash_is_out = why_not(self.device_kind, model.num_heads, model.d_model // model.num_heads, model.seq_length)
         if self.dtype != torch.bfloat16:
@@ -139,20 +143,6 @@ class XlaRuntime:
     def device_kind(self) -> str:
         """Such as "TPU v3", "TPU v5 lite", or "cpu"."""
         return torch_xla._XLAC._xla_device_kind(str(self.device))
-
-    @property
-    def device_precision(self) -> DevicePrecision:
-        """All TPUs multiply in bf16. Of GPUs the plugin gives the compute capability. XLA:CPU is fastest in fp32, also where
-        torch is not."""
-        kind = self.device_kind
-        if kind.startswith("TPU"):
-            return DevicePrecision(kind, "bf16", "computes in bf16", "bf16")
-        if xr.device_type() == "CPU":
-            return DevicePrecision("a CPU", "none", "is trained in fp32", "none")
-        major, _, minor = str(xr.global_runtime_device_attributes()[0].get("compute_capability", "")).partition(".")
-        if not (major.isdecimal() and minor.isdecimal()):
-            return DevicePrecision("the GPU", "none", "does not say what it can do", "none")
-        return of_cuda("the GPU", int(major) >= 8, (int(major), int(minor)))
 
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
