@@ -108,6 +108,7 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110), **kwargs
         )
+        self._mistake = ""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, mistake = self.parse(args)
