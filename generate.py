@@ -23,15 +23,20 @@ if TYPE_CHECKING:  # it imports torch, for which --help must not wait
 class GenerateConfig:
     """Generation"""
 
-    model: str = option(MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file")
+    model: str = option(
+        MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file", is_path=True
+    )
     tokenizer: str | None = option(
         None,
         "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
         "hub id (default: the model's own)",
+        is_path=True,
     )
     prompt: str | None = option(None, "text to continue (default: ask for one again and again)")
-    prompts_file: str | None = option(None, "file of prompts to continue, one a line; writes JSON lines")
-    output: str | None = option(None, "with --prompts-file: file for the JSON lines (default: standard output)")
+    prompts_file: str | None = option(None, "file of prompts to continue, one a line; writes JSON lines", is_path=True)
+    output: str | None = option(
+        None, "with --prompts-file: file for the JSON lines (default: standard output)", is_path=True
+    )
     batch_size: int = option(8, "with --prompts-file: prompts computed side by side, each with its --num-samples")
     num_samples: int = option(1, "continuations of each prompt; number j, from 0, draws with --seed + j")
     seed: int = option(0, "seed of the draws; a prompt's text is the same alone and among others")

@@ -26,7 +26,7 @@ from gpt2xla import hf
 from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.optim import ADAM_EPS, learning_rate, parameter_groups
-from gpt2xla.runtime.base import DTYPES
+from gpt2xla.runtime.precision import DTYPES
 
 # GPT-3's warm-up for this size. Where rates rise ten times as fast, gradients of single sequences soon grow so steep that
 # any two roundings of one run part.
@@ -42,7 +42,7 @@ class Job:
     folder: Path
     model: ModelConfig
     batch: int
-    precision: str | None
+    precision: str
     device: torch.device
     peer: Path | None
     compile: bool
@@ -61,8 +61,8 @@ class Job:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def autocast(self) -> Any:
-        dtype = DTYPES[self.precision]  # type: ignore[index]
-        return torch.autocast(self.device.type, dtype=dtype) if self.precision else nullcontext()
+        dtype = DTYPES[self.precision]
+        return torch.autocast(self.device.type, dtype=dtype) if self.precision != "none" else nullcontext()
 
 
 def rate(step: int) -> float:
@@ -82,8 +82,8 @@ def main() -> None:
     if args.tuned:
         torch.set_float32_matmul_precision("medium")
     job = Job(
-        Path(args.folder), hf.load_model(Path(args.folder))[0], args.batch, args.precision, torch.device(args.device),
-        Path(args.peer) if args.peer else None, args.compile, args.tuned,
+        Path(args.folder), hf.load_model(Path(args.folder))[0], args.batch, args.precision or "none",
+        torch.device(args.device), Path(args.peer) if args.peer else None, args.compile, args.tuned,
     )  # fmt: skip
     answers, sys.stdout = sys.stdout, sys.stderr  # what the trainers print is no answer
     turn = profiled(job.device, answers) if args.profile else turns(job.device, answers)

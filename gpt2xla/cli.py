@@ -1,28 +1,53 @@
 """The command line, made from the dataclasses of `config.py`.
 
-Presets and YAML files are read as flags written down elsewhere: they go through the same parser, in the order
-file's preset, file, command line's preset, command line; the later wins.
+What presets and files set is overridden in the order file's preset, file, command line's preset, command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import typing
+import re
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
-
-from gpt2xla.config import GROUPS, PRESETS, RunConfig, flag, options_of
+from gpt2xla.config import GROUPS, PRESETS, Preset, RunConfig
+from gpt2xla.config_file import read_config_file
 from gpt2xla.errors import InputError
+from gpt2xla.options import Option, expanded, flag, option
+from gpt2xla.suggestions import unknown
 
 Options = TypeVar("Options")
 
-_SCALARS = (str, int, float, datetime.date, type(None))  # a run's name may look like a date
-_PRETRAIN = "Pre-train GPT-2, go on with a run, or (--do-test) validate a checkpoint."
+_PRETRAIN = "Pre-train GPT-2, continue a run, or (--do-test) validate a checkpoint."
+# argparse's words -> ours.
+_REWORDED = (
+    (
+        r"expected (?:at least )?(?:one|1) argument",
+        "has no value; add it, or write {flag}=... for one that begins with -",
+    ),
+    (r"expected (\d+) arguments", r"takes \1 values; add what is missing"),
+    (r"ignored explicit argument .*", "takes no value; write {flag} alone"),
+    (r"the following arguments are required: (.*)", r"add \1: it has no default"),
+    (r"invalid int value: (.*)", r"\1: choose a whole number"),
+    (r"invalid float value: (.*)", r"\1: choose a number"),
+    (r"invalid choice: (.*) \(choose from (.*)\)", r"\1: choose \2"),
+)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where options come from"""
+
+    config: str | None = option(
+        None, "YAML or JSON file of options by flag name; flags on the command line override it", is_path=True
+    )
+    preset: Preset | None = option(  # noqa: RUF009  option() is dataclasses.field()
+        None, "model options of one of OpenAI's four sizes; other flags override it"
+    )
 
 
 def parse_run(
@@ -33,12 +58,13 @@ def parse_run(
     Raises:
         InputError: a flag, preset or file is wrong.
     """
-    parser = _parser(runtime_group, description)
-    given = vars(parser.parse_args(argv))
+    groups = (SourceConfig, *GROUPS.values(), runtime_group)
+    given = _parse(groups, description, argv)
     options: dict[str, Any] = {}
     if file := given.pop("config", None):
+        known = {name: found for group in groups for name, found in Option.all_of(group).items() if name != "config"}
         try:
-            options = _expand_preset(vars(parser.parse_args(_file_as_flags(Path(file)))))
+            options = _expand_preset(read_config_file(Path(file), known))
         except InputError as error:
             raise InputError(f"--config {file}: {error}") from None
     options |= _expand_preset(given)
@@ -51,39 +77,28 @@ def _expand_preset(given: dict[str, Any]) -> dict[str, Any]:
     return PRESETS.get(given.pop("preset", ""), {}) | given
 
 
-def _file_as_flags(file: Path) -> list[str]:
-    """`train_dir: x` -> `--train-dir x`; keys may be spelled with dashes; an empty value leaves the default."""
-    try:
-        options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise InputError("is nested too deeply; write lines such as 'seq_length: 1024'") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are not UTF-8, or a date of a 13th month
-        raise InputError(f"is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(options, dict):
-        raise InputError("holds no options; write lines such as 'seq_length: 1024'")
-    argv: list[str] = []
-    for key, value in options.items():
-        name = flag(str(key))
-        if name == "--config":
-            raise InputError("a config file cannot name another one")
-        if value is True or value is False:
-            argv.append(name if value else name.replace("--", "--no-", 1))
-        elif isinstance(value, dict):
-            raise InputError(f"{name} has options below it; write all options side by side")
-        elif not all(isinstance(part, _SCALARS) for part in (value if isinstance(value, list) else [value])):
-            raise InputError(f"{name} is neither text, a number nor a list of these")
-        elif value is not None:
-            argv += [name, *map(str, value)] if isinstance(value, list) else [f"{name}={value}"]
-    return argv
-
-
 def parse_options(group: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
     """A program's options when they are one dataclass. Raises InputError for a wrong flag."""
+    return group(**_parse((group,), description, argv))
+
+
+def _parse(groups: Sequence[type], description: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The values of the options that are given."""
     parser = OneLineParser(description=description)
-    add_group(parser, group)
-    return group(**vars(parser.parse_args(argv)))
+    options: dict[str, Option] = {}
+    for group in groups:
+        add_group(parser, group)
+        options |= Option.all_of(group)
+    values = {}
+    given, mistake = parser.parse(argv)
+    for name, words in vars(given).items():
+        try:
+            values[name] = words if isinstance(words, bool) else options[name].read(words)
+        except ValueError as error:
+            raise InputError(f"{flag(name)} {error}") from None
+    if mistake:
+        raise InputError(mistake)
+    return values
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -93,74 +108,70 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110), **kwargs
         )
+        self._mistake = ""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, mistake = self.parse(args)
+        if mistake:
+            raise InputError(mistake)
+        return found
+
+    def parse(self, args: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
+        """What the flags say, and what is wrong with the first word that belongs to none."""
+        words = sys.argv[1:] if args is None else list(args)
+        known = {string.lstrip("-").replace("-", "_"): string for a in self._actions for string in a.option_strings}
+        names = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
+        flags = [name for name in names if name.startswith("--") and " " not in name and name not in known.values()]
+        self._mistake = unknown(flags[0], known) if flags else ""
+        found, rest = self.parse_known_args(words)
+        if rest and not self._mistake:
+            self._mistake = (
+                unknown(rest[0], known)
+                if rest[0].startswith("-")
+                else f"{rest[0]!r} belongs to no flag; remove it, or put quotes around a value with spaces"
+            )
+        return found, self._mistake
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+        named = re.fullmatch(r"argument ([^:]*): (.*)", message, re.DOTALL)
+        name, problem = named.groups() if named else ("", message)
+        for theirs, ours in _REWORDED:
+            if found := re.fullmatch(theirs, problem, re.DOTALL):
+                if "required" in theirs and self._mistake:  # the name of what is missing, misspelled
+                    raise InputError(self._mistake)
+                problem = found.expand(ours.replace("{flag}", name.split("/")[0]))
+        raise InputError(f"{name} {problem}".strip())
+
+
+def path(word: str) -> str:
+    """An argparse type: a path, in which a leading ~ is the user's home folder."""
+    try:
+        return expanded(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_group(parser: argparse.ArgumentParser, group: type) -> None:
-    """Add one dataclass as one titled group of flags. Flags not given stay out of the namespace; a field without a
-    default is a required flag."""
+    """Add one dataclass as one titled group of flags, whose values are words for `Option.read`. Flags not given stay out of
+    the namespace; a field without a default is a required flag."""
     target = parser.add_argument_group((group.__doc__ or "").strip())
-    types_by_name = typing.get_type_hints(group)
-    for f in options_of(group):
+    for name, found in Option.all_of(group).items():
+        if found.is_switch:
+            reading: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        else:
+            reading = {"nargs": found.count or "+", "metavar": _metavar(found)}
         target.add_argument(
-            flag(f.name),
-            dest=f.name,
+            flag(name),
+            dest=name,
             default=argparse.SUPPRESS,
-            required=f.default is dataclasses.MISSING,
-            help=f.metadata["help"] + _show_default(f.default),
-            **_argument(types_by_name[f.name]),
+            required=found.default is dataclasses.MISSING,
+            help=(found.help + _show_default(found.default)).replace("%", "%%"),
+            **reading,
         )
 
 
-def _parser(runtime_group: type, description: str) -> OneLineParser:
-    parser = OneLineParser(description=description)
-    parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS,
-        help="YAML or JSON file of options by flag name; flags on the command line override it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
-        help="model options of one of OpenAI's four sizes; other flags override it",
-    )  # fmt: skip
-    for group in (*GROUPS.values(), runtime_group):
-        add_group(parser, group)
-    return parser
-
-
-def _argument(kind: Any) -> dict[str, Any]:
-    """What argparse needs to read one value of type `kind`."""
-    if type(None) in typing.get_args(kind):  # the flag is either given or absent
-        (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(kind) is tuple:
-        element, *rest = typing.get_args(kind)
-        count = {"nargs": "+"} if rest == [...] else {"nargs": 1 + len(rest), "metavar": ("B1", "B2")}
-        return {"type": element, "action": _StoreTuple, **count}
-    if typing.get_origin(kind) is typing.Literal:
-        return {"choices": list(typing.get_args(kind))}
-    if parts := typing.get_args(kind):  # a number, or one of some words
-        number, words = parts
-        return {"type": _NumberOr(number, typing.get_args(words)), "metavar": f"N|{'|'.join(typing.get_args(words))}"}
-    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
-
-
-class _NumberOr:
-    """An argparse type; argparse names it where a value is wrong."""
-
-    def __init__(self, number: type, words: Sequence[str]) -> None:
-        self.number, self.words = number, words
-        self.__name__ = f"{number.__name__} or {' or '.join(words)}"
-
-    def __call__(self, text: str) -> Any:
-        return text if text in self.words else self.number(text)
-
-
-class _StoreTuple(argparse.Action):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, tuple(values))
+def _metavar(option: Option) -> str | tuple[str, ...]:
+    return option.metavar if option.count in (None, 1) else ("B1", "B2")
 
 
 def _show_default(default: Any) -> str:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gpt2xla.errors import InputError
+from gpt2xla.options import check_types, flag, option, options_of
 
 # Beyond these a number is a slip: no machine holds so much, and finding that out could take it hours.
 _MOST_PARAMETERS = 2**40
@@ -21,6 +20,10 @@ _MOST_LAYERS = 10_000
 _MOST_SEQUENCES = 2**20
 
 Preset = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+Precision = Literal["auto", "none", "bf16", "fp16"]
+
+_OFF = ("no", "off", "false")  # YAML 1.1 reads the first two as the third
+PRECISION_ALIASES = dict.fromkeys(("fp32", *_OFF), "none")
 
 # The four sizes OpenAI published: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -37,30 +40,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def option(default: Any, help: str) -> Any:
-    """A field that is a flag; `default=MISSING` makes it a required one."""
-    return field(default=default, metadata={"help": help})
-
-
-def options_of(group: Any) -> list[dataclasses.Field]:
-    """The fields of a dataclass that are flags."""
-    return [f for f in dataclasses.fields(group) if "help" in f.metadata]
-
-
 @dataclass(frozen=True)
 class GeneralConfig:
     """General"""
 
-    checkpoints_dir: str = option("./checkpoints", "folder for checkpoints, metrics.jsonl and run_config.json")
+    checkpoints_dir: str = option(
+        "./checkpoints", "folder for checkpoints, metrics.jsonl and run_config.json", is_path=True
+    )
     seed: int = option(1061109567, "seed of the initial weights, of dropout and of --shuffle")
     from_checkpoint: str | None = option(
         None,
         "start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a .safetensors, .pt "
-        "or llm.c file, or a checkpoint folder of ours (which goes on where it stopped, unless --resume never)",
+        "or llm.c file, or a checkpoint folder of ours (which continues where it stopped, unless --resume never)",
+        is_path=True,
     )
     resume: str = option(
         "auto",
-        "auto: go on from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of one",
+        "auto: continue from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of one",
+        is_path=True,
+        aliases=dict.fromkeys(_OFF, "never"),
     )
     do_test: bool = option(False, "only validate on --valid-dir, then stop")
 
@@ -79,12 +77,14 @@ class DataConfig:
         ("./fineweb_10BT/train",),
         "folder of token shards to train on, or its URL (gs://, s3://, hf://datasets/...); several are mixed by weight: "
         "a=0.7 b=0.3",
+        is_path=True,
     )
-    valid_dir: str = option("./fineweb_10BT/test", "folder or URL of token shards to validate on")
+    valid_dir: str = option("./fineweb_10BT/test", "folder or URL of token shards to validate on", is_path=True)
     tokenizer: str | None = option(
         None,
         "tokenizer to store with checkpoints: a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id "
         "(default: the one beside the shards)",
+        is_path=True,
     )
     shuffle: bool = option(False, "read the windows of each epoch in an order drawn from --seed")
     drop_last: bool = option(
@@ -92,7 +92,9 @@ class DataConfig:
     )
 
     verify_data: bool = option(False, "before training, compare every shard with the sha256 in its manifest")
-    data_cache: str = option("~/.cache/gpt2xla/data", "folder where shards behind URLs are kept once fetched")
+    data_cache: str = option(
+        "~/.cache/gpt2xla/data", "folder where shards behind URLs are kept once fetched", is_path=True
+    )
     data_cache_gb: float = option(
         0.0, "GB that --data-cache may take; beyond it the shards longest unread are removed; 0 means no limit"
     )
@@ -124,7 +126,9 @@ class ModelConfig:
     d_ff: int = option(0, "width of the feed-forward layers; 0 means 4 x --d-model")
     dropout: float = option(0.0, "probability, for embeddings, attention and residual branches")
     activation: Literal["gelu-tanh", "gelu-exact", "relu"] = option(
-        "gelu-tanh", "gelu-tanh is GPT-2's; gelu-exact is the one with erf"
+        "gelu-tanh",
+        "gelu and gelu-tanh are GPT-2's, by tanh; gelu-exact is the one by erf",
+        aliases={"gelu": "gelu-tanh"},
     )
     tie_weights: bool = option(True, "use the token embedding as the output head, as GPT-2 does")
     bias: bool = option(True, "biases in linear layers and layer norms, as GPT-2 has")
@@ -148,7 +152,7 @@ class ModelConfig:
         return self.d_model * (self.vocab_size + self.seq_length + self.num_layers * (4 * self.d_model + 2 * self.d_ff))
 
     def check(self) -> None:
-        _check_types(self)
+        check_types(self)
         _require_positive(self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
         _require(0 <= self.vocab_padding < self.vocab_size, f"--vocab-size {self.vocab_size} is all padding")
         _require(
@@ -211,8 +215,12 @@ class TrainConfig:
     train_steps: int = option(20_000, "optimizer updates in the whole run")
     train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
     gradient_accum_step: int = option(8, "micro-steps per optimizer update")
-    mixed_precision: Literal["fp16", "bf16"] | None = option(
-        None, "compute type over fp32 weights (default: fp32 throughout); fp16 scales the loss"
+    mixed_precision: Precision = option(  # noqa: RUF009  option() is dataclasses.field()
+        "auto",
+        "compute type over fp32 weights: bf16; fp16, which scales the loss; none: fp32 throughout; auto: a continued run's "
+        "own, else bf16 on TPUs and GPUs that have it, fp16 on other GPUs with fast fp16, none on CPUs, MPS and for "
+        "--do-test, so that losses compare",
+        aliases=PRECISION_ALIASES,
     )
     matmul_precision: Literal["highest", "high", "medium"] = option(
         "highest", "fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
@@ -231,7 +239,9 @@ class TrainConfig:
         0, "compute logits and loss in this many pieces, to save memory; 0 lets the device choose"
     )
     activation_checkpointing: Literal["none", "block"] = option(
-        "none", "block: keep only each block's input for the backward pass, and compute the rest again"
+        "none",
+        "block: keep only each block's input for the backward pass, and compute the rest again",
+        aliases=dict.fromkeys(_OFF, "none"),
     )
     compile: bool | None = option(
         None,
@@ -243,7 +253,9 @@ class TrainConfig:
     )
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
     hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, one more at the end; 0 means none")
-    hellaswag_data: str | None = option(None, "HellaSwag's items as JSON lines (default: 10,042 from the hub)")
+    hellaswag_data: str | None = option(
+        None, "HellaSwag's items as JSON lines (default: 10,042 from the hub)", is_path=True
+    )
     sample_interval: int = option(0, "updates between texts that the model writes, to look at; 0 means none")
     sample_prompt: str = option("", "text that these continue (default: they begin after an end of text)")
     special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
@@ -290,7 +302,7 @@ class WandbConfig:
     wandb_logging_interval: int = option(100, "updates between uploads; every update is in each upload")
     wandb_resume_id: str | None = option(None, "id of the run to continue (default: the one in the checkpoint)")
     wandb_notes: str | None = option(None, "notes")
-    wandb_tags: str | None = option(None, "tags, separated by commas")
+    wandb_tags: str | None = option(None, "tags, separated by commas", joins=True)
 
     def check(self) -> None:
         _require_positive(self, "wandb_logging_interval")
@@ -302,7 +314,9 @@ class TorchConfig:
 
     ddp_backend: Literal["nccl", "gloo"] | None = option(None, "under torchrun (default: nccl on CUDA, else gloo)")
     compile_cache: str = option(
-        "~/.cache/gpt2xla", "folder where torch.compile's programs wait for the next start; '' leaves it to torch"
+        "~/.cache/gpt2xla",
+        "folder where torch.compile's programs wait for the next start; '' leaves it to torch",
+        is_path=True,
     )
     zero1: bool = option(False, "under torchrun: split the optimizer's state over processes")
     fsdp: bool = option(
@@ -327,7 +341,9 @@ class XlaConfig:
     )
     use_syncfree_optim: bool = option(False, "torch_xla's sync-free optimizer: less host time per step")
     compile_cache: str = option(
-        "~/.cache/gpt2xla", "folder where a TPU's compiled programs wait for the next start; '' keeps none"
+        "~/.cache/gpt2xla",
+        "folder where a TPU's compiled programs wait for the next start; '' keeps none",
+        is_path=True,
     )
 
 
@@ -359,12 +375,16 @@ class RunConfig:
         groups = [getattr(self, name) for name in GROUPS]
         return {f.name: getattr(group, f.name) for group in groups for f in options_of(group)}
 
+    def in_precision(self, name: Precision) -> RunConfig:
+        """The same run, computed in `name`."""
+        return dataclasses.replace(self, train=dataclasses.replace(self.train, mixed_precision=name))
+
     def check(self) -> None:
         """Raises InputError for values that no run could work with. The model is checked when its checkpoint, if there is
         one, has filled in what was not given; what needs data or devices is checked where they are."""
         groups = (self.general, self.data, self.optim, self.train, self.wandb)
         for group in (*groups, self.model):
-            _check_types(group)
+            check_types(group)
         for group in groups:
             group.check()
 
@@ -377,43 +397,6 @@ GROUPS: dict[str, type] = {
     "train": TrainConfig,
     "wandb": WandbConfig,
 }
-
-
-def flag(name: str) -> str:
-    """`train_dir` -> `--train-dir`."""
-    return "--" + name.replace("_", "-")
-
-
-def _check_types(group: Any) -> None:
-    """Flags are parsed by type, but options may also come from a checkpoint. Raises InputError."""
-    kinds = typing.get_type_hints(type(group))
-    for f in options_of(group):
-        value = getattr(group, f.name)
-        _require(
-            _fits(value, kinds[f.name]),
-            f"{flag(f.name)} {repr(value)[:80]} is of the wrong kind or size; --help says what it takes",
-        )
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return value in parts
-    if typing.get_origin(kind) is tuple:
-        kinds = parts[:1] * len(value) if parts[1:] == (...,) and isinstance(value, tuple) else parts
-        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if parts:
-        return any(_fits(value, part) for part in parts)
-    if kind in (int, float) and isinstance(value, int):
-        return not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, kind) and (kind is not str or _can_name_a_file(value))
-
-
-def _can_name_a_file(text: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:  # half a character, as YAML and JSON can spell
-        return False
 
 
 def _require(condition: bool, message: str) -> None:

@@ -73,7 +73,7 @@ print(json.dumps({"type": xr.device_type(), "count": len(torch_xla.real_devices(
 class DoctorConfig:
     """Doctor"""
 
-    checkpoints_dir: str = option("./checkpoints", "folder in which a run would save: is there room?")
+    checkpoints_dir: str = option("./checkpoints", "folder in which a run would save: is there room?", is_path=True)
     timeout: int = option(180, "seconds to wait for the devices")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -12,12 +13,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from gpt2xla.errors import InputError, RunFailed, is_out_of_memory
 
 if TYPE_CHECKING:  # it imports torch, for which --help must not wait
     from gpt2xla.runtime.base import Runtime
+
+_NO_READER = 128 + signal.SIGPIPE
 
 # If all processes fail alike, the main one reports, and the launcher ends the others before they do so too.
 _SECONDS_FOR_MAIN = 3
@@ -29,21 +32,30 @@ REPORT_ONCE = "GPT2XLA_REPORT_ONCE"
 
 
 def exit_code(main: Callable[[], None]) -> int:
-    """Run `main` and give the process's exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted.
+    """Run `main` and give the process's exit code: 0 done, 1 the run failed, 2 the input is wrong, 130 interrupted, 141 when
+    what read its output has ended.
 
     An error meant for the user becomes one line on stderr, once per host however many processes meet it; every other
     exception keeps its traceback (exit code 1).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name or a sample that the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
+    ending: SystemExit | None = None
     try:
-        main()
+        try:
+            main()
+        except SystemExit as end:  # --help, for one
+            ending = end
+        print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
-        if not (isinstance(error, InputError | RunFailed | KeyboardInterrupt) or is_out_of_memory(error)):
+        is_known = isinstance(error, InputError | RunFailed | KeyboardInterrupt) or is_out_of_memory(error)
+        if not (is_known or _has_no_reader(error)):
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_SECONDS_FOR_MAIN)
         return report(error)
+    if ending:
+        raise ending
     return 0
 
 
@@ -56,18 +68,46 @@ def settled(code: int) -> int:
 
 
 def report(error: BaseException) -> int:
-    """Print what went wrong; the exit code that goes with it."""
+    """Print what went wrong; the exit code that goes with it. Nothing where the reader of a pipe, such as head, has ended:
+    then the code is the one of programs that SIGPIPE ends."""
+    if _has_no_reader(error):
+        _silence()
+        return _NO_READER
     if is_out_of_memory(error):
         error = RunFailed("out of memory; end other programs, or choose a smaller batch or model")
     if isinstance(error, InputError | RunFailed):
         if _is_first_to_report():
             line = str(error).replace("\n", "\\n")  # a name in it may hold one
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+            try:
+                print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+            except BrokenPipeError:
+                _silence()
         return 2 if isinstance(error, InputError) else 1
     if isinstance(error, KeyboardInterrupt):
         return 130
     traceback.print_exception(error)
     return 1
+
+
+def _has_no_reader(error: BaseException) -> bool:
+    """Whether `error` is that of writing to standard output or standard error. Other connections break, too."""
+    return isinstance(error, BrokenPipeError) and any(map(_is_broken, (sys.stdout, sys.stderr)))
+
+
+def _silence() -> None:
+    """Write to nowhere what nobody reads: at its exit Python would try again, and report that."""
+    for stream in filter(_is_broken, (sys.stdout, sys.stderr)):
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _is_broken(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError, AttributeError):  # no file of the system's, or none at all
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _is_first_to_report() -> bool:

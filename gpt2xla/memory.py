@@ -155,7 +155,7 @@ def host_step_bytes(model: ModelConfig, train: TrainConfig, parameters: int, sha
     """
     from gpt2xla.loss import LOGITS_AT_ONCE
 
-    width = 4 if train.mixed_precision is None else 2
+    width = 2 if train.mixed_precision in ("bf16", "fp16") else 4
     tokens = share * model.seq_length
     block = tokens * (2 * 4 * model.d_model + width * (6 * model.d_model + 2 * model.d_ff))
     logits = min(width * tokens * model.vocab_size // max(1, train.loss_chunks), LOGITS_AT_ONCE["cpu"])

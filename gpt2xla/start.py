@@ -23,6 +23,7 @@ from gpt2xla.checkpoint import (
     list_folders,
 )
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
+from gpt2xla.config_file import in_todays_words
 from gpt2xla.errors import InputError, blaming
 from gpt2xla.json_file import read_json
 from gpt2xla.model import GPT2
@@ -95,6 +96,8 @@ def find_start(config: RunConfig) -> Start:
         return Start(config, notes=tuple(notes))
     if continues:
         config = _complete(config, source, notes)
+    if config.general.do_test and config.train.mixed_precision == "auto" and "mixed_precision" not in config.given:
+        config = config.in_precision("none")  # so that losses compare between devices
     saved_model, weights = load_weights(source)
     notes += weights.notes
     if not continues:
@@ -186,14 +189,14 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
     """`config` with the options that the user did not set taken from the continued run."""
     now, options = config.to_flat(), {}
     try:
-        saved = read_json(source / RUN_CONFIG)
+        saved = in_todays_words(read_json(source / RUN_CONFIG))
         for name, value in saved.items():
             if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
                 continue
             value = tuple(value) if isinstance(value, list) else value
             if isinstance(now[name], tuple) and isinstance(value, str):
                 value = (value,)  # a run of a single --train-dir, when no run had more
-            if name not in config.given:
+            if name not in config.given or (name == "mixed_precision" and now[name] == "auto"):
                 options[name] = value
             elif now[name] != value:
                 notes.append(f"changed: {flag(name)} {_as_given(value)} -> {_as_given(now[name])}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gpt2xla.data.windows import TrainingOrder
+from gpt2xla.runtime.precision import label
 from gpt2xla.start import Start
 
 if TYPE_CHECKING:
@@ -15,12 +16,13 @@ def summary(trainer: Trainer, start: Start) -> dict[str, str]:
     config, runtime, order = trainer.config, trainer.runtime, trainer.order
     train, model, tokens = config.train, config.model, trainer.tokens_per_step
     checked = ", all as their manifests say" if config.data.verify_data else ""
+    note = f" ({runtime.precision.note})" if runtime.precision.note else ""
     return {
         "model": f"{trainer.model.num_parameters():,} parameters: {model.num_layers} layers, d_model {model.d_model}, "
         f"{model.num_heads} heads, vocabulary {model.vocab_size:,}, sequences of {model.seq_length}, "
         f"dropout {model.dropout}",
         "devices": runtime.description,
-        "precision": f"{train.mixed_precision or 'fp32'}, matmul {train.matmul_precision}",
+        "precision": f"{label(runtime.precision.name)}, matmul {train.matmul_precision}{note}",
         "kernels": trainer.model.kernels.description,
         "batch": f"{trainer.per_device} sequences x {runtime.devices} devices x {train.gradient_accum_step} micro-steps "
         f"= {trainer.sequences_per_step} sequences = {tokens:,} tokens per step",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from gpt2xla.generation_settings import settings_of
 from gpt2xla.lock import alone, refuse_if_taken
 from gpt2xla.metrics import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, perplexity
 from gpt2xla.runtime.base import Runtime
+from gpt2xla.runtime.precision import PRECISIONS
 from gpt2xla.samples import Sampler
 from gpt2xla.saving import BackgroundSaves
 from gpt2xla.start import Start, find_start
@@ -55,7 +57,13 @@ def pretrain(
             refuse_if_taken(*_lock(config))  # by a run that is changing what is read now
     start = find_start(config)
     runtime = make_runtime(start.config.train)
+    is_chosen_here = start.config.train.mixed_precision == "auto"
+    start = dataclasses.replace(start, config=start.config.in_precision(runtime.precision.name))
     with leaving_together(runtime):
+        if is_chosen_here and len(set(runtime.gather(float(PRECISIONS.index(runtime.precision.name))))) > 1:
+            raise InputError(
+                "--mixed-precision auto: the processes' devices differ, and so do their choices; name one, such as none"
+            )
         if len(set(runtime.gather(start.step))) > 1:
             raise InputError(
                 f"--checkpoints-dir {config.general.checkpoints_dir}: processes see different checkpoints; on several hosts "

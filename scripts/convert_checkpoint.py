@@ -17,12 +17,14 @@ class ConvertConfig:
     input: str = option(
         MISSING,
         "nanoGPT's ckpt.pt or another .pt, .safetensors or llm.c file, a checkpoint folder, gpt2 ... gpt2-xl or a hub id",
+        is_path=True,
     )
-    output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it")
+    output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it", is_path=True)
     tokenizer: str | None = option(
         None,
         "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
         "hub id (default: the model's own, or none if it has none)",
+        is_path=True,
     )
 
 

@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 class DemoConfig:
     """Demo"""
 
-    output_dir: str = option("demo", "folder for data and checkpoints; a finished demo's training is made anew")
+    output_dir: str = option(
+        "demo", "folder for data and checkpoints; a finished demo's training is made again", is_path=True
+    )
     steps: int = option(800, "training steps, of 2,048 tokens each")
 
 

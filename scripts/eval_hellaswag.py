@@ -14,12 +14,15 @@ from gpt2xla.exits import exit_code, leaving_together
 class HellaSwagConfig(EvalConfig):
     """HellaSwag"""
 
-    model: str = option(MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file")
-    data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)")
+    model: str = option(
+        MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file", is_path=True
+    )
+    data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)", is_path=True)
     tokenizer: str | None = option(
         None,
         "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
         "hub id (default: the model's own)",
+        is_path=True,
     )
 
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from gpt2xla.cli import OneLineParser
+from gpt2xla.cli import OneLineParser, path
 from gpt2xla.errors import InputError
 from gpt2xla.exits import exit_code
 
@@ -21,11 +21,12 @@ SHOWN_IDS = 20
 
 def main() -> None:
     parser = OneLineParser(description="Show what a folder of token shards holds, and check all of it.")
-    parser.add_argument("folder", metavar="DIR", help="folder of token shards, or one with train/ and test/")
+    parser.add_argument("folder", type=path, metavar="DIR", help="folder of token shards, or one with train/ and test/")
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
     parser.add_argument(
         "--tokenizer",
-        metavar="TEXT",
+        type=path,
+        metavar="PATH",
         help="the shards', if none lies beside them: a tiktoken name, 'bytes', a hub id, a tokenizer.json or its folder",
     )
     parser.add_argument(

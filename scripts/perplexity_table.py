@@ -21,11 +21,11 @@ class TableConfig(EvalConfig):
     """Perplexity table"""
 
     models: tuple[str, ...] = option(
-        MISSING, "checkpoint folders, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files"
+        MISSING, "checkpoint folders, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files", is_path=True
     )
-    valid_dir: str = option(MISSING, "folder or URL of token shards")
+    valid_dir: str = option(MISSING, "folder or URL of token shards", is_path=True)
     valid_steps: int | Literal["all"] = option("all", "batches of --batch-size; all: each token of the split once")
-    output: str = option("perplexity", "where to write the table, without .md and .json")
+    output: str = option("perplexity", "where to write the table, without .md and .json", is_path=True)
 
 
 def main() -> None:
@@ -35,6 +35,7 @@ def main() -> None:
     if not Path(options.output).name or not files[0].parent.is_dir() or any(file.is_dir() for file in files):
         raise InputError(f"--output {options.output!r}: name files in a folder that is there, without .md and .json")
     from gpt2xla.evals.perplexity_table import markdown, measure
+    from gpt2xla.runtime.precision import label
 
     runtime = open_runtime(options.device, train)
     with leaving_together(runtime):
@@ -44,7 +45,7 @@ def main() -> None:
             about = {
                 "valid_dir": options.valid_dir,
                 "devices": runtime.description,
-                "precision": options.mixed_precision or "fp32",
+                "precision": label(runtime.precision.name),
             }
             with blaming(f"--output {options.output}"):
                 files[0].write_text(table, encoding="utf-8")

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from gpt2xla.cli import OneLineParser
+from gpt2xla.cli import OneLineParser, path
 from gpt2xla.errors import InputError, blaming
 from gpt2xla.exits import exit_code
 from gpt2xla.metrics import METRICS_FILE
@@ -13,8 +13,10 @@ from gpt2xla.metrics import METRICS_FILE
 
 def main() -> None:
     parser = OneLineParser(description="Draw training and validation loss against tokens.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="checkpoints folders, or metrics.jsonl files")
-    parser.add_argument("--output", default="loss.png", help="picture to write (default: loss.png)")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="checkpoints folders, or metrics.jsonl files")
+    parser.add_argument(
+        "--output", type=path, metavar="PATH", default="loss.png", help="picture to write (default: loss.png)"
+    )
     options = parser.parse_args()
     if not options.output.endswith(".png"):
         raise InputError(f"--output {options.output}: give a name that ends in .png")

@@ -15,7 +15,7 @@ from gpt2xla.exits import exit_code
 class DatasetConfig(HubConfig, PrepareConfig):
     """Data set preparation"""
 
-    dataset: str = option(MISSING, "name on the hub, or a local folder")
+    dataset: str = option(MISSING, "name on the hub, or a local folder", is_path=True)
 
 
 def main() -> None:

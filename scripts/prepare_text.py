@@ -25,8 +25,8 @@ from gpt2xla.exits import exit_code
 class TextConfig(PrepareConfig):
     """Text preparation"""
 
-    input: tuple[str, ...] = option(MISSING, INPUT_HELP)
-    output_dir: str = option(MISSING, "folder to make train/ and test/ in")
+    input: tuple[str, ...] = option(MISSING, INPUT_HELP, is_path=True)
+    output_dir: str = option(MISSING, "folder to make train/ and test/ in", is_path=True)
     suffixes: tuple[str, ...] = option(TEXT_SUFFIXES, "endings of the files to take from folders")
     exclude: tuple[str, ...] = option((), EXCLUDE_HELP)
     split_by: SplitBy = option("file", SPLIT_HELP)

@@ -28,7 +28,7 @@ class CheckConfig(XlaConfig):
 
     topology: tuple[str, ...] = option(("v5e-8",), f"TPUs to compile for: {', '.join(TOPOLOGIES)}")
     find_batch: bool = option(False, "find the largest --train-batch-size that fits, however many compiles it takes")
-    json: str | None = option(None, "file to write the reports to, as a list")
+    json: str | None = option(None, "file to write the reports to, as a list", is_path=True)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -35,9 +34,11 @@ if TYPE_CHECKING:  # --help must not wait for pyarrow
 class TokenizerConfig:
     """Tokenizer training"""
 
-    output_dir: str = option(MISSING, "folder for tokenizer.json, which transformers loads")
-    input: tuple[str, ...] = option((), INPUT_HELP)
-    dataset: str | None = option(None, "instead of --input: a data set's name on the hub, or a local folder of one")
+    output_dir: str = option(MISSING, "folder for tokenizer.json, which transformers loads", is_path=True)
+    input: tuple[str, ...] = option((), INPUT_HELP, is_path=True)
+    dataset: str | None = option(
+        None, "instead of --input: a data set's name on the hub, or a local folder of one", is_path=True
+    )
     config: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split of the data set")
     text_column: str = option("text", COLUMN_HELP)
@@ -64,7 +65,7 @@ class TokenizerConfig:
             raise InputError(f"--vocab-size {self.vocab_size}: 256 bytes and the special tokens need at least {least}")
         if self.max_documents is not None and self.max_documents < 1:
             raise InputError(f"--max-documents {self.max_documents}: choose a number of at least 1")
-        if (Path(os.path.expanduser(self.output_dir)) / "tokenizer.json").exists():
+        if Path(self.output_dir, "tokenizer.json").exists():
             raise InputError(
                 f"--output-dir {self.output_dir}: holds a tokenizer already; remove it or choose another folder"
             )
@@ -77,7 +78,7 @@ def main() -> None:
     from gpt2xla.data.held_out import HeldOut
     from gpt2xla.tokenizer import train_bpe
 
-    output_dir, held_out = Path(os.path.expanduser(options.output_dir)), HeldOut()
+    output_dir, held_out = Path(options.output_dir), HeldOut()
     documents = itertools.islice(documents_of(corpus(options)), options.max_documents)
     tokenizer = train_bpe(
         held_out.others(documents), output_dir.name, options.vocab_size, options.min_frequency, options.special_tokens

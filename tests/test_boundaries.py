@@ -24,7 +24,7 @@ def test_only_the_xla_runtime_and_its_runner_import_torch_xla() -> None:
 
 def test_only_the_runtimes_and_generation_know_devices() -> None:
     knowing = {str(f.relative_to(ROOT)) for f in SOURCES if "torch.cuda" in f.read_text()}
-    assert knowing == {"gpt2xla/runtime/torch.py", "generate.py"}
+    assert knowing == {"gpt2xla/runtime/torch.py", "gpt2xla/runtime/precision.py", "generate.py"}
     trainer = (ROOT / "gpt2xla" / "trainer.py").read_text()
     assert not any(word in trainer for word in ("xla:", '"xla"', "cuda", "isinstance(runtime"))
 
@@ -35,7 +35,7 @@ import os, sys
 class Watched(dict):
     def __getitem__(self, key): raise AssertionError(f"read {key}")
     get = __contains__ = __getitem__
-modules = ["gpt2xla", "gpt2xla.config", "gpt2xla.cli", "gpt2xla.errors", "gpt2xla.exits"]
+modules = ["gpt2xla", "gpt2xla.config", "gpt2xla.config_file", "gpt2xla.cli", "gpt2xla.errors", "gpt2xla.exits"]
 import argparse, yaml
 os.environ = Watched()
 for name in modules:

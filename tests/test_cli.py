@@ -44,7 +44,17 @@ def refused(result: subprocess.CompletedProcess[str], *culprits: str) -> None:
 
 # Flags added to a run that works -> what the one line must name.
 WRONG_FLAGS = {
-    "unknown flag": (["--learning-rat", "0.1"], ["--learning-rat"]),
+    "unknown flag": (["--learning-rat", "0.1"], ["--learning-rat is unknown; did you mean --learning-rate?"]),
+    "underscores": (["--train_dir", "x"], ["--train_dir", "did you mean --train-dir?"]),
+    "another trainer's flag": (["--lr", "0.1"], ["--lr", "did you mean --learning-rate?"]),
+    "one dash": (["-lr", "0.1"], ["-lr", "did you mean --learning-rate?"]),
+    "nothing like a flag": (["--zzz"], ["--zzz is unknown (--help lists the flags)"]),
+    "the other runner's flag": (["--use-syncfree-optim"], ["--use-syncfree-optim", "run_pretrain_xla.py"]),
+    "no value": (["--learning-rate"], ["--learning-rate has no value"]),
+    "one value of two": (["--betas", "0.9"], ["--betas takes 2 values"]),
+    "a value too many": (["--seed", "1", "2"], ["'2' belongs to no flag"]),
+    "a value for a switch": (["--shuffle=true"], ["--shuffle", "takes no value"]),
+    "a user that is not there": (["--valid-dir", "~nobody-here"], ["--valid-dir '~nobody-here'"]),
     "not a number": (["--train-steps", "many"], ["--train-steps", "'many'"]),
     "not a choice": (["--mixed-precision", "int8"], ["--mixed-precision", "fp16", "bf16"]),
     "heads do not divide": (["--num-heads", "5"], ["--num-heads 5", "--d-model 32"]),

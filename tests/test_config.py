@@ -1,9 +1,11 @@
 """Flags, files and presets: which value wins, and that nothing is lost on the way."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, run_here
 
 from gpt2xla.cli import parse_run
 from gpt2xla.config import DataConfig, TorchConfig, XlaConfig
@@ -46,7 +48,7 @@ def test_help_lists_every_promised_flag_and_its_default(
 
 def test_the_published_recipe_parses_as_written() -> None:
     config, _ = parse_run(TorchConfig, PUBLISHED_RECIPE)
-    assert (config.model.d_model, config.model.tie_weights, config.model.activation) == (768, True, "gelu")
+    assert (config.model.d_model, config.model.tie_weights, config.model.activation) == (768, True, "gelu-tanh")
     assert config.optim.betas == (0.9, 0.95)
     assert config.train.mixed_precision == "bf16"
     assert config.wandb.wandb_name == "gpt2-124m"
@@ -80,7 +82,7 @@ def test_a_run_written_as_json_reads_back_the_same(tmp_path: Path) -> None:
     file = tmp_path / "run_config.json"
     file.write_text(json.dumps(config.to_flat()))
     again, _ = parse_run(TorchConfig, ["--config", str(file)])
-    assert again.to_flat() == config.to_flat()
+    assert again.to_flat() == config.to_flat() | {"data_cache": str(Path("~/.cache/gpt2xla/data").expanduser())}
 
 
 def test_valid_steps_is_a_number_or_all(tmp_path: Path) -> None:
@@ -104,13 +106,13 @@ def test_d_ff_follows_d_model() -> None:
 @pytest.mark.parametrize(
     ("text", "culprit"),
     [
-        ("d_model: wide\n", "--d-model"),
-        ("no_such_option: 1\n", "--no-such-option"),
+        ("d_model: wide\n", "d_model: 'wide'"),
+        ("no_such_option: 1\n", "no_such_option is unknown"),
         ("- 1\n", "holds no options"),
         ("a: [\n", "is not YAML"),
         ("x: !!python/object/apply:os.system ['true']\n", "is not YAML"),
         ("config: other.yaml\n", "cannot name another"),
-        ("resume:\n  never: 1\n", "--resume"),
+        ("resume:\n  never: 1\n", "resume has keys below it"),
     ],
 )
 def test_a_wrong_config_file_is_named_with_its_culprit(tmp_path: Path, text: str, culprit: str) -> None:
@@ -135,3 +137,156 @@ def test_one_train_dir_or_several_by_flag_and_by_file(tmp_path: Path) -> None:
         parse_run(TorchConfig, ["--train-dir", ""])
     with pytest.raises(InputError, match="--data-cache-gb -1"):
         parse_run(TorchConfig, ["--data-cache-gb", "-1"])
+
+
+def read(tmp_path: Path, text: str | bytes) -> dict:
+    """What a config file with this text sets."""
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    config, _ = parse_run(TorchConfig, ["--config", str(file)])
+    flat = config.to_flat()
+    return {name: flat[name] for name in config.given}
+
+
+UNDERSTOOD = {
+    "wandb_tags: [a, b]": {"wandb_tags": "a,b"},
+    "wandb_tags: [2026-11-26, 1.10]": {"wandb_tags": "2026-11-26,1.10"},
+    "mixed_precision: no": {"mixed_precision": "none"},
+    "mixed_precision: 'off'": {"mixed_precision": "none"},
+    "mixed_precision: null": {},
+    "activation_checkpointing: no": {"activation_checkpointing": "none"},
+    "resume: no": {"resume": "never"},
+    "resume: never": {"resume": "never"},
+    "valid_steps: all": {"valid_steps": "all"},
+    "valid_steps: 1e2": {"valid_steps": 100},
+    "betas: '0.8 0.9'": {"betas": (0.8, 0.9)},
+    "betas: 0.8, 0.9": {"betas": (0.8, 0.9)},
+    "betas: ['0.8', .9]": {"betas": (0.8, 0.9)},
+    "train_steps: 1e3": {"train_steps": 1000},
+    "train_steps: 1_000": {"train_steps": 1000},
+    "train_steps: '100'": {"train_steps": 100},
+    "train_steps: 010": {"train_steps": 10},
+    "learning_rate: 6e-4": {"learning_rate": 6e-4},
+    "min_lr: 0": {"min_lr": 0.0},
+    "seed:": {},
+    "max_hours: ~": {},
+    "wandb_name: 2026-01-02": {"wandb_name": "2026-01-02"},
+    "wandb_name: 1.10": {"wandb_name": "1.10"},
+    "wandb_name: 007": {"wandb_name": "007"},
+    "wandb_name: 1:30": {"wandb_name": "1:30"},
+    "wandb_name: 'no'": {"wandb_name": "no"},
+    "shuffle: on": {"shuffle": True},
+    "shuffle: 1": {"shuffle": True},
+    "tie-weights: 'False'": {"tie_weights": False},
+    "compile: null": {},
+    "activation: gelu": {"activation": "gelu-tanh"},
+    "activation: gelu-exact": {"activation": "gelu-exact"},
+    "seed: &x 3\ntrain_steps: *x": {"seed": 3, "train_steps": 3},
+    "---\nseed: 3\n...\n": {"seed": 3},
+    "# seed: 3\n": {},
+    "{\n\t\"seed\": 3, \"wandb_name\": \"\\ud83d\\ude00\"}": {"seed": 3, "wandb_name": "\U0001f600"},
+    '{"shuffle": true, "betas": [0.8, 0.9], "max_hours": null, "seed": 1e3}': {
+        "shuffle": True, "betas": (0.8, 0.9), "seed": 1000,
+    },
+    b"\xef\xbb\xbfseed: 3\r\n": {"seed": 3},
+    "seed: 3".encode("utf-16"): {"seed": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "values"), UNDERSTOOD.items(), ids=map(str, UNDERSTOOD))
+def test_a_config_file_is_read_as_a_person_reads_it(tmp_path: Path, text: str | bytes, values: dict) -> None:
+    assert read(tmp_path, text) == values
+
+
+# What the line must hold: the key, and the fix.
+REFUSED = {
+    "mixed_precision: yes": ["mixed_precision: yes was read as true", "none"],
+    "mixed_precision: bf17": ["mixed_precision: 'bf17'", "bf16 or fp16"],
+    "wandb_name: no": ["wandb_name: no was read as false", "quote it"],
+    "wandb_tags: [no, b]": ["wandb_tags: 'no'", "quote"],
+    "wandb_tags: ['a,b', c]": ["wandb_tags: 'a,b'"],
+    "wandb_tags: []": ["wandb_tags: the list is empty"],
+    "seed: true": ["seed: cannot be true", "a whole number"],
+    "seed: [1]": ["seed: takes one value"],
+    "betas: 0.9": ["betas: takes 2 values"],
+    "betas: [0.9, [1]]": ["betas:", "a number"],
+    "train_steps: 1.5": ["train_steps: '1.5'", "a whole number"],
+    "train_steps: 1:30": ["train_steps: '1:30'"],
+    "train_steps: 1e999999999": ["train_steps: '1e999999999'"],
+    "learning_rate: 1,5": ["learning_rate: '1,5'", "a number"],
+    "train: {train_steps: 3}": ["train has keys below it", "'train_steps: 3'"],
+    "train_dir: {a: 0.7, b: 0.3}": ["train_dir", "[a=0.7, b=0.3]"],
+    "train_dir: [a, null]": ["train_dir"],
+    "checkpoints_dir: ~": ["checkpoints_dir: ~", "quote it"],
+    "checkpoints_dir: ~nobody-here/x": ["checkpoints_dir: '~nobody-here/x'"],
+    "seq_lenght: 3": ["seq_lenght", "did you mean seq_length?"],
+    "batch_size: 3": ["batch_size", "did you mean train_batch_size?"],
+    "n_layer: 3": ["n_layer", "did you mean num_layers?"],
+    "Seed: 3": ["did you mean seed?"],
+    "no_bias: true": ["no_bias", "'bias: false'"],
+    "spmd: true": ["spmd", "run_pretrain_xla.py"],
+    "seed: 1\nseed: 2": ["seed is set twice"],
+    "train-steps: 1\ntrain_steps: 1": ["train_steps is set twice"],
+    '{"seed": 1, "seed": 2}': ["seed is set twice"],
+    "seed: 1\n---\nseed: 2": ["several documents"],
+    "train:\n\tseed: 1": ["line 2", "spaces instead of tabs"],
+    " \n": ["is empty"],
+    "hello": ["holds no options but text"],
+    "shuffle: maybe": ["shuffle: 'maybe'", "true or false"],
+    "activation: erf": ["activation: 'erf'", "gelu-exact"],
+    "preset: gpt3": ["preset: 'gpt3'", "gpt2-xl"],
+    "help: true": ["help is unknown"],
+    "? [a]\n: 1": ["line 1 begins with no name"],
+    "train_dir: &a [*a]": ["train_dir"],
+    "seed: !mine 3": ["seed has the tag !mine"],
+    b"seed: \xff": ["UTF-8"],
+}
+
+
+@pytest.mark.parametrize(("text", "parts"), REFUSED.items(), ids=map(str, REFUSED))
+def test_a_config_file_that_is_not_clear_is_refused_by_key(tmp_path: Path, text: str | bytes, parts: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        read(tmp_path, text)
+    line = str(error.value)
+    assert line.startswith(f"--config {tmp_path / 'run.yaml'}: ")
+    assert [part for part in parts if part not in line] == [], line
+    assert "\n" not in line
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = str(tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        "checkpoints_dir: ~/runs\ntrain_dir: [~/a=0.7, gs://b/~c=0.3]\nwandb_name: ~/x\n"
+    )
+    config, options = parse_run(
+        TorchConfig,
+        [
+            "--config=~/run.yaml",
+            "--from-checkpoint",
+            "~/model",
+            "--valid-dir=~",
+            "--compile-cache",
+            "~/p",
+            "--tokenizer",
+            "x~",
+        ],
+    )
+    assert (config.general.checkpoints_dir, config.general.from_checkpoint) == (f"{home}/runs", f"{home}/model")
+    assert config.data.train_dir == (f"{home}/a=0.7", "gs://b/~c=0.3")
+    assert (config.data.valid_dir, config.data.tokenizer) == (home, "x~")
+    assert options.compile_cache == f"{home}/p"
+    assert config.wandb.wandb_name == "~/x", "a name is no path"
+    assert parse_run(TorchConfig, ["--checkpoints-dir", "./~x"])[0].general.checkpoints_dir == "./~x"
+    with pytest.raises(InputError, match="--resume '~nobody-here'"):
+        parse_run(TorchConfig, ["--resume", "~nobody-here"])
+
+
+@pytest.mark.parametrize("program", ["generate.py", *(f"scripts/{f.name}" for f in (ROOT / "scripts").glob("*.py"))])
+def test_programs_take_paths_below_the_home_folder(program: str) -> None:
+    """Every flag that takes a path says PATH, and only those expand ~."""
+    text = run_here(program, "--help").stdout
+    named = re.findall(
+        r"^  (--[a-z-]*(?:dir|file|cache|output|model|models|tokenizer|config)) (\w+)", text, re.MULTILINE
+    )
+    assert {flag for flag, kind in named if kind != "PATH"} <= {"--config", "--d-model"}, "--config: of a data set"

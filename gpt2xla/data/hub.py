@@ -33,7 +33,7 @@ _NAMES_PER_REQUEST = 500
 class HubConfig:
     """Data set"""
 
-    dataset: str = option("HuggingFaceFW/fineweb", "name on the hub, or a local folder")
+    dataset: str = option("HuggingFaceFW/fineweb", "name on the hub, or a local folder", is_path=True)
     config: str | None = option(None, "configuration of the data set; of a local folder there is none")
     split: str = option("train", "split to take")
     test_split: str | None = option(None, "split that becomes test/ (default: documents are drawn from --split)")
@@ -41,7 +41,7 @@ class HubConfig:
     split_by: SplitBy | None = option(None, f"{SPLIT_HELP} (default: file; line on the hub, as datasets reads it)")
     format: Format = option("auto", FORMAT_HELP)
     streaming: bool = option(False, "remove each file once it has been read, instead of keeping it in the hub's cache")
-    cache_dir: str | None = option(None, "where files are kept (default: the hub's cache)")
+    cache_dir: str | None = option(None, "where files are kept (default: the hub's cache)", is_path=True)
     retries: int = option(8, "how often a failed request is made again, after 1, 2, 4, ... seconds, at most 60")
 
 
@@ -54,7 +54,7 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
     """
     if not options.dataset:
         raise InputError("--dataset is empty; give a name on the hub, or a local folder")
-    folder = Path(os.path.expanduser(options.dataset))
+    folder = Path(options.dataset)
     if not folder.is_dir():
         return _Hub(options, say).parts()
     local = partial(
@@ -93,7 +93,7 @@ class _Hub:
     """One data set on the hub. Fetches its files, one ahead of the reader."""
 
     def __init__(self, options: HubConfig, say: Callable[[str], None]) -> None:
-        cache = os.path.expanduser(options.cache_dir) if options.cache_dir else None
+        cache = options.cache_dir or None
         self._options, self._say = replace(options, cache_dir=cache), say
         self._what = f"--dataset {options.dataset}"
         self._files: list[_File] = []

@@ -35,7 +35,7 @@ def find(
         if not str(path):
             raise InputError(f"{option} is empty; name a file or folder, the one you are in as .")
         with blaming(f"{option} {path}"):
-            search.path(Path(os.path.expanduser(path)))
+            search.path(Path(path))
     left_out = [f"{len(names):,} {why} ({_examples(names)})" for why, names in search.left_out.items()]
     if not search.files:
         instead = f"; there are {', '.join(left_out)}: name files that you want" if left_out else ""

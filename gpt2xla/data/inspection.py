@@ -150,7 +150,7 @@ def splits(folder: str) -> dict[str, TokenStream]:
     """
     if not folder:
         raise InputError("DIR is empty; name a folder, the one you are in as .")
-    below = [split for name in ("train", "test") if (split := Path(folder, name).expanduser()).is_dir()]
+    below = [split for name in ("train", "test") if (split := Path(folder, name)).is_dir()]
     if below:
         return {str(split): TokenStream(split, "DIR") for split in below}
     train, valid = TokenStream(folder, "DIR"), TokenStream(folder, "--valid-dir")

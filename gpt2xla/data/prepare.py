@@ -46,8 +46,10 @@ _LEAST_BYTES_PER_BYTE = 0.3  # shards per corpus: text of 6.7 bytes per token, w
 class PrepareConfig:
     """Preparation"""
 
-    output_dir: str = option("./data", "folder to make train/ and test/ in")
-    tokenizer: str = option("gpt2", "a tiktoken name, 'bytes', a hub id, or a tokenizer.json or its folder")
+    output_dir: str = option("./data", "folder to make train/ and test/ in", is_path=True)
+    tokenizer: str = option(
+        "gpt2", "a tiktoken name, 'bytes', a hub id, or a tokenizer.json or its folder", is_path=True
+    )
     test_fraction: float = option(0.01, "share of the documents that goes to test/, one at least")
     test_tokens: int | None = option(None, "most tokens that go to test/ (default: one shard)")
     max_tokens: int | None = option(None, "stop after the document that reaches this many (default: take all)")
@@ -77,9 +79,9 @@ class PrepareConfig:
 def prepare_and_report(corpus: Callable[[], Sequence[Part]], config: PrepareConfig) -> None:
     """Prepare the parts that `corpus` finds, and print what came of it. Raises as `prepare` does."""
     config.check()
-    output_dir = Path(os.path.expanduser(config.output_dir))
+    output_dir = Path(config.output_dir)
     started = time.perf_counter()
-    manifests = prepare(corpus(), load_tokenizer(os.path.expanduser(config.tokenizer)), config)
+    manifests = prepare(corpus(), load_tokenizer(config.tokenizer), config)
     seconds = time.perf_counter() - started
     for split, manifest in manifests.items():
         print(
@@ -107,7 +109,7 @@ def prepare(
         RunFailed: the disk is full. What is there is kept, and the same call goes on.
     """
     config.check()
-    output_dir = Path(os.path.expanduser(config.output_dir))
+    output_dir = Path(config.output_dir)
     settings = {
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.sha256,

@@ -99,7 +99,7 @@ class TokenStream:
     def __init__(self, folder: str | Path, option: str = "--train-dir", cache: Cache = DEFAULT_CACHE) -> None:
         self.name, self.option = str(folder), option
         self._remote = RemoteFolder(self.name, option, cache, MANIFEST) if is_url(self.name) else None
-        self.folder = self._remote.folder if self._remote else Path(folder).expanduser()
+        self.folder = self._remote.folder if self._remote else Path(folder)
         self.notes: list[str] = []
         with blaming(f"{option} {folder}"):  # no permission, or a name that is too long
             if not self.folder.is_dir():

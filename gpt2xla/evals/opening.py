@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from gpt2xla.config import TorchConfig, TrainConfig, XlaConfig, option
+from gpt2xla.config import PRECISION_ALIASES, Precision, TorchConfig, TrainConfig, XlaConfig, option
 from gpt2xla.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,11 @@ class EvalConfig:
         "auto", "auto: GPU or CPU through torch, several under torchrun; xla: all XLA devices of this host"
     )
     batch_size: int = option(32, "sequences at once, over all devices together")
-    mixed_precision: Literal["fp16", "bf16"] | None = option(None, "compute type (default: fp32)")
+    mixed_precision: Precision = option(
+        "none",
+        "compute type; none: fp32, whose figures compare between devices; auto: what the device trains in by default",
+        aliases=PRECISION_ALIASES,
+    )
 
     def train_config(self, valid_steps: int | Literal["all"] = "all") -> TrainConfig:
         """The options of a run that evaluation looks at. Raises InputError."""

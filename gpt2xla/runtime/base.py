@@ -17,11 +17,10 @@ from gpt2xla.config import OptimConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.memory import Shortage
 from gpt2xla.model import GPT2
+from gpt2xla.runtime.precision import ChosenPrecision
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}  # by --mixed-precision
 
 
 class Runtime(Protocol):
@@ -34,6 +33,7 @@ class Runtime(Protocol):
         devices: how many devices all of them have together; a batch is split evenly over these.
         is_main: whether this is the one process that prints, logs and writes.
         description: the devices in words, for the summary at start.
+        precision: what the model computes in, --mixed-precision auto decided.
     """
 
     device: torch.device
@@ -42,6 +42,7 @@ class Runtime(Protocol):
     devices: int
     is_main: bool
     description: str
+    precision: ChosenPrecision
 
     def seed(self, seed: int, step: int) -> None:
         """Seed random numbers, dropout's among them, for one step: by seed, step and process, so that a resumed run needs

@@ -7,7 +7,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,9 @@ from gpt2xla.memory import GIB, Shortage
 from gpt2xla.model import GPT2
 from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
 from gpt2xla.peak_flops import measured_cpu_flops, named_peak_flops
+from gpt2xla.runtime import precision
 from gpt2xla.runtime import torch_parallel as parallel
 from gpt2xla.runtime.base import (
-    DTYPES,
     P,
     T,
     prefetch,
@@ -41,6 +40,7 @@ from gpt2xla.runtime.base import (
 from gpt2xla.runtime.cpu_products import choose_products
 from gpt2xla.runtime.cpu_threads import count_threads, share_cores
 from gpt2xla.runtime.peers import Peers
+from gpt2xla.runtime.process_group import Place, find_place, join
 from gpt2xla.runtime.torch_compile import CompiledBlock, open_compile_cache, pays, why_not
 
 # Where a library asks for memory past torch's own allocator, or the allocator is MPS's.
@@ -53,17 +53,16 @@ class TorchRuntime:
     """Implements `runtime.base.Runtime`. Joins torchrun's process group if there is one."""
 
     def __init__(self, options: TorchConfig, config: TrainConfig) -> None:
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        place = find_place(os.environ)
+        self.rank, self.world_size = (place.rank, place.world_size) if place else (0, 1)
         self.devices = self.world_size
         self.is_main = self.rank == 0
-        self.distributed = "RANK" in os.environ
+        self.distributed = place is not None
         parallel.check_options(options, distributed=self.distributed)
         self.options = options
-        self.device = _pick_device(self.distributed)
-        if self.distributed:
-            # Others wait while the main process saves; a large model on a slow disk takes its time.
-            dist.init_process_group(_backend(options.ddp_backend, self.device), timeout=timedelta(hours=1))
+        self.device = _pick_device(place)
+        if place:
+            join(place, _backend(options.ddp_backend, self.device))
         self.mesh = init_device_mesh(self.device.type, (self.world_size,)) if options.fsdp else None
         self._peers = Peers() if self.distributed else None
         if self.device.type == "cpu":
@@ -75,9 +74,10 @@ class TorchRuntime:
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
             torch.use_deterministic_algorithms(True)
-        self.dtype = DTYPES[config.mixed_precision]
+        self.precision = precision.choose(config.mixed_precision, precision.of_torch(self.device))
+        self.dtype = self.precision.dtype
         self.train = config
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.mixed_precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
         threads = f", {count_threads(self.world_size)}" if self.device.type == "cpu" else ""
         layout = parallel.describe(options)
@@ -321,18 +321,20 @@ def _step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-def _pick_device(distributed: bool) -> torch.device:
+def _pick_device(place: Place | None) -> torch.device:
     if torch.cuda.is_available():
-        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        processes, devices = place.local_world_size if place else 1, torch.cuda.device_count()
         if processes > devices:
             raise InputError(
                 f"--nproc_per_node {processes}: there are only {devices} GPUs here; start that many processes"
             )
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if place and place.world_size > 1 and place.local_rank is None and devices > 1:
+            raise InputError("LOCAL_RANK is not set, which names this process's GPU; start the processes with torchrun")
+        device = torch.device("cuda", place.local_rank or 0 if place else 0)
         torch.cuda.set_device(device)
         return device
     # No backend of torch.distributed reduces over MPS.
-    return torch.device("mps" if torch.backends.mps.is_available() and not distributed else "cpu")
+    return torch.device("mps" if torch.backends.mps.is_available() and not place else "cpu")
 
 
 def _backend(asked: str | None, device: torch.device) -> str:

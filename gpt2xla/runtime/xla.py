@@ -38,13 +38,13 @@ from gpt2xla.norm import lean_layer_norm
 from gpt2xla.optim import adam_arguments, build_optimizer, clip_gradients, init_state
 from gpt2xla.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.runtime.base import (
-    DTYPES,
     P,
     T,
     prefetch,
     random_seed,
     set_matmul_precision,
 )
+from gpt2xla.runtime.precision import DevicePrecision, choose, of_xla
 from gpt2xla.runtime.xla_compiles import CompileWatch, count_compiles, open_compile_cache
 from gpt2xla.runtime.xla_flash import flash_attention_for, why_not
 from gpt2xla.runtime.xla_scaler import LossScaler, step_unless
@@ -71,7 +71,8 @@ class XlaRuntime:
         self.devices = self.world_size
         self.is_main = self.rank == 0
         self.options, self.train = options, config
-        self.dtype = DTYPES[config.mixed_precision]
+        self.precision = choose(config.mixed_precision, self._device_precision())
+        self.dtype = self.precision.dtype
         self.scaler = LossScaler(self.to_device) if self.dtype == torch.float16 else None
         set_matmul_precision(config.matmul_precision)
         self.name = f"XLA:{xr.device_type()}"
@@ -107,6 +108,10 @@ class XlaRuntime:
                 parameter.copy_(value)
         if xr.world_size() > 1:
             xm.broadcast_master_param(model)
+
+    def _device_precision(self) -> DevicePrecision:
+        attributes = xr.global_runtime_device_attributes() if xr.device_type() in ("CUDA", "GPU") else [{}]
+        return of_xla(self.device_kind, attributes[0].get("compute_capability"))
 
     def _kernels(self, model: ModelConfig) -> Kernels:
         flash_is_out = why_not(self.device_kind, model.num_heads, model.d_model // model.num_heads, model.seq_length)

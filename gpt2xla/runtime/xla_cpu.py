@@ -30,6 +30,7 @@ from tqdm import tqdm
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.exits import REPORT_ONCE, exit_code, settled
+from gpt2xla.runtime.process_group import find_place
 from gpt2xla.runtime.xla import XlaRuntime
 from gpt2xla.runtime.xla_compiles import CompileWatch
 
@@ -43,7 +44,7 @@ def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: s
     Under torchrun this process is one of the replicas already.
 
     Raises:
-        InputError: CPU_NUM_DEVICES and torchrun contradict each other.
+        InputError: CPU_NUM_DEVICES and torchrun contradict each other, or variables of several processes are set without it.
         SystemExit: a replica has failed, with its exit code; it has told why, and the others are ended.
         RunFailed: a replica was ended by a signal.
     """
@@ -55,6 +56,11 @@ def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: s
             )
         dist.init_process_group("gloo", timeout=_TIMEOUT)
         return run(*arguments)
+    if (place := find_place(os.environ)) and place.world_size > 1:
+        raise InputError(
+            f"WORLD_SIZE={place.world_size}: start replicas on CPUs with torchrun or CPU_NUM_DEVICES={place.world_size}, "
+            "and unset RANK and WORLD_SIZE"
+        )
     context: Any = multiprocessing.get_context(start_method)
     with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
         # Replicas find each other through a file: a port chosen here could be taken by the time they listen on it.

@@ -50,6 +50,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     import torch_xla
 
     from gpt2xla.model import GPT2
+    from gpt2xla.runtime.precision import label
     from gpt2xla.runtime.xla_tracing import TracingRuntime, TracingSpmdRuntime, name_operations
     from gpt2xla.stopping import Stop
     from gpt2xla.train_step import TrainStep
@@ -77,6 +78,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
         "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
         "parameters": model.num_parameters(),
         "kernels": model.kernels.description,
+        "precision": label(runtime.precision.name),
     }
 
 

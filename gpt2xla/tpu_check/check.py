@@ -105,7 +105,7 @@ def _parameters(config: RunConfig) -> int:
 def _bytes_per_sequence(config: RunConfig) -> float:
     """About what a block keeps for the backward pass: 10 D numbers per token or, of a checkpointed one, 2 D."""
     model, kept = config.model, 10 if config.train.activation_checkpointing == "none" else 2
-    width = 2 if config.train.mixed_precision else 4
+    width = 4 if config.train.mixed_precision == "none" else 2  # auto is bf16 on TPUs
     return model.seq_length * model.d_model * model.num_layers * kept * width
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+from conftest import run_here, succeed
 
 from gpt2xla.data.corpus import documents_of, local_parts
 from gpt2xla.data.hub import HubConfig, dataset_parts
-from gpt2xla.data.prepare import PrepareConfig, prepare
 from gpt2xla.errors import InputError
-from gpt2xla.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -93,10 +92,10 @@ def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
 
 def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert read("~/d/a.txt") == ["a"]
-    parts = dataset_parts(HubConfig(dataset="~/d"))
-    prepare(parts, load_tokenizer("bytes"), PrepareConfig(output_dir="~/out"), say=lambda _: None)
-    assert (folder.parent / "out" / "train" / "manifest.json").exists()
+    flags = ["--tokenizer", "bytes", "--output-dir"]
+    succeed(run_here("scripts/prepare_text.py", "--input", "~/d/a.txt", "~/d/sub", *flags, "~/out"))
+    succeed(run_here("scripts/prepare_dataset.py", "--dataset", "~/d", *flags, "~/more"))
+    assert all((folder.parent / name / "train" / "manifest.json").exists() for name in ("out", "more"))
 
 
 def save(texts: list[str], folder: Path, shards: int = 1) -> None:

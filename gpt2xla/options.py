@@ -1,0 +1,218 @@
+"""What an option is: a field of a dataclass, which is a flag of a command line and a key of a config file.
+
+However an option is given, it arrives as words, and `Option.read` makes the value of them: here paths get their home folder,
+other names of a choice are understood, and wrong words are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any, Literal
+
+from gpt2xla.errors import InputError
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def option(
+    default: Any, help: str, *, is_path: bool = False, aliases: Mapping[str, str] | None = None, joins: bool = False
+) -> Any:
+    """A field that is a flag.
+
+    Args:
+        default: MISSING makes it a required one.
+        is_path: whether a leading ~ is the user's home folder.
+        aliases: other words for some of the values.
+        joins: whether a list in a config file means its parts with commas between them.
+    """
+    return field(default=default, metadata={"help": help, "path": is_path, "aliases": aliases or {}, "joins": joins})
+
+
+def options_of(group: Any) -> list[dataclasses.Field]:
+    """The fields of a dataclass that are flags."""
+    return [f for f in dataclasses.fields(group) if "help" in f.metadata]
+
+
+def flag(name: str) -> str:
+    """`train_dir` -> `--train-dir`."""
+    return "--" + name.replace("_", "-")
+
+
+def expanded(path: str) -> str:
+    """`path`, in which a leading ~ is a home folder; URLs stay as they are. Raises ValueError if there is no such folder."""
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        raise ValueError(f"{path[:80]!r}: ~ is not the home folder of anyone here; write ./~ for a folder of that name")
+    return whole
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a dataclass.
+
+    Attributes:
+        kind: the type of its value, but for None, which only defaults are.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    is_path: bool
+    aliases: Mapping[str, str]
+    joins: bool
+
+    @classmethod
+    def all_of(cls, group: Any) -> dict[str, Option]:
+        """By name, in the order of the fields."""
+        kinds = typing.get_type_hints(group)
+        return {
+            f.name: cls(
+                f.name,
+                _without_none(kinds[f.name]),
+                f.default,
+                f.metadata["help"],
+                f.metadata["path"],
+                f.metadata["aliases"],
+                f.metadata["joins"],
+            )
+            for f in options_of(group)
+        }
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kind is bool
+
+    @property
+    def count(self) -> int | None:
+        """How many words make a value; None: one or more."""
+        if typing.get_origin(self.kind) is not tuple:
+            return 1
+        parts = typing.get_args(self.kind)
+        return None if parts[1:] == (...,) else len(parts)
+
+    @property
+    def takes(self) -> str:
+        """What a word may be, for the user."""
+        return _described(self._kind_of_word)
+
+    def read(self, words: Sequence[str]) -> Any:
+        """The value. Raises ValueError, whose message says what is wrong and what to write."""
+        if self.count not in (None, len(words)) or not words:
+            number = (
+                "one value or more"
+                if self.count is None
+                else "one value"
+                if self.count == 1
+                else f"{self.count} values"
+            )
+            raise ValueError(f"takes {number}, not {len(words)}")
+        values = tuple(self._read_word(word) for word in words)
+        return values if typing.get_origin(self.kind) is tuple else values[0]
+
+    def _read_word(self, word: str) -> Any:
+        kind, named = self._kind_of_word, self.aliases.get(word.lower(), word)
+        for part in typing.get_args(kind) if _is_union(kind) else (kind,):
+            try:
+                value = _read(part, named)
+            except (ValueError, ArithmeticError):
+                continue
+            return expanded(value) if self.is_path else value
+        raise ValueError(f"{word[:80]!r}: choose {self.takes}")
+
+    @property
+    def metavar(self) -> str:
+        """What stands for a word of its value in --help."""
+        kind = self._kind_of_word
+        if typing.get_origin(kind) is Literal:
+            return f"{{{','.join(typing.get_args(kind))}}}"
+        if _is_union(kind):
+            number, words = typing.get_args(kind)
+            return f"{_METAVARS[number]}|{'|'.join(typing.get_args(words))}"
+        return "PATH" if self.is_path else _METAVARS[kind]
+
+    @property
+    def _kind_of_word(self) -> Any:
+        return typing.get_args(self.kind)[0] if typing.get_origin(self.kind) is tuple else self.kind
+
+
+def check_types(group: Any) -> None:
+    """Words are read by type, but options may also come from a checkpoint. Raises InputError."""
+    kinds = typing.get_type_hints(type(group))
+    for f in options_of(group):
+        value = getattr(group, f.name)
+        if not _fits(value, kinds[f.name]):
+            raise InputError(
+                f"{flag(f.name)} {repr(value)[:80]} is of the wrong kind or size; --help says what it takes"
+            )
+
+
+def _read(kind: Any, word: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        if word not in typing.get_args(kind):
+            raise ValueError
+        return word
+    if kind is bool:
+        if word.lower() not in _TRUTH:
+            raise ValueError
+        return _TRUTH[word.lower()]
+    return _whole_number(word) if kind is int else kind(word)
+
+
+def _whole_number(word: str) -> int:
+    """Also 1e3, which is one; float() would round large ones."""
+    try:
+        return int(word)
+    except ValueError:
+        number = decimal.Decimal(word)
+        if number.is_finite() and abs(number.adjusted()) < 30 and number == number.to_integral_value():
+            return int(number)
+        raise
+
+
+def _described(kind: Any) -> str:
+    if _is_union(kind):
+        return " or ".join(map(_described, typing.get_args(kind)))
+    if typing.get_origin(kind) is Literal:
+        *first, last = typing.get_args(kind)
+        return f"{', '.join(first)} or {last}" if first else last
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _without_none(kind: Any) -> Any:
+    if not _is_union(kind):
+        return kind
+    parts = [part for part in typing.get_args(kind) if part is not NoneType]
+    return typing.Union[tuple(parts)]  # noqa: UP007  made of as many as there are
+
+
+def _is_union(kind: Any) -> bool:
+    return bool(typing.get_args(kind)) and typing.get_origin(kind) not in (tuple, Literal)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return value in parts
+    if typing.get_origin(kind) is tuple:
+        kinds = parts[:1] * len(value) if parts[1:] == (...,) and isinstance(value, tuple) else parts
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    if kind in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind) and (kind is not str or _can_name_a_file(value))
+
+
+def _can_name_a_file(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a character, as YAML and JSON can spell
+        return False
