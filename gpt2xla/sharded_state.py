@@ -65,6 +65,9 @@ class _FilePerDevice(HuggingFaceStorageWriter):
         in_parts = "save_distributed" if "save_distributed" in names else "save_sharded"  # torch 2.8's name for it
         # Of the mapping only its largest number matters here: it is in the files' names.
         super().__init__(str(folder), fqn_to_index_mapping={"": devices}, **{in_parts: True})
+        # No copies ahead in a CUDA stream: tensors are not on a GPU, and torchax, which torch_xla imports where flax is
+        # installed, makes the writer take JAX for a device that has streams.
+        self.per_thread_copy_ahead = 0
 
     def _split_by_storage_plan(
         self, storage_plan: dict[str, int] | None, items: list[WriteItem]
