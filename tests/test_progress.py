@@ -101,7 +101,7 @@ def test_validation_ends_at_its_total(steps: int, batches: int, counted: list[Pr
     """13 windows of 16 tokens and a shorter one, in batches of 2; a number of steps leaves the shorter one out."""
     write_split(tmp_path / "test", np.arange(13 * 16 + 5) % 97)
     model_config = ModelConfig(vocab_size=97, seq_length=16, d_model=32, num_layers=1, num_heads=2)
-    train = TrainConfig(eval_batch_size=2, valid_steps=steps)  # type: ignore[arg-type]
+    train = TrainConfig(eval_batch_size=2, valid_steps=steps, compile=False)  # type: ignore[arg-type]
     config = RunConfig(data=DataConfig(valid_dir=str(tmp_path / "test")), model=model_config, train=train)
     runtime, model = TorchRuntime(TorchConfig(), train), GPT2(model_config)
     runtime.setup_model(model)
@@ -114,7 +114,7 @@ def test_hellaswag_ends_at_its_total(counted: list[Progress]) -> None:
     model_config = ModelConfig(vocab_size=97, seq_length=256, d_model=32, num_layers=1, num_heads=2)
     lengths = [100] * 28 + [200] * 12
     questions = Questions([[1] * n for n in lengths], [3] * 40, np.ones((10, 4)), np.zeros(10, int), 256)
-    runtime, model = TorchRuntime(TorchConfig(), TrainConfig()), GPT2(model_config)
+    runtime, model = TorchRuntime(TorchConfig(), TrainConfig(compile=False)), GPT2(model_config)
     runtime.setup_model(model)
     HellaSwag(questions, model, runtime, batch_size=3).run()
     assert [(shown._done, shown._batches) for shown in counted] == [(5 + 4, 9)]
