@@ -175,7 +175,7 @@ def nanogpt(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     optimizer = model.configure_optimizers(DECAY, 6e-4, BETAS, job.device.type)
     if job.tuned:
         optimizer = _adamw(model, fused=True)
-    compiled = torch.compile(model) if job.compile else model
+    compiled = torch.compile(model, backend="inductor") if job.compile else model
     _loop(job, wanted, model, optimizer, lambda x, y: compiled(x, y)[1])
 
 

@@ -1,4 +1,4 @@
-"""`python -m gpt2xla.doctor`: what is installed, which devices answer, and what is known to go wrong here, with the mend.
+"""`python -m gpt2xla.doctor`: what is installed, which devices answer, and what is known to go wrong here, with the fix.
 
 Exit code 0 when nothing is wrong, 1 when something is. Takes no device itself: a process of its own tries the runtime, so
 the doctor can run in a notebook before the launch.
@@ -6,7 +6,6 @@ the doctor can run in a notebook before the launch.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -23,16 +22,14 @@ from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.exits import exit_code
 from gpt2xla.host_memory import free_host_memory
 from gpt2xla.xla_environment import SET_FOR_ONE_PROCESS, gpus, notebook_host, prepare, tpu_chips
+from gpt2xla.xla_releases import NEWEST, install, installed, misfits, release_for, why_no_kernels
 
 PACKAGES = (
     "torch", "torch_xla", "libtpu", "jax", "jaxlib", "jax-cuda12-pjrt", "transformers", "numpy", "tensorflow",
     "tensorflow-tpu", "libtpu-nightly",
 )  # fmt: skip
 
-# What torch_xla 2.9 was built with: it asks for these itself, but a later install of something else replaces them.
-TORCH_XLA = "2.9"
-BUILT_WITH = {"libtpu": "0.0.21", "jax": "0.7.1", "jaxlib": "0.7.1"}
-TPU_INSTALL = "pip install -r requirements-xla_tpu.txt"
+INSTALL = install(NEWEST, "torch", "torch_xla", "libtpu")
 
 # Variables of older guides that torch_xla still obeys, or that show a machine set up for something else.
 LEFT_OVER = {
@@ -45,9 +42,9 @@ LEFT_OVER = {
 
 # What the runtime's own messages mean, from the reports of those who met them.
 SYMPTOMS = {
-    "undefined symbol": f"torch and torch_xla do not fit together; {TPU_INSTALL}",
-    "PJRT API version": f"libtpu is of another version than torch_xla was built with; {TPU_INSTALL}",
-    "Unexpected PJRT_": f"libtpu is of another version than torch_xla was built with; {TPU_INSTALL}",
+    "undefined symbol": f"torch and torch_xla do not fit together; {INSTALL}",
+    "PJRT API version": f"libtpu is of another version than torch_xla was built with; {INSTALL}",
+    "Unexpected PJRT_": f"libtpu is of another version than torch_xla was built with; {INSTALL}",
     "already in use": "another process holds the TPU; end it, or restart the notebook's kernel that does",
     "not permitted": "another process holds the TPU; end it, or restart the notebook's kernel that does",
     "Device or resource busy": "another process holds the TPU; end it, or restart the notebook's kernel that does",
@@ -103,19 +100,13 @@ class Machine:
 
     @classmethod
     def here(cls, checkpoints_dir: Path) -> Machine:
-        versions = {}
-        for name in PACKAGES:
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
         files = sorted(
             str(file) for pattern in ("accel*", "vfio/*", "nvidia[0-9]*") for file in Path("/dev").glob(pattern)
         )
         return cls(
             environment=dict(os.environ),
             python=sys.version_info[:2],
-            versions=versions,
+            versions=installed(PACKAGES),
             tpu_chips=tpu_chips(),
             gpus=gpus(os.environ),
             device_files=files,
@@ -127,7 +118,7 @@ class Machine:
 
 
 def conflicts(machine: Machine) -> Iterator[str]:
-    """One line for each thing known to go wrong on such a machine, with its mend."""
+    """One line for each thing known to go wrong on such a machine, with its fix."""
     for about in (_about_versions, _about_environment, _about_the_tpu, _about_room):
         yield from about(machine)
 
@@ -136,26 +127,15 @@ def _about_versions(machine: Machine) -> Iterator[str]:
     versions, uses_tpu = machine.versions, _uses_tpu(machine)
     if not (3, 10) <= machine.python < (3, 14):
         yield f"Python {'.'.join(map(str, machine.python))}: torch_xla runs on 3.10 to 3.13; make an environment of one"
-    for name in ("torch", "torch_xla"):
-        if name not in versions:
-            yield f"{name} is not installed; {TPU_INSTALL}"
-    torch, torch_xla = (_minor(versions.get(name, TORCH_XLA)) for name in ("torch", "torch_xla"))
-    if torch != torch_xla and "torch" in versions and "torch_xla" in versions:
-        yield f"torch {versions['torch']} beside torch_xla {versions['torch_xla']}: they must be equal; {TPU_INSTALL}"
-    elif torch_xla != _minor(TORCH_XLA):
-        yield f"torch_xla {versions['torch_xla']}: this program is for {TORCH_XLA}; {TPU_INSTALL}"
-    for name, wanted in BUILT_WITH.items():
-        if versions.get(name, wanted) != wanted:
-            yield f"{name} {versions[name]}: torch_xla {TORCH_XLA} was built with {wanted}; pip install {name}=={wanted}"
-    if uses_tpu and "libtpu" not in versions:
-        yield f"libtpu is not installed, and TPUs need it; {TPU_INSTALL}"
+    yield from misfits(versions, uses_tpu)
     if "libtpu-nightly" in versions:
-        yield "libtpu-nightly writes over libtpu's files; pip uninstall -y libtpu-nightly libtpu, then " + TPU_INSTALL
+        fix = f"pip uninstall -y libtpu-nightly libtpu, then {install(release_for(versions), 'libtpu')}"
+        yield f"libtpu-nightly writes over libtpu's files; {fix}"
     for name in ("tensorflow", "tensorflow-tpu"):
         if uses_tpu and name in versions:
             yield f"{name} takes the TPU when something imports it; pip uninstall -y {name} (tensorflow-cpu is fine)"
     if _minor(versions.get("numpy", "1.26")) < (1, 26):
-        yield f"numpy {versions['numpy']} is too old for torch {TORCH_XLA}; pip install 'numpy>=1.26'"
+        yield f"numpy {versions['numpy']} is too old for torch; pip install 'numpy>=1.26'"
 
 
 def _about_environment(machine: Machine) -> Iterator[str]:
@@ -199,18 +179,21 @@ def _about_room(machine: Machine) -> Iterator[str]:
 
 
 def notes(machine: Machine) -> Iterator[str]:
-    """What looks wrong and is not: run_pretrain_xla.py mends it."""
+    """What looks wrong and is not, as run_pretrain_xla.py sees to it; and what works, but could be faster."""
     host = notebook_host(machine.environment)
     for name in SET_FOR_ONE_PROCESS:
         if host and name in machine.environment:
             yield f"{host} sets {name}; run_pretrain_xla.py removes it (in a program of yours: os.environ.pop({name!r}))"
+    why = why_no_kernels(release_for(machine.versions), machine.versions.get("jax"))
+    if why and _uses_tpu(machine) and not any(misfits(machine.versions, uses_tpu=True)):
+        yield f"training works, but without flash attention and so slower: {why}"
 
 
 def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) -> dict[str, str | int]:
     """{"type": "TPU", "count": 8, "kind": "TPU v5 lite"} as torch_xla itself sees it, in a process of its own.
 
     Raises:
-        RunFailed: it failed, or did not answer within `timeout` seconds; the message holds the mend where it is known.
+        RunFailed: it failed, or did not answer within `timeout` seconds; the message holds the fix where it is known.
     """
     try:
         answer = subprocess.run(
@@ -228,11 +211,11 @@ def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) 
     symptom = next((symptom for symptom in SYMPTOMS if symptom in said), None)
     if symptom is None:
         print(said, file=sys.stderr, flush=True)
-    mend = SYMPTOMS[symptom] if symptom else "all that it said stands on stderr"
+    fix = SYMPTOMS[symptom] if symptom else "all that it said stands on stderr"
     lines = (
         [line for line in said.splitlines() if (symptom or "Error") in line] or said.splitlines() or ["nothing said"]
     )
-    raise RunFailed(f"the devices do not start (exit code {answer.returncode}): {lines[-1].strip()[:300]}: {mend}")
+    raise RunFailed(f"the devices do not start (exit code {answer.returncode}): {lines[-1].strip()[:300]}: {fix}")
 
 
 def main() -> None:
@@ -259,7 +242,7 @@ def main() -> None:
         seen = probe(environment, options.timeout)
         _show("devices", {str(seen["kind"]): f"{seen['count']} of type {seen['type']}"})
     except InputError:
-        _show("devices", {"not tried": "first mend what stands below"})
+        _show("devices", {"not tried": "first fix what stands below"})
     except RunFailed as error:
         _show("devices", {"failed": "see below"})
         found.append(str(error))
@@ -268,7 +251,7 @@ def main() -> None:
     for line in found:
         print(f"conflict: {line}")
     if found:
-        raise RunFailed(f"{len(found)} found; each line above ends with its mend")
+        raise RunFailed(f"{len(found)} found; each line above ends with its fix")
     print("nothing wrong found")
 
 

@@ -8,6 +8,7 @@ has none: offsets stand in the header of each file.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import warnings
 from collections import defaultdict
@@ -60,8 +61,13 @@ class _FilePerDevice(HuggingFaceStorageWriter):
     """The writer knows one part of a tensor per file, as of one process per device; here a process has several."""
 
     def __init__(self, folder: Path, devices: int) -> None:
+        names = inspect.signature(HuggingFaceStorageWriter.__init__).parameters
+        in_parts = "save_distributed" if "save_distributed" in names else "save_sharded"  # torch 2.8's name for it
         # Of the mapping only its largest number matters here: it is in the files' names.
-        super().__init__(str(folder), fqn_to_index_mapping={"": devices}, save_distributed=True)
+        super().__init__(str(folder), fqn_to_index_mapping={"": devices}, **{in_parts: True})
+        # No copies ahead in a CUDA stream: tensors are not on a GPU, and torchax, which torch_xla imports where flax is
+        # installed, makes the writer take JAX for a device that has streams.
+        self.per_thread_copy_ahead = 0
 
     def _split_by_storage_plan(
         self, storage_plan: dict[str, int] | None, items: list[WriteItem]

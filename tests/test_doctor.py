@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import require_xla, run, succeed
+from conftest import ROOT, require_xla, run, succeed
+from packaging.requirements import Requirement
 
 from gpt2xla import doctor, xla_environment
 from gpt2xla.doctor import Machine, conflicts, notes, probe
 from gpt2xla.errors import RunFailed
+from gpt2xla.xla_releases import NEWEST, RELEASES
 
 FITTING = {"torch": "2.9.0+cpu", "torch_xla": "2.9.0", "libtpu": "0.0.21", "jax": "0.7.1", "numpy": "2.3.1"}
 TPU_VM = Machine(environment={"PJRT_DEVICE": "TPU"}, python=(3, 12), versions=FITTING, tpu_chips=8)
@@ -32,20 +34,61 @@ def with_versions(**versions: str) -> Machine:
     return changed(versions={**FITTING, **{name.replace("__", "-"): version for name, version in versions.items()}})
 
 
-def test_a_fitting_machine_has_no_conflicts() -> None:
-    assert list(conflicts(TPU_VM)) == []
-    assert list(notes(TPU_VM)) == []
+# What the hosts' TPU images of August 2026 bring, and what a bare machine gets.
+IMAGES = {
+    "TPU VM": FITTING,
+    "TPU VM, installed now": dict(torch="2.9.0", torch_xla="2.9.0", libtpu="0.0.21.1", jax="0.7.2", jaxlib="0.7.2"),
+    "Colab": dict(
+        torch="2.9.0+cpu", torch_xla="2.9.0", libtpu="0.0.21.1", jax="0.7.2", jaxlib="0.7.2", numpy="2.1.3",
+        transformers="5.15.0",
+    ),
+    "Kaggle": dict(torch="2.8.0+cpu", torch_xla="2.8.0", libtpu="0.0.17", jax="0.7.2", jaxlib="0.7.2", numpy="2.1.3"),
+    "Kaggle, jax as new as the image": dict(torch="2.8.0+cpu", torch_xla="2.8.0", libtpu="0.0.17", jax="0.10.2"),
+    "torch for CUDA": FITTING | {"torch": "2.9.1+cu128"},
+}  # fmt: skip
 
 
-# A machine -> what its one line must hold: the culprit, then the mend.
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_fitting_machine_has_no_conflicts(image: str) -> None:
+    machine = changed(versions=IMAGES[image], python=(3, 13) if image == "Colab" else (3, 12))
+    assert list(conflicts(machine)) == []
+    slower = [line for line in notes(machine) if "flash attention" in line]
+    assert slower == list(notes(machine))
+    assert len(slower) == ("Kaggle" in image), "the libtpu of torch_xla 2.8 does not compile the kernels"
+
+
+def test_without_jax_training_is_slower() -> None:
+    machine = changed(versions={name: version for name, version in FITTING.items() if name != "jax"})
+    assert list(conflicts(machine)) == []
+    (note,) = notes(machine)
+    assert note.endswith("pip install jax==0.7.2")
+
+
+# A machine -> what its one line must hold: the culprit, then the fix.
 CONFLICTS = {
-    "torch newer": (with_versions(torch="2.10.0"), ["torch 2.10.0", "torch_xla 2.9.0", "requirements-xla_tpu.txt"]),
-    "both older": (with_versions(torch="2.6.0", torch_xla="2.6.0"), ["torch_xla 2.6.0", "requirements-xla_tpu.txt"]),
-    "no torch_xla": (changed(versions={"torch": "2.9.0", "libtpu": "0.0.21"}), ["torch_xla is not", "pip install"]),
-    "libtpu newer": (with_versions(libtpu="0.0.23"), ["libtpu 0.0.23", "pip install libtpu==0.0.21"]),
-    "no libtpu": (changed(versions={"torch": "2.9.0", "torch_xla": "2.9.0"}), ["libtpu is not", "pip install"]),
+    "torch newer": (with_versions(torch="2.10.0"), ["torch 2.10.0", "torch_xla 2.9.0", "pip install torch==2.9.0"]),
+    "torch older": (
+        with_versions(torch="2.8.0", libtpu="0.0.17"), ["torch 2.8.0", "torch_xla 2.9.0", "pip install torch_xla==2.8.0"],
+    ),
+    "both older": (
+        with_versions(torch="2.6.0", torch_xla="2.6.0"),
+        ["torch 2.6.0 and torch_xla 2.6.0", "pip install torch==2.9.0 torch_xla==2.9.0"],
+    ),
+    "both newer": (with_versions(torch="2.11.0", torch_xla="2.11.0"), ["torch_xla 2.11.0", "torch_xla==2.9.0"]),
+    "no torch": (changed(versions={"torch_xla": "2.8.1", "libtpu": "0.0.17"}), ["torch is not", "install torch==2.8.0"]),
+    "no torch_xla": (changed(versions={"torch": "2.9.0", "libtpu": "0.0.21"}), ["torch_xla is not", "torch_xla==2.9.0"]),
+    "no torch_xla for torch 2.8": (
+        changed(versions={"torch": "2.8.0+cpu", "libtpu": "0.0.17"}), ["torch_xla is not", "torch_xla==2.8.0"],
+    ),
+    "libtpu newer": (with_versions(libtpu="0.0.25"), ["libtpu 0.0.25", "pip install libtpu==0.0.21.1"]),
+    "libtpu of the other": (with_versions(libtpu="0.0.17"), ["libtpu 0.0.17", "pip install libtpu==0.0.21.1"]),
+    "libtpu too new for 2.8": (
+        changed(versions=IMAGES["Kaggle"] | {"libtpu": "0.0.21.1"}), ["libtpu 0.0.21.1", "pip install libtpu==0.0.17"],
+    ),
+    "libtpu alike": (with_versions(libtpu="0.0.210"), ["libtpu 0.0.210", "pip install libtpu==0.0.21.1"]),
+    "no libtpu": (changed(versions={"torch": "2.9.0", "torch_xla": "2.9.0"}), ["libtpu is not", "libtpu==0.0.21.1"]),
     "two libtpus": (with_versions(libtpu__nightly="0.1.dev20241008"), ["libtpu-nightly", "pip uninstall -y"]),
-    "jax newer": (with_versions(jax="0.8.0"), ["jax 0.8.0", "pip install jax==0.7.1"]),
+    "jax newer": (with_versions(jax="0.8.0"), ["jax 0.8.0", "pip install jax==0.7.2"]),
     "tensorflow": (with_versions(tensorflow="2.18.0"), ["tensorflow takes the TPU", "pip uninstall -y tensorflow"]),
     "tensorflow-tpu": (with_versions(tensorflow__tpu="2.18.0"), ["tensorflow-tpu takes", "uninstall -y tensorflow-tpu"]),
     "old numpy": (with_versions(numpy="1.9.5"), ["numpy 1.9.5", "pip install 'numpy>=1.26'"]),
@@ -68,11 +111,42 @@ CONFLICTS = {
 
 
 @pytest.mark.parametrize(("machine", "words"), CONFLICTS.values(), ids=CONFLICTS)
-def test_a_conflict_is_one_line_with_its_mend(machine: Machine, words: list[str]) -> None:
+def test_a_conflict_is_one_line_with_its_fix(machine: Machine, words: list[str]) -> None:
     (line,) = conflicts(machine)
     assert "\n" not in line
     positions = [line.find(word) for word in words]
     assert -1 not in positions, line
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_pip_keeps_what_a_host_brings(image: str) -> None:
+    """Of the packages that must fit together; `<=2.9.0` allows 2.9.0+cpu, as pip reads it."""
+    extras = _extras()
+    for name, version in IMAGES[image].items():
+        if (name, version) == ("torch", "2.9.1+cu128") or (name[:3] == "jax" and version[:3] != "0.7"):
+            continue
+        for requirement in [*extras["core"], *extras["xla"], *extras["tpu-check"]]:
+            assert requirement.name != name or requirement.specifier.contains(version), requirement
+
+
+def test_a_bare_machine_gets_the_newest_release() -> None:
+    """pip takes the last that the ranges allow, whatever comes out later."""
+    extras = _extras()
+    allowed = {requirement.name: requirement.specifier for requirement in [*extras["xla"], *extras["tpu-check"]]}
+    for name, wanted in NEWEST.pins.items():
+        later = {"2.9.0": ["2.9.1", "2.10.0"], "0.0.21.1": ["0.0.22", "0.0.52"], "0.7.2": ["0.8.0", "0.10.2"]}[wanted]
+        assert list(allowed[name].filter([*(release.pins.get(name, wanted) for release in RELEASES), *later])) == [
+            release.pins.get(name, wanted) for release in RELEASES
+        ]
+    for unknown in ("0.0.18", "0.0.19", "0.0.19.1", "0.0.20"):
+        assert unknown not in allowed["libtpu"]
+
+
+def _extras() -> dict[str, list[Requirement]]:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = {"core": project["dependencies"], **project["optional-dependencies"]}
+    return {extra: [Requirement(text) for text in texts] for extra, texts in lists.items()}
 
 
 def test_a_missing_tpu_is_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:

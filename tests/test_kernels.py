@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from conftest import run_xla, succeed
+from conftest import ROOT, run_xla, succeed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -187,6 +189,20 @@ def test_compiled_blocks_are_one_program_for_all_layers_and_the_same_function() 
         model.hidden(batch()[0][:, :5])  # not of full length: not compiled
     assert compiled.programs == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_compilers_name_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other packages may make another backend torch's default."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    CompiledBlock(speaks=False)
+    assert [options["backend"] for options in asked] == ["inductor"]
+
+
+def test_no_call_of_torch_compile_leaves_its_backend_open() -> None:
+    for file in [*ROOT.glob("gpt2xla/**/*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        calls = re.findall(r"torch\.compile\(.*", file.read_text(encoding="utf-8"))
+        assert all('backend="inductor"' in call for call in calls), file
 
 
 def test_more_loss_chunks_than_tokens() -> None:

@@ -4,14 +4,16 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL_RUN, metrics, run_here, run_xla, succeed, training_losses
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import DefaultSavePlanner
 from transformers import AutoModelForCausalLM
 
-from gpt2xla import checkpoint
+from gpt2xla import checkpoint, sharded_state
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
 from gpt2xla.errors import InputError
@@ -84,6 +86,16 @@ def test_fsdp_stores_adams_state_in_a_file_per_device_without_a_pickle(runs: dic
     for key in ("exp_avg", "exp_avg_sq"):
         for name, moment in stored[1][key].items():
             torch.testing.assert_close(stored[0][key][name], moment, rtol=1e-3, atol=1e-7)
+
+
+def test_a_device_without_streams_does_not_stop_the_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch_xla imports torchax where flax is installed, as on Colab and Kaggle, and it adds such a device to torch."""
+    device = SimpleNamespace(is_available=lambda: True)
+    monkeypatch.setattr(torch, torch._C._get_privateuse1_backend_name(), device, raising=False)
+    state = {"exp_avg": {"wte.weight": torch.arange(6.0).reshape(2, 3)}}
+    sharded_state.save(tmp_path / "shards", state, DefaultSavePlanner(), devices=1, distributed=False)
+    (part,) = (tmp_path / "shards").iterdir()
+    assert load_file(part)["exp_avg.wte.weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def training_of(root: Path) -> dict:

@@ -215,7 +215,7 @@ def validation_batches(
     included. All are of one shape: where windows do not divide, there are rows without labels, so that each window counts
     once however many processes and devices there are."""
     share = padded_share(batch_size, world_size, devices)
-    total = windows.count + (windows.rest > 0) if steps == "all" else min(windows.count, steps * batch_size)
+    total = validation_windows(windows, batch_size, steps)
     for first in range(0, total, batch_size):
         end, own = min(first + batch_size, total), first + rank * share
         if own + share <= min(end, windows.count):
@@ -223,6 +223,11 @@ def validation_batches(
         else:
             ids = np.arange(own, own + share)
             yield windows.batch(np.where(ids < end, ids, -1))
+
+
+def validation_windows(windows: Windows, batch_size: int, steps: int | Literal["all"]) -> int:
+    """How many windows `validation_batches` goes through, on all processes together."""
+    return windows.count + (windows.rest > 0) if steps == "all" else min(windows.count, steps * batch_size)
 
 
 def padded_share(batch_size: int, world_size: int, devices: int) -> int:

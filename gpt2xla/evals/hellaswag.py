@@ -20,6 +20,7 @@ from gpt2xla.errors import InputError
 from gpt2xla.evals.row_losses import RowLosses
 from gpt2xla.loss import IGNORED_LABEL
 from gpt2xla.model import GPT2
+from gpt2xla.progress import Progress
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.stopping import Stop
 from gpt2xla.tokenizer import Tokenizer
@@ -106,17 +107,24 @@ class HellaSwag:
         `RowLosses.of` does."""
         questions = self.questions
         log_probabilities = np.empty(len(questions.rows))
-        for length, numbers, losses in self._buckets:
-            sums = losses.of(self._batches(length, numbers))[:, 0]
-            log_probabilities[numbers] = -sums[: len(numbers)]
+        count = sum(-(-len(numbers) // self._rows_at_once(length)) for length, numbers, _ in self._buckets)
+        with Progress("HellaSwag", count, shown=self.runtime.is_main) as progress:
+            for length, numbers, losses in self._buckets:
+                sums = losses.of(self._batches(length, numbers), progress)[:, 0]
+                log_probabilities[numbers] = -sums[: len(numbers)]
         return accuracy(log_probabilities.reshape(questions.ending_characters.shape), questions)
 
     def _batches(self, length: int, numbers: np.ndarray) -> Iterator[Batch]:
-        runtime = self.runtime
-        batch_size = self.batch_size * (self.questions.seq_length // length)
-        share = padded_share(batch_size, runtime.world_size, runtime.devices)
-        for first in range(runtime.rank * share, len(numbers) + runtime.rank * share, share * runtime.world_size):
+        rows = self._rows_at_once(length)
+        share = rows // self.runtime.world_size
+        for first in range(self.runtime.rank * share, len(numbers) + self.runtime.rank * share, rows):
             yield self._batch(length, numbers[first : first + share], share)
+
+    def _rows_at_once(self, length: int) -> int:
+        """Of all processes together, divisible by them and their devices."""
+        batch_size = self.batch_size * (self.questions.seq_length // length)
+        world_size = self.runtime.world_size
+        return padded_share(batch_size, world_size, self.runtime.devices) * world_size
 
     def _batch(self, length: int, numbers: np.ndarray, share: int) -> Batch:
         ids = np.zeros((share, length), dtype=np.int64)

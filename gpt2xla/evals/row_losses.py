@@ -16,6 +16,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import RunFailed
 from gpt2xla.loss import IGNORED_LABEL, mask_padding
 from gpt2xla.model import GPT2
+from gpt2xla.progress import Progress
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.stopping import Stop, Stopped
 
@@ -34,15 +35,17 @@ class RowLosses:
         self.model, self.runtime, self.name, self.stop = model, runtime, name, stop
         self._step = runtime.compile_step(self._score, name)
 
-    def of(self, batches: Iterable[Batch]) -> np.ndarray:
+    def of(self, batches: Iterable[Batch], progress: Progress) -> np.ndarray:
         """(rows, 2) in float64: summed loss in nats, and the number of tokens it sums over, of each row of this process's
-        `batches` and all others'. Each batch's rows come in the order of processes. Collective.
+        `batches` and all others'. Each batch's rows come in the order of processes; `progress` counts those that the device
+        is done with. Collective.
 
         Raises:
             Stopped: on all processes, when they have agreed to stop.
             RunFailed: on all processes, when a loss is NaN or infinite.
         """
         self._values: list[np.ndarray] = []
+        self._progress = progress
         was_training = self.model.training
         self.model.eval()
         try:
@@ -78,6 +81,7 @@ class RowLosses:
                 hear(of_processes[:, -1].sum())
                 of_processes = of_processes[:, :-1]
             self._values.append(of_processes.reshape(-1, 2))
+            self._progress.advance()
 
         self.runtime.when_ready(ready, self.runtime.gather_rows(values))
 

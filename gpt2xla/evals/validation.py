@@ -9,10 +9,11 @@ import numpy as np
 
 from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import Manifest
-from gpt2xla.data.windows import Windows, validation_batches
+from gpt2xla.data.windows import Windows, validation_batches, validation_windows
 from gpt2xla.evals.row_losses import RowLosses
 from gpt2xla.metrics import perplexity
 from gpt2xla.model import GPT2
+from gpt2xla.progress import Progress
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.stopping import Stop
 
@@ -59,6 +60,7 @@ class Validator:
         stop: Stop | None = None,
     ) -> None:
         self.train, self.windows, self.runtime = config.train, windows, runtime
+        self._name = name.replace(" step", "")
         self._losses = RowLosses(model, runtime, name, stop)
 
     def run(self) -> Validation:
@@ -67,7 +69,9 @@ class Validator:
         runtime, train = self.runtime, self.train
         shares = (runtime.rank, runtime.world_size, runtime.devices)
         batches = validation_batches(self.windows, train.eval_batch_size, train.valid_steps, *shares)
-        sums, counts = self._losses.of(batches).T
+        count = validation_windows(self.windows, train.eval_batch_size, train.valid_steps)
+        with Progress(self._name, -(-count // train.eval_batch_size), shown=runtime.is_main) as progress:
+            sums, counts = self._losses.of(batches, progress).T
         loss = sums.sum() / counts.sum()
         return Validation(
             loss=float(loss),

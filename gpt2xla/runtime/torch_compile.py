@@ -57,7 +57,7 @@ class CompiledBlock:
 
     def __init__(self, speaks: bool) -> None:
         self._speaks = speaks
-        self._compiled = torch.compile(_call, dynamic=False)
+        self._compiled = torch.compile(_call, backend="inductor", dynamic=False)
         self._known: set[tuple[torch.Size, bool, bool]] = set()
 
     @property

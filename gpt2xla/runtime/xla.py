@@ -28,6 +28,7 @@ from torch_xla.utils.checkpoint import checkpoint as torch_xla_checkpoint
 
 from gpt2xla.attention import chunked_attention
 from gpt2xla.config import ModelConfig, OptimConfig, TrainConfig, XlaConfig
+from gpt2xla.console import say
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError, is_out_of_memory
 from gpt2xla.kernels import Attention, Kernels, choose_kernels
@@ -88,6 +89,10 @@ class XlaRuntime:
         torch_xla.manual_seed(random_seed(seed, step, self.rank), self.device)
 
     def setup_model(self, model: GPT2) -> nn.Module:
+        if self.dtype == torch.float16 and xr.device_type() == "CPU" and self.is_main:
+            say(
+                "warning: XLA emulates fp16 on a CPU, a hundred times slower than fp32; choose fp32 or bf16", error=True
+            )
         model.kernels = self._kernels(model.config)
         self.place_parameters(model)
         if not self.options.ddp:

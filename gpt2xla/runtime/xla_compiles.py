@@ -15,6 +15,7 @@ import torch_xla.runtime as xr
 from gpt2xla.console import say
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import blaming
+from gpt2xla.progress import Progress
 
 _BETWEEN = "between the steps"
 
@@ -77,7 +78,7 @@ class CompileWatch:
         before, start = self._compiled, time.perf_counter()
         if first:
             self._say(f"compiling the {name} (on a TPU this takes minutes) ...")
-        with self.part(name):
+        with self.part(name), Progress(f"compiling the {name}", None, shown=first and self._speaks):
             yield
         if first:
             # From the first step on, nothing between steps may compile either.

@@ -11,6 +11,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
 from gpt2xla.kernels import Attention
+from gpt2xla.xla_releases import installed, release_for, why_no_kernels
 
 
 def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attention:
@@ -28,10 +29,11 @@ def why_not(device_kind: str, num_heads: int, head_size: int, length: int) -> st
     """What keeps the kernels from running; None if nothing does."""
     if not device_kind.startswith("TPU") or device_kind.startswith("TPU v2"):
         return "it needs a TPU v3 or later"
-    try:
-        from gpt2xla.flash_attention import Shape
-    except ImportError as error:
-        return f"it needs jax ({error}); pip install -r requirements-xla_tpu.txt"
+    versions = installed(("torch_xla", "jax"))
+    if reason := why_no_kernels(release_for(versions), versions.get("jax")):
+        return reason
+    from gpt2xla.flash_attention import Shape
+
     if not Shape(1, length, num_heads, head_size, bf16=not device_kind.startswith("TPU v3")).supported:
         return (
             f"heads of {head_size} columns and --seq-length {length} do not suit it (heads of 32, 64 or 128 do, and "

@@ -95,20 +95,23 @@ def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         import jax
+        from jax._src.interpreters import mlir
+        from jax._src.lib import xla_client
         from jax.experimental import topologies
-        from jax.sharding import SingleDeviceSharding
 
         from gpt2xla import flash_attention as kernels
 
         kernels.use_libtpu_version()
         B, T, H, K = sizes
         shape = kernels.Shape(B, T, H, K, bf16=topology.kind != "TPU v3")
-        device = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name).devices[0]
+        device: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name).devices[0]
         for direction in ("forward", "backward"):
             function = getattr(kernels, direction)(shape)
-            place = SingleDeviceSharding(device)
-            arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place) for a in function.arguments]
-            jax.jit(function).lower(*arguments).compile()
+            lowered = jax.jit(function).trace(*function.arguments).lower(lowering_platforms=("tpu",))
+            module: Any = lowered.compiler_ir()
+            # Not lowered.compile(): jax 0.7.2 crashes where it asks such a device for its layouts.
+            devices = xla_client.DeviceList((device,))
+            device.client.compile(mlir.module_to_bytecode(module), devices, xla_client.CompileOptions())
             # Two programs are dumped: the kernel's and a frame around it, the shorter one.
             schedules = [f for f in Path(folder).glob("*final_bundles.txt") if "analysis" not in f.name]
             kernel = max(schedules, key=lambda file: file.stat().st_size).read_text()

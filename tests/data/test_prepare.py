@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +234,13 @@ def test_the_fast_encoder_equals_the_tokenizer(
     assert encoded.sizes.tolist() == [len(text.encode()) for text in texts]
 
 
-def test_an_encoder_that_differs_is_not_used(tokenizer_folder: Path) -> None:
+@pytest.mark.parametrize("harm", [lambda ids, ends: (ids[::-1], ends), lambda ids, ends: 1 / 0], ids=["ids", "error"])
+def test_an_encoder_that_differs_is_not_used(tokenizer_folder: Path, harm: Callable[..., Any]) -> None:
+    """As a release of gigatoken that this one was not tried with might."""
     encoder = Encoder(load_tokenizer(str(tokenizer_folder)))
     right = encoder._reference
-    encoder._encode = lambda texts: (right(texts)[0][::-1], right(texts)[1])
+    encoder._encode = lambda texts: harm(*right(texts))
+    encoder.fast = True
     texts = pa.array(documents(20), pa.large_string())
     assert not encoder.check(texts)
     assert not encoder.fast
