@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import select
@@ -38,6 +39,7 @@ def exit_code(main: Callable[[], None]) -> int:
     An error meant for the user becomes one line on stderr, once per host however many processes meet it; every other
     exception keeps its traceback (exit code 1).
     """
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name or a sample that the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     ending: SystemExit | None = None
@@ -49,7 +51,7 @@ def exit_code(main: Callable[[], None]) -> int:
         print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
         is_known = isinstance(error, InputError | RunFailed | KeyboardInterrupt) or is_out_of_memory(error)
-        if not (is_known or _has_no_reader(error)):
+        if not (is_known or _is_disk_full(error) or _has_no_reader(error)):
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_SECONDS_FOR_MAIN)
@@ -75,6 +77,9 @@ def report(error: BaseException) -> int:
         return _NO_READER
     if is_out_of_memory(error):
         error = RunFailed("out of memory; end other programs, or choose a smaller batch or model")
+    if _is_disk_full(error):
+        _silence()
+        error = RunFailed("the disk that is written to is full, or your quota on it; free some space and start again")
     if isinstance(error, InputError | RunFailed):
         if _is_first_to_report():
             line = str(error).replace("\n", "\\n")  # a name in it may hold one
@@ -94,11 +99,36 @@ def _has_no_reader(error: BaseException) -> bool:
     return isinstance(error, BrokenPipeError) and any(map(_is_broken, (sys.stdout, sys.stderr)))
 
 
+def _is_disk_full(error: BaseException) -> bool:
+    """Also of standard output that goes to a file."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _open_closed_streams() -> None:
+    """Let a program that is started with standard streams closed, as `>&-` does, write to nowhere. Else the next files that
+    it opens would have their numbers, and get what libraries write to these."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  it stays open
+
+
 def _silence() -> None:
-    """Write to nowhere what nobody reads: at its exit Python would try again, and report that."""
-    for stream in filter(_is_broken, (sys.stdout, sys.stderr)):
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
+    """Write to nowhere what cannot be written: at its exit Python would try again, and report that."""
+    for stream in (sys.stdout, sys.stderr):
+        if _is_broken(stream) or not _takes_the_rest(stream):
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _takes_the_rest(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _is_broken(stream: TextIO) -> bool:

@@ -98,6 +98,13 @@ def _read(file: Path) -> dict[str, Any] | None:
         raise InputError(f"{file} cannot be read ({error}); copy it again, or remove it") from None
     if not isinstance(values, dict):
         raise InputError(f"{file} holds no options; copy it again, or remove it")
+    for key in ("bos_token_id", "eos_token_id"):
+        stated = values.get(key)
+        ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+        if not all(type(i) is int for i in ids):
+            raise InputError(
+                f"{file}: {key} is {str(stated)[:80]!r}, not an id; write a whole number, or a list of them"
+            )
     return values
 
 

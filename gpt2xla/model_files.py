@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from gpt2xla import hf
@@ -34,6 +35,8 @@ def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
     """Model configuration and weights of a folder or file. Raises InputError."""
     if not source.is_file():
         return hf.load_model(source)
+    if (part := re.search(r"-\d+-of-(\d+)\.", source.name)) and int(part[1]) > 1:
+        raise InputError(f"{source} is one of the {int(part[1])} parts of a model; give its folder, {source.parent}")
     kind = kind_of(source)
     if kind == "llm.c":
         return load_llmc_model(source)

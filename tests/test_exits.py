@@ -12,6 +12,7 @@ import torch.distributed as dist
 from conftest import ROOT, SMALL_RUN, prepare_documents
 
 from gpt2xla.config import TorchConfig
+from gpt2xla.console import say
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.exits import exit_code
 from gpt2xla.runtime import process_group
@@ -70,6 +71,28 @@ def test_a_closed_pipe_is_silence_and_a_code(
     sys.stdout.flush()
     if "stderr" in streams:
         assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_standard_output_on_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    with open("/dev/full", "w") as full:  # closing it raises where something is left to be written
+        monkeypatch.setattr(sys, "stdout", full)
+        assert exit_code(lambda: print("kept until the end")) == 1
+    error = capfd.readouterr().err
+    assert "the disk that is written to is full" in error
+    assert error.count("\n") == 1
+
+
+def test_standard_streams_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has None for them then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert exit_code(lambda: say("x") or say("y", error=True)) == 0
+    assert exit_code(refuse) == 2
+    sys.stdout.close()
+    sys.stderr.close()
 
 
 def test_another_broken_connection_is_no_closed_pipe(broken: Callable[..., None]) -> None:

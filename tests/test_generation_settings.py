@@ -92,7 +92,18 @@ def test_a_text_without_a_prompt_begins_as_in_transformers(tmp_path: Path) -> No
     assert theirs[0, 0] == GenerationSettings.load(folder).start_id(load_tokenizer(str(folder)), 260) == 9
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '"x"'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '"x"',
+        '{"eos_token_id": "2"}',
+        '{"eos_token_id": 2.0}',
+        '{"bos_token_id": true}',
+        '{"eos_token_id": ["2"]}',
+    ],
+)
 def test_a_damaged_file_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(InputError, match=r"generation_config\.json"):

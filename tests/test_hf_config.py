@@ -8,6 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2CLS, ACT2FN
 
+from gpt2xla.errors import InputError
 from gpt2xla.hf import from_hf_state
 from gpt2xla.hf_config import from_hf_config, read_config
 from gpt2xla.model import GPT2, MLP
@@ -100,3 +101,13 @@ def test_an_activation_computes_what_transformers_computes_or_is_refused(name: s
     ours.load_state_dict(from_hf_state(config, theirs.state_dict()))
     ids = torch.arange(20)[None]
     torch.testing.assert_close(ours.logits(ids), theirs(ids).logits, rtol=0, atol=1e-6)
+
+
+def test_windows_spellings_of_a_file_are_read_or_named(tmp_path: Path) -> None:
+    """A byte order mark is passed over; UTF-16, as PowerShell's > writes it, is not guessed at."""
+    text, file = json.dumps(GPT_2 | {"n_layer": 3}), tmp_path / "config.json"
+    file.write_text(text, encoding="utf-8-sig")
+    assert read_config(tmp_path)[0].num_layers == 3
+    file.write_text(text, encoding="utf-16")
+    with pytest.raises(InputError, match=r"config\.json: it is not text in UTF-8; save it as such"):
+        read_config(tmp_path)

@@ -289,6 +289,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "Flax": (lambda f: written(f / "flax_model.msgpack", b"\x81\xabtransformer\x84"), "from_flax=True"),
     "npy": (lambda f: written(f / "x.bin", b"\x93NUMPY\1\0"), "is a .npy array"),
     "index": (lambda f: in_parts(f) / "pytorch_model.bin.index.json", "JSON text, not weights; give the folder"),
+    "part": (lambda f: next(in_parts(f).glob("*-of-*")), "is one of the 2 parts of a model; give its folder"),
     "TensorFlow's part": (lambda f: written(f / "model.ckpt.data-00000-of-00001", b"abc"), "TensorFlow checkpoint"),
     "TorchScript": (lambda f: archive(f / "x.pt", "x/constants.pkl"), "TorchScript program"),
     "zip": (lambda f: archive(f / "x.pt", "readme.txt"), "zip archive that torch did not write"),
