@@ -105,6 +105,9 @@ def main() -> None:
         prompt_ids(tokenizer, reader.checked(prompt), settings, model_config.real_vocab_size)
     for note in weights.notes:
         print(note, file=sys.stderr)
+    if unused := settings.unused():
+        shown = ", ".join(f"{key} {value}" for key, value in unused.items())
+        print(f"note: only flags count here, not the model's generation_config.json: {shown}", file=sys.stderr)
     model = build_model(model_config, weights, source)
     device = move(model, options.device, options.dtype)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message names the flag or file and the mend. Exit code 2."""
+    """What the user gave cannot work; the message names the flag or file and the fix. Exit code 2."""
 
 
 class RunFailed(RuntimeError):
@@ -30,8 +30,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """An operating system's error inside is the user's to mend: an InputError that names the flag or file `what`."""
+    """An operating system's error inside is the user's to fix: an InputError that names the flag or file `what`."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{what}: {error.strerror or error}; choose another or mend it") from None
+        raise InputError(f"{what}: {error.strerror or error}; fix it, or choose another") from None

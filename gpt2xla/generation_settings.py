@@ -13,6 +13,9 @@ from gpt2xla.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.tokenizer_folder import has_tokenizer, model_folder
 
 GENERATION_CONFIG = "generation_config.json"
+# What of it does not change which tokens are drawn, or what a command says anyway: how long, and how.
+_HARMLESS = ("do_sample", "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config")
+_NEUTRAL = (None, [], {}, False, 0, 1, 1.0)  # values at which transformers' options do nothing
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class GenerationSettings:
         """
         stated = next(self._stated("eos_token_id"), default)
         return frozenset(filter(_is_id, stated if isinstance(stated, list) else [stated]))
+
+    def unused(self) -> dict[str, Any]:
+        """The options of `generation_config.json` that transformers would draw tokens by."""
+        return {
+            key: value
+            for key, value in (self.generation or {}).items()
+            if not (key.endswith("_token_id") or key in _HARMLESS or value in _NEUTRAL)
+        }
 
     def start_id(self, tokenizer: Tokenizer, vocab_size: int) -> int | None:
         """What a text without a prompt begins after: bos_token_id, found in the same order, else the end of a text."""

@@ -194,7 +194,7 @@ class Trainer:
         self.runtime.barrier("saved")
         if not is_saved:
             raise RunFailed(
-                f"there is no checkpoint of step {step}; mend what stands above, and start the same command again"
+                f"step {step} was not saved; fix the error above, and start the same command again"
             )
         if self.runtime.is_main:
             self._print_end(step)

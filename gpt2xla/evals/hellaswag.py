@@ -210,6 +210,8 @@ def clean(text: str) -> str:
 
 def _item(values: Any, where: str) -> Item:
     try:
+        if values["label"] == "":
+            raise ValueError("without a label, as its test split is")
         context = f"{values['activity_label']}: {values['ctx_a']} {values['ctx_b'].capitalize()}"
         item = Item(clean(context), tuple(clean(ending) for ending in values["endings"]), int(values["label"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
