@@ -57,6 +57,7 @@ _FOREIGN = (
     (b"GIF8", 0, "an image", "give text"),
     (b"\x7fELF", 0, "a program", "give text"),
     (b"version https://git-lfs.github.com/spec/", 0, "a Git LFS pointer, not the file itself", "run: git lfs pull"),
+    (b"WARC/1.", 0, "a web archive (WARC, WET)", "extract its text first, as datatrove or warcio do"),
     (b"<mediawiki", 0, "a MediaWiki dump", "extract its text first, as WikiExtractor does"),
 )  # fmt: skip
 _CONTROL = re.compile(rb"[\0-\x06\x0e-\x1a\x1c-\x1f]")  # not in text, which may begin with PARENTS or GGUF

@@ -57,11 +57,55 @@ def test_links_to_a_file_are_that_file(folder: Path) -> None:
         (folder / snapshot / "a.jsonl").symlink_to(folder / "blob")
     (folder / "blob").write_text('{"text": "a"}')
     (folder / "sub" / "back").symlink_to(folder)
+    (folder / "sub" / "hard.txt").hardlink_to(folder / "sub" / "b.txt")
     assert read(folder / "1", folder / "2", folder / "sub") == ["a", "b", "a", "c"], "what is new behind the link back"
+
+
+def test_what_may_be_the_same_text_twice_is_refused(folder: Path) -> None:
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"a"))
+    with pytest.raises(InputError, match=r"a\.txt and a\.txt\.gz may be the same text"):
+        read(folder)
+    assert read(folder, exclude=("*.gz",)) == ["a", "c", "b"]
+    for name in ("blobs", "snapshots/1", "snapshots/2"):  # a whole cache of the hub, with two revisions
+        (folder / "data" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="snapshots holds 2 revisions of the same files"):
+        read(folder, exclude=("*.gz",))
+
+
+SPLITS = {"README.md": "# A data set", "data/train-0.jsonl": "a", "data/test-0.jsonl": "b"}
+CONFIGS = {
+    "README.md": "---\nconfigs:\n- config_name: en\n  data_files: en/*\n- config_name: de\n  data_files: de/*\n---\n",
+    "en/a.jsonl": "a",
+    "de/b.jsonl": "b",
+}
+
+
+@pytest.mark.parametrize(("files", "options", "expected"), [
+    (SPLITS, {}, {"a": None}), (SPLITS, {"split": "test"}, {"b": None}),
+    (SPLITS, {"test_split": "test"}, {"a": "train", "b": "test"}),
+    (SPLITS, {"split": "dev"}, "no split 'dev' but train, test"),
+    ({"README.md": "# Card", "a.jsonl": "a", "b.jsonl": "b"}, {}, {"a": None, "b": None}),
+    (CONFIGS, {"config": "de"}, {"b": None}), (CONFIGS, {}, "Please pick one among the available configs"),
+    ({"README.md": CONFIGS["README.md"]}, {"config": "de"}, "choose with --config"),
+])  # fmt: skip
+def test_a_folder_has_the_splits_that_datasets_finds_in_it(
+    files: dict[str, str], options: dict[str, str], expected: dict[str, str | None] | str, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text if name == "README.md" else json.dumps({"text": text}))
+    config = HubConfig(dataset=str(tmp_path), **options)  # type: ignore[arg-type]
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            dataset_parts(config, say=lambda _: None)
+    else:
+        parts = dataset_parts(config, say=lambda _: None)
+        assert {text: part.split for part in parts for text in documents_of([part])} == expected
 
 
 @pytest.mark.parametrize(("exclude", "expected"), [
     (["a.txt"], ["c", "b"]), (["[ab].txt"], ["c"]), (["sub"], ["a", "c"]), (["sub/*"], ["a", "c"]), (["./sub/"], ["a", "c"]),
+    (["**/[ab].txt"], ["c"]),
     (["*.bak", "sub/b.*"], ["a", "c"]),
 ])  # fmt: skip
 def test_exclude_takes_patterns(exclude: list[str], expected: list[str], folder: Path) -> None:
