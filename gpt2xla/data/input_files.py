@@ -99,7 +99,8 @@ class _Search:
         elif saved_dataset.is_one(folder):
             files = saved_dataset.data_files(folder, self.option)
             for file in files:
-                self._file(file)
+                if not self._is_excluded(file.name, file.relative_to(top).as_posix()):
+                    self._file(file)
             for file in sorted(set(folder.glob("*.arrow")) - set(files)):
                 self._leave_out("stale, since state.json does not name them", file.name)
         else:

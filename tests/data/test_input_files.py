@@ -155,6 +155,7 @@ def test_of_a_saved_dataset_the_files_that_its_list_names_are_read(tmp_path: Pat
     assert read(tmp_path / "d", said=said) == expected == texts
     assert said[0].startswith("left out: 3 stale, since state.json does not name them (data-00000-of-00003.arrow, ")
     assert read(tmp_path, said=said) == texts, "below the folder given, too"
+    assert read(tmp_path, exclude=("d/data-00001*",)) == texts[:5]
 
     state = json.loads((tmp_path / "d" / "state.json").read_text())
     state["_data_files"].reverse()
