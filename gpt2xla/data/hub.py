@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,7 +102,9 @@ def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
     card, is_listed = folder / _CARD, False
     try:
         is_listed = card.exists() and bool((huggingface_hub.metadata_load(card) or {}).get("configs"))
-        builder = datasets.load_dataset_builder(str(folder), name=options.config if is_listed else None)
+        with tempfile.TemporaryDirectory() as cache:  # datasets makes a folder there, which nobody needs
+            config = options.config if is_listed else None
+            builder = datasets.load_dataset_builder(str(folder.absolute()), name=config, cache_dir=cache)
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
         if isinstance(error, FileNotFoundError) and not is_listed:  # none of a format that datasets reads
             return {}

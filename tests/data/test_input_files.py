@@ -89,12 +89,18 @@ CONFIGS = {
     ({"README.md": CONFIGS["README.md"]}, {"config": "de"}, "choose with --config"),
 ])  # fmt: skip
 def test_a_folder_has_the_splits_that_datasets_finds_in_it(
-    files: dict[str, str], options: dict[str, str], expected: dict[str, str | None] | str, tmp_path: Path
+    files: dict[str, str],
+    options: dict[str, str],
+    expected: dict[str, str | None] | str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    folder = tmp_path / "csv"  # a builder of datasets has that name, too
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text if name == "README.md" else json.dumps({"text": text}))
-    config = HubConfig(dataset=str(tmp_path), **options)  # type: ignore[arg-type]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text if name == "README.md" else json.dumps({"text": text}))
+    monkeypatch.chdir(tmp_path)
+    config = HubConfig(dataset="csv", **options)  # type: ignore[arg-type]
     if isinstance(expected, str):
         with pytest.raises(InputError, match=expected):
             dataset_parts(config, say=lambda _: None)
