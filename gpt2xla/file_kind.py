@@ -7,27 +7,19 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2xla.errors import InputError, blaming
+from gpt2xla.file_magic import HEAD_BYTES, foreign
 
 Kind = Literal["safetensors", "torch", "llm.c"]
 
 _TENSORFLOW = "load it with transformers 4 (from_pretrained with from_tf=True) and save it with save_pretrained"
 _FLAX = "load it with transformers 4 (from_pretrained with from_flax=True) and save it with save_pretrained"
-_UNPACK = "unpack it first"
-_FOREIGN: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned"),
-    (b"<!doctype", "is a web page, not a model; download the file itself"),
-    (b"<html", "is a web page, not a model; download the file itself"),
-    (b"\x1f\x8b", f"is compressed by gzip; {_UNPACK}"),
-    (b"BZh", f"is compressed by bzip2; {_UNPACK}"),
-    (b"\xfd7zXZ\0", f"is compressed by xz; {_UNPACK}"),
-    (b"\x28\xb5\x2f\xfd", f"is compressed by zstd; {_UNPACK}"),
-    (b"\x04\x22\x4d\x18", f"is compressed by lz4; {_UNPACK}"),
-    (b"7z\xbc\xaf\x27\x1c", f"is a 7z archive; {_UNPACK}"),
-    (b"GGUF", "is a GGUF file, for llama.cpp; give the model that it was made from"),
-    (b"\x89HDF", f"is an HDF5 file, such as TensorFlow's tf_model.h5; {_TENSORFLOW}"),
-    (b"\x93NUMPY", "is a numpy array, such as a shard of tokens, not a model"),
-    (b"{", "is JSON text, not weights; give the folder of the model"),
-)
+_CHOOSE = "choose another file"
+# What helps with formats that are not read here.
+_FIXES = {
+    "gguf": "give the model that it was made from",
+    "hdf5": f"if it is TensorFlow's tf_model.h5, {_TENSORFLOW}",
+    "numpy": "perhaps a shard of tokens: give a model",
+}
 # The first number of llm.c's files.
 _LLMC = {
     20240326: "llm.c",
@@ -65,7 +57,7 @@ _FOLDERS = (
 def kind_of(file: Path) -> Kind:
     """Which reader a file needs. Raises InputError, naming what it is, if none here reads it."""
     with blaming(str(file)), file.open("rb") as stream:
-        head = stream.read(512)
+        head = stream.read(HEAD_BYTES)
     if not head:
         raise InputError(f"{file} is empty; copy it again")
     if head[:4] == b"PK\x03\x04":
@@ -113,16 +105,17 @@ def _refuse_other_archives(file: Path) -> None:
     if any(name.endswith("/constants.pkl") for name in names):
         raise InputError(f"{file} is a TorchScript program, not a checkpoint; save the model's state_dict instead")
     if not any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
-        raise InputError(f"{file} is a zip archive that torch did not write; {_UNPACK}")
+        raise InputError(f"{file} is a zip archive that torch did not write; unpack it first")
 
 
 def _foreign(head: bytes, name: str) -> str:
+    if found := foreign(head):
+        return f"is {found.what}; {_FIXES.get(found.kind, found.fix or _CHOOSE)}"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    for magic, sentence in _FOREIGN:
-        if head.startswith(magic) or (magic[:1] in (b"<", b"{") and text.startswith(magic)):
-            return sentence
-    if head[257:262] == b"ustar":
-        return f"is a tar archive; {_UNPACK}"
+    if text.startswith((b"<!doctype", b"<html")):
+        return "is a web page, not a model; download the file itself"
+    if text.startswith(b"{"):
+        return "is JSON text, not weights; give the folder of the model"
     if (
         0x81 <= head[0] <= 0x8F and head[1:2] and (0xA1 <= head[1] <= 0xBF or head[1] == 0xD9)
     ):  # a map whose keys are text

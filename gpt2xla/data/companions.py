@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2xla.data.foreign_formats import HEAD_BYTES, foreign_format
+from gpt2xla.data.foreign_formats import foreign_format
 from gpt2xla.errors import InputError
+from gpt2xla.file_magic import HEAD_BYTES
 
 # Megatron's and lit-gpt's; 6 and 7 are floats.
 CODED_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}

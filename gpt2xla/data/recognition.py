@@ -12,6 +12,7 @@ from pathlib import Path
 from gpt2xla.data import compression, text_file
 from gpt2xla.data.reading import ENDOFTEXT, LONGEST, PACKED, Format, Reading
 from gpt2xla.errors import InputError
+from gpt2xla.file_magic import Foreign, foreign
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _PROMISES: dict[str, Format] = {
@@ -28,40 +29,24 @@ _NAMES: dict[Format, str] = {
     "text": "text", "jsonl": "JSON lines", "json": "JSON", "csv": "CSV", "tsv": "TSV", "parquet": "parquet",
     "arrow": "Arrow",
 }  # fmt: skip
-_UNPACK = "unpack it and name what is inside"
-_EXPORT = "export its text"
-# First bytes, where they lie, what has them, and the fix.
-_FOREIGN = (
-    (b"PK\x03\x04", 0, "a zip archive (or an Office, EPUB, .npz or .pt file)", _UNPACK),
-    (b"PK\x05\x06", 0, "an empty zip archive", _UNPACK),
-    (b"ustar", 257, "a tar archive", _UNPACK),
-    (b"7z\xbc\xaf\x27\x1c", 0, "a 7z archive", _UNPACK),
-    (b"Rar!\x1a\x07", 0, "a rar archive", _UNPACK),
-    (b"LZIP\x01", 0, "compressed with lzip", "decompress it first"),
-    (b"\x1f\x9d", 0, "compressed with compress (.Z)", "decompress it first"),
-    (b"\x02\x21\x4c\x18", 0, "compressed in lz4's legacy format", "decompress it first: lz4 -d"),
-    (b"]\0\0", 0, "compressed as .lzma", "decompress it first: unlzma"),
-    (b"\xff\x06\0\0sNaPpY", 0, "compressed with snappy", "decompress it first"),
-    (b"FEA1", 0, "Feather version 1", "write it again as parquet: pandas.read_feather(...).to_parquet(...)"),
-    (b"PARE", 0, "encrypted parquet", "decrypt it"),
-    (b"Obj\x01", 0, "Avro", "convert it to parquet"),
-    (b"\x93NUMPY", 0, "a .npy array", "give text, not tokens"),
-    (b"SQLite format 3\0", 0, "an SQLite database", "export the column with the text as CSV"),
-    (b"\x89HDF\r\n\x1a\n", 0, "HDF5", "convert it to parquet"),
-    (b"GGUF", 0, "a GGUF model", "give text"),
-    (b"%PDF-", 0, "a PDF", f"{_EXPORT}: pdftotext"),
-    (b"{\\rtf", 0, "an RTF document", _EXPORT),
-    (b"\xd0\xcf\x11\xe0", 0, "an old Office document", _EXPORT),
-    (b"\x89PNG", 0, "an image", "give text"),
-    (b"\xff\xd8\xff", 0, "an image", "give text"),
-    (b"GIF8", 0, "an image", "give text"),
-    (b"\x7fELF", 0, "a program", "give text"),
-    (b"version https://git-lfs.github.com/spec/", 0, "a Git LFS pointer, not the file itself", "run: git lfs pull"),
-    (b"WARC/1.", 0, "a web archive (WARC, WET)", "extract its text first, as datatrove or warcio do"),
-    (b"<mediawiki", 0, "a MediaWiki dump", "extract its text first, as WikiExtractor does"),
-)  # fmt: skip
+# What helps with formats that are not read here; else: give text.
+_FIXES = {
+    **dict.fromkeys(("zip", "7z", "rar", "tar"), "unpack it and name what is inside"),
+    **dict.fromkeys(("avro", "hdf5", "pickle"), "convert it to parquet"),
+    "feather-1": "write it again as parquet: pandas.read_feather(...).to_parquet(...)",
+    "encrypted-parquet": "decrypt it",
+    "numpy": "give text, not tokens",
+    "sqlite": "export the column with the text as CSV",
+    "pdf": "export its text: pdftotext",
+    "document": "export its text",
+    "wiki": "extract its text first, as WikiExtractor does",
+    "web-archive": "extract its text first, as datatrove or warcio do",
+}
+_MARKUP = {  # text whose markup nobody wants to learn, by its beginning
+    b"<mediawiki": Foreign("wiki", "a MediaWiki dump"),
+    b"WARC/1.": Foreign("web-archive", "a web archive (WARC, WET)"),
+}
 _CONTROL = re.compile(rb"[\0-\x06\x0e-\x1a\x1c-\x1f]")  # not in text, which may begin with PARENTS or GGUF
-_PICKLE = re.compile(rb"\x80[\x02-\x05].", re.DOTALL)
 _HTML = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
 _LIKE_JSON = re.compile(rb'\s*(\{\s*(["}]|\Z)|\[\s*(\{\s*(["}]|\Z)|"|\Z))')
 
@@ -138,13 +123,14 @@ def _recognised(file: Path, name: str, layers: tuple[str, ...], head: bytes, col
 
 
 def _refuse_foreign(head: bytes, name: str) -> None:
-    for magic, at, what, fix in _FOREIGN:
-        if head.startswith(magic, at) and (not magic.isalnum() or _CONTROL.search(head)):
-            raise InputError(f"{name} is {what}; {fix}, or leave it out (--exclude)")
-    if _PICKLE.match(head):
-        raise InputError(
-            f"{name} is a pickle, which may hold a program; convert it to parquet, or leave it out (--exclude)"
-        )
+    found = next((kind for start, kind in _MARKUP.items() if head.startswith(start)), None) or foreign(head)
+    if found is None or found.kind in ("parquet", "arrow"):  # which are read
+        return
+    if found.kind in ("pointer", "pdf", "document", "wiki", "web-archive") or _CONTROL.search(
+        head
+    ):  # else it is text that begins like it
+        fix = _FIXES.get(found.kind, found.fix or "give text")
+        raise InputError(f"{name} is {found.what}; {fix}, or leave it out (--exclude)")
 
 
 def _certain(file: Path, layers: tuple[str, ...], text: bytes) -> Format | None:

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2xla.data import companions
-from gpt2xla.data.foreign_formats import HEAD_BYTES, foreign_format, pointer
+from gpt2xla.data.foreign_formats import foreign_format, pointer
 from gpt2xla.data.raw_ids import against_uint16, sample_blocks
 from gpt2xla.errors import InputError
+from gpt2xla.file_magic import HEAD_BYTES
 
 RAW = "raw uint16"
 SUFFIXES = (".npy", ".bin", ".ds")

@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[str, dict[str, bytes]]] = {
     "zip": ("zip archive", {"a.bin": zipped()}),
     "npz": ("zip archive", {"a.npy": zipped()}),
     "tar": ("archive", {"a.bin": tarred()}),
-    "PyTorch": ("zip archive, as .npz and PyTorch's", {"pytorch_model.bin": torch_file(True)}),
+    "PyTorch": ("zip archive .or an Office, EPUB, .npz or .pt file", {"pytorch_model.bin": torch_file(True)}),
     "PyTorch, old": ("PyTorch", {"optimizer.bin": torch_file(False)}),
     "safetensors": ("safetensors", {"a.bin": safetensors()}),
     "Arrow stream": ("Arrow", {"a.bin": arrow(True)}),
