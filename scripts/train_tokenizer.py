@@ -79,10 +79,11 @@ def main() -> None:
     from gpt2xla.tokenizer import train_bpe
 
     output_dir, held_out = Path(options.output_dir), HeldOut()
-    documents = itertools.islice(documents_of(corpus(options)), options.max_documents)
-    tokenizer = train_bpe(
-        held_out.others(documents), output_dir.name, options.vocab_size, options.min_frequency, options.special_tokens
-    )
+    documents = held_out.others(itertools.islice(documents_of(corpus(options)), options.max_documents))
+    if (first := next(documents, None)) is None:
+        raise InputError(f"{'--dataset' if options.dataset else '--input'}: there is no text in it; give other files")
+    documents = itertools.chain([first], documents)
+    tokenizer = train_bpe(documents, output_dir.name, options.vocab_size, options.min_frequency, options.special_tokens)
     with blaming(f"--output-dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(output_dir)

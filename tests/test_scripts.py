@@ -156,6 +156,14 @@ def test_a_wrong_tokenizer_training_is_one_line(flags: list[str], culprit: str, 
     assert not (tmp_path / "out").exists()
 
 
+def test_no_tokenizer_is_trained_on_nothing(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text(" \n")
+    result = run_here("scripts/train_tokenizer.py", "--input", tmp_path, "--output-dir", tmp_path / "out")
+    assert result.returncode == 2
+    assert "--input: there is no text in it" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     (tmp_path / "lines.txt").write_text("\n".join(DOCUMENTS))

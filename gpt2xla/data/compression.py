@@ -1,16 +1,18 @@
 """Compressed files, told by their first bytes under any name: gzip, bzip2, xz, zstd and lz4, also one within another.
 
 Several members or frames in one file are read one after the other. Every decoder here raises an error where a stream ends
-too early; Arrow's are used for speed, the standard library's for xz, which Arrow lacks.
+too early, or something else follows it; Arrow's are used for speed, the standard library's for xz, which Arrow lacks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import lzma
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -63,10 +65,37 @@ def opened(file: Path, layers: tuple[str, ...]) -> Iterator[pa.NativeFile]:
         stream = stack.enter_context(pa.input_stream(str(file), compression=None))
         for codec in layers:
             if codec == "xz":
-                stream = pa.PythonFile(stack.enter_context(lzma.open(stream)), mode="r")
+                stream = pa.PythonFile(io.BufferedReader(_Xz(stream)), mode="r")
             else:
                 stream = stack.enter_context(pa.CompressedInputStream(stream, codec))
         yield stream
+
+
+class _Xz(io.RawIOBase):
+    """Streams of xz, one after another, with zeros between them. lzma.open ends without a word where zeros or damage follow
+    a stream, and leaves out what comes then."""
+
+    def __init__(self, source: pa.NativeFile) -> None:
+        self._source, self._decoder = source, lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            packed = b""
+            if self._decoder.eof:
+                packed = self._decoder.unused_data.lstrip(b"\0")
+                while not packed and (chunk := self._source.read(HEAD_BYTES)):
+                    packed = chunk.lstrip(b"\0")
+                if not packed:
+                    return 0
+                self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            elif self._decoder.needs_input and not (packed := self._source.read(HEAD_BYTES)):
+                raise EOFError("Truncated compressed stream")
+            if content := self._decoder.decompress(packed, len(buffer)):
+                buffer[: len(content)] = content
+                return len(content)
 
 
 def _codec(content: bytes, name: str) -> str | None:

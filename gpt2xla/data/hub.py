@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from gpt2xla.config import option
 from gpt2xla.data import passing_folder, saved_dataset
@@ -27,6 +30,7 @@ from gpt2xla.errors import InputError, RunFailed, blaming
 T = TypeVar("T")
 _LONGEST_WAIT = 60.0
 _NAMES_PER_REQUEST = 500
+_CARD = "README.md"  # a data set's description, and perhaps the list of its files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +38,7 @@ class HubConfig:
     """Data set"""
 
     dataset: str = option("HuggingFaceFW/fineweb", "name on the hub, or a local folder", is_path=True)
-    config: str | None = option(None, "configuration of the data set; of a local folder there is none")
+    config: str | None = option(None, "configuration of the data set; of a local folder, one that its README.md lists")
     split: str = option("train", "split to take")
     test_split: str | None = option(None, "split that becomes test/ (default: documents are drawn from --split)")
     text_column: str = option("text", COLUMN_HELP)
@@ -62,14 +66,51 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
         option="--dataset", say=say,
     )  # fmt: skip
     if (folder / saved_dataset.SPLITS).is_file():
-        parts = local([saved_dataset.split_folder(folder, options.split, "--dataset")])
-        if options.test_split:
-            tests = local([saved_dataset.split_folder(folder, options.test_split, "--dataset")])
-            parts = [replace(part, split="train") for part in parts] + [replace(part, split="test") for part in tests]
-        return parts
-    if options.split != "train" or options.test_split:
+        files_of = partial(_saved_split, folder)
+    elif by_split := _splits_by_name(options, folder):
+        files_of = partial(_named_split, by_split, folder)
+    elif options.split != "train" or options.test_split:
         raise InputError(f"--dataset {folder} is a folder of files without splits; leave --split and --test-split out")
-    return local([folder])
+    else:
+        return local([folder], exclude=(_CARD,) if (folder / _CARD).exists() else ())  # as datasets does
+    parts = local(files_of(options.split))
+    if options.test_split:
+        tests = local(files_of(options.test_split))
+        parts = [replace(part, split="train") for part in parts] + [replace(part, split="test") for part in tests]
+    return parts
+
+
+def _saved_split(folder: Path, split: str) -> list[Path]:
+    return [saved_dataset.split_folder(folder, split, "--dataset")]
+
+
+def _named_split(by_split: dict[str, list[Path]], folder: Path, split: str) -> list[Path]:
+    if split not in by_split:
+        raise InputError(f"--dataset {folder} has no split {split!r} but {', '.join(by_split)}; choose with --split")
+    return by_split[split]
+
+
+def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by split, as its README.md lists them or datasets tells them by their names; {} where nothing
+    tells. Raises InputError, also for configurations of which none is chosen."""
+    if saved_dataset.is_one(folder):
+        return {}
+    import datasets
+    import huggingface_hub
+
+    datasets.logging.set_verbosity_error()
+    card, is_listed = folder / _CARD, False
+    try:
+        is_listed = card.exists() and bool((huggingface_hub.metadata_load(card) or {}).get("configs"))
+        with tempfile.TemporaryDirectory() as cache:  # datasets makes a folder there, which nobody needs
+            config = options.config if is_listed else None
+            builder = datasets.load_dataset_builder(str(folder.absolute()), name=config, cache_dir=cache)
+    except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
+        if isinstance(error, FileNotFoundError) and not is_listed:  # none of a format that datasets reads
+            return {}
+        raise InputError(f"--dataset {folder}: {_reason(error)}; choose with --config, or name a part of it") from None
+    found = {str(split): list(map(Path, files)) for split, files in (builder.config.data_files or {}).items()}
+    return {} if found.keys() == {"train"} and not is_listed else found
 
 
 @dataclass(frozen=True)

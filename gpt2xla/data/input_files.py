@@ -40,12 +40,26 @@ def find(
     if not search.files:
         instead = f"; there are {', '.join(left_out)}: name files that you want" if left_out else ""
         raise InputError(f"{option} {' '.join(map(str, paths))}: no files ending in {described(suffixes)}{instead}")
+    _refuse_twins(search.files, option)
     if left_out:
         say(f"left out: {', '.join(left_out)}")
     for pattern in exclude:
         if pattern not in search.matched:
             say(f"note: --exclude {pattern} matches nothing")
     return search.files
+
+
+def _refuse_twins(files: list[Path], option: str) -> None:
+    by_content: dict[Path, Path] = {}
+    for file in files:
+        content = file
+        while content.suffix.lower() in PACKED:
+            content = content.with_suffix("")
+        if (other := by_content.setdefault(content, file)) is not file:
+            raise InputError(
+                f"{option} {other} and {file.name} may be the same text, compressed or not; move one away, or leave it out "
+                "(--exclude)"
+            )
 
 
 def _examples(names: list[str]) -> str:
@@ -61,7 +75,7 @@ class _Search:
     files: list[Path] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     matched: set[str] = field(default_factory=set)
-    seen: set[str] = field(default_factory=set)
+    seen: set[tuple[int, int]] = field(default_factory=set)
 
     def path(self, path: Path) -> None:
         if path.is_dir():
@@ -85,7 +99,8 @@ class _Search:
         elif saved_dataset.is_one(folder):
             files = saved_dataset.data_files(folder, self.option)
             for file in files:
-                self._file(file)
+                if not self._is_excluded(file.name, file.relative_to(top).as_posix()):
+                    self._file(file)
             for file in sorted(set(folder.glob("*.arrow")) - set(files)):
                 self._leave_out("stale, since state.json does not name them", file.name)
         else:
@@ -108,6 +123,11 @@ class _Search:
                 folders.append(path)
             elif self._is_data(entry.name, folder):
                 self._file(path)
+        if len(folders) > 1 and folder.name == "snapshots" and (folder.parent / "blobs").is_dir():
+            raise InputError(
+                f"{self.option} {folder} holds {len(folders)} revisions of the same files, as the hub's cache does; name "
+                "the folder of one"
+            )
         for path in folders:
             self._folder(path, top, seen)
 
@@ -128,16 +148,16 @@ class _Search:
             raise InputError(f"{self.option} {str(path)!a}: its name is not UTF-8; rename it") from None
         if path.exists() and not path.is_file():  # to read from a pipe would wait for ever
             raise InputError(f"{self.option} {path} is no regular file; leave it out")
-        real = os.path.realpath(path)
-        if real in self.seen:
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in self.seen:  # by links of either kind, too
             self._leave_out("reached twice", str(path))
         else:
-            self.seen.add(real)
+            self.seen.add((status.st_dev, status.st_ino))
             self.files.append(path)
 
     def _is_excluded(self, name: str, relative: str) -> bool:
         for pattern in self.exclude:
-            bare = pattern.removeprefix("./").rstrip("/")
+            bare = pattern.removeprefix("./").removeprefix("**/").rstrip("/")
             if any(text == bare or fnmatch.fnmatchcase(text, bare) for text in (name, relative)):
                 self.matched.add(pattern)
                 self._leave_out("excluded", name)

@@ -18,11 +18,13 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
     """The texts in the field `column`, null where a line has none, in arrays of a few MB.
 
-    Raises InputError: no line of a block has the field, or a line cannot be read.
+    Raises InputError: none of the first lines, 8 MB of them, has the field, or a line cannot be read.
     """
     parse = pyarrow.json.ParseOptions(
         explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore"
     )
+    first: dict[str, Any] | None = None  # of the records up to the first text
+    has_text, size = False, 0
     # Block by block, since Arrow's own way of reading ahead never ends where a stream is damaged.
     for number, block in _blocks(source, name):
         try:
@@ -32,9 +34,15 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
             if found := _first_bad_line(block, number, column):
                 raise InputError(f"{name}, line {found}") from None
             raise
-        if texts.null_count == len(texts):
-            raise InputError(without_field(name, column, _first_fields(block)))
+        has_text = has_text or texts.null_count < len(texts)
+        size += len(block)
+        if not has_text:
+            first = first or _first_fields(block)
+            if size > LONGEST // 2:  # the rest may take hours
+                break
         yield from texts.chunks
+    if first is not None and not has_text:
+        raise InputError(without_field(name, column, first))
 
 
 def without_field(name: str, column: str, fields: dict[str, Any]) -> str:

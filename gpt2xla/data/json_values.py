@@ -97,7 +97,9 @@ class _Values:
             except RecursionError:
                 raise self._error("it is nested too deeply") from None
             except json.JSONDecodeError as error:
-                if len(self.buffer) - self.at > LONGEST or not self._read():
+                if len(self.buffer) - self.at > LONGEST:
+                    raise self._error(f"the next one is no JSON, or longer than {LONGEST >> 20} MiB") from None
+                if not self._read():
                     raise self._error(error.msg) from None
             else:
                 if end < len(self.buffer) or not self._read():  # else it may go on

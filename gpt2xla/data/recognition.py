@@ -40,6 +40,11 @@ _FIXES = {
     "pdf": "export its text: pdftotext",
     "document": "export its text",
     "wiki": "extract its text first, as WikiExtractor does",
+    "web-archive": "extract its text first, as datatrove or warcio do",
+}
+_MARKUP = {  # text whose markup nobody wants to learn, by its beginning
+    b"<mediawiki": Foreign("wiki", "a MediaWiki dump"),
+    b"WARC/1.": Foreign("web-archive", "a web archive (WARC, WET)"),
 }
 _CONTROL = re.compile(rb"[\0-\x06\x0e-\x1a\x1c-\x1f]")  # not in text, which may begin with PARENTS or GGUF
 _HTML = re.compile(rb"\s*<(!doctype html|html)\b", re.IGNORECASE)
@@ -118,10 +123,10 @@ def _recognised(file: Path, name: str, layers: tuple[str, ...], head: bytes, col
 
 
 def _refuse_foreign(head: bytes, name: str) -> None:
-    found = Foreign("wiki", "a MediaWiki dump") if head.startswith(b"<mediawiki") else foreign(head)
+    found = next((kind for start, kind in _MARKUP.items() if head.startswith(start)), None) or foreign(head)
     if found is None or found.kind in ("parquet", "arrow"):  # which are read
         return
-    if found.kind in ("pointer", "pdf", "document", "wiki") or _CONTROL.search(
+    if found.kind in ("pointer", "pdf", "document", "wiki", "web-archive") or _CONTROL.search(
         head
     ):  # else it is text that begins like it
         fix = _FIXES.get(found.kind, found.fix or "give text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
@@ -24,12 +25,16 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
 
+_JAPANESE = re.compile(rb"\x1b\$[@B][!-~]+\x1b\([BJ]")  # ASCII, by its bytes
+
 
 def check_head(head: bytes, name: str) -> None:
     """Raises InputError, naming the file `name`, if it begins as no text in UTF-8 does."""
     for mark, encoding in _OTHER_ENCODINGS.items():
         if head.startswith(mark):
             raise InputError(f"{name} is text in {encoding}; save it as UTF-8, or leave it out (--exclude)")
+    if _JAPANESE.search(head):
+        raise InputError(f"{name} is text in ISO-2022-JP; save it as UTF-8, or leave it out (--exclude)")
     if b"\0" in head:
         raise _binary(name)
     text = codecs.getincrementaldecoder("utf-8")("ignore").decode(head)  # a character cut at the end is not bad

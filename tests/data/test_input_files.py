@@ -57,11 +57,61 @@ def test_links_to_a_file_are_that_file(folder: Path) -> None:
         (folder / snapshot / "a.jsonl").symlink_to(folder / "blob")
     (folder / "blob").write_text('{"text": "a"}')
     (folder / "sub" / "back").symlink_to(folder)
+    (folder / "sub" / "hard.txt").hardlink_to(folder / "sub" / "b.txt")
     assert read(folder / "1", folder / "2", folder / "sub") == ["a", "b", "a", "c"], "what is new behind the link back"
+
+
+def test_what_may_be_the_same_text_twice_is_refused(folder: Path) -> None:
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"a"))
+    with pytest.raises(InputError, match=r"a\.txt and a\.txt\.gz may be the same text"):
+        read(folder)
+    assert read(folder, exclude=("*.gz",)) == ["a", "c", "b"]
+    for name in ("blobs", "snapshots/1", "snapshots/2"):  # a whole cache of the hub, with two revisions
+        (folder / "data" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="snapshots holds 2 revisions of the same files"):
+        read(folder, exclude=("*.gz",))
+
+
+SPLITS = {"README.md": "# A data set", "data/train-0.jsonl": "a", "data/test-0.jsonl": "b"}
+CONFIGS = {
+    "README.md": "---\nconfigs:\n- config_name: en\n  data_files: en/*\n- config_name: de\n  data_files: de/*\n---\n",
+    "en/a.jsonl": "a",
+    "de/b.jsonl": "b",
+}
+
+
+@pytest.mark.parametrize(("files", "options", "expected"), [
+    (SPLITS, {}, {"a": None}), (SPLITS, {"split": "test"}, {"b": None}),
+    (SPLITS, {"test_split": "test"}, {"a": "train", "b": "test"}),
+    (SPLITS, {"split": "dev"}, "no split 'dev' but train, test"),
+    ({"README.md": "# Card", "a.jsonl": "a", "b.jsonl": "b"}, {}, {"a": None, "b": None}),
+    (CONFIGS, {"config": "de"}, {"b": None}), (CONFIGS, {}, "Please pick one among the available configs"),
+    ({"README.md": CONFIGS["README.md"]}, {"config": "de"}, "choose with --config"),
+])  # fmt: skip
+def test_a_folder_has_the_splits_that_datasets_finds_in_it(
+    files: dict[str, str],
+    options: dict[str, str],
+    expected: dict[str, str | None] | str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "csv"  # a builder of datasets has that name, too
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text if name == "README.md" else json.dumps({"text": text}))
+    monkeypatch.chdir(tmp_path)
+    config = HubConfig(dataset="csv", **options)  # type: ignore[arg-type]
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            dataset_parts(config, say=lambda _: None)
+    else:
+        parts = dataset_parts(config, say=lambda _: None)
+        assert {text: part.split for part in parts for text in documents_of([part])} == expected
 
 
 @pytest.mark.parametrize(("exclude", "expected"), [
     (["a.txt"], ["c", "b"]), (["[ab].txt"], ["c"]), (["sub"], ["a", "c"]), (["sub/*"], ["a", "c"]), (["./sub/"], ["a", "c"]),
+    (["**/[ab].txt"], ["c"]),
     (["*.bak", "sub/b.*"], ["a", "c"]),
 ])  # fmt: skip
 def test_exclude_takes_patterns(exclude: list[str], expected: list[str], folder: Path) -> None:
@@ -111,6 +161,7 @@ def test_of_a_saved_dataset_the_files_that_its_list_names_are_read(tmp_path: Pat
     assert read(tmp_path / "d", said=said) == expected == texts
     assert said[0].startswith("left out: 3 stale, since state.json does not name them (data-00000-of-00003.arrow, ")
     assert read(tmp_path, said=said) == texts, "below the folder given, too"
+    assert read(tmp_path, exclude=("d/data-00001*",)) == texts[:5]
 
     state = json.loads((tmp_path / "d" / "state.json").read_text())
     state["_data_files"].reverse()
