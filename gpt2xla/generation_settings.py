@@ -15,7 +15,7 @@ from gpt2xla.tokenizer_folder import has_tokenizer, model_folder
 GENERATION_CONFIG = "generation_config.json"
 # What of it does not change which tokens are drawn, or what a command says anyway: how long, and how.
 _HARMLESS = ("do_sample", "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config")
-_NEUTRAL = (None, [], {}, False, 0, 1, 1.0)  # values at which transformers' options do nothing
+_NEUTRAL: tuple[Any, ...] = (None, [], {}, False, 0, 1, 1.0)  # values at which transformers' options do nothing
 
 
 @dataclass(frozen=True)

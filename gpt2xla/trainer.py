@@ -193,9 +193,7 @@ class Trainer:
                     sink.close()
         self.runtime.barrier("saved")
         if not is_saved:
-            raise RunFailed(
-                f"step {step} was not saved; fix the error above, and start the same command again"
-            )
+            raise RunFailed(f"step {step} was not saved; fix the error above, and start the same command again")
         if self.runtime.is_main:
             self._print_end(step)
 
