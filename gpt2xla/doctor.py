@@ -186,7 +186,7 @@ def notes(machine: Machine) -> Iterator[str]:
             yield f"{host} sets {name}; run_pretrain_xla.py removes it (in a program of yours: os.environ.pop({name!r}))"
     why = why_no_kernels(release_for(machine.versions), machine.versions.get("jax"))
     if why and _uses_tpu(machine) and not any(misfits(machine.versions, uses_tpu=True)):
-        yield f"training works, but without flash attention and so slower: {why}"
+        yield f"training works, but without flash attention, so that a step takes about a third longer: {why}"
 
 
 def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) -> dict[str, str | int]:
