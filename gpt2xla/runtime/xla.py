@@ -89,7 +89,9 @@ class XlaRuntime:
 
     def setup_model(self, model: GPT2) -> nn.Module:
         if self.dtype == torch.float16 and xr.device_type() == "CPU" and self.is_main:
-            say("warning: XLA emulates fp16 on a CPU, a hundred times slower than fp32; choose fp32 or bf16", error=True)
+            say(
+                "warning: XLA emulates fp16 on a CPU, a hundred times slower than fp32; choose fp32 or bf16", error=True
+            )
         model.kernels = self._kernels(model.config)
         self.place_parameters(model)
         if not self.options.ddp:
