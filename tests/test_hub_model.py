@@ -51,7 +51,7 @@ def environment(url: str, home: Path) -> dict[str, str]:
 
 
 def fetched_once(hub: Hub) -> bool:
-    wanted = ("config.json", "model-", "model.safetensors.index.json")
+    wanted = ("config.json", "generation_config.json", "model-", "model.safetensors.index.json")
     return all(
         hub.sent(f"/{name}") == (len(content) if name.startswith(wanted) else 0) for name, content in hub.files.items()
     )

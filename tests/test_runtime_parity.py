@@ -90,13 +90,8 @@ def test_the_sync_free_optimizer_equals_the_plain_one(trained: Path, data_flags:
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=RELATIVE)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        "muon",
-        *(pytest.param(flags, marks=pytest.mark.slow) for flags in ("adamw", "adam", "adamw --use-syncfree-optim")),
-    ],
-)
+@pytest.mark.slow  # the quick form is in test_muon.py
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "adamw --use-syncfree-optim"])
 def test_a_rate_of_exactly_zero_changes_nothing_on_xla(optimizer: str, data_flags: list[str], tmp_path: Path) -> None:
     """Steps 4 and 5 have a rate of 0, and ids from 97 on occur nowhere, so that their second moments are 0."""
     schedule = "--learning-rate 0.01 --min-lr 0 --decay-steps 3 --warmup-steps 1 --train-steps 5".split()
