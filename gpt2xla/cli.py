@@ -45,9 +45,7 @@ class SourceConfig:
     config: str | None = option(
         None, "YAML or JSON file of options by flag name; flags on the command line override it", is_path=True
     )
-    preset: Preset | None = option(  # noqa: RUF009  option() is dataclasses.field()
-        None, "model options of one of OpenAI's four sizes; other flags override it"
-    )
+    preset: Preset | None = option(None, "model options of one of OpenAI's four sizes; other flags override it")
 
 
 def parse_run(

@@ -51,7 +51,7 @@ class GeneralConfig:
     from_checkpoint: str | None = option(
         None,
         "start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a .safetensors, .pt "
-        "or llm.c file, or a checkpoint folder of ours (which continues where it stopped, unless --resume never)",
+        "or llm.c file, or our own checkpoint folder (which continues where it stopped, unless --resume never)",
         is_path=True,
     )
     resume: str = option(
@@ -215,7 +215,7 @@ class TrainConfig:
     train_steps: int = option(20_000, "optimizer updates in the whole run")
     train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
     gradient_accum_step: int = option(8, "micro-steps per optimizer update")
-    mixed_precision: Precision = option(  # noqa: RUF009  option() is dataclasses.field()
+    mixed_precision: Precision = option(
         "auto",
         "compute type over fp32 weights: bf16; fp16, which scales the loss; none: fp32 throughout; auto: a continued run's "
         "own, else bf16 on TPUs and GPUs that have it, fp16 on other GPUs with fast fp16, none on CPUs, MPS and for "

@@ -30,7 +30,7 @@ _RENAMED = {
     "layer_norm.": "ln_f.",
 }
 _THEIRS = re.compile("|".join(rf"(?<![^.]){re.escape(name)}" for name in _RENAMED))
-# A name of ours behind whatever the model was wrapped in: "_orig_mod." of torch.compile, "module." of DDP, "model." of
+# One of our names behind whatever the model was wrapped in: "_orig_mod." of torch.compile, "module." of DDP, "model." of
 # Lightning, "transformer." of Hugging Face and nanoGPT, ...
 _WRAPPED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?)(?P<name>(?:wte|wpe|ln_f|lm_head)\.[^.]+|h\.\d+\..+)")
 # What may also wrap a single block.
@@ -40,7 +40,7 @@ _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 def in_our_names(tensors: Mapping[str, StoredTensor], source: Path) -> dict[str, StoredTensor]:
     """The tensors by our names, matrices as nn.Linear has them, without causal masks, which are no parameters.
 
-    Names that are none of ours stay as they are. Raises InputError where tensors are wrapped differently: they are not
+    Other names stay as they are. Raises InputError where tensors are wrapped differently: they are not
     plainly one model's.
     """
     out: dict[str, StoredTensor] = {}

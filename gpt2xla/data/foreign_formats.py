@@ -26,7 +26,7 @@ _LLMC = {  # by the number that llm.c's files begin with, a date
 
 
 def foreign_format(head: bytes, size: int) -> str | None:
-    """What a file is and what to do about it, to follow its name and "is"; None where nothing speaks against ids.
+    """What a file is and what to do about it, to follow its name and "is"; None where nothing rules out ids.
 
     Args:
         head: its first HEAD_BYTES.

@@ -102,7 +102,7 @@ class _Values:
                 if not self._read():
                     raise self._error(error.msg) from None
             else:
-                if end < len(self.buffer) or not self._read():  # else it may go on
+                if end < len(self.buffer) or not self._read():  # else it may continue
                     self.at = end
                     return value
 

@@ -1,4 +1,4 @@
-"""What speaks against a headerless file being uint16 ids, by a sample from all over it."""
+"""What rules out that a headerless file holds uint16 ids, by a sample from all over it."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Content:
 
 
 def promised(name: str) -> tuple[str, Format | None]:
-    """The suffix of a file's name without those of compression, and the format that it promises, if it is one of ours."""
+    """The suffix of a file's name without those of compression, and the format that it promises, if we read it."""
     stem, suffix = os.path.splitext(name.lower())
     while suffix in PACKED:
         stem, suffix = os.path.splitext(stem)

@@ -8,7 +8,7 @@
 | Megatron-LM, GPT-NeoX: `.bin` | `.idx` beside it | integers |
 | datatrove, nanotron: `.ds` | `.ds.index` and `.ds.metadata` beside it | uint16 or uint32 |
 | dolma, OLMo: `.npy` without a header | `.csv.gz` beside it | unsigned integers |
-| nanoGPT: `.bin` | nothing that speaks against it (`foreign_formats.py`, `raw_ids.py`) | uint16 |
+| nanoGPT: `.bin` | nothing that rules it out (`foreign_formats.py`, `raw_ids.py`) | uint16 |
 """
 
 from __future__ import annotations
