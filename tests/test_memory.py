@@ -271,7 +271,14 @@ def test_a_run_that_may_be_ended_without_a_word_is_warned() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mixed_precision": "bf16"}, {"activation_checkpointing": "block"}, {"loss_chunks": 4}], ids=str
+    "options",
+    [
+        {},
+        pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
+        {"activation_checkpointing": "block"},
+        {"loss_chunks": 4},
+    ],
+    ids=str,
 )
 def test_what_a_step_takes_is_never_overstated(options: dict) -> None:
     """Against torch's own record of what it allocates in one: the estimate is that or a little less."""

@@ -85,6 +85,7 @@ def test_xla_equals_torch(trained: Path, xla_run: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.slow  # a run that moves from torch continues with it, too
 def test_the_sync_free_optimizer_equals_the_plain_one(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     succeed(run_xla(*data_flags, *SMALL_RUN, "--use-syncfree-optim", "--checkpoints-dir", tmp_path))
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=RELATIVE)
@@ -116,6 +117,7 @@ def test_kernels_on_xla_equal_torch(flags: str, trained: Path, data_flags: list[
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=RELATIVE)
 
 
+@pytest.mark.slow
 def test_kernels_in_ddp_equal_one_process(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     flags = "--attention chunked --activation-checkpointing block --loss-chunks 4".split()
     succeed(torchrun(2, *data_flags, *SMALL_RUN, *flags, "--checkpoints-dir", tmp_path))
