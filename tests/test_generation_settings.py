@@ -198,3 +198,11 @@ def test_data_of_another_tokenizer_than_the_models_is_refused_until_it_is_named(
     named = match_tokenizer("bytes", folders, [manifest], 260)
     assert named
     assert named.eot_id == END
+
+
+def test_options_that_transformers_would_draw_by_are_named_and_neutral_ones_are_not() -> None:
+    """Neutral are the values that transformers itself writes as defaults."""
+    defaults = {"temperature": 1.0, "top_k": 0, "num_beams": 1, "bad_words_ids": None, "transformers_version": "5"}
+    chosen = {"repetition_penalty": 1.2, "suppress_tokens": [3]}
+    settings = GenerationSettings({}, {"eos_token_id": [1, 2], "do_sample": True} | defaults | chosen)
+    assert settings.unused() == chosen
