@@ -313,7 +313,7 @@ def nanogpt(folder: Path, train: np.ndarray, valid: np.ndarray) -> None:
 
 @pytest.mark.parametrize("write", [build_nanogpt, nanogpt])
 def test_shards_of_other_repositories(write: Any, places: dict[str, Any], tmp_path: Path) -> None:
-    """Both splits in one folder, as their programs read it: the same losses as from folders of ours."""
+    """Both splits in one folder, as their programs read it: the same losses as from our own folders."""
     train, valid = (np.load(places[flag] / "fineweb_0000.npy") for flag in ("--train-dir", "--valid-dir"))
     (tmp_path / "theirs").mkdir()
     write(tmp_path / "theirs", train, valid)

@@ -33,6 +33,8 @@ def against_uint16(tokens: np.ndarray) -> str | None:
             "copy or prepare it again"
         )
     sample = np.concatenate(blocks)
+    if _are_floats(sample):
+        return "looks like fp16 or bf16 numbers, such as a model's weights, not ids; move it out of the folder"
     if (name := _wider_type(sample) or _narrower_or_swapped(sample)) is None:
         return None
     return (
@@ -54,6 +56,12 @@ def _wider_type(sample: np.ndarray) -> tuple[str, str] | None:
             is_eight = len(pairs) > 1 and not pairs[high::2, 1 - high].any()
             return f"{name}{'int64' if is_eight else 'int32'}", f"{order}{'i8' if is_eight else 'i4'}"
     return None
+
+
+def _are_floats(sample: np.ndarray) -> bool:
+    """Weights lie between -2 and 2, so that their exponent's highest bit is never set, and half of them are negative."""
+    is_negative = sample >= 0x8000
+    return len(sample) >= 1000 and not (sample & 0x4000).any() and 0.4 < is_negative.mean() < 0.6
 
 
 def _narrower_or_swapped(sample: np.ndarray) -> tuple[str, str] | None:

@@ -33,6 +33,7 @@ from gpt2xla.errors import InputError
 # As those of text: a few ids often, many seldom, none of the last of GPT-2's.
 IDS = (50_257 ** np.random.default_rng(0).random(6000)).astype(np.int64) - 1
 LARGE = IDS * 2  # up to 100,000
+WEIGHTS = np.random.default_rng(0).normal(0, 0.02, 6000).astype("<f4")
 CODES = {"u1": 1, "i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<f8": 6, "<f4": 7, "<u2": 8}  # Megatron's and lit-gpt's
 
 
@@ -184,6 +185,8 @@ REFUSED: dict[str, tuple[str, dict[str, bytes]]] = {
     "big-endian int64": ("looks like big-endian int64", {"a.bin": raw(IDS, ">i8")}),
     "big-endian uint16": ("looks like big-endian uint16", {"a.bin": raw(IDS, ">u2")}),
     "big-endian characters": ("looks like big-endian uint16", {"a.bin": raw(IDS % 65, ">u2")}),
+    "fp16 weights": ("looks like fp16 or bf16 numbers", {"a.bin": raw(WEIGHTS, "<f2")}),
+    "bf16 weights": ("looks like fp16 or bf16 numbers", {"a.bin": raw(WEIGHTS.view("<u4") >> 16, "<u2")}),
     "uint8": ("looks like uint8", {"a.bin": raw(IDS % 65, "u1")}),
     "zeros": ("never written whole", {"a.bin": bytes(20_000)}),
     "zeros at the end": ("never written whole", {"a.bin": raw(IDS) + bytes(10_000)}),
