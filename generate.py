@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Literal
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.errors import InputError
-from gpt2xla.exits import exit_code
+from gpt2xla.processes.exits import exit_code
 
 if TYPE_CHECKING:  # it imports torch, for which --help must not wait
-    from gpt2xla.generation import Device
-    from gpt2xla.model import GPT2
+    from gpt2xla.generation.decoding import Device
+    from gpt2xla.model.gpt2 import GPT2
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class GenerateConfig:
 def main() -> None:
     options = parse_options(GenerateConfig, "Continue text with a GPT-2.")
     options.check()
-    from gpt2xla.continuation import Continuation, continue_texts, prompt_ids
-    from gpt2xla.generation_settings import GenerationSettings
-    from gpt2xla.prompts import PromptReader, json_lines, read_prompts, record
-    from gpt2xla.sampling import SamplingConfig
-    from gpt2xla.start import build_model, load_weights, locate
-    from gpt2xla.tokenizer import find_tokenizer
-    from gpt2xla.tokenizer_folder import model_folder
+    from gpt2xla.checkpoint.start import build_model, load_weights, locate
+    from gpt2xla.data.tokenizer import find_tokenizer
+    from gpt2xla.data.tokenizer_folder import model_folder
+    from gpt2xla.generation.continuation import Continuation, continue_texts, prompt_ids
+    from gpt2xla.generation.prompt_file import PromptReader, json_lines, read_prompts, record
+    from gpt2xla.generation.sampling import SamplingConfig
+    from gpt2xla.generation.settings import GenerationSettings
 
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     sampling.check()
@@ -145,13 +145,13 @@ def move(model: GPT2, name: str, dtype: str) -> Device:
     """Bring `model` to the device called `name`, laid out as it generates fastest. Raises InputError if it is not there."""
     import torch
 
-    from gpt2xla.generation import TorchDevice
+    from gpt2xla.generation.decoding import TorchDevice
 
     if dtype == "bf16":
         model.to(torch.bfloat16)
     if name == "xla":
         try:
-            from gpt2xla.runtime.xla_generation import XlaDevice
+            from gpt2xla.runtime.xla.generation import XlaDevice
         except ImportError as error:
             raise InputError(
                 f"--device xla: torch_xla is missing or broken ({error}); see requirements-*.txt"
@@ -166,7 +166,7 @@ def move(model: GPT2, name: str, dtype: str) -> Device:
         raise InputError(f"--device {name}: torch finds none here; use --device auto")
     model.to(name)
     if name == "cpu":
-        from gpt2xla.packed_linear import pack_linears
+        from gpt2xla.generation.packed_linear import pack_linears
 
         if reason := pack_linears(model):
             print(f"note: generating with torch's own matrix products, half as fast: {reason}", file=sys.stderr)

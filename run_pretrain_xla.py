@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
-from gpt2xla import xla_environment
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
-from gpt2xla.exits import exit_code, settled
+from gpt2xla.processes.exits import exit_code, exit_now_on_signal
+from gpt2xla.runtime.xla import environment as xla_environment
 
 if TYPE_CHECKING:  # it imports torch, for which --help must not wait
-    from gpt2xla.stopping import StopSignals
+    from gpt2xla.processes.signals import StopSignals
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Nothing may touch a device before this: the workers could not have it then.
     if torch_xla._XLAC._xla_runtime_is_initialized():
         raise InputError("this process uses the device already, so its workers cannot; restart the notebook's kernel")
-    from gpt2xla.stopping import StopSignals
+    from gpt2xla.processes.signals import StopSignals
 
     try:
         with StopSignals() as signals:
@@ -57,7 +57,7 @@ def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     if options.spmd:
         train_spmd(config, options, signals)
     elif os.environ["PJRT_DEVICE"] == "CPU" and several:
-        from gpt2xla.runtime import xla_cpu
+        from gpt2xla.runtime.xla import cpu_replicas as xla_cpu
 
         xla_cpu.launch(replica, (config, options, signals), options.mp_start_method)
     else:
@@ -67,26 +67,26 @@ def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
-    from gpt2xla.runtime.xla import XlaRuntime
-    from gpt2xla.trainer import pretrain
+    from gpt2xla.runtime.xla.runtime import XlaRuntime
+    from gpt2xla.training.trainer import pretrain
 
     pretrain(config, lambda train: XlaRuntime(options, train), signals)
 
 
 def train_spmd(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     """In this very process, which drives all devices of the host."""
-    from gpt2xla.runtime.xla_spmd import SpmdRuntime
-    from gpt2xla.trainer import pretrain
+    from gpt2xla.runtime.xla.spmd import SpmdRuntime
+    from gpt2xla.training.trainer import pretrain
 
     pretrain(config, lambda train: SpmdRuntime(options, train), signals)
 
 
 def replica(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
-    from gpt2xla.runtime.xla_cpu import XlaCpuRuntime
-    from gpt2xla.trainer import pretrain
+    from gpt2xla.runtime.xla.cpu_replicas import XlaCpuRuntime
+    from gpt2xla.training.trainer import pretrain
 
     pretrain(config, lambda train: XlaCpuRuntime(options, train), signals)
 
 
 if __name__ == "__main__":
-    sys.exit(settled(exit_code(main)))
+    sys.exit(exit_now_on_signal(exit_code(main)))

@@ -26,12 +26,12 @@ import torch
 import transformers
 from transformers import GPT2LMHeadModel
 
-from gpt2xla import hf
+from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import PRESETS, ModelConfig
-from gpt2xla.generation import generate
-from gpt2xla.model import GPT2
-from gpt2xla.packed_linear import pack_linears
-from gpt2xla.sampling import GREEDY
+from gpt2xla.generation.decoding import generate
+from gpt2xla.generation.packed_linear import pack_linears
+from gpt2xla.generation.sampling import GREEDY
+from gpt2xla.model.gpt2 import GPT2
 
 PROMPT_TOKENS, NEW_TOKENS = 20, 100
 RESULTS = Path(__file__).parent / "results"

@@ -37,9 +37,9 @@ def main() -> None:
 
 
 def load(folder: str, flags: list[str]) -> None:
+    from gpt2xla.checkpoint.start import find_start
     from gpt2xla.cli import parse_run
     from gpt2xla.config import TorchConfig
-    from gpt2xla.start import find_start
 
     config, _ = parse_run(TorchConfig, ["--from-checkpoint", folder, "--checkpoints-dir", f"{folder}/run", *flags])
     before, began = peak(), time.perf_counter()
@@ -62,9 +62,9 @@ def write_random_checkpoint(folder: Path, size: str) -> None:
     """In safetensors' format (a length, a JSON header, the numbers), tensor by tensor, as memory may not hold it twice."""
     import torch
 
+    from gpt2xla.checkpoint.formats.hugging_face import to_hf_config, to_hf_state
     from gpt2xla.config import PRESETS, ModelConfig
-    from gpt2xla.hf import to_hf_config, to_hf_state
-    from gpt2xla.model import GPT2
+    from gpt2xla.model.gpt2 import GPT2
 
     config = ModelConfig(**PRESETS[size])
     (folder / "config.json").write_text(json.dumps(to_hf_config(config, 50256)))

@@ -154,9 +154,9 @@ def cpu_seconds() -> float:
 def ours(corpus: Path, output: Path, way: str) -> dict[str, Any]:
     if way != "ours":
         sys.modules["gigatoken"] = None  # type: ignore[assignment]
-    from gpt2xla.data.corpus import local_parts
-    from gpt2xla.data.prepare import PrepareConfig, prepare
-    from gpt2xla.tokenizer import load_tokenizer
+    from gpt2xla.data.documents.corpus import local_parts
+    from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare
+    from gpt2xla.data.tokenizer import load_tokenizer
 
     config = PrepareConfig(output_dir=str(output), num_workers=1, test_fraction=1e-9, test_tokens=1)
     parts = local_parts([corpus])
@@ -169,7 +169,7 @@ def ours(corpus: Path, output: Path, way: str) -> dict[str, Any]:
 def one_document(folder: Path) -> list[Any]:
     import dataclasses
 
-    from gpt2xla.data.corpus import local_parts
+    from gpt2xla.data.documents.corpus import local_parts
 
     (folder / "test.txt").write_text("test")
     return [dataclasses.replace(local_parts([folder / "test.txt"])[0], split="test")]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import PRESETS, RunConfig, XlaConfig
-from gpt2xla.runtime.xla_trace import graph_in
 from gpt2xla.tpu_check.check import check, find_batch
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
+from gpt2xla.tpu_check.traced_step import graph_in
 
 RESULTS = Path(__file__).parent / "results"
 STEP = {"gradient_accum_step": 1, "mixed_precision": "bf16", "vocab_size": 50304}

@@ -1,4 +1,5 @@
-"""The training step of another trainer's GPT-2, traced as `gpt2xla.runtime.xla_trace` traces ours: 124M, bf16, 8 replicas.
+"""The training step of another trainer's GPT-2, traced as `gpt2xla.tpu_check.traced_step` traces ours (124M, bf16, 8
+replicas).
 
 The peer is minhnguyent546/pre-training-gpt2, fetched by the user; this calls its model with the optimizer and clipping of
 its XLA runner. Arguments: the peer's folder, sequences per device, and a folder for the graph.
@@ -12,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from gpt2xla.runtime.xla_trace import dump_flags, leave_with_graph
+from gpt2xla.tpu_check.traced_step import dump_flags, leave_with_graph
 
 VOCABULARY, LENGTH, REPLICAS = 50304, 1024, 8
 

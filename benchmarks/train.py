@@ -31,10 +31,10 @@ from typing import Any
 import torch
 import transformers
 
-from gpt2xla import hf
+from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import PRESETS, ModelConfig
-from gpt2xla.model import GPT2
-from gpt2xla.peak_flops import named_peak_flops
+from gpt2xla.logs.peak_flops import named_peak_flops
+from gpt2xla.model.gpt2 import GPT2
 
 RESULTS = Path(__file__).parent / "results"
 CONTENDERS = Path(__file__).with_name("train_contenders.py")

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2xla import hf
+from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.optim import ADAM_EPS, learning_rate, parameter_groups
+from gpt2xla.optim.optimizer import ADAM_EPS, learning_rate, parameter_groups
 from gpt2xla.runtime.precision import DTYPES
 
 # GPT-3's warm-up for this size. Where rates rise ten times as fast, gradients of single sequences soon grow so steep that
@@ -134,10 +134,10 @@ def _finish(device: torch.device) -> None:
 
 def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     """The trainer's own step on the torch runtime, with its guard, its clipping and its reading of the loss."""
-    from gpt2xla.runtime.torch import TorchRuntime
-    from gpt2xla.start import build_model
-    from gpt2xla.stopping import Stop
-    from gpt2xla.train_step import TrainStep
+    from gpt2xla.checkpoint.start import build_model
+    from gpt2xla.runtime.stop import Stop
+    from gpt2xla.runtime.torch.runtime import TorchRuntime
+    from gpt2xla.training.train_step import TrainStep
 
     options = {
         "train_batch_size": job.batch, "gradient_accum_step": 1, "mixed_precision": job.precision, "compile": job.compile,

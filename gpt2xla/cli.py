@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gpt2xla.config import GROUPS, PRESETS, Preset, RunConfig
-from gpt2xla.config_file import read_config_file
+from gpt2xla.config.config_file import read_config_file
+from gpt2xla.config.options import Option, expanded, flag, option
+from gpt2xla.config.suggestions import unknown
 from gpt2xla.errors import InputError
-from gpt2xla.options import Option, expanded, flag, option
-from gpt2xla.suggestions import unknown
 
 Options = TypeVar("Options")
 

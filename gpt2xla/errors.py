@@ -8,19 +8,19 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message names the flag or file and the fix. Exit code 2."""
+    """The user's input is wrong. The message names the flag or file and the fix. Exit code 2."""
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on, through no fault of the program; the message says why and what to do. Exit code 1."""
+    """The run cannot continue, and the program is not at fault. The message says why and what to do. Exit code 1."""
 
 
-# What torch says, C++ says, and oneDNN says when it cannot have its scratch memory.
+# Messages of torch, of C++, and of oneDNN when it gets no scratch memory.
 _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "could not create a primitive", "could not create a memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory has run out: this machine's, or a device's by torch's own error."""
+    """Tell whether `error` means that this machine's or a device's memory has run out."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -29,8 +29,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def blaming(what: str) -> Iterator[None]:
-    """An operating system's error inside is the user's to fix: an InputError that names the flag or file `what`."""
+def user_error(what: str) -> Iterator[None]:
+    """Turn an OSError inside the block into an InputError that names `what`, the flag or file."""
     try:
         yield
     except OSError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.exits import exit_code
+from gpt2xla.processes.exits import exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class ConvertConfig:
 
 def main() -> None:
     options = parse_options(ConvertConfig, "Write a GPT-2 checkpoint as a Hugging Face folder.")
-    from gpt2xla.convert import convert
+    from gpt2xla.checkpoint.convert import convert
 
     convert(options.input, Path(options.output_dir), options.tokenizer)
 

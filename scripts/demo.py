@@ -18,8 +18,8 @@ from gpt2xla.config import option
 from gpt2xla.data.inspection import contents
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
-from gpt2xla.exits import exit_code
-from gpt2xla.metrics import METRICS_FILE
+from gpt2xla.logs.sinks import METRICS_FILE
+from gpt2xla.processes.exits import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,8 +6,9 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.evals.opening import EvalConfig, open_runtime
-from gpt2xla.exits import exit_code, leaving_together
+from gpt2xla.evals.options import EvalConfig, open_runtime
+from gpt2xla.processes.exits import exit_code
+from gpt2xla.runtime.leaving import leaving_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,9 @@ class HellaSwagConfig(EvalConfig):
 def main() -> None:
     options = parse_options(HellaSwagConfig, "Measure a model's accuracy on HellaSwag.")
     train = options.train_config()
+    from gpt2xla.checkpoint.start import build_model, load_weights, locate
+    from gpt2xla.data.tokenizer import find_tokenizer
     from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
-    from gpt2xla.start import build_model, load_weights, locate
-    from gpt2xla.tokenizer import find_tokenizer
 
     runtime = open_runtime(options.device, train)
     with leaving_together(runtime):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from gpt2xla.cli import OneLineParser, path
 from gpt2xla.errors import InputError
-from gpt2xla.exits import exit_code
+from gpt2xla.processes.exits import exit_code
 
 if TYPE_CHECKING:
     from gpt2xla.data.shards import TokenStream
-    from gpt2xla.tokenizer import Tokenizer
+    from gpt2xla.data.tokenizer import Tokenizer
 
 SHOWN_CHARACTERS = 300
 SHOWN_IDS = 20

@@ -11,9 +11,10 @@ from typing import Literal
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.errors import InputError, blaming
-from gpt2xla.evals.opening import EvalConfig, open_runtime
-from gpt2xla.exits import exit_code, leaving_together
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.evals.options import EvalConfig, open_runtime
+from gpt2xla.processes.exits import exit_code
+from gpt2xla.runtime.leaving import leaving_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ def main() -> None:
                 "devices": runtime.description,
                 "precision": label(runtime.precision.name),
             }
-            with blaming(f"--output {options.output}"):
+            with user_error(f"--output {options.output}"):
                 files[0].write_text(table, encoding="utf-8")
                 files[1].write_text(json.dumps(about | {"models": [row.as_dict() for row in rows]}, indent=2) + "\n")
             print(table, *files, sep="\n")

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from gpt2xla.cli import OneLineParser, path
-from gpt2xla.errors import InputError, blaming
-from gpt2xla.exits import exit_code
-from gpt2xla.metrics import METRICS_FILE
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.logs.sinks import METRICS_FILE
+from gpt2xla.processes.exits import exit_code
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def plot(runs: list[Path], output: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    with blaming(f"--output {output}"):
+    with user_error(f"--output {output}"):
         figure.savefig(output, dpi=120)
     plt.close(figure)
 

@@ -6,9 +6,9 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.data.hub import HubConfig, dataset_parts
-from gpt2xla.data.prepare import PrepareConfig, prepare_and_report
-from gpt2xla.exits import exit_code
+from gpt2xla.data.preparation.hub import HubConfig, dataset_parts
+from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare_and_report
+from gpt2xla.processes.exits import exit_code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,8 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.data.corpus import local_parts
-from gpt2xla.data.prepare import PrepareConfig, prepare_and_report
-from gpt2xla.data.reading import (
+from gpt2xla.data.documents.corpus import local_parts
+from gpt2xla.data.documents.reading import (
     COLUMN_HELP,
     EXCLUDE_HELP,
     FORMAT_HELP,
@@ -18,7 +17,8 @@ from gpt2xla.data.reading import (
     Format,
     SplitBy,
 )
-from gpt2xla.exits import exit_code
+from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare_and_report
+from gpt2xla.processes.exits import exit_code
 
 
 @dataclass(frozen=True, kw_only=True)

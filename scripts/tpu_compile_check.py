@@ -14,8 +14,8 @@ from typing import Any
 
 from gpt2xla.cli import parse_run
 from gpt2xla.config import XlaConfig, option
-from gpt2xla.errors import InputError, blaming
-from gpt2xla.exits import exit_code
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.processes.exits import exit_code
 from gpt2xla.tpu_check.check import check, find_batch
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
 
@@ -42,7 +42,7 @@ def main() -> None:
         if importlib.util.find_spec(module) is None:
             raise InputError(f"{module} is missing; pip install -e '.[xla,tpu-check]'")
     if options.json:
-        with blaming(f"--json {options.json}"):
+        with user_error(f"--json {options.json}"):
             Path(options.json).touch()
     reports = []
     for topology in options.topology:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.data.reading import (
+from gpt2xla.data.documents.reading import (
     COLUMN_HELP,
     EXCLUDE_HELP,
     FORMAT_HELP,
@@ -21,13 +21,13 @@ from gpt2xla.data.reading import (
     Format,
     SplitBy,
 )
-from gpt2xla.errors import InputError, blaming
-from gpt2xla.exits import exit_code
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.processes.exits import exit_code
 
 if TYPE_CHECKING:  # --help must not wait for pyarrow
-    from gpt2xla.data.corpus import Part
-    from gpt2xla.data.held_out import HeldOut
-    from gpt2xla.tokenizer import Tokenizer
+    from gpt2xla.data.documents.corpus import Part
+    from gpt2xla.data.preparation.held_out import HeldOut
+    from gpt2xla.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class TokenizerConfig:
 def main() -> None:
     options = parse_options(TokenizerConfig, "Train a byte-level byte-pair tokenizer, as GPT-2's is.")
     options.check()
-    from gpt2xla.data.corpus import documents_of
-    from gpt2xla.data.held_out import HeldOut
-    from gpt2xla.tokenizer import train_bpe
+    from gpt2xla.data.documents.corpus import documents_of
+    from gpt2xla.data.preparation.held_out import HeldOut
+    from gpt2xla.data.tokenizer import train_bpe
 
     output_dir, held_out = Path(options.output_dir), HeldOut()
     documents = held_out.others(itertools.islice(documents_of(corpus(options)), options.max_documents))
@@ -84,7 +84,7 @@ def main() -> None:
         raise InputError(f"{'--dataset' if options.dataset else '--input'}: there is no text in it; give other files")
     documents = itertools.chain([first], documents)
     tokenizer = train_bpe(documents, output_dir.name, options.vocab_size, options.min_frequency, options.special_tokens)
-    with blaming(f"--output-dir {output_dir}"):
+    with user_error(f"--output-dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(output_dir)
     fewer = " (fewer than asked: the text has no more pairs that occur often enough)"
@@ -93,8 +93,8 @@ def main() -> None:
 
 
 def corpus(options: TokenizerConfig) -> list[Part]:
-    from gpt2xla.data.corpus import local_parts
-    from gpt2xla.data.hub import HubConfig, dataset_parts
+    from gpt2xla.data.documents.corpus import local_parts
+    from gpt2xla.data.preparation.hub import HubConfig, dataset_parts
 
     if options.dataset:
         return dataset_parts(
@@ -110,7 +110,7 @@ def corpus(options: TokenizerConfig) -> list[Part]:
 
 
 def report_compression(tokenizer: Tokenizer, held_out: HeldOut) -> None:
-    from gpt2xla.tokenizer import load_tokenizer
+    from gpt2xla.data.tokenizer import load_tokenizer
 
     if not held_out.documents:
         print("no held-out text to measure it on: each 100th document would be (--split-by line makes more of them)")

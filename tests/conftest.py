@@ -124,9 +124,9 @@ def write_split(folder: Path, tokens: np.ndarray, shards: int = 3) -> None:
 
 def prepare_documents(folder: Path) -> Path:
     """`folder` with train/ and test/ of 60 documents in bytes, in shards of 2,000 tokens."""
-    from gpt2xla.data.corpus import local_parts
-    from gpt2xla.data.prepare import PrepareConfig, prepare
-    from gpt2xla.tokenizer import load_tokenizer
+    from gpt2xla.data.documents.corpus import local_parts
+    from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare
+    from gpt2xla.data.tokenizer import load_tokenizer
 
     text = folder.with_name(f"{folder.name}.txt")
     text.write_text("\n".join(f"document {i} " * 20 for i in range(60)))

@@ -8,10 +8,11 @@ import pytest
 from conftest import ROOT, require_xla, run, succeed
 from packaging.requirements import Requirement
 
-from gpt2xla import doctor, xla_environment
+from gpt2xla import doctor
 from gpt2xla.doctor import Machine, conflicts, notes, probe
 from gpt2xla.errors import RunFailed
-from gpt2xla.xla_releases import NEWEST, RELEASES
+from gpt2xla.runtime.xla import environment as xla_environment
+from gpt2xla.runtime.xla.releases import NEWEST, RELEASES
 
 FITTING = {"torch": "2.9.0+cpu", "torch_xla": "2.9.0", "libtpu": "0.0.21", "jax": "0.7.1", "numpy": "2.3.1"}
 TPU_VM = Machine(environment={"PJRT_DEVICE": "TPU"}, python=(3, 12), versions=FITTING, tpu_chips=8)

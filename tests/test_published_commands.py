@@ -22,13 +22,13 @@ import torch
 from conftest import metrics, run_here, run_xla, succeed, torchrun, training_losses
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2xla import xla_environment
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig, XlaConfig
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
-from gpt2xla.runtime.torch import TorchRuntime
-from gpt2xla.trainer import pretrain
+from gpt2xla.runtime.torch.runtime import TorchRuntime
+from gpt2xla.runtime.xla import environment as xla_environment
+from gpt2xla.training.trainer import pretrain
 
 PREPARE = r"""
 python scripts/prepare_fineweb.py \

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from gpt2xla.data.shards import TokenStream
+from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
+from gpt2xla.data.tokenizer_folder import has_tokenizer
 from gpt2xla.errors import InputError
-from gpt2xla.tokenizer import Tokenizer, load_tokenizer
-from gpt2xla.tokenizer_folder import has_tokenizer
 
 _CHUNK = 1 << 20
 _MOST_IDS = 1 << 24  # where nothing tells the vocabulary: beyond this an id is taken for damage

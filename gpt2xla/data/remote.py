@@ -21,8 +21,8 @@ from typing import IO, Any, TypeVar
 
 import fsspec
 
-from gpt2xla.data.shard_formats import SUFFIXES
-from gpt2xla.errors import InputError, RunFailed, blaming
+from gpt2xla.data.shard_files.shard_format import SUFFIXES
+from gpt2xla.errors import InputError, RunFailed, user_error
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class RemoteFolder:
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", self.url)[-80:].strip("-.")
         root = cache.folder.expanduser()
         self.folder = root / f"{name}-{hashlib.sha256(self.url.encode() + text).hexdigest()[:16]}"
-        with blaming(f"--data-cache {root}"):
+        with user_error(f"--data-cache {root}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_whole(self.folder / manifest, text)
             for file in TOKENIZER_FILES:

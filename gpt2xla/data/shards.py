@@ -18,13 +18,13 @@ from typing import get_origin, get_type_hints
 
 import numpy as np
 
-from gpt2xla.data.foreign_formats import pointer
-from gpt2xla.data.raw_ids import largest_sampled
 from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder, is_url
-from gpt2xla.data.shard_folder import refuse_others, shards_of
-from gpt2xla.data.shard_formats import RAW, SUFFIXES, Shard, open_shard
-from gpt2xla.errors import InputError, blaming
-from gpt2xla.json_file import read_json
+from gpt2xla.data.shard_files.foreign_shards import pointer
+from gpt2xla.data.shard_files.raw_ids import largest_sampled
+from gpt2xla.data.shard_files.shard_folder import refuse_others, shards_of
+from gpt2xla.data.shard_files.shard_format import RAW, SUFFIXES, Shard, open_shard
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.files import read_json
 
 MANIFEST = "manifest.json"
 
@@ -101,7 +101,7 @@ class TokenStream:
         self._remote = RemoteFolder(self.name, option, cache, MANIFEST) if is_url(self.name) else None
         self.folder = self._remote.folder if self._remote else Path(folder)
         self.notes: list[str] = []
-        with blaming(f"{option} {folder}"):  # no permission, or a name that is too long
+        with user_error(f"{option} {folder}"):  # no permission, or a name that is too long
             if not self.folder.is_dir():
                 what = "is a file; name its folder" if self.folder.exists() else "no such folder"
                 raise InputError(f"{option} {folder}: {what}; make one with scripts/prepare_text.py")

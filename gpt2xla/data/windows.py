@@ -22,7 +22,7 @@ from gpt2xla.data.mixture import Mixture
 from gpt2xla.data.permutation import permute
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
-from gpt2xla.loss import IGNORED_LABEL
+from gpt2xla.model.loss import IGNORED_LABEL
 
 
 class Batch(NamedTuple):

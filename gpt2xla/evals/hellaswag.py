@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.data.windows import Batch, padded_share
 from gpt2xla.errors import InputError
 from gpt2xla.evals.row_losses import RowLosses
-from gpt2xla.loss import IGNORED_LABEL
-from gpt2xla.model import GPT2
-from gpt2xla.progress import Progress
+from gpt2xla.logs.progress import Progress
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.loss import IGNORED_LABEL
 from gpt2xla.runtime.base import Runtime
-from gpt2xla.stopping import Stop
-from gpt2xla.tokenizer import Tokenizer
+from gpt2xla.runtime.stop import Stop
 
 _HUB_ID, _SPLIT = "Rowan/hellaswag", "validation"
 _ENDINGS = 4

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt2xla.checkpoint.start import build_model, load_weights, locate
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
-from gpt2xla.console import say
 from gpt2xla.data.opening import open_validation
 from gpt2xla.data.shards import Manifest
+from gpt2xla.data.tokenizer import load_tokenizer
+from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError
 from gpt2xla.evals.validation import Validation, Validator
-from gpt2xla.metrics import perplexity
+from gpt2xla.logs.console import say
+from gpt2xla.logs.sinks import perplexity
 from gpt2xla.runtime.base import Runtime
-from gpt2xla.start import build_model, load_weights, locate
-from gpt2xla.tokenizer import load_tokenizer
-from gpt2xla.tokenizer_folder import has_tokenizer, model_folder
 
 _COLUMNS = ("Model", "Params", "loss", "PPL", "tokens", "standard error of the loss", "bits per byte")
 

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import RunFailed
-from gpt2xla.loss import IGNORED_LABEL, mask_padding
-from gpt2xla.model import GPT2
-from gpt2xla.progress import Progress
+from gpt2xla.logs.progress import Progress
+from gpt2xla.model.arithmetic import compute_dtype
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.loss import IGNORED_LABEL, logits_of_labels, mask_padding
 from gpt2xla.runtime.base import Runtime
-from gpt2xla.stopping import Stop, Stopped
+from gpt2xla.runtime.stop import Stop, Stopped
 
 _LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in fp32
 
@@ -72,7 +73,7 @@ class RowLosses:
         counts_B = (batch.labels != IGNORED_LABEL).sum(1)
         values = torch.stack([losses_B, counts_B], dim=1).flatten()
         if self.stop:
-            values, hear = torch.cat([values, self.stop.ask()[None]]), self.stop.hearer()
+            values, hear = torch.cat([values, self.stop.requested()[None]]), self.stop.receiver()
         own = len(values)
 
         def ready(*values: float) -> None:
@@ -91,13 +92,10 @@ def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int
 
     Logits are made in pieces along T; the label's logit comes from the label's own row of the head.
     """
-    kind = x_BTD.device.type
-    x_BTD = x_BTD.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype)
+    x_BTD = x_BTD.to(compute_dtype(x_BTD))
     weight_VD = weight_VD.to(x_BTD.dtype)
-    counted_BT = labels_BT != IGNORED_LABEL
-    rows_BTD = F.embedding(torch.where(counted_BT, labels_BT, 0), weight_VD)
-    label_logits_BT = (x_BTD.float() * rows_BTD.float()).sum(-1)
+    label_logits_BT = logits_of_labels(x_BTD, weight_VD, labels_BT)
     chunks = min(-(-labels_BT.numel() * len(weight_VD) // _LOGITS_AT_ONCE), labels_BT.shape[1])
     logits = (F.linear(x_BCD, weight_VD).float() for x_BCD in x_BTD.chunk(chunks, dim=1))
     log_sums_BT = torch.cat([mask_padding(logits_BCV, padding).logsumexp(-1) for logits_BCV in logits], dim=1)
-    return torch.where(counted_BT, log_sums_BT - label_logits_BT, 0.0).sum(1)
+    return torch.where(labels_BT != IGNORED_LABEL, log_sums_BT - label_logits_BT, 0.0).sum(1)

@@ -11,11 +11,11 @@ from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.windows import Windows, validation_batches, validation_windows
 from gpt2xla.evals.row_losses import RowLosses
-from gpt2xla.metrics import perplexity
-from gpt2xla.model import GPT2
-from gpt2xla.progress import Progress
+from gpt2xla.logs.progress import Progress
+from gpt2xla.logs.sinks import perplexity
+from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Runtime
-from gpt2xla.stopping import Stop
+from gpt2xla.runtime.stop import Stop
 
 
 class Validation(NamedTuple):

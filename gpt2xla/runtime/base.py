@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +15,28 @@ from torch import Tensor, nn
 
 from gpt2xla.config import OptimConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.memory import Shortage
-from gpt2xla.model import GPT2
+from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.precision import ChosenPrecision
 
 P = ParamSpec("P")
 T = TypeVar("T")
+GIB = 2**30
+
+
+class Shortage(NamedTuple):
+    """Memory that has run out.
+
+    Attributes:
+        place: where, in words.
+        memory: bytes that there are for one program; None if unknown.
+        needed: bytes that the refused program takes beside its arguments; None where it broke off on its way.
+        state_split: over how many devices weights, gradients and the optimizer's state are divided.
+    """
+
+    place: str
+    memory: int | None = None
+    needed: int | None = None
+    state_split: int = 1
 
 
 class Runtime(Protocol):

@@ -15,8 +15,8 @@ from typing import Any
 
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
-from gpt2xla.runtime.xla_trace import graph_in
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
+from gpt2xla.tpu_check.traced_step import graph_in
 
 _MOST_SEQUENCES = 1024  # per device and micro-step; beyond, nothing is gained
 _SKIPPED_VARIABLES = ("PJRT_DEVICE", "TPU_", "XLA_", "LIBTPU", "CPU_NUM", "JAX_")
@@ -128,7 +128,7 @@ def _trace(folder: Path, config: RunConfig, options: XlaConfig, topology: Topolo
         "replicas": topology.devices,
         "output": str(folder),
     }
-    process = _run("gpt2xla.runtime.xla_trace", folder, request)
+    process = _run("gpt2xla.tpu_check.traced_step", folder, request)
     graph = graph_in(folder)
     if graph is None:
         raise _broke_off("tracing", process)

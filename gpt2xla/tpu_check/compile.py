@@ -15,9 +15,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpt2xla.memory import GIB, compiler_figures
+from gpt2xla.runtime.xla.compiler_messages import compiler_figures
 from gpt2xla.tpu_check.hlo import Allocation, Program, module_of
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
+
+GIB = 2**30
 
 
 def main(request: dict[str, Any]) -> None:
@@ -99,7 +101,7 @@ def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
         from jax._src.lib import xla_client
         from jax.experimental import topologies
 
-        from gpt2xla import flash_attention as kernels
+        from gpt2xla.model import pallas_attention as kernels
 
         kernels.use_libtpu_version()
         B, T, H, K = sizes

@@ -29,13 +29,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2xla.data import text_file
-from gpt2xla.data.corpus import documents_of, local_parts, remote_part
-from gpt2xla.data.prepare import PrepareConfig, prepare
-from gpt2xla.data.reading import Reading
+from gpt2xla.data.documents import text_file
+from gpt2xla.data.documents.corpus import documents_of, local_parts, remote_part
+from gpt2xla.data.documents.reading import Reading
+from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare
 from gpt2xla.data.shards import TokenStream
+from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.errors import InputError
-from gpt2xla.tokenizer import load_tokenizer
 
 TEXTS = [
     "one",
@@ -286,7 +286,7 @@ def test_long_files_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(f"gpt2xla.data.{module}", 150)
     for size in (1, 2, 3, 7, 20):
         monkeypatch.setattr(text_file, "_BLOCK_BYTES", size)
-        monkeypatch.setattr("gpt2xla.data.json_values._BLOCK_CHARACTERS", size)
+        monkeypatch.setattr("gpt2xla.data.documents.json_values._BLOCK_CHARACTERS", size)
         for name, (content, expected) in CONTAINERS.items():
             assert read(write(tmp_path, name, content)) == expected, (name, size)
         text = "one<|endoftext|>two\n<|endoftext|> \n<|endoftext|>\n<|endof<|endoftext|>text|>"

@@ -33,7 +33,7 @@ configs:
 ---
 # A data set
 """
-SMALL_BLOCKS = "tests/data/slow_prepare_worker.py"
+SMALL_BLOCKS = "tests/workers/slow_prepare_worker.py"
 TRAIN = ("data/train-0.parquet", "data/train-1.parquet")
 SAMPLE = ("sample/10BT/000.jsonl", "sample/10BT/001.jsonl.gz", "sample/10BT/002.parquet")
 

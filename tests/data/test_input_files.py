@@ -11,8 +11,8 @@ import datasets
 import pytest
 from conftest import run_here, succeed
 
-from gpt2xla.data.corpus import documents_of, local_parts
-from gpt2xla.data.hub import HubConfig, dataset_parts
+from gpt2xla.data.documents.corpus import documents_of, local_parts
+from gpt2xla.data.preparation.hub import HubConfig, dataset_parts
 from gpt2xla.errors import InputError
 
 

@@ -16,8 +16,8 @@ from conftest import (
     write_split,
 )
 
-from gpt2xla import checkpoint
-from gpt2xla.checkpoint import RUN_CONFIG
+from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint.folder import RUN_CONFIG
 from gpt2xla.data.shards import MANIFEST
 
 # Options of conftest.SMALL_RUN, for ids up to 256.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from gpt2xla.data import passing_folder
+from gpt2xla.data.preparation import passing_folder
 
 PROGRAM = """
 import sys, time
-from gpt2xla.data import passing_folder
+from gpt2xla.data.preparation import passing_folder
 print(passing_folder.make(sys.argv[1]), flush=True)
 time.sleep(60)
 """

@@ -21,14 +21,14 @@ import pytest
 import tokenizers
 from conftest import ROOT, run, succeed
 
-from gpt2xla.data import corpus
-from gpt2xla.data.corpus import Position, blocks, documents_of, local_parts
-from gpt2xla.data.encoder import Encoder
-from gpt2xla.data.prepare import PrepareConfig, prepare, uniform
-from gpt2xla.data.round_trip import first_loss
+from gpt2xla.data.documents import corpus
+from gpt2xla.data.documents.corpus import Position, blocks, documents_of, local_parts
+from gpt2xla.data.preparation.encoder import Encoder
+from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare, uniform
+from gpt2xla.data.preparation.round_trip import first_loss
 from gpt2xla.data.shards import TokenStream
+from gpt2xla.data.tokenizer import load_tokenizer, train_bpe
 from gpt2xla.errors import InputError
-from gpt2xla.tokenizer import load_tokenizer, train_bpe
 
 WORDS = "the quick naïve fox 🙂 jumps over 12,345 lazy dogs\t<|endoftext|> 漢字 don't we'll  x\u00a0y \n".split(" ")
 
@@ -144,7 +144,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
     """Slowed down, and with a record after every block, so that there are many moments to be killed at."""
     succeed(run(*prepare_command(parquet, tokenizer_folder, tmp_path / "unbroken", 2)))
     output = tmp_path / "broken"
-    worker = [sys.executable, "tests/data/slow_prepare_worker.py"]
+    worker = [sys.executable, "tests/workers/slow_prepare_worker.py"]
     command = worker + prepare_command(parquet, tokenizer_folder, output, 2)[1:]
     rng = random.Random(kills)
     killed = went_on = 0
@@ -343,7 +343,7 @@ def test_going_on_with_another_corpus_is_refused(parquet: Path, tokenizer_folder
     subprocess.run(["cp", "-r", parquet, data], check=True)
     command = prepare_command(data, tokenizer_folder, tmp_path / "out", 1)
     worker = subprocess.run(
-        [sys.executable, "tests/data/slow_prepare_worker.py", *command[1:]],
+        [sys.executable, "tests/workers/slow_prepare_worker.py", *command[1:]],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "STOP_AFTER_BLOCKS": "2"}, check=False, capture_output=True,
     )  # fmt: skip
     assert worker.returncode == -signal.SIGKILL
@@ -357,7 +357,7 @@ def test_going_on_with_another_corpus_is_refused(parquet: Path, tokenizer_folder
 def test_a_full_disk_keeps_what_is_there(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     """A limit on the size of files is the nearest that a user without privileges can come to a full disk."""
     command = prepare_command(parquet, tokenizer_folder, tmp_path / "out", 1)
-    worker = [sys.executable, "tests/data/slow_prepare_worker.py", *command[1:]]
+    worker = [sys.executable, "tests/workers/slow_prepare_worker.py", *command[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "FULL_AFTER_BLOCKS": "3"}
     full = subprocess.run(worker, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
     assert full.returncode == 1
@@ -422,7 +422,7 @@ def test_folders_behind_links_are_read_once(tmp_path: Path) -> None:
 
 def test_two_at_once_are_refused(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     command = prepare_command(parquet, tokenizer_folder, tmp_path / "out", 1)
-    worker = [sys.executable, "tests/data/slow_prepare_worker.py", *command[1:]]
+    worker = [sys.executable, "tests/workers/slow_prepare_worker.py", *command[1:]]
     with subprocess.Popen(
         worker, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
     ) as first:

@@ -26,7 +26,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gpt2xla.data.shard_formats import Shard, open_shard
+from gpt2xla.data.shard_files.shard_format import Shard, open_shard
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
 

@@ -14,7 +14,7 @@ from gpt2xla.data.mixture import Mixture
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import Batch, TrainingOrder, Windows, validation_batches
 from gpt2xla.errors import InputError
-from gpt2xla.loss import IGNORED_LABEL
+from gpt2xla.model.loss import IGNORED_LABEL
 
 LENGTH = 8  # seq_length
 

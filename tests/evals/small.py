@@ -14,11 +14,11 @@ import torch
 from conftest import prepare_documents
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
+from gpt2xla.checkpoint.formats.hugging_face import save_model
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.shards import TokenStream
-from gpt2xla.hf import save_model
-from gpt2xla.model import GPT2
-from gpt2xla.tokenizer import load_tokenizer
+from gpt2xla.data.tokenizer import load_tokenizer
+from gpt2xla.model.gpt2 import GPT2
 
 MODEL_FLAGS = [
     "--vocab-size", "257", "--seq-length", "192", "--d-model", "32", "--num-layers", "2", "--num-heads", "2",

@@ -14,12 +14,12 @@ from conftest import metrics, run, run_here, run_xla, succeed, torchrun
 from data.hub_server import Hub
 from evals.small import MODEL_FLAGS, make_items, make_model, make_split, reference_log_probabilities
 
+from gpt2xla.checkpoint.start import build_model, load_weights
 from gpt2xla.config import TorchConfig, TrainConfig
+from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.errors import InputError
 from gpt2xla.evals.hellaswag import HellaSwag, bucket_lengths, clean, encode_items, read_items
-from gpt2xla.runtime.torch import TorchRuntime
-from gpt2xla.start import build_model, load_weights
-from gpt2xla.tokenizer import load_tokenizer
+from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 ITEMS = 200
 
@@ -111,7 +111,7 @@ def assert_logged(folder: Path, items: Path) -> None:
 def test_in_a_training_run_on_xla_each_length_is_compiled_once(
     training: list[object], items: Path, tmp_path: Path
 ) -> None:
-    result = run_xla(*training, "--checkpoints-dir", tmp_path, program="tests/compile_count_worker.py")
+    result = run_xla(*training, "--checkpoints-dir", tmp_path, program="tests/workers/compile_count_worker.py")
     *text, counts = succeed(result).splitlines()
     # Training, validation, rows of 128 tokens; those of 192 have the validation step's shape, and so its program.
     assert json.loads(counts)["end"]["compiles"] == 3

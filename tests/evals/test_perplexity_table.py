@@ -11,11 +11,11 @@ from conftest import run_here, succeed
 from evals.small import make_model, make_split, reference_losses
 from transformers import GPT2LMHeadModel
 
+from gpt2xla.checkpoint.formats.hugging_face import save_model
 from gpt2xla.config import ModelConfig, TorchConfig, TrainConfig
 from gpt2xla.evals.perplexity_table import measure
-from gpt2xla.hf import save_model
-from gpt2xla.model import GPT2
-from gpt2xla.runtime.torch import TorchRuntime
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 
 def test_a_table_of_two_models_in_markdown_and_json(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from evals.small import MODEL_FLAGS, make_model, make_split, reference_losses
 from safetensors.torch import load_file, save_file
 
 from gpt2xla.data.shards import TokenStream
+from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.evals import row_losses
 from gpt2xla.evals.validation import standard_error
-from gpt2xla.loss import IGNORED_LABEL
-from gpt2xla.tokenizer import load_tokenizer
+from gpt2xla.model.loss import IGNORED_LABEL
 
 Reference = tuple[np.ndarray, np.ndarray]
 

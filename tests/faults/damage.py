@@ -7,11 +7,11 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from gpt2xla import checkpoint
+from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
 from gpt2xla.errors import InputError
-from gpt2xla.start import find_start
 from tests.faults import comparing, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 

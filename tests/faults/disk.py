@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt2xla import checkpoint
+from gpt2xla.checkpoint import folder as checkpoint
 from tests.faults import comparing, runs, shim
 from tests.faults.cases import Row, Setting, check_all, clear
 

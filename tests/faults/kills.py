@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from gpt2xla import checkpoint, hf, metrics
+from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.logs import sinks as metrics
 from tests.faults import comparing, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from gpt2xla import checkpoint
+from gpt2xla.checkpoint import folder as checkpoint
 from tests.faults import comparing, recording, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 from tests.faults.kills import check_names_rank, wait_for_training

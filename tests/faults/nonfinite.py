@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from gpt2xla import checkpoint
+from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.data.windows import Batch
-from gpt2xla.model import GPT2
-from gpt2xla.train_step import TrainStep
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.training.train_step import TrainStep
 from tests.faults import comparing, recording, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 

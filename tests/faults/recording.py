@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gpt2xla.data.windows import Batch
-from gpt2xla.train_step import TrainStep
+from gpt2xla.training.train_step import TrainStep
 
 
 def record(file: Path, weights: bool = False) -> None:

@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch._dynamo  # noqa: F401  imported late otherwise, in each fork anew
 
-import gpt2xla.runtime.torch
-import gpt2xla.trainer
+import gpt2xla.runtime.torch.runtime
+import gpt2xla.training.trainer
 import run_pretrain
-from gpt2xla.exits import exit_code, settled
+from gpt2xla.processes.exits import exit_code, exit_now_on_signal
 from tests.faults import recording
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,11 +158,13 @@ def _become_run(
         os.dup2(descriptor, 2)
         os.environ.update(environment)
         sys.argv = ["run_pretrain.py", *argv]
-        gpt2xla.runtime.torch.measured_cpu_flops = lambda dtype: None  # a fifth of a second that changes nothing
+        gpt2xla.runtime.torch.runtime.measured_cpu_flops = lambda dtype: (
+            None
+        )  # a fifth of a second that changes nothing
         recording.record(folder.with_name(f"{folder.name}.steps-{rank}"))
         if prepare:
             prepare(rank)
-        code = settled(exit_code(run_pretrain.main))
+        code = exit_now_on_signal(exit_code(run_pretrain.main))
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:

@@ -9,9 +9,9 @@ from typing import Any
 
 import run_pretrain_xla
 from gpt2xla.data.windows import Batch
-from gpt2xla.exits import exit_code
-from gpt2xla.model import GPT2
-from gpt2xla.train_step import TrainStep
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.processes.exits import exit_code
+from gpt2xla.training.train_step import TrainStep
 
 AT = 17  # the step, from 1
 

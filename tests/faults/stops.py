@@ -9,9 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gpt2xla import checkpoint
+from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.evals.row_losses import RowLosses
-from gpt2xla.train_step import TrainStep
+from gpt2xla.training.train_step import TrainStep
 from tests.faults import comparing, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 from tests.faults.kills import wait_for_training

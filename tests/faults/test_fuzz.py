@@ -27,11 +27,11 @@ from conftest import ROOT, SMALL_RUN, prepare_documents, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2xla import start
+from gpt2xla.checkpoint import start
 from gpt2xla.config import GROUPS, TorchConfig, flag, options_of
 from gpt2xla.data.shards import file_sha256
-from gpt2xla.exits import exit_code
-from gpt2xla.trainer import Trainer
+from gpt2xla.processes.exits import exit_code
+from gpt2xla.training.trainer import Trainer
 
 SECONDS_PER_EXAMPLE = 60  # ends a hang; what is not one takes a tenth of a second
 TIMES = 10 if os.environ.get("GPT2XLA_FAULTS") == "full" else 1

@@ -28,7 +28,7 @@ import torch
 from conftest import ROOT, SMALL_RUN, prepare_documents, run
 
 from gpt2xla.data.shards import file_sha256
-from gpt2xla.exits import exit_code
+from gpt2xla.processes.exits import exit_code
 
 DEEP = "[" * 100_000
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from conftest import SMALL_RUN, training_losses
 
-from gpt2xla import wandb_sink
 from gpt2xla.config import RunConfig
-from gpt2xla.wandb_sink import WANDB_FILE, WandbSink
+from gpt2xla.logs import wandb_sink
+from gpt2xla.logs.wandb_sink import WANDB_FILE, WandbSink
 
 
 class FakeWandb(types.ModuleType):

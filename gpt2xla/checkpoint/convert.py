@@ -1,0 +1,62 @@
+"""Any checkpoint that is read here, written as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.checkpoint.start import load_weights, locate
+from gpt2xla.config import ModelConfig
+from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
+from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.generation.settings import settings_of
+
+
+def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str], None] = print) -> None:
+    """Write the model that --from-checkpoint means by `name` to the new folder `output`, in fp32, with a tokenizer: the one
+    asked for, else the one beside it, if there is one. What the model's folder says about generation stays as it is.
+
+    Raises:
+        InputError: there is no such model, its tokenizer is another one's, or `output` exists already.
+    """
+    if output.exists():
+        raise InputError(f"--output-dir {output} exists already; choose another or move it away")
+    source = locate(name)
+    config, weights = load_weights(source)
+    found, why = _choose_tokenizer(config, source, tokenizer)
+    settings = settings_of(source, found)
+    partial = output.with_name(f".{output.name}.partial")
+    with user_error(f"--output-dir {output}"):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        hf.save_model(partial, config, weights, settings=settings)
+        if found:
+            found.save(partial)
+        partial.rename(output)
+    head, biases = "tied" if config.tie_weights else "untied", "biases" if config.bias else "no biases"
+    say(
+        f"{source}: {config.num_layers} layers, d_model {config.d_model}, {config.num_heads} heads, "
+        f"{config.real_vocab_size:,} ids, {config.seq_length} positions, {config.activation}, {head} head, {biases}"
+    )
+    for note in weights.notes:
+        say(note)
+    say(f"tokenizer: {why}")
+    say(f"wrote {output}; from_pretrained, generate.py --model and --from-checkpoint read it")
+
+
+def _choose_tokenizer(config: ModelConfig, source: Path, asked: str | None) -> tuple[Tokenizer | None, str]:
+    """The tokenizer, if there is one, and a line that says which and why."""
+    if asked:
+        tokenizer = load_tokenizer(asked)
+        if tokenizer.vocab_size > config.real_vocab_size:
+            raise InputError(
+                f"--tokenizer {asked} has {tokenizer.vocab_size} ids, and {source} only {config.real_vocab_size}; name the "
+                "one that the model was trained with"
+            )
+        return tokenizer, f"{tokenizer.name}, as asked for"
+    if has_tokenizer(folder := model_folder(source)):
+        return load_tokenizer(str(folder)), "the one beside the model"
+    return None, f"none written, as {source} has none; --tokenizer gpt2 (OpenAI's), or whichever it is, adds one"

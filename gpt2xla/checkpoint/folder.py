@@ -1,0 +1,210 @@
+"""Checkpoint folders: written so that a crash leaves the old ones good, verified before they are used.
+
+`step-00001000/` is a Hugging Face model folder with `training_state.pt` and `run_config.json` beside the weights, and with
+the folder `training_state/` if the optimizer's state was split over devices (`sharded_state.py`). It is written under a
+temporary name and renamed; `COMPLETE`, with size and hash of every file, says that it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.config import RunConfig
+from gpt2xla.data.shards import file_sha256
+from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.files import read_json
+from gpt2xla.generation.settings import GenerationSettings
+from gpt2xla.logs.sinks import METRICS_FILE
+
+COMPLETE = "COMPLETE"
+TRAINING_STATE = "training_state.pt"
+SHARDS = "training_state"
+RUN_CONFIG = "run_config.json"
+
+
+def save(
+    root: Path,
+    *,
+    config: RunConfig,
+    weights: dict[str, Tensor],
+    training: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    settings: GenerationSettings | None = None,
+    shards: Path | None = None,
+) -> Path:
+    """Write `step-XXXXXXXX` under `root` for `training["step"]`; return it once it is safely on disk.
+
+    `weights` are by our names and on the CPU; `settings` are by default the tokenizer's. If the folder `shards` exists, it
+    holds the part of the training state that `sharded_state` wrote, and is moved in. An older folder of the same step is set
+    aside.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
+    final = root / f"step-{training['step']:08d}"
+    partial = root / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write(partial, config, weights, training, tokenizer, settings, shards)
+        if final.exists():
+            _set_aside(final)
+        os.rename(partial, final)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        if shards:
+            shutil.rmtree(shards, ignore_errors=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{final} could not be saved: {cause}") from None
+    _fsync(root)
+    return final
+
+
+def _write(
+    folder: Path,
+    config: RunConfig,
+    weights: dict[str, Tensor],
+    training: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    settings: GenerationSettings | None,
+    shards: Path | None,
+) -> None:
+    hf.save_model(folder, config.model, weights, settings=settings or GenerationSettings.of(tokenizer))
+    if tokenizer:
+        tokenizer.save(folder)
+    with (folder / TRAINING_STATE).open("wb") as state:  # given a path, torch does not say what is wrong with the disk
+        torch.save(training, state)
+    if shards and shards.is_dir():
+        shards.rename(folder / SHARDS)
+    write_run_config(folder, config)
+    seal(folder, training["step"])
+    for file in [*folder.rglob("*"), folder]:
+        _fsync(file)
+
+
+def seal(folder: Path, step: int) -> None:
+    """Write COMPLETE: the step, size and hash of every file, and a hash of all that."""
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / COMPLETE
+    }
+    contents = {"step": step, "files": files}
+    sealed = contents | {"sha256": _sha256(contents)}
+    (folder / COMPLETE).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+
+
+def _sha256(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def shards_folder(root: Path, step: int) -> Path:
+    """Where to write what becomes `shards` of that step; an interrupted one is cleared away like any partial folder."""
+    return root / f".step-{step:08d}.{SHARDS}.partial"
+
+
+def prepare_folder(root: Path, step: int) -> list[str]:
+    """Make `root` ready for a run that goes on after `step`: drop what an interrupted save left, and set checkpoints of
+    later steps aside with a copy of the metrics, so that no later start takes them for this run's. Returns lines for the
+    user."""
+    for partial in root.glob(".step-*.partial"):
+        shutil.rmtree(partial)
+    later = sorted(folder for folder in root.glob("step-*") if folder.name > f"step-{step:08d}")
+    if later and (root / METRICS_FILE).exists():
+        shutil.copy(root / METRICS_FILE, _abandoned_name(root / METRICS_FILE))
+    return [f"set aside: {folder.name} is now {_set_aside(folder).name}" for folder in later]
+
+
+def prune(root: Path, newest: Path, limit: int) -> None:
+    """Delete the oldest checkpoints so that `limit` remain (0: all stay), if `newest` reads back whole."""
+    old = [folder for folder in list_checkpoints(root) if folder < newest]
+    surplus = old[: max(0, len(old) + 1 - limit)] if limit else []
+    if surplus and not (problem := find_damage(newest)):
+        for folder in surplus:
+            # Renamed first, so that a half-deleted one is never taken, and is gone for good at the next start.
+            shutil.rmtree(folder.rename(root / f".{folder.name}.partial"))
+    elif surplus:
+        raise OSError(f"the checkpoint just written is damaged, so no older one was deleted: {problem}")
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Finished checkpoint folders below `root`, oldest first."""
+    return [folder for folder in list_folders(root) if (folder / COMPLETE).is_file()]
+
+
+def list_folders(root: Path) -> list[Path]:
+    """Folders below `root` that are called as checkpoints are, oldest first."""
+    return sorted(folder for folder in root.glob("step-*") if folder.is_dir())
+
+
+def step_of(folder: Path) -> int:
+    """The step at which a checkpoint was saved; 0 for a model that is none of ours."""
+    try:
+        return int(read_json(folder / COMPLETE)["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if nothing is."""
+    try:
+        contents = read_json(folder / COMPLETE)
+        if contents.pop("sha256") != _sha256(contents):
+            return f"{folder / COMPLETE} is damaged"
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents["files"].items()}
+    except FileNotFoundError:
+        return f"{folder} is not a finished checkpoint: it has no file {COMPLETE}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{folder / COMPLETE} is damaged"
+    for name, (size, sha256) in expected.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{folder / COMPLETE} names a file outside of its folder"
+        try:
+            is_there = file.is_file()
+        except OSError:
+            return f"{folder / COMPLETE} names what no file can be called"
+        if not is_there:
+            return f"{file} is missing"
+        if file.stat().st_size != size or file_sha256(file) != sha256:
+            return f"{file} is damaged: its contents are not what was saved"
+    return None
+
+
+def write_run_config(folder: Path, config: RunConfig) -> None:
+    """All options of the run; `--config run_config.json` reads them back."""
+    partial = folder / f".{RUN_CONFIG}.partial"
+    partial.write_text(json.dumps(config.to_flat(), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / RUN_CONFIG)
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.rename(_abandoned_name(folder))
+
+
+def _abandoned_name(path: Path) -> Path:
+    number = 1
+    while (name := path.with_name(f"abandoned-{number}-{path.name}")).exists():
+        number += 1
+    return name
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some network and FUSE file systems refuse to sync a folder; a file's refusal is an error.
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""llm.c's model files, such as gpt2_124M.bin (github.com/karpathy/llm.c, `write_model` in train_gpt2.py).
+
+256 int32 (magic, version, positions, ids, layers, heads, width, ids with padding), then the parameters, each with all layers
+in a row, matrices as nn.Linear has them. The activation is GPT-2's, the head is the token embedding.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2xla.checkpoint.formats.stored_weights import StoredTensor, StoredWeights
+from gpt2xla.config import ModelConfig
+from gpt2xla.errors import InputError, user_error
+
+MAGIC = 20240326
+_HEADER_BYTES = 1024
+_DTYPES = {3: torch.float32, 5: torch.bfloat16}
+
+
+def load_llmc_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
+    """Configuration and weights, without the rows that pad the vocabulary. Raises InputError."""
+    with user_error(str(file)):
+        header = np.fromfile(file, "<i4", 8).tolist()
+        size = file.stat().st_size
+    if len(header) < 8 or header[0] != MAGIC or header[1] not in _DTYPES:
+        version = header[1] if len(header) > 1 else "none"
+        raise InputError(
+            f"{file}: version {version} of llm.c's model files is not read; write it again with llm.c of today"
+        )
+    version, positions, ids, layers, heads, width, rows = header[1:]
+    dtype = _DTYPES[version]
+    try:
+        config = ModelConfig(ids, positions, width, layers, heads, dropout=0.0, activation="gelu-tanh")
+        config.check()
+    except InputError as error:
+        raise InputError(f"{file}: its header is damaged ({error}); copy it again") from None
+    if rows < ids:
+        raise InputError(f"{file}: its header is damaged ({rows} rows for {ids} ids); copy it again")
+    tensors: dict[str, StoredTensor] = {}
+    offset = _HEADER_BYTES // dtype.itemsize
+    for name, shape in _parameters(width, rows, positions):
+        for layer in range(layers if "{}" in name else 1):
+            real = torch.Size([ids, width] if name == "wte.weight" else shape)
+            read = partial(_read, file, dtype, offset, real)
+            full_name = name.format(layer)
+            tensors[full_name] = StoredTensor(full_name, real, dtype, read)
+            offset += torch.Size(shape).numel()
+    expected = offset * dtype.itemsize
+    if size != expected:
+        raise InputError(f"{file} has {size:,} bytes where its header says {expected:,}; copy it again")
+    return config, StoredWeights(config, tensors, file)
+
+
+def _parameters(width: int, rows: int, positions: int) -> list[tuple[str, list[int]]]:
+    """In the file's order."""
+    return [
+        ("wte.weight", [rows, width]),
+        ("wpe.weight", [positions, width]),
+        ("h.{}.ln_1.weight", [width]),
+        ("h.{}.ln_1.bias", [width]),
+        ("h.{}.attn.c_attn.weight", [3 * width, width]),
+        ("h.{}.attn.c_attn.bias", [3 * width]),
+        ("h.{}.attn.c_proj.weight", [width, width]),
+        ("h.{}.attn.c_proj.bias", [width]),
+        ("h.{}.ln_2.weight", [width]),
+        ("h.{}.ln_2.bias", [width]),
+        ("h.{}.mlp.c_fc.weight", [4 * width, width]),
+        ("h.{}.mlp.c_fc.bias", [4 * width]),
+        ("h.{}.mlp.c_proj.weight", [width, 4 * width]),
+        ("h.{}.mlp.c_proj.bias", [width]),
+        ("ln_f.weight", [width]),
+        ("ln_f.bias", [width]),
+    ]
+
+
+def _read(file: Path, dtype: torch.dtype, offset: int, shape: torch.Size) -> Tensor:
+    # Mapped for each tensor, so that its pages of the file leave memory with it.
+    with user_error(str(file)):
+        numbers = np.memmap(file, np.uint8, "c", offset * dtype.itemsize, shape.numel() * dtype.itemsize)
+    return torch.frombuffer(numbers, dtype=dtype).view(shape)

@@ -1,0 +1,97 @@
+"""Weights that stay on disk until they are asked for, one tensor at a time: a large model has no second copy in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2xla.config import ModelConfig
+from gpt2xla.errors import InputError
+from gpt2xla.model.gpt2 import GPT2
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file's header says of a tensor.
+
+    Attributes:
+        name: in the file.
+        shape: as `read` returns it.
+        dtype: the file's own name for it where torch has no such type.
+        read: the tensor, perhaps as a view of the mapped file.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype | str
+    read: Callable[[], Tensor]
+
+    def transposed(self) -> StoredTensor:
+        return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().t())
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """A model's weights by our parameter names: each is read, as fp32 on the CPU, whenever it is asked for.
+
+    Of a vocabulary that the model pads, the real rows alone are stored.
+
+    Args:
+        tensors: by our parameter names, in our layout.
+        source: the file or folder, for messages.
+        notes: lines for the user about how they are read.
+
+    Raises:
+        InputError: these are not the tensors of such a model; the first that is wrong is named.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, StoredTensor], source: Path, notes: tuple[str, ...] = ()
+    ) -> None:
+        expected = parameter_shapes(dataclasses.replace(config, vocab_size=config.real_vocab_size, vocab_padding=0))
+        if missing := [name for name in expected if name not in tensors]:
+            raise InputError(
+                f"{source} has no tensor {missing[0]}, which a model of its configuration needs; copy it again"
+            )
+        for name, tensor in tensors.items():
+            if name not in expected:
+                raise InputError(
+                    f"{source} holds {tensor.name}, which no GPT-2 of its configuration has; choose another"
+                )
+            if tensor.shape != expected[name]:
+                raise InputError(
+                    f"{source}: {tensor.name} is {_sizes(tensor.shape)} where its configuration says "
+                    f"{_sizes(expected[name])} (as nn.Linear lays it out); fix the configuration or choose another"
+                )
+            if tensor.dtype not in FLOATS:
+                raise InputError(
+                    f"{source}: {tensor.name} is of type {tensor.dtype}; save the model in float32, bfloat16 or float16"
+                )
+        self._tensors = {name: tensors[name] for name in expected}
+        if any(tensor.dtype == torch.float64 for tensor in self._tensors.values()):
+            notes = (*notes, "weights: stored in float64, rounded to fp32")
+        self.notes = notes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].read().float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT2(config).named_parameters()}
+
+
+def _sizes(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "a single number"

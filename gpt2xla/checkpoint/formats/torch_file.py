@@ -1,0 +1,91 @@
+"""Files of torch.save, read as tensors and plain values: nothing in them is run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2xla.checkpoint.formats.stored_weights import StoredTensor
+from gpt2xla.errors import InputError
+
+
+class PlainConfig:
+    """Stands in for a pickled `GPTConfig`, a dataclass of numbers that build-nanogpt and others save with a model. It keeps
+    what the file says of one, and does nothing with it.
+    """
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def load_plain(file: Path, mapped: bool = False) -> Any:
+    """Tensors, plain values and PlainConfigs; with `mapped`, tensors stay on disk until they are used, where the format
+    allows.
+
+    Raises:
+        InputError: the file is damaged, or would make objects of another kind: none is made.
+    """
+    try:
+        is_zip = zipfile.is_zipfile(file)  # torch's older format is none, and has to be read whole
+        stand_ins = _stand_ins(file) if is_zip else []
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on formats
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken pickle can make the reader raise anything
+        raise InputError(f"{file} {_why(file, error)}") from None
+
+
+def stored_tensors(state: Any, file: Path) -> dict[str, StoredTensor]:
+    """A state dict's tensors by name. Raises InputError if it holds anything else."""
+    if not isinstance(state, dict):
+        raise InputError(f"{file} holds no tensors by name; choose another file")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not is_plain(tensor):
+            raise InputError(f"{file}: {str(name)[:80]!r} among the model's weights is no tensor; choose another file")
+    return {name: StoredTensor(name, tensor.shape, tensor.dtype, tensor.detach) for name, tensor in state.items()}
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor whose numbers are there: not sparse, not quantized, not a shape without numbers."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+    )
+
+
+def _stand_ins(file: Path) -> list[Any]:
+    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+    return [(PlainConfig, name) for name in unknown if name.rpartition(".")[2] == "GPTConfig"]
+
+
+def _why(file: Path, error: Exception) -> str:
+    """In our words: torch's own advise to run what is in the file."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or type(error).__name__}"
+    what = "a Lightning checkpoint, " if _is_lightnings(file) else ""
+    if found := re.search(r"[Uu]nsupported (?:global: GLOBAL|GLOBAL|class) ([\w.]+)", str(error)):
+        return (
+            f"is not read: {what}it holds an object made by {found[1]}, not only tensors and plain values; nothing in it "
+            "was run; save the model's state_dict alone, with its config.json beside it"
+        )
+    return "is damaged, or holds more than tensors and plain values: nothing in it was run; copy it again"
+
+
+def _is_lightnings(file: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        return any(b"pytorch-lightning_version" in archive.read(name) for name in pickles)
+    return False

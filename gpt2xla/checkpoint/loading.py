@@ -1,0 +1,56 @@
+"""The model that a user's name means, wherever a model is asked for: its place, and its weights by what is found there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gpt2xla.checkpoint.folder import list_checkpoints
+from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.checkpoint.formats.file_kind import kind_of
+from gpt2xla.checkpoint.formats.hf_config import read_config
+from gpt2xla.checkpoint.formats.llmc_file import load_llmc_model
+from gpt2xla.checkpoint.formats.pt_file import load_pt_model
+from gpt2xla.checkpoint.formats.stored_weights import StoredWeights
+from gpt2xla.config import ModelConfig
+from gpt2xla.errors import InputError, user_error
+
+
+def locate(name: str) -> Path:
+    """The folder or file that a user's `name` means: a path, a folder of checkpoints (its newest), an OpenAI size or a
+    hub id. Raises InputError if it means nothing.
+    """
+    if not name:
+        raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
+    path = Path(name)
+    with user_error(name):  # no permission, or a name that is too long
+        if path.is_file():
+            return path
+        if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
+            return checkpoints[-1]
+        return hf.find_folder(name)
+
+
+def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
+    """Model configuration and weights of a folder or file. Raises InputError."""
+    if not source.is_file():
+        return hf.load_model(source)
+    if (part := re.search(r"-\d+-of-(\d+)\.", source.name)) and int(part[1]) > 1:
+        raise InputError(f"{source} is one of the {int(part[1])} parts of a model; give its folder, {source.parent}")
+    kind = kind_of(source)
+    if kind == "llm.c":
+        return load_llmc_model(source)
+    return load_pt_model(source) if kind == "torch" else _load_safetensors(source)
+
+
+def _load_safetensors(file: Path) -> tuple[ModelConfig, StoredWeights]:
+    """By the `config.json` beside it. Without one it is refused, also where its shapes are those of GPT-2: models of the
+    same shapes differ in what shapes do not show, as Stanford's do in the scale of their attention.
+    """
+    if not (file.parent / "config.json").is_file():
+        raise InputError(
+            f"{file} holds weights alone, and there is no config.json beside it: the number of heads and the activation "
+            "cannot be told from them; copy the model's config.json there"
+        )
+    config, notes = read_config(file.parent)
+    return hf.weights_in([file], file, config, notes)

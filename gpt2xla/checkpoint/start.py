@@ -1,0 +1,300 @@
+"""Where a run begins: new weights, someone's model, or one of our checkpoints to be continued."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2xla.checkpoint.folder import (
+    COMPLETE,
+    RUN_CONFIG,
+    SHARDS,
+    TRAINING_STATE,
+    find_damage,
+    list_checkpoints,
+    list_folders,
+)
+from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
+from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
+from gpt2xla.checkpoint.loading import load_weights, locate
+from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
+from gpt2xla.config.config_file import in_todays_words
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.files import read_json
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.optim import optimizer as optim
+
+# Options of this call, not of the run that is continued.
+_NOT_CONTINUED = {
+    "checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "wandb_resume_id", "verify_data",
+}  # fmt: skip
+# What torch.amp.GradScaler saves, and the XLA runtime's scaler like it.
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+# Model options that a new run may choose otherwise than the checkpoint it starts from.
+_RESIZED = ("vocab_size", "seq_length")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        config: the run's options, completed from the checkpoint where the user did not set them.
+        source: the checkpoint folder or file, None for new weights.
+        weights: those of the source, still on disk; None for new weights.
+        training: what `checkpoint.save` stored of the run to be continued; None when a new run begins at step 0.
+        notes: lines for the user: damaged checkpoints that were passed over, options that changed.
+    """
+
+    config: RunConfig
+    source: Path | None = None
+    weights: StoredWeights | None = None
+    training: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return self.training["step"] if self.training else 0
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether nothing is left to do of what follows a step; not so where the run was stopped in it."""
+        return self.training.get("is_evaluated", True) if self.training else True
+
+    def build_model(self) -> GPT2:
+        """The model with its first weights, on the CPU. Raises InputError if they cannot be read."""
+        if self.source is not None and self.weights is not None:
+            return build_model(self.config.model, self.weights, self.source)
+        with torch.device("meta"):
+            model = GPT2(self.config.model)
+        model.to_empty(device="cpu")
+        model.init_weights(torch.Generator().manual_seed(self.config.general.seed))
+        return model
+
+
+def find_start(config: RunConfig) -> Start:
+    """Decide by --resume and --from-checkpoint where the run begins, and load it.
+
+    A run that is continued keeps its options, but for those that the user sets anew.
+
+    Raises:
+        InputError: what was asked for is missing, damaged, or contradicts the flags.
+    """
+    notes: list[str] = []
+    with user_error(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
+        source, continues = _choose(config.general, notes)
+    if source is None:
+        config.model.check()
+        _refuse_beyond_memory(config.model)
+        return Start(config, notes=tuple(notes))
+    if continues:
+        config = _complete(config, source, notes)
+    if config.general.do_test and config.train.mixed_precision == "auto" and "mixed_precision" not in config.given:
+        config = config.in_precision("none")  # so that losses compare between devices
+    saved_model, weights = load_weights(source)
+    notes += weights.notes
+    if not continues:
+        saved_model = _resize(config, saved_model, source, notes)
+    config = dataclasses.replace(config, model=_agree(config, saved_model, source))
+    training = _load_training_state(source, config) if continues and not config.general.do_test else None
+    return Start(config, source, weights, training, tuple(notes))
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:
+    """The model on the CPU, in fp32, with these weights: filled tensor by tensor, so that there is one copy of them.
+
+    The vocabulary is padded with zeros and positions are cut as `config` says. Raises InputError if `source` cannot be read.
+    """
+    with torch.device("meta"):
+        model = GPT2(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad(), user_error(str(source)):
+        for name, parameter in model.named_parameters():
+            stored = weights[name]
+            rows = min(len(stored), len(parameter))
+            parameter[:rows] = stored[:rows]
+            parameter[rows:] = 0.0
+    return model
+
+
+def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:
+    """The source, and whether its run is continued."""
+    if general.from_checkpoint is not None and hf.is_missing_path(general.from_checkpoint):
+        raise InputError(
+            f"--from-checkpoint {general.from_checkpoint}: no such folder or file; correct the path, or leave the flag out"
+        )
+    root = Path(general.checkpoints_dir)
+    named = None if general.resume in ("auto", "never") else Path(general.resume)
+    is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())
+    if is_other_run and not general.do_test and (existing := list_checkpoints(root)):
+        raise InputError(
+            f"--resume {general.resume}: --checkpoints-dir {root} already holds {existing[-1].name} of another run; choose "
+            "another folder or move it away"
+        )
+    if named:
+        return _verified(named, f"--resume {named}"), True
+    if general.resume == "auto" and not (general.do_test and general.from_checkpoint):
+        newest = _newest_good(root, notes)
+        if newest is not None:
+            _refuse_an_older_one(general, newest)
+            return newest, True
+    if general.from_checkpoint is None:
+        return None, False
+    try:
+        source = locate(general.from_checkpoint)
+    except InputError as error:
+        raise InputError(f"--from-checkpoint {error}") from None
+    if source.is_file() or not any((source / name).exists() for name in (COMPLETE, TRAINING_STATE)):
+        return source, False
+    return _verified(source, f"--from-checkpoint {source}"), general.resume != "never"
+
+
+def _verified(folder: Path, asked: str) -> Path:
+    if not folder.is_dir():
+        raise InputError(
+            f"{asked}: no such checkpoint folder; use auto, never or a path like checkpoints/step-00001000"
+        )
+    if damage := find_damage(folder):
+        raise InputError(f"{asked}: {damage}; choose another checkpoint")
+    return folder
+
+
+def _newest_good(root: Path, notes: list[str]) -> Path | None:
+    for folder in reversed(list_folders(root)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        notes.append(f"passed over a checkpoint: {damage}")
+    if notes:
+        raise InputError(f"no checkpoint in {root} is whole ({notes[0]}); move them away to start anew")
+    return None
+
+
+def _refuse_an_older_one(general: GeneralConfig, newest: Path) -> None:
+    named = Path(general.from_checkpoint or "")
+    if named.parent.resolve() == newest.parent.resolve() and named.name != newest.name and named.is_dir():
+        raise InputError(
+            f"--from-checkpoint {named} is older than {newest.name} beside it; to go back to it, use --resume {named}"
+        )
+
+
+def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
+    """`config` with the options that the user did not set taken from the continued run."""
+    now, options = config.to_flat(), {}
+    try:
+        saved = in_todays_words(read_json(source / RUN_CONFIG))
+        for name, value in saved.items():
+            if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
+                continue
+            value = tuple(value) if isinstance(value, list) else value
+            if isinstance(now[name], tuple) and isinstance(value, str):
+                value = (value,)  # a run of a single --train-dir, when no run had more
+            if name not in config.given or (name == "mixed_precision" and now[name] == "auto"):
+                options[name] = value
+            elif now[name] != value:
+                notes.append(f"changed: {flag(name)} {_as_given(value)} -> {_as_given(now[name])}")
+        completed = RunConfig.from_flat({name: now[name] for name in config.given} | options)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{source / RUN_CONFIG} cannot be used: {error}") from None
+    asked = completed.optim.optim_type
+    trained = saved.get("optim_type", asked)
+    if asked != trained and "muon" in (asked, trained) and not config.general.do_test:
+        raise InputError(
+            f"--optim-type {asked} cannot go on with the state of {trained}, which {source} holds; leave the flag out, or "
+            "begin a new run with its weights (--resume never)"
+        )
+    return dataclasses.replace(completed, given=config.given)
+
+
+def _as_given(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:
+    """The checkpoint's model; options the user gave must say the same, but for dropout, which is free to change."""
+    for field in options_of(ModelConfig):
+        asked, found = getattr(config.model, field.name), getattr(saved, field.name)
+        if field.name in config.given and field.name != "dropout" and asked != found:
+            raise InputError(
+                f"{flag(field.name)} {asked} contradicts {source}, where it is {found}; leave the flag out or use {found}"
+                + (", or begin a new run with its weights (--resume never)" if field.name in _RESIZED else "")
+            )
+    return dataclasses.replace(saved, dropout=config.model.dropout) if "dropout" in config.given else saved
+
+
+def _resize(config: RunConfig, saved: ModelConfig, source: Path, notes: list[str]) -> ModelConfig:
+    """The checkpoint's model with its vocabulary padded and its positions cut to what the user asked for. The model stays
+    the same function: of the sequences that it can still read, and of the ids that it had."""
+    asked, tokens = config.model, saved.real_vocab_size
+    if "vocab_size" in config.given and asked.vocab_size != saved.vocab_size:
+        if asked.vocab_size < tokens:
+            aligned = -(-tokens // 128) * 128
+            raise InputError(
+                f"--vocab-size {asked.vocab_size} is less than the {tokens} ids of {source}; use {tokens}, or {aligned} for "
+                "aligned shapes"
+            )
+        padding = asked.vocab_size - tokens
+        saved = dataclasses.replace(saved, vocab_size=asked.vocab_size, vocab_padding=padding)
+        if padding:
+            notes.append(f"vocabulary: {tokens:,} ids and {padding} of padding, which are never predicted")
+    if "seq_length" in config.given and asked.seq_length != saved.seq_length:
+        if asked.seq_length > saved.seq_length:
+            raise InputError(
+                f"--seq-length {asked.seq_length} is more than the {saved.seq_length} positions that {source} has; use at "
+                f"most {saved.seq_length}"
+            )
+        notes.append(f"positions: the first {asked.seq_length} of {saved.seq_length}")
+        saved = dataclasses.replace(saved, seq_length=asked.seq_length)
+    saved.check()
+    return saved
+
+
+def _refuse_beyond_memory(model: ModelConfig) -> None:
+    """An operating system may promise more memory than there is, and end the process once it is used."""
+    needed, there = 4 * model.matrix_elements, _memory_bytes()
+    if needed > there:
+        raise InputError(
+            f"--d-model {model.d_model}, --num-layers {model.num_layers}, --vocab-size {model.vocab_size}: the weights take "
+            f"{needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}; choose a smaller model"
+        )
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
+    file, moments = source / TRAINING_STATE, optim.moments(config.optim, parameter_shapes(config.model))
+    training = load_plain(file)
+    try:
+        step, optimizer = training["step"], training["optimizer"]
+        if (source / SHARDS).is_dir():
+            from gpt2xla.runtime import sharded_state  # whose library takes half a second
+
+            file = source / SHARDS
+            optimizer |= sharded_state.load(file, moments)
+        found = {key: {name: t.shape for name, t in optimizer[key].items()} for key in moments}
+        is_whole = found == moments and all(
+            is_plain(t) and t.is_floating_point() for key in moments for t in optimizer[key].values()
+        )
+        for number in (step, optimizer["step"]):
+            is_whole &= type(number) is int and 0 <= number < 2**63
+        is_whole &= all(isinstance(value, str | int) for value in training["data"].values())
+        scaler = training["runtime"].get("scaler", dict.fromkeys(_SCALER, 1))
+        is_whole &= scaler.keys() == _SCALER and all(isinstance(value, int | float) for value in scaler.values())
+        is_whole &= isinstance(training.setdefault("wandb_id"), str | None)
+        skipped = training.setdefault("skipped", 0)
+        is_whole &= type(skipped) is int and skipped >= 0
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{file} does not hold the state of this model's training; choose another checkpoint")
+    return training

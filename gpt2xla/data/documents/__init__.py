@@ -1,0 +1,1 @@
+"""Documents read from a user's files."""

@@ -1,0 +1,211 @@
+"""Documents on disk: parts in a fixed order, each a file that can be read again from its beginning.
+
+Texts travel as Arrow arrays, a few MB at a time: no Python string is made of a document on the way to its ids.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gpt2xla.data.documents import compression, csv_file, input_files, json_lines, json_values, tables, text_file
+from gpt2xla.data.documents.reading import ALL_SUFFIXES, ENDOFTEXT, Format, Reading, SplitBy
+from gpt2xla.data.documents.recognition import Content, promised, recognise
+from gpt2xla.errors import InputError, user_error
+
+Split = Literal["train", "test"]
+
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a corpus.
+
+    Attributes:
+        name, size, how: what it is known by when an interrupted preparation is resumed: size in bytes, and how it is read.
+        opened: around its reading; brings the file here if it is elsewhere.
+        read: the documents of the file, in arrays of texts.
+        split: where its documents go; None: each is drawn.
+        say: gets the notes about its content.
+    """
+
+    name: str
+    size: int
+    opened: Callable[[], AbstractContextManager[Path]]
+    read: Callable[[Path], Iterator[pa.Array]]
+    how: str
+    split: Split | None = None
+    say: Callable[[str], None] = print
+
+
+class Position(NamedTuple):
+    """How far a corpus has been read: `documents` of part number `part`, and all parts before it."""
+
+    part: int
+    documents: int
+
+
+class Block(NamedTuple):
+    texts: pa.LargeStringArray
+    split: Split | None
+    after: Position
+
+
+def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
+    """The documents from `start` on, without the empty ones, in blocks of about 4 MB. The last one, and no other, is `after`
+    all parts.
+
+    Raises:
+        InputError: a part cannot be read as what its name says.
+    """
+    held: list[pa.Array] = []
+    for number, part in enumerate(parts[start.part :], start.part):
+        documents = 0
+        skipped = start.documents if number == start.part else 0
+        if held and part.split != parts[number - 1].split:
+            yield Block(pa.concat_arrays(held), parts[number - 1].split, Position(number, 0))
+            held = []
+        with part.opened() as file:
+            for texts in _readable(part, file):
+                fresh = texts[max(0, skipped - documents) :]
+                if len(fresh) and sum(array.nbytes for array in held) >= _BLOCK_BYTES:
+                    yield Block(pa.concat_arrays(held), part.split, Position(number, documents))
+                    held = []
+                if len(fresh):
+                    held.append(fresh)
+                documents += len(texts)
+    if held:
+        yield Block(pa.concat_arrays(held), parts[-1].split, Position(len(parts), 0))
+
+
+def _readable(part: Part, file: Path) -> Iterator[pa.LargeStringArray]:
+    empty = 0
+    with compression.readable(part.name):
+        for array in part.read(file):
+            array.validate(full=True)  # files promise UTF-8, and sound offsets, and nobody checks
+            texts = array.cast(pa.large_string())
+            texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
+            empty += len(array) - len(texts)
+            yield texts
+    if empty:
+        part.say(f"note: {part.name}: {empty:,} records without text were left out")
+
+
+def local_parts(
+    paths: Sequence[str | Path],
+    *,
+    suffixes: tuple[str, ...] = ALL_SUFFIXES,
+    exclude: tuple[str, ...] = (),
+    column: str = "text",
+    split_by: SplitBy = "file",
+    format: Format = "auto",
+    option: str = "--input",
+    say: Callable[[str], None] = print,
+) -> list[Part]:
+    """Files, and those in or below folders whose name ends in one of `suffixes`, in sorted order, each once. What
+    `input_files.find` leaves out, what is read as something else than its name says, and text that seems to hold several
+    documents, is reported to `say`.
+
+    Raises:
+        InputError: a path does not exist, nothing was found, or a file is of a format that we do not read.
+    """
+    files = input_files.find(paths, suffixes, exclude, option, say)
+    reading = Reading(column, split_by, format)
+    parts, contents = [], {}
+    for file in files:
+        name = str(file)
+        with user_error(f"{option} {name}"):
+            size = file.stat().st_size
+            contents[name] = content = recognise(file, name, reading)  # an hour into the preparation would be late
+        read = partial(_read, name=name, content=content, reading=reading, say=say)
+        parts.append(Part(name, size, partial(_here, file), read, _how(content.format, reading), say=say))
+        if content.note and size < compression.HEAD_BYTES:  # what only begins as its content says is better known now
+            with compression.readable(name):
+                deque(read(file), maxlen=0)
+    _report(contents, reading, say)
+    return parts
+
+
+def _here(file: Path) -> AbstractContextManager[Path]:
+    return nullcontext(file)
+
+
+def remote_part(
+    name: str,
+    version: str,
+    size: int,
+    opened: Callable[[], AbstractContextManager[Path]],
+    reading: Reading,
+    split: Split | None,
+    say: Callable[[str], None],
+) -> Part:
+    """A file that is elsewhere: what it holds is known when it has been fetched."""
+
+    def read(file: Path) -> Iterator[pa.Array]:
+        content = recognise(file, name, reading)
+        _report({name: content}, reading, say)
+        yield from _read(file, name, content, reading, say)
+
+    expected = promised(name)[1] or "text" if reading.format == "auto" else reading.format
+    return Part(f"{name}@{version}", size, opened, read, _how(expected, reading), split, say)
+
+
+def _how(format: Format, reading: Reading) -> str:
+    if format == "text":
+        return f"split by {reading.split_by}"
+    return f"{'field' if format in ('json', 'jsonl') else 'column'} {reading.column!r}"
+
+
+def _read(file: Path, name: str, content: Content, reading: Reading, say: Callable[[str], None]) -> Iterator[pa.Array]:
+    column, opened = reading.column, partial(compression.opened, file, content.layers)
+    try:
+        if content.format == "parquet":
+            yield from tables.read_parquet(file, name, column)
+        elif content.format == "arrow":
+            yield from tables.read_arrow(file, content.layers, name, column)
+        elif content.format == "text":
+            yield from text_file.read(opened, name, reading.split_by, say)
+        elif content.format == "jsonl":
+            with opened() as source:
+                yield from json_lines.read(source, name, column)
+        elif content.format == "json":
+            with opened() as source:
+                yield from json_values.read(source, name, column)
+        else:
+            delimiters = csv_file.TSV_DELIMITERS if content.format == "tsv" else csv_file.CSV_DELIMITERS
+            with opened() as source:
+                yield from csv_file.read(source, name, column, delimiters)
+    except InputError as error:
+        if content.note:
+            raise InputError(f"{error}; or keep all of it as text with --format text") from None
+        raise
+
+
+def _report(contents: dict[str, Content], reading: Reading, say: Callable[[str], None]) -> None:
+    """One line for each thing to say, however many files it is said of."""
+    by_note: dict[str, list[str]] = {}
+    for name, content in contents.items():
+        if content.note:
+            by_note.setdefault(f"note: {{}} {content.note}", []).append(name)
+        if content.has_separators and reading.split_by != "endoftext":
+            separated = (
+                f"warning: {{}} holds {ENDOFTEXT} as text; --split-by endoftext makes it the border of documents"
+            )
+            by_note.setdefault(separated, []).append(name)
+    for note, names in by_note.items():
+        say(note.format(names[0] + (f" (as do {len(names) - 1:,} other files)" if len(names) > 1 else "")))
+
+
+def documents_of(parts: Sequence[Part]) -> Iterator[str]:
+    """The documents as strings, for what learns from text."""
+    for block in blocks(parts, Position(0, 0)):
+        yield from block.texts.to_pylist()

@@ -1,0 +1,137 @@
+"""Documents in files of JSON lines. Arrow reads them; what it cannot read is looked at again, to say which line it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.json
+
+from gpt2xla.data.documents.reading import LONGEST
+from gpt2xla.errors import InputError
+
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
+def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
+    """The texts in the field `column`, null where a line has none, in arrays of a few MB.
+
+    Raises InputError: none of the first lines, 8 MB of them, has the field, or a line cannot be read.
+    """
+    parse = pyarrow.json.ParseOptions(
+        explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore"
+    )
+    first: dict[str, Any] | None = None  # of the records up to the first text
+    has_text, size = False, 0
+    # Block by block, since Arrow's own way of reading ahead never ends where a stream is damaged.
+    for number, block in _blocks(source, name):
+        try:
+            whole = pyarrow.json.ReadOptions(block_size=len(block) + 1)
+            texts = pyarrow.json.read_json(pa.BufferReader(block), whole, parse).column(0)
+        except pa.ArrowInvalid:
+            if found := _first_bad_line(block, number, column):
+                raise InputError(f"{name}, line {found}") from None
+            raise
+        has_text = has_text or texts.null_count < len(texts)
+        size += len(block)
+        if not has_text:
+            first = first or _first_fields(block)
+            if size > LONGEST // 2:  # the rest may take hours
+                break
+        yield from texts.chunks
+    if first is not None and not has_text:
+        raise InputError(without_field(name, column, first))
+
+
+def without_field(name: str, column: str, fields: dict[str, Any]) -> str:
+    """What to say of records that hold `fields`, and no text in `column`."""
+    held = f"no text in the field {column!r} of its records, which hold {', '.join(fields) or 'nothing'}"
+    if texts := texts_in(fields):
+        return f"{name}: {held}; text is in {texts}; choose with --text-column"
+    for field, value in fields.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f"{name}: {held}; write those in {field!r} one a line, as jq -c '.{field}[]' does"
+    return f"{name}: {held}; no field holds text"
+
+
+def texts_in(fields: dict[str, Any]) -> str:
+    return ", ".join(field for field, value in fields.items() if isinstance(value, str))
+
+
+def not_text(value: Any, fields: dict[str, Any], column: str) -> str:
+    """What to say of a record whose field `column` holds something else."""
+    kind = {dict: "an object", list: "a list", bool: "true or false"}.get(type(value), "a number")
+    fix = f"text is in {texts}; choose with --text-column" if (texts := texts_in(fields)) else "no field holds text"
+    return f"the field {column!r} holds {kind}, not text; {fix}"
+
+
+def has_half_character(value: Any) -> bool:
+    """Whether a text in it cannot be written as UTF-8: a surrogate without the other one."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _blocks(source: pa.NativeFile, name: str) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, not all blank, with the number of the first."""
+    number, held = 1, b""
+    while chunk := source.read(LONGEST):
+        if not held and number == 1:
+            chunk = chunk.removeprefix(_UTF8_MARK)
+        lines, end, rest = chunk.rpartition(b"\n")
+        lines = held + lines if end else b""
+        held = rest if end else held + rest
+        if lines.strip():
+            yield number, lines
+        number += lines.count(b"\n") + len(end)
+        if len(held) > LONGEST:
+            raise InputError(_too_long(number, len(held), source, name))
+    if held.strip():
+        yield number, held
+
+
+def _too_long(number: int, size: int, source: pa.NativeFile, name: str) -> str:
+    while chunk := source.read(LONGEST):
+        end = chunk.find(b"\n")
+        size += end if end >= 0 else len(chunk)
+        if end >= 0:
+            break
+    return f"{name}, line {number}, is of {size >> 20} MiB, and {LONGEST >> 20} can be read; divide or remove it"
+
+
+def _first_fields(block: bytes) -> dict[str, Any]:
+    for line in block.splitlines():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(values, dict) and values:
+            return values
+    return {}
+
+
+def _first_bad_line(block: bytes, first: int, column: str) -> str | None:
+    """Its number, what is wrong with it, and the fix."""
+    for number, line in enumerate(block.split(b"\n"), first):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            undecoded = isinstance(error, UnicodeDecodeError)
+            reason = "bytes that are not UTF-8" if undecoded else getattr(error, "msg", "nested too deeply")
+            return f"{number}, is not JSON ({reason}); fix or remove it"
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            return f'{number}, is JSON, but no object such as {{"{column}": "..."}}; fix or remove it'
+        value = values.get(column)
+        if value is not None and not isinstance(value, str):
+            return f"{number}: {not_text(value, values, column)}"
+        if has_half_character(values):
+            return f"{number}, holds half a character (\\ud800 to \\udfff, alone); fix or remove it"
+    return None

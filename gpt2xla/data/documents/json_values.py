@@ -1,0 +1,123 @@
+"""Documents in other JSON than lines: an array of objects or of texts, or objects one after another, over several lines.
+
+The values are decoded one at a time, so that memory is bounded by the longest and not by the file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from gpt2xla.data.documents.json_lines import has_half_character, not_text, without_field
+from gpt2xla.data.documents.reading import LONGEST
+from gpt2xla.errors import InputError
+
+_BLOCK_CHARACTERS = 1 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
+    """The texts in the field `column`, null where an object has none, in arrays of a few MB.
+
+    Raises InputError: no value has the field, or one cannot be read.
+    """
+    held: list[str | None] = []
+    size, first, has_text = 0, None, False
+    with io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as text:
+        for number, value in enumerate(_Values(text, name), 1):
+            document = value.get(column) if isinstance(value, dict) else value
+            where = f"{name}, value {number}"
+            if not isinstance(document, str | None):
+                fix = not_text(document, value, column) if isinstance(value, dict) else "neither an object nor text"
+                raise InputError(f"{where}: {fix}")
+            if document and not document.isascii() and has_half_character(document):
+                raise InputError(f"{where}, holds half a character (\\ud800 to \\udfff, alone); fix or remove it")
+            has_text = has_text or document is not None
+            first = first or value
+            held.append(document)
+            size += len(document or "")
+            if size >= _BLOCK_CHARACTERS or len(held) >= _BLOCK_CHARACTERS:
+                yield pa.array(held, pa.large_string())
+                held, size = [], 0
+    if first and not has_text:
+        raise InputError(without_field(name, column, first))
+    yield pa.array(held, pa.large_string())
+
+
+class _Values:
+    """Iterates over the values of a text. `buffer` from `at` on is what has been read and not used."""
+
+    def __init__(self, text: io.TextIOWrapper, name: str) -> None:
+        self.text, self.name = text, name
+        self.buffer, self.at, self.number = "", 0, 0
+        # No number is a text, and some have more digits than Python takes.
+        self.decoder = json.JSONDecoder(parse_int=len, parse_float=len)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._next() != "[":
+            while self._next():
+                yield self._value()
+            return
+        self.at += 1
+        if self._next() == "]":
+            self.at += 1
+        else:
+            yield self._value()
+            while (character := self._next()) == ",":
+                self.at += 1
+                yield self._value()
+            if character != "]":
+                raise self._error("a comma or ] is missing" if character else "it ends early")
+            self.at += 1
+        if self._next():
+            raise self._error("there is more after its array")
+
+    def _next(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            found = _SPACE.match(self.buffer, self.at)
+            assert found is not None
+            self.at = found.end()
+            if self.at < len(self.buffer):
+                return self.buffer[self.at]
+            if not self._read():
+                return ""
+
+    def _value(self) -> Any:
+        self._next()
+        self.number += 1
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.buffer, self.at)
+            except RecursionError:
+                raise self._error("it is nested too deeply") from None
+            except json.JSONDecodeError as error:
+                if len(self.buffer) - self.at > LONGEST:
+                    raise self._error(f"the next one is no JSON, or longer than {LONGEST >> 20} MiB") from None
+                if not self._read():
+                    raise self._error(error.msg) from None
+            else:
+                if end < len(self.buffer) or not self._read():  # else it may continue
+                    self.at = end
+                    return value
+
+    def _read(self) -> bool:
+        """As much again as is waiting, so that a long value is not decoded from its beginning too often."""
+        waiting = self.buffer[self.at :]
+        try:
+            more = self.text.read(max(_BLOCK_CHARACTERS, len(waiting)))
+        except UnicodeDecodeError:
+            raise self._error("bytes that are not UTF-8") from None
+        if more:
+            self.buffer, self.at = waiting + more, 0
+        return bool(more)
+
+    def _error(self, reason: str) -> InputError:
+        return InputError(
+            f"{self.name} is not JSON at or after its value {self.number} ({reason}); fix or make it again"
+        )

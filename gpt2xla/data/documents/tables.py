@@ -1,0 +1,98 @@
+"""Documents in a column of parquet and Arrow files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from gpt2xla.data.documents import compression
+from gpt2xla.errors import InputError
+
+_ROWS_AT_ONCE = 64
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def read_parquet(file: Path, name: str, column: str) -> Iterator[pa.Array]:
+    """The column's values, some rows at a time. Raises InputError if it holds no text."""
+    with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
+        _check_column(name, column, table.schema_arrow)
+        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+            yield batch.column(0)
+
+
+def read_arrow(file: Path, layers: tuple[str, ...], name: str, column: str) -> Iterator[pa.Array]:
+    """The same from an Arrow stream, which may be compressed, or an Arrow file (Feather version 2). Raises InputError also
+    for a stream that is cut off between two batches, where Arrow notices nothing, and for several in a file."""
+    if layers:
+        with compression.opened(file, layers) as source:
+            yield from _batches(source, name, column)
+            is_whole = not source.read(1)
+        with compression.opened(file, layers) as source:
+            _check_end(_last_bytes(source), is_whole, name)
+        return
+    with pa.memory_map(str(file)) as source:
+        if source.read(6) == b"ARROW1":
+            with pyarrow.ipc.open_file(source) as table:
+                _check_column(name, column, table.schema)
+                for number in range(table.num_record_batches):
+                    yield table.get_batch(number).column(column)
+            return
+        source.seek(0)
+        yield from _batches(source, name, column)
+        is_whole = not source.read(1)
+        source.seek(-min(len(_END_OF_STREAM), source.size()), io.SEEK_END)
+        _check_end(source.read(), is_whole, name)
+
+
+def _batches(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
+    with pyarrow.ipc.open_stream(source) as batches:
+        _check_column(name, column, batches.schema)
+        for batch in batches:
+            yield batch.column(column)
+
+
+def _last_bytes(source: pa.NativeFile) -> bytes:
+    last = b""
+    while chunk := source.read(1 << 20):
+        last = (last + chunk)[-len(_END_OF_STREAM) :]
+    return last
+
+
+def _check_end(last: bytes, is_whole: bool, name: str) -> None:
+    if last != _END_OF_STREAM or not is_whole:
+        state = "has no end: it is cut off" if is_whole else "holds more after the end of its Arrow stream"
+        raise InputError(f"{name} {state}; copy or make it again")
+
+
+def _check_column(name: str, column: str, schema: pa.Schema) -> None:
+    texts = [field.name for field in schema if _holds_text(field.type)]
+    if schema.names.count(column) > 1:
+        raise InputError(f"{name} has {schema.names.count(column)} columns {column!r}; give each a name")
+    if column in texts:
+        return
+    if column in schema.names:
+        kind = str(schema.field(column).type)
+        held = f"column {column!r} holds {kind[:60]}{'...' * (len(kind) > 60)}, not text"
+    else:
+        held = f"no column {column!r} but {', '.join(schema.names)}"
+    fix = f"text is in {', '.join(texts)}; choose with --text-column" if texts else "no column holds text"
+    raise InputError(f"{name}: {held}; {fix}")
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    """Numbers and dates would become text, too, without a word."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_string_view,
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_null,
+    )
+    return any(is_text(kind) for is_text in texts)

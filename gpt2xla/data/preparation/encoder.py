@@ -1,0 +1,140 @@
+"""Blocks of documents to the ids that a split stores, with the fastest encoder there is for the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gpt2xla.data.special_tokens import SpecialTokensInText, SpelledTokens
+from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.errors import InputError
+
+# Ids of all documents one after the other, and where each document's end.
+Ids = tuple[np.ndarray, np.ndarray]
+_CHECKED_BYTES = 1 << 20
+# gigatoken remembers every word it has seen, about half a GB for one of English text. Starting anew costs 3% of that time.
+_FAST_BYTES = 1 << 30
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_GPT2_BY_TIKTOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class Encoded(NamedTuple):
+    """`ids`: of all documents, end-of-text after each where the tokenizer has one. `ends`: where each document's ids end.
+    `sizes`: each document's bytes as UTF-8. `spelled`: by document, the special tokens that its text spells and that were
+    taken as text."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+    sizes: np.ndarray
+    spelled: dict[int, Counter[str]]
+
+
+class Encoder:
+    """Encodes blocks; may be called from several threads at once.
+
+    Special tokens that a text spells become these tokens with `special_tokens` "as-ids", and are letters like others with
+    "as-text" and "refuse", which is the caller's to do.
+
+    Attributes:
+        fast: whether gigatoken (the extra `fast`) does the work; else tiktoken or tokenizers.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, special_tokens: SpecialTokensInText = "as-text") -> None:
+        as_ids = special_tokens == "as-ids"
+        self.tokenizer = tokenizer.reading_special_tokens() if as_ids else tokenizer
+        self._spelled = SpelledTokens(t for t, is_special in tokenizer.added.items() if is_special and not as_ids)
+        # gigatoken knows no added tokens: blocks with one that the tokenizer would match are not for it.
+        self._matched = SpelledTokens(t for t, is_special in tokenizer.added.items() if as_ids or not is_special)
+        fast = _gigatoken(tokenizer)
+        self.fast = fast is not None
+        self._encode = fast or self._reference
+        self._encoded_bytes = 0
+
+    def __call__(self, texts: pa.LargeStringArray) -> Encoded:
+        self._encoded_bytes += texts.nbytes
+        if self.fast and self._encoded_bytes > _FAST_BYTES:
+            self._encoded_bytes = 0
+            self._encode = _gigatoken(self.tokenizer) or self._reference
+        encode = self._reference if self.fast and self._matched.occur_in(texts) else self._encode
+        ids, ends = encode(texts)
+        eot = self.tokenizer.eot_id
+        if eot is not None:
+            ends = ends + np.arange(1, len(ends) + 1)
+            mixed = np.empty(ends[-1], self.tokenizer.dtype)
+            is_text = np.ones(len(mixed), bool)
+            is_text[ends - 1] = False
+            mixed[ends - 1] = eot
+            mixed[is_text] = ids
+            ids = mixed
+        sizes = pc.binary_length(texts).to_numpy()
+        return Encoded(ids.astype(self.tokenizer.dtype, copy=False), ends, sizes, self._spelled.count_each(texts))
+
+    def check(self, texts: pa.LargeStringArray) -> bool:
+        """Whether the fast encoder gives what the tokenizer itself gives on the first documents, a MB of them. If not, it
+        is not used again."""
+        first = np.searchsorted(np.cumsum(pc.binary_length(texts).to_numpy()), _CHECKED_BYTES) + 1
+        texts = texts[:first]
+        texts = self._matched.blanked(texts)
+        expected = self._reference(texts)
+        try:
+            same = all(np.array_equal(a, b) for a, b in zip(self._encode(texts), expected, strict=True))
+        except Exception:  # of a release with another interface
+            same = False
+        if not same:
+            self._encode, self.fast = self._reference, False
+        return same
+
+    def _reference(self, texts: pa.LargeStringArray) -> Ids:
+        try:
+            documents = self.tokenizer.encode_batch(texts.to_pylist())
+        except Exception as error:  # the Rust libraries raise bare Exception for everything
+            raise InputError(f"tokenizer {self.tokenizer.name} cannot encode this text: {error}") from None
+        ends = np.cumsum([len(ids) for ids in documents], dtype=np.int64)
+        return np.concatenate([np.asarray(ids, dtype=np.uint32) for ids in documents]), ends
+
+
+def _gigatoken(tokenizer: Tokenizer) -> Callable[[pa.LargeStringArray], Ids] | None:
+    """gigatoken's encoder for byte-level byte-pair encoding, or None where it is missing or cannot take this one."""
+    try:
+        import awkward as ak
+        import gigatoken
+    except ImportError:
+        return None
+    definition = json.loads(tokenizer.backend.to_str())
+    byte_level = (definition["decoder"] or {}).get("type") == "ByteLevel" and not definition["normalizer"]
+    if definition["model"]["type"] != "BPE" or not byte_level:
+        return None
+    definition["added_tokens"] = []  # else it would encode "<|endoftext|>" in a text as the end of the text
+    definition["pre_tokenizer"] = _as_published(definition["pre_tokenizer"])
+    try:
+        backend = gigatoken.Tokenizer.from_json(json.dumps(definition))
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # or a release with another interface
+        return None
+
+    def encode(texts: pa.LargeStringArray) -> Ids:
+        _, offsets, text = texts.buffers()
+        bounds = np.frombuffer(offsets, dtype=np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        characters = ak.contents.NumpyArray(np.frombuffer(text, dtype=np.uint8), parameters={"__array__": "char"})
+        documents = ak.contents.ListOffsetArray(
+            ak.index.Index64(bounds), characters, parameters={"__array__": "string"}
+        )
+        encoded = backend.encode_batch(ak.Array(documents), parallel=False).layout
+        starts = encoded.offsets.data
+        return encoded.content.data[starts[0] : starts[-1]], starts[1:] - starts[0]
+
+    return encode
+
+
+def _as_published(pre_tokenizer: dict) -> dict:
+    """With GPT-2's rule for splitting words in the form that gigatoken knows. tiktoken writes the same rule so that its own
+    engine does not backtrack."""
+    for step in pre_tokenizer.get("pretokenizers", []):
+        if step.get("pattern", {}).get("Regex") == _GPT2_BY_TIKTOKEN:
+            step["pattern"]["Regex"] = _GPT2
+    return pre_tokenizer

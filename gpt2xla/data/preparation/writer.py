@@ -1,0 +1,109 @@
+"""Token shards, appended to as ids arrive, and gone on with after an interruption."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gpt2xla.data.shards import Manifest, ShardEntry, file_sha256
+from gpt2xla.data.tokenizer import Tokenizer
+
+
+@dataclass
+class Written:
+    """What a split holds so far: `shards` are complete, `filled` tokens are in the one after them."""
+
+    shards: list[ShardEntry]
+    filled: int = 0
+    documents: int = 0
+    bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards) + self.filled
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Written:
+        return cls(**values | {"shards": [ShardEntry(**shard) for shard in values["shards"]]})
+
+
+class ShardWriter:
+    """Writes one split's shards into `folder`, from where `written` says on: what the last shard holds beyond is cut off.
+
+    Plain appends, no memory maps: where a disk is full they raise OSError, and a mapped page would kill the process.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype, shard_size: int, written: Written) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.dtype = dtype
+        self.shard_size = shard_size
+        self.written = written
+        self._open()
+
+    def add(self, ids: np.ndarray, documents: int, size: int) -> None:
+        """Append the ids of whole documents, `size` bytes of text."""
+        self.written.documents += documents
+        self.written.bytes += size
+        while len(ids):
+            part = ids[: self.shard_size - self.written.filled]
+            self._file.write(part.data)
+            self.written.filled += len(part)
+            ids = ids[len(part) :]
+            if self.written.filled == self.shard_size:
+                self._close_shard()
+                self._open()
+
+    def save(self) -> dict[str, Any]:
+        """`written` as JSON, once everything it speaks of is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return asdict(self.written)
+
+    def finish(self, tokenizer: Tokenizer) -> Manifest:
+        """The manifest, which is written beside the shards, as is the tokenizer."""
+        if self.written.filled:
+            self._close_shard()
+        else:
+            self._file.close()
+            self._path.unlink()
+        manifest = Manifest(
+            tokenizer=tokenizer.name,
+            tokenizer_sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+            dtype=self.dtype.name,
+            tokens=self.written.tokens,
+            documents=self.written.documents,
+            bytes=self.written.bytes,
+            shards=tuple(self.written.shards),
+        )
+        tokenizer.save(self.folder)
+        manifest.save(self.folder)
+        return manifest
+
+    def _open(self) -> None:
+        self._path = self.folder / f"shard_{len(self.written.shards):06d}.npy"
+        self._file: BinaryIO = self._path.open("r+b" if self.written.filled else "w+b")
+        self._write_header()
+        self._file.truncate(self._file.tell() + self.written.filled * self.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def _close_shard(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self.written.shards.append(ShardEntry(self._path.name, self.written.filled, file_sha256(self._path)))
+        self.written.filled = 0
+
+    def _write_header(self) -> None:
+        """numpy pads headers, so that they are of one length whatever the number of tokens."""
+        description = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": description, "fortran_order": False, "shape": (self.written.filled,)}
+        np.lib.format.write_array_header_1_0(self._file, header)

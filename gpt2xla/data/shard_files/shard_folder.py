@@ -1,0 +1,114 @@
+"""Which files of a folder without a manifest are the shards of a split."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from gpt2xla.data.shard_files.shard_format import SUFFIXES
+from gpt2xla.errors import InputError
+
+# Read by nothing, so that shards of a folder would be left out without a word.
+_UNFINISHED = re.compile(
+    r"\.(npy|bin|ds)\.(gz|zst|xz|bz2|lz4|zip|tar|part|partial|incomplete|crdownload|aria2|tmp)$", re.I
+)
+_SPLITS = {
+    "train": r"train|training",
+    "val": r"val|valid|validation|dev|eval",
+    "test": r"test|testing|holdout|heldout",
+}
+
+
+def shards_of(folder: Path, option: str) -> tuple[list[Path], list[str]]:
+    """The shards that `option` reads, in the order of their names, and what to say about the choice. Hidden files are none.
+
+    Raises:
+        InputError: some files may or may not belong to them.
+    """
+    seen = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    if unfinished := [file for file in seen if _UNFINISHED.search(file.name)]:
+        raise InputError(
+            f"{unfinished[0]} is compressed or not complete, and would be left out; decompress or remove it"
+        )
+    files = [file for file in seen if file.suffix.lower() in SUFFIXES and not file.is_dir()]
+    _refuse_litdata(folder)
+    _refuse_twins(files)
+    return _of_split(folder, files, option)
+
+
+def refuse_others(folder: Path, named: list[Path], manifest: str) -> None:
+    """Raises InputError where a folder holds shards that its manifest does not name."""
+    known = {file.name for file in named}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.name not in known:
+            raise InputError(f"{file} is not named in {manifest}, and would be left out; move it out of the folder")
+
+
+def _refuse_litdata(folder: Path) -> None:
+    index = folder / "index.json"
+    if index.exists():
+        try:
+            is_litdata = "chunks" in json.loads(index.read_bytes())
+        except (OSError, ValueError, TypeError, RecursionError):
+            return
+        if is_litdata:
+            raise InputError(
+                f"{index} makes its folder a litdata data set, which is not read; prepare its text instead"
+            )
+
+
+def _refuse_twins(files: list[Path]) -> None:
+    by_stem: dict[str, Path] = {}
+    by_content: dict[tuple[int, int], Path] = {}
+    for file in files:
+        if (other := by_stem.setdefault(file.stem, file)) is not file:
+            raise InputError(
+                f"{other} and {file.name} may be the same tokens in two formats; move one out of the folder"
+            )
+        if file.exists():
+            status = file.stat()
+            if (other := by_content.setdefault((status.st_dev, status.st_ino), file)) is not file:
+                raise InputError(f"{other} and {file.name} are links to one file; remove one")
+
+
+def _of_split(folder: Path, files: list[Path], option: str) -> tuple[list[Path], list[str]]:
+    """Where one folder holds several splits, as llm.c's and nanoGPT's do, those that are named after the option's."""
+    splits = _splits(folder, files)
+    wanted = ["val", "test"] if option == "--valid-dir" else ["train"]
+    if len(splits) < 2:
+        if splits and (name := next(iter(splits))) and name not in wanted:
+            return files, [f"note: {option} {folder} reads shards named {name} ({_some(files)})"]
+        return files, []
+    if set(splits) == {"", "train"}:
+        return files, []
+    if "" in splits or not (name := next((name for name in wanted if name in splits), "")):
+        named = ", ".join(f"{name or 'no split'} ({_some(chosen)})" for name, chosen in splits.items())
+        raise InputError(
+            f"{option} {folder} holds shards of several splits by their names: {named}; give each its own folder"
+        )
+    others = ", ".join(f"{other} ({_some(chosen)})" for other, chosen in splits.items() if other != name)
+    return splits[name], [
+        f"note: {option} {folder} reads the shards named {name} ({_some(splits[name])}), not {others}"
+    ]
+
+
+def _some(files: list[Path]) -> str:
+    return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+
+
+def _splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """The shards by the split in their names, "" where there is none. What all names have in common tells nothing."""
+    named = [
+        {split for split, words in _SPLITS.items() if re.search(rf"(?<![a-z])({words})(?![a-z])", file.stem.lower())}
+        for file in files
+    ]
+    common = set.intersection(*named) if named else set()
+    splits = defaultdict(list)
+    for file, names in zip(files, named, strict=True):
+        telling = names - common or names
+        if len(telling) > 1 and any(names != named[0] for names in named):
+            raise InputError(f"{file} is of two splits by its name ({', '.join(sorted(telling))}); rename it")
+        splits[telling.pop() if len(telling) == 1 else ""].append(file)
+    return dict(splits)

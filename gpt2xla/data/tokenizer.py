@@ -1,0 +1,335 @@
+"""Text to token ids and back: a tiktoken encoding, a Hugging Face tokenizer or plain bytes, behind one small class.
+
+Every tokenizer can be written as `tokenizer.json`, so shards and checkpoints carry theirs and transformers loads it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+
+from gpt2xla.data import tokenizer_folder
+from gpt2xla.data.shards import Manifest
+from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
+from gpt2xla.errors import InputError, user_error
+
+END_OF_TEXT = "<|endoftext|>"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+class Tokenizer:
+    """Encodes text as transformers does with `add_special_tokens=False`: nothing is put before or after it.
+
+    Special tokens that are written out in the text are encoded as text, never as the special token, which is transformers'
+    `split_special_tokens=True`; `reading_special_tokens` gives the other reading.
+
+    Attributes:
+        name: how the user names it: a tiktoken encoding, "bytes", or a path.
+        vocab_size: one more than the largest id.
+        text_vocab_size: the same without special tokens.
+        special_tokens: their names in `tokenizer_config.json`, such as eos_token.
+        eot_id: id of the token that ends each document: what the tokenizer calls eos_token, else <|endoftext|>. None if it
+            has neither.
+        sha256: hash of vocabulary and merges: the same for the same tokenizer from another library or file.
+        added: tokens that are matched in a text before it is split into words, and whether each is a special one.
+        adds_special_tokens: whether transformers puts tokens before or after a text unless told not to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend: HFTokenizer,
+        special_tokens: Mapping[str, Any],
+        *,
+        encoding: tiktoken.Encoding | None = None,
+        files: Mapping[str, bytes] | None = None,
+        reads_special_tokens: bool = True,
+    ) -> None:
+        self.adds_special_tokens = backend.num_special_tokens_to_add(is_pair=False) > 0
+        self.added = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
+        self.name, self.backend = name, backend
+        self._encoding, self._files, self._reads_special_tokens = encoding, dict(files or {}), reads_special_tokens
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.text_vocab_size = max((i for text, i in vocab.items() if not self.added.get(text)), default=-1) + 1
+        self.special_tokens = dict(special_tokens)
+        if backend.token_to_id(END_OF_TEXT) is not None:
+            self.special_tokens.setdefault("eos_token", END_OF_TEXT)
+        self.eot_id = self.id_of("eos_token")
+        self.sha256 = _hash_of_vocabulary(backend)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What shards hold its ids as: uint16, or uint32 for more than 65,536 of them."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def id_of(self, role: str) -> int | None:
+        """The id of a special token by its name in `tokenizer_config.json`, such as "pad_token"; None if there is none."""
+        text = self.special_tokens.get(role)
+        return None if text is None else self.backend.token_to_id(text)
+
+    def reading_special_tokens(self) -> Tokenizer:
+        """The same tokenizer for text that means special tokens where it spells them: they become their ids, as
+        transformers reads them."""
+        twin = copy.copy(self)
+        twin.backend = HFTokenizer.from_str(self.backend.to_str())
+        twin.backend.encode_special_tokens = not self._reads_special_tokens
+        return twin
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.encode_batch([text])[0])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Sequence[int] | np.ndarray]:
+        if self._encoding is None:
+            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        allowed: Any = set() if self.backend.encode_special_tokens else "all"
+        return [self._encoding.encode_to_numpy(t, allowed_special=allowed, disallowed_special=()) for t in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Bytes that are no valid UTF-8 become U+FFFD; ids beyond the vocabulary (padding of the model's) vanish."""
+        return self.backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write what `AutoTokenizer.from_pretrained(folder)` reads: the files that it was loaded from, as they were, or
+        `tokenizer.json` and `tokenizer_config.json`."""
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "name_or_path": self.name,
+            **self.special_tokens,
+        }
+        files = {
+            "tokenizer.json": self.backend.to_str().encode(),
+            "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+            **self._files,
+        }
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def _hash_of_vocabulary(backend: HFTokenizer) -> str:
+    model = json.loads(backend.to_str())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    vocab = backend.get_vocab(with_added_tokens=True)
+    return hashlib.sha256(json.dumps([vocab, merges], sort_keys=True).encode()).hexdigest()
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tiktoken encoding or model name ("gpt2"), "bytes", the path of a tokenizer.json, or of a folder with a tokenizer in
+    any form that transformers reads, or the id of a model on the Hugging Face hub ("owner/name").
+
+    Raises:
+        InputError: there is no such tokenizer, or it is not here and cannot be downloaded.
+    """
+    if name == "bytes":
+        vocab = {char: byte for byte, char in _byte_alphabet().items()}
+        return Tokenizer(name, _byte_level_bpe(vocab, [], {END_OF_TEXT: 256}), _all_roles())
+    path, known = Path(name), tiktoken.list_encoding_names()
+    with user_error(f"tokenizer {name!r}"):  # no permission, or a name that is too long
+        if path.is_file():
+            if path.name == "tokenizer.json":
+                return _load_folder(path.parent)
+            return Tokenizer(name, tokenizer_folder.read_definition(path), {})
+        if path.is_dir() and has_tokenizer(path):
+            return _load_folder(path)
+        is_folder = path.is_dir()
+    try:
+        encoding = tiktoken.get_encoding(name) if name in known else tiktoken.encoding_for_model(name)
+    except KeyError:
+        if is_folder:
+            raise InputError(
+                f"tokenizer {name!r}: the folder holds neither tokenizer.json nor vocab.json and merges.txt"
+            ) from None
+        if _HUB_ID.fullmatch(name):
+            return _from_hub(name)
+        raise InputError(
+            f"tokenizer {name!r}: neither a file, nor a folder with a tokenizer, nor owner/name on the hub, nor one of "
+            f"tiktoken's ({', '.join(known)})"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"tokenizer {name!r}: tiktoken could not download it ({type(error).__name__}); go online once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds it, or give the path of a tokenizer.json"
+        ) from None
+    return _from_tiktoken(name, encoding)
+
+
+def train_bpe(
+    documents: Iterable[str], name: str, vocab_size: int, min_frequency: int, special_tokens: Sequence[str] = ()
+) -> Tokenizer:
+    """A byte-level byte-pair tokenizer with GPT-2's way of splitting words.
+
+    Its ids: the 256 bytes, the merges, end-of-text, then `special_tokens` in their order; `vocab_size` in all, or fewer
+    where no more pairs occur `min_frequency` times. Documents are read once; memory holds their distinct words.
+
+    Raises:
+        InputError: a special token is one that merges can make, or is given twice.
+    """
+    special = [END_OF_TEXT, *special_tokens]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for number, token in enumerate(special):
+        # Merges stay within the pieces that text is split into.
+        if len(byte_level.pre_tokenize_str(token)) < 2 or any(character.isspace() for character in token):
+            raise InputError(
+                f"--special-tokens {token!r} is what ordinary text may hold; choose one such as '<|user|>'"
+            )
+        if token in special[:number]:
+            raise InputError(f"--special-tokens {token!r} is there already; leave it out")
+    backend = HFTokenizer(models.BPE())
+    backend.pre_tokenizer = byte_level
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special),
+        min_frequency=min_frequency,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    added = backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    assert added == len(special)
+    return Tokenizer(
+        name, backend, _all_roles() | ({"additional_special_tokens": list(special_tokens)} if special_tokens else {})
+    )
+
+
+def _all_roles() -> dict[str, Any]:
+    """As in GPT-2's tokenizer."""
+    return dict.fromkeys(("bos_token", "unk_token", "eos_token"), END_OF_TEXT)
+
+
+def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of the model in `source`: the one asked for, else the model's own.
+
+    Raises:
+        InputError: there is no such tokenizer, or text has ids beyond the model's `vocab_size` real ones. Special tokens may
+            lie there: a [PAD] that was added to the tokenizer and not to the model does no harm.
+    """
+    folder = model_folder(source)
+    if asked is None and not has_tokenizer(folder):
+        raise InputError(
+            f"{source} has no tokenizer; name the one that it was trained with: --tokenizer gpt2 (OpenAI's), bytes, a "
+            "folder or a hub id"
+        )
+    tokenizer = load_tokenizer(asked or str(folder))
+    if tokenizer.text_vocab_size > vocab_size:
+        raise InputError(
+            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {vocab_size}; name the "
+            "tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def match_tokenizer(
+    asked: str | None, folders: Sequence[Path], manifests: Sequence[Manifest], vocab_size: int
+) -> Tokenizer | None:
+    """The tokenizer of a run: the one asked for, else the one in the first of `folders` that has one, else None.
+
+    Raises:
+        InputError: it is not the one that made all the data, or it has ids beyond the model's `vocab_size`.
+    """
+    found = asked or next((str(folder) for folder in map(model_folder, folders) if has_tokenizer(folder)), None)
+    if found is None:
+        return None
+    tokenizer = load_tokenizer(found)
+    for manifest in manifests:
+        if manifest.tokenizer_sha256 != tokenizer.sha256:
+            fix = (
+                "leave --tokenizer out, or prepare"
+                if asked
+                else "name the shards' with --tokenizer to change to it, or prepare"
+            )
+            raise InputError(
+                f"tokenizer {tokenizer.name}{'' if asked else f' of {found}'} is not the one that all shards were made with "
+                f"({manifest.tokenizer}); {fix} --train-dir and --valid-dir with one"
+            )
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(
+            f"--vocab-size {vocab_size} is too small for tokenizer {tokenizer.name}; use at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _load_folder(folder: Path, name: str | None = None) -> Tokenizer:
+    stored = tokenizer_folder.read_folder(folder)
+    stated = stored.config.get("name_or_path")
+    roles = stored.roles if stored.roles else _all_roles() if END_OF_TEXT in stored.backend.get_vocab() else {}
+    return Tokenizer(
+        name or (stated if isinstance(stated, str) and stated else str(folder)), stored.backend, roles, files=stored.files,
+        reads_special_tokens=not stored.config.get("split_special_tokens"),
+    )  # fmt: skip
+
+
+def _from_hub(name: str) -> Tokenizer:
+    from huggingface_hub import snapshot_download
+
+    try:  # config.json says of which class a tokenizer is that does not say so itself
+        folder = Path(snapshot_download(name, allow_patterns=[*tokenizer_folder.FILES, "config.json"]))
+    except Exception as error:  # the hub client lets errors of several HTTP libraries through
+        raise InputError(
+            f"tokenizer {name!r}: no such file or folder here, and the hub did not give it ({type(error).__name__}); check "
+            "the name, go online once (logged in, if the model is gated), or give the path of a downloaded tokenizer.json"
+        ) from None
+    if not has_tokenizer(folder):
+        raise InputError(f"tokenizer {name!r}: that model has no tokenizer on the hub; choose another that has one")
+    return _load_folder(folder, name)
+
+
+def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
+    """tiktoken does the encoding; the same vocabulary as byte-level BPE goes into `tokenizer.json`."""
+    ranks = encoding._mergeable_ranks
+    alphabet = _byte_alphabet()
+    spell = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+    vocab = {spell[token]: rank for token, rank in ranks.items()}
+    merges = [tuple(map(spell.__getitem__, _last_merge(ranks, token))) for token in ranks if len(token) > 1]
+    backend = _byte_level_bpe(vocab, merges, encoding._special_tokens, encoding._pat_str)
+    return Tokenizer(name, backend, _all_roles(), encoding=encoding)
+
+
+def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
+    """The two parts whose merge makes `token`: byte-pair encode it with only the merges that came before it."""
+    halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+    known = [(a, b) for a, b in halves if a in ranks and b in ranks]
+    if len(known) == 1:  # as of most tokens
+        return known[0]
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        candidates = (ranks.get(a + b, ranks[token]) for a, b in itertools.pairwise(parts))
+        i = min(enumerate(candidates), key=lambda pair: pair[1])[0]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, which byte-level tokenizers are spelled in: a character of its own where
+    the byte is a printable one, and those from U+0100 on in turn for the others."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    printable = {ord(character): character for character in characters if ord(character) < 256}
+    others = iter(characters[len(printable) :])
+    return {byte: printable.get(byte) or next(others) for byte in range(256)}
+
+
+def _byte_level_bpe(
+    vocab: dict[str, int], merges: list, special: dict[str, int], pattern: str | None = None
+) -> HFTokenizer:
+    backend = HFTokenizer(models.BPE(vocab=vocab | special, merges=merges))
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    return backend

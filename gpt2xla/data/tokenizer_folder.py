@@ -1,0 +1,198 @@
+"""A tokenizer's folder, in every form that transformers reads, and with the ids that transformers gives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as HFTokenizer
+
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.files import read_json
+
+_CONFIG, _DEFINITION, _MAP, _ADDED = (
+    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+# Each holds a vocabulary; in which of them a class of transformers looks, it knows itself.
+_VOCABULARIES = (
+    _DEFINITION, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "sentencepiece.model", "spm.model",
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates/*.jinja"
+# Patterns of the files that make up a tokenizer.
+FILES = (*_VOCABULARIES, "merges.txt", _CONFIG, _MAP, _ADDED, "chat_template.jinja", _TEMPLATES)
+# With these classes transformers takes tokenizer.json as it is; others build what they know from its vocabulary.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class StoredTokenizer:
+    """What a folder holds.
+
+    Attributes:
+        roles: the special tokens by name, such as eos_token, as transformers has them.
+        files: the folder's own, by name, with a `tokenizer.json` that says the same where there was none.
+        config: the contents of `tokenizer_config.json`.
+    """
+
+    backend: HFTokenizer
+    roles: dict[str, Any]
+    files: dict[str, bytes]
+    config: dict[str, Any]
+
+
+def model_folder(source: Path) -> Path:
+    """Where a model's tokenizer and settings lie: `source` itself, or its folder if it is a file beside a config.json."""
+    return source.parent if source.is_file() and (source.parent / "config.json").is_file() else source
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def read_folder(folder: Path) -> StoredTokenizer:
+    """The tokenizer of a folder that `has_tokenizer`. Code that lies in it is never run.
+
+    Raises:
+        InputError: transformers cannot read it either, or only by running such code.
+    """
+    with user_error(f"tokenizer {folder}"):
+        files = {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for pattern in FILES
+            for file in sorted(folder.glob(pattern))
+            if file.is_file()
+        }
+    config = _json(folder, _CONFIG, files)
+    if config.get("auto_map"):
+        raise InputError(
+            f"{folder / _CONFIG} names a program as its tokenizer (auto_map), which is not run here; remove auto_map if the "
+            "files beside it say the same, or save it as tokenizer.json"
+        )
+    if _is_plain(folder, config, files):
+        backend = read_definition(folder / _DEFINITION)
+        names, known = _json(folder, _MAP, files) | config, backend.get_vocab()
+        roles: dict[str, Any] = {role: text for role in _ROLES if (text := _text(names.get(role))) in known}
+        if further := [text for token in _further(names) if (text := _text(token)) in known]:
+            roles["additional_special_tokens"] = further
+        return StoredTokenizer(backend, roles, files, config)
+    if "vocab.json" in files and not {_DEFINITION, "merges.txt"} & files.keys():
+        raise InputError(f"{folder} has no merges.txt beside its vocab.json, and a tokenizer needs both; copy it too")
+    return _as_transformers_reads(folder, config, files)
+
+
+def read_definition(file: Path) -> HFTokenizer:
+    """A `tokenizer.json` by any name. Raises InputError."""
+    try:
+        backend = HFTokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises bare Exception for everything
+        raise InputError(f"{file} is not a tokenizer.json: {error}") from None
+    if not backend.get_vocab():
+        raise InputError(f"{file} has an empty vocabulary; choose another tokenizer")
+    return backend
+
+
+def _is_plain(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> bool:
+    """Whether transformers takes tokenizer.json as it is: then it is read at once, without importing transformers."""
+    if _DEFINITION not in files:
+        return False
+    stated = config.get("tokenizer_class")
+    if stated is None and not (folder / "config.json").exists():
+        return True  # nothing tells transformers the class
+    if stated not in _PLAIN_CLASSES or _MAP in files or _ADDED in files:
+        return False
+    try:
+        definition = json.loads(files[_DEFINITION])
+        added = {token.pop("id"): token for token in definition["added_tokens"]}
+        again = {int(number): token for number, token in config.get("added_tokens_decoder", added).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return True  # reading it says what is wrong
+    known = {token.get("content") for token in added.values()}
+    named = [value for key, value in config.items() if key.endswith("_token")]
+    is_named = all(_text(token) in known for token in [*named, *_further(config)] if _text(token))
+    return again == added and is_named and not definition.get("padding")  # which would say what the pad_token is
+
+
+def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> StoredTokenizer:
+    import transformers
+
+    # By name: without one of these, transformers looks for the class of a model that is not here.
+    is_bare = not config.get("tokenizer_class") and not (folder / "config.json").exists()
+    if is_bare and not ({"vocab.json", "merges.txt"} <= files.keys() and _is_gpt2s(files["vocab.json"])):
+        raise InputError(
+            f"{folder} does not say what kind of tokenizer its vocabulary is for; write "
+            '{"tokenizer_class": "GPT2Tokenizer"}, or whichever it is, into its tokenizer_config.json'
+        )
+    kind = transformers.GPT2TokenizerFast if is_bare else transformers.AutoTokenizer
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        theirs = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        backend = theirs.backend_tokenizer
+        has_words = backend.get_vocab_size(with_added_tokens=False) > 0
+    except Exception as error:  # of any type, by the class that reads it
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".;:")
+        needs_library = any(name.endswith(".model") for name in files) and find_spec("sentencepiece") is None
+        fix = "pip install sentencepiece and try again, or " if needs_library else ""
+        raise InputError(
+            f"tokenizer {folder}: transformers cannot read it as a fast one ({type(error).__name__}: {reason}); {fix}save "
+            "it as tokenizer.json, with save_pretrained of a fast tokenizer"
+        ) from None
+    finally:
+        transformers.logging.set_verbosity(level)
+    wanted = {name for key, name in theirs.vocab_files_names.items() if key != "tokenizer_file"}
+    if not has_words or (_DEFINITION not in files and (missing := sorted(wanted - files.keys()))):
+        raise InputError(
+            f"{folder} has no {' or '.join(missing or wanted)} with words, which its tokenizer's class, "
+            f"{type(theirs).__name__}, needs; copy it too, or correct tokenizer_class in tokenizer_config.json"
+        )
+    roles: dict[str, Any] = {role: text for role in _ROLES if (text := _text(getattr(theirs, role, None)))}
+    if further := [text for text in theirs.all_special_tokens if text not in roles.values()]:
+        roles["additional_special_tokens"] = further
+    files = files | {_DEFINITION: backend.to_str().encode()}
+    if _CONFIG not in files:
+        said = {"tokenizer_class": type(theirs).__name__, **roles}
+        files[_CONFIG] = (json.dumps(said, indent=2) + "\n").encode()
+    return StoredTokenizer(backend, roles, files, config)
+
+
+def _is_gpt2s(vocabulary: bytes) -> bool:
+    """Whether a vocab.json is spelled in GPT-2's letters for bytes and has its end of text."""
+    from tokenizers import pre_tokenizers
+
+    try:
+        words = json.loads(vocabulary)
+    except (ValueError, RecursionError):
+        return True  # reading it says what is wrong
+    return isinstance(words, dict) and {"<|endoftext|>", *pre_tokenizers.ByteLevel.alphabet()} <= words.keys()
+
+
+def _json(folder: Path, name: str, files: dict[str, bytes]) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        values = read_json(folder / name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / name} cannot be read ({error}); copy it again, or remove it") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{folder / name} holds no options; copy it again, or remove it")
+    return values
+
+
+def _further(config: dict[str, Any]) -> Iterator[Any]:
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = config.get(key) or []
+        yield from tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else ()
+
+
+def _text(token: Any) -> str | None:
+    """Of a token as files and transformers spell it: a string, a dictionary of how it is matched, or an AddedToken."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    text = None if token is None else getattr(token, "content", token)
+    return text if isinstance(text, str) else None

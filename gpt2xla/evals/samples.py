@@ -1,0 +1,66 @@
+"""What a model in training writes, now and then: a text to look at beside the losses."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from gpt2xla.config import RunConfig
+from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.errors import InputError
+from gpt2xla.generation.continuation import continue_texts, prompt_ids
+from gpt2xla.generation.prompt_file import PromptReader
+from gpt2xla.generation.sampling import SamplingConfig
+from gpt2xla.generation.settings import GenerationSettings
+from gpt2xla.logs.console import say
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.base import Runtime
+
+_NEW_TOKENS = 64
+_SAMPLING = SamplingConfig(temperature=0.8, top_k=40)
+
+
+class Sampler:
+    """Continues --sample-prompt, always with the same random numbers: samples differ by what the model has learned.
+
+    Raises:
+        InputError: there is no tokenizer, or the prompt leaves no room in the model's context, or one process computes for
+            several devices: XLA's partitioner aborts on the cache's writes when it splits a batch of one text.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: GPT2,
+        tokenizer: Tokenizer | None,
+        settings: GenerationSettings,
+        runtime: Runtime,
+    ) -> None:
+        self.prompt, self.seed = config.train.sample_prompt, config.general.seed
+        self.model, self.runtime = model, runtime
+        if runtime.devices != runtime.world_size:
+            raise InputError("--sample-interval does not work with --spmd; leave one of them out")
+        if tokenizer is None:
+            raise InputError("--sample-interval: without a tokenizer there is no text; name one with --tokenizer")
+        tell = partial(say, error=True) if runtime.is_main else lambda text: None
+        reader = PromptReader(tokenizer, config.train.special_tokens_in_text, "--sample-prompt", tell)
+        reader.checked(self.prompt)
+        self.tokenizer, self.settings, vocab_size = reader.tokenizer, settings, config.model.real_vocab_size
+        if not self.prompt and settings.start_id(tokenizer, vocab_size) is None:
+            raise InputError("--sample-interval: this tokenizer has no end of text to begin after; add --sample-prompt")
+        prompt = prompt_ids(self.tokenizer, self.prompt, settings, vocab_size)
+        # Within the context nothing is read anew, which on XLA would be another program.
+        self.new_tokens = min(_NEW_TOKENS, config.model.seq_length - len(prompt))
+        if self.new_tokens < 1:
+            raise InputError(
+                f"--sample-prompt has as many tokens as --seq-length {config.model.seq_length}, or more; shorten it"
+            )
+
+    def run(self) -> str:
+        """The prompt and what follows. Every process computes it, none waits for another; training's own random numbers
+        stay as they are."""
+        (text,) = continue_texts(
+            self.model, self.tokenizer, [self.prompt], self.new_tokens, _SAMPLING, settings=self.settings, seed=self.seed,
+            device=self.runtime,
+        )  # fmt: skip
+        self.model.train()
+        return text.prompt + text.text

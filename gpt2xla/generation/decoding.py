@@ -1,0 +1,166 @@
+"""New tokens from a model, for one or several texts side by side, with cached keys and values on any device.
+
+Shape suffixes: B texts, T new tokens of each with padding, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpt2xla.errors import RunFailed
+from gpt2xla.generation.sampling import GREEDY, SamplingConfig, pick
+from gpt2xla.model.arithmetic import compute_dtype
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.kv_cache import KVCache
+
+_SMALLEST_BUCKET = 32  # tokens; buckets double from there
+
+
+class Device(Protocol):
+    """How work reaches the model's device. Every `runtime.base.Runtime` is one."""
+
+    def to_device(self, tensor: Tensor) -> Tensor: ...
+
+    def compile_step(self, step: Callable[..., Tensor], name: str) -> Callable[..., Tensor]: ...
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
+
+
+@dataclass(frozen=True)
+class TorchDevice:
+    """CUDA, MPS or the CPU, as torch has them."""
+
+    device: torch.device
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    def compile_step(self, step: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
+        return step
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+@dataclass
+class _Row:
+    text: list[int]
+    unread: list[int]  # the end of `text` that the cache does not have yet
+    generator: torch.Generator
+    start: int = 0  # tokens in the cache
+    ended: bool = False
+
+
+@torch.no_grad()
+def generate(
+    model: GPT2,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingConfig = GREEDY,
+    *,
+    seeds: Sequence[int] | int = 0,
+    vocab_size: int | None = None,
+    stop_ids: Collection[int] = (),
+    ends: Callable[[int, int], bool] = lambda row, token: False,
+    rows: int = 0,
+    device: Device | None = None,
+) -> Iterator[list[int | None]]:
+    """Each step's new id of every prompt, None for a text that has ended; stops early when all have.
+
+    A text does not depend on what is generated beside it: it has its own positions, its own random numbers and its own
+    window. When it outgrows the model's seq_length, the last half of it is read anew and it goes on from there.
+
+    Args:
+        prompts: ids, at least one each; the model reads the last seq_length of them.
+        seeds: of each text's draws; one for all means that equal prompts give equal texts.
+        vocab_size: ids from there on are padding of the model's vocabulary and are never drawn.
+        stop_ids: each ends a text, and is not given out.
+        ends: called as `ends(row, id)` with each id given out; true ends that text after it.
+        rows: compute at least so many texts, where calls with fewer shall not be other programs.
+        device: default: plain torch, wherever the model is.
+
+    Raises:
+        RunFailed: the model computes NaN.
+    """
+    model.eval()
+    device = device or TorchDevice(model.wte.weight.device)
+    seeds = [seeds] * len(prompts) if isinstance(seeds, int) else seeds
+    seq_length = model.config.seq_length
+    texts = [
+        _Row(list(prompt), list(prompt)[-seq_length:], torch.Generator().manual_seed(seed))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    reader = _Reader(model, max(rows, len(texts)), device)
+    for _ in range(max_new_tokens):
+        for row in texts:
+            if row.start + len(row.unread) > seq_length:
+                row.start, row.unread = 0, row.text[-max(1, seq_length // 2) :]
+        logits_BV = reader.read(texts)
+        if logits_BV.amax().isnan():  # the likeliest of them would be NaN, and no token
+            raise RunFailed("the model's logits are NaN: its weights are damaged, or --dtype is too small for them")
+        step: list[int | None] = [None] * len(texts)
+        for number, row in enumerate(texts):
+            if row.ended:
+                continue
+            token = pick(logits_BV[number, :vocab_size], row.text, sampling, row.generator)
+            row.start += len(row.unread)
+            row.text.append(token)
+            row.unread = [token]
+            if token not in stop_ids:
+                step[number] = token
+            if token in stop_ids or ends(number, token):
+                row.ended, row.unread = True, []
+        if any(token is not None for token in step):
+            yield step
+        if all(row.ended for row in texts):
+            return
+
+
+class _Reader:
+    """The model with a cache, on its device. Where shapes cost compiles there are few: one token per text, or one of the
+    buckets for prompts, always over the whole cache."""
+
+    def __init__(self, model: GPT2, rows: int, device: Device) -> None:
+        self.model, self.rows, self.device = model, rows, device
+        self.static = model.kernels.static_shapes
+        with device.autocast():
+            self.cache = KVCache(model.config, rows, compute_dtype(model.wte.weight), device.to_device)
+        self._read_prompts = device.compile_step(self._read, "reading of prompts")
+        self._read_token = device.compile_step(self._read, "reading of a token")
+
+    def read(self, texts: Sequence[_Row]) -> Tensor:
+        """Read what is unread of each text: the fp32 logits (B, V) after it, on the host."""
+        seq_length = self.model.config.seq_length
+        new = max(len(row.unread) for row in texts)
+        if self.static:
+            new, span = _bucket(new, seq_length), seq_length
+        else:
+            span = min(max(row.start for row in texts) + new, seq_length)
+        ids_BT = torch.zeros(self.rows, new, dtype=torch.int64)
+        starts_B, counts_B = (torch.zeros(self.rows, dtype=torch.int64) for _ in range(2))
+        for number, row in enumerate(texts):
+            if row.unread:
+                ids_BT[number] = row.unread[-1]  # the padding's, as `GPT2.next_logits` wants it
+                ids_BT[number, : len(row.unread)] = torch.tensor(row.unread, dtype=torch.int64)
+            starts_B[number], counts_B[number] = row.start, len(row.unread)
+        read = self._read_token if new == 1 else self._read_prompts
+        return read(*map(self.device.to_device, (ids_BT, starts_B, counts_B)), span).cpu()
+
+    def _read(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, span: int) -> Tensor:
+        with self.device.autocast():
+            return self.model.next_logits(ids_BT, starts_B, counts_B, self.cache, span).float()
+
+
+def _bucket(new: int, seq_length: int) -> int:
+    if new <= 1:
+        return 1
+    size = _SMALLEST_BUCKET
+    while size < new:
+        size *= 2
+    return min(size, seq_length)

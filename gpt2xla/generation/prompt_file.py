@@ -1,0 +1,90 @@
+"""A file of prompts in, a file of continuations out: JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.data.special_tokens import SpecialTokensInText, SpelledTokens, shortened, warning
+from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.generation.continuation import Continuation
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line, without the line's end or the file's byte order mark; lines without text are left out.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 or holds no prompt.
+    """
+    with user_error(f"--prompts-file {file}"):
+        content = file.read_bytes()
+    try:
+        lines = content.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompts-file {file} is not UTF-8 (byte {error.start}); convert it") from None
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--prompts-file {file} holds no prompt; write one a line")
+    return prompts
+
+
+def record(prompt: str, samples: Sequence[Continuation]) -> dict[str, Any]:
+    """The object of one prompt: `texts` go on where `prompt` ends."""
+    return {
+        "prompt": prompt,
+        "texts": [sample.text for sample in samples],
+        "prompt_tokens": samples[0].prompt_tokens,
+        "new_tokens": [sample.tokens for sample in samples],
+    }
+
+
+class PromptReader:
+    """Prompts in which special tokens are written out: as text with one warning, as the tokens, or refused."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        special_tokens: SpecialTokensInText,
+        option: str = "--prompt",
+        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    ) -> None:
+        self._spelled = SpelledTokens(token for token, is_special in tokenizer.added.items() if is_special)
+        self._special_tokens, self._option, self._say = special_tokens, option, say
+        self._has_warned = False
+        self.tokenizer = tokenizer.reading_special_tokens() if special_tokens == "as-ids" else tokenizer
+
+    def checked(self, prompt: str) -> str:
+        """The prompt as it is. Raises InputError if it is to be refused."""
+        if self._special_tokens == "as-ids" or not (counts := self._spelled.count(prompt)):
+            return prompt
+        if self._special_tokens == "refuse":
+            raise InputError(
+                f"{self._option} {shortened(prompt)!r} spells the special token {next(iter(counts))}; remove it, or choose "
+                "--special-tokens-in-text as-text or as-ids"
+            )
+        if not self._has_warned:
+            self._say(warning(counts, f"{self._option} {shortened(prompt)!r}"))
+            self._has_warned = True
+        return prompt
+
+
+@contextlib.contextmanager
+def json_lines(output: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give what writes an object as a line: to standard output or, as soon as all is written, to the file `output`. Until
+    then, and if something fails, the lines so far are in OUTPUT.partial and a file that was there before stays."""
+    if output is None:
+        yield lambda line: print(json.dumps(line, ensure_ascii=False), file=sys.stdout, flush=True)
+        return
+    partial = Path(f"{output}.partial")
+    with user_error(f"--output {output}"):
+        stream = partial.open("w", encoding="utf-8", buffering=1)
+    with stream:
+        yield lambda line: print(json.dumps(line, ensure_ascii=False), file=stream)
+    with user_error(f"--output {output}"):
+        os.replace(partial, output)

@@ -1,0 +1,1 @@
+"""GPT-2, from token ids to the loss."""

@@ -1,0 +1,177 @@
+"""GPT-2 (Radford et al. 2019), device-free, in Hugging Face's parameter names.
+
+Shape suffixes: B sequences, T tokens, S tokens a query may see (T, or more with a cache), D d_model, H heads, K = D / H,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2xla.config import ModelConfig
+from gpt2xla.model.attention import sdpa_attention
+from gpt2xla.model.kernels import Kernels
+from gpt2xla.model.kv_cache import KVCache
+from gpt2xla.model.loss import IGNORED_LABEL, mask_padding
+
+
+class GPT2(nn.Module):
+    """The language model. Its output head is `wte` unless `config.tie_weights` is off, by use instead of by a shared
+    attribute: `F.linear(x, wte.weight)` stays tied on every device, where a shared attribute comes apart on XLA.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = _embedding(config.vocab_size, config.d_model)
+        self.wpe = _embedding(config.seq_length, config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+        if not config.tie_weights:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.kernels = Kernels()  # how, not what; a runtime sets its own
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """The summed token loss (nats, fp32) and the number of tokens it sums over, both 0-d.
+
+        `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
+        """
+        padding = self.config.vocab_padding
+        loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT, padding)
+        return loss, (labels_BT != IGNORED_LABEL).sum()
+
+    def logits(self, ids_BT: Tensor) -> Tensor:
+        """Next-token logits (B, T, V). Ids that only pad the vocabulary have -inf."""
+        return self._head(self.hidden(ids_BT))
+
+    def next_logits(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, cache: KVCache, span: int) -> Tensor:
+        """Logits (B, V) of the token that follows in each row, and `cache` with the row's new tokens.
+
+        Row b has starts_B[b] tokens in the cache; ids_BT[b] are counts_B[b] more, then padding, which repeats the last of
+        them: what of it reaches past the last slot is then what that slot holds. For `span` see the cache.
+        """
+        cache.begin(starts_B, ids_BT.shape[1], span)
+        x_BTD = self.hidden(ids_BT, cache)
+        last_B11 = (counts_B - 1).clamp(min=0)[:, None, None]
+        x_BD = x_BTD.gather(1, last_B11.expand(-1, 1, x_BTD.shape[2]))[:, 0]
+        return self._head(x_BD)
+
+    def _head(self, x: Tensor) -> Tensor:
+        return mask_padding(self.kernels.head(x, self.head_weight), self.config.vocab_padding)
+
+    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        positions = cache.positions_BT if cache else torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions))
+        for layer, block in enumerate(self.h):
+            x_BTD = block(x_BTD, self.kernels, cache, layer) if cache else self._run(block, x_BTD)
+        return self.kernels.layer_norm(x_BTD, self.ln_f)
+
+    def _run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
+        compiled, checkpoint = self.kernels.compiled, self.kernels.checkpoint
+        # Texts of many lengths would each be compiled anew.
+        call = partial(compiled, block) if compiled and x_BTD.shape[1] == self.config.seq_length else block
+        if checkpoint and torch.is_grad_enabled():
+            return checkpoint(call, x_BTD, self.kernels)
+        return call(x_BTD, self.kernels)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.wte.weight if self.config.tie_weights else self.lm_head.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """GPT-2's initialisation: N(0, 0.02) for matrices and embeddings, projections into the residual stream divided
+        by sqrt(2 * layers) so that its variance does not grow with depth, zero biases.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                depth = 2 * self.config.num_layers if name.endswith("c_proj.weight") else 1
+                parameter.normal_(0.0, 0.02 / math.sqrt(depth), generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward per trained token: 6 N + 12 L D T, N without the position
+        embedding, which is only looked up (Chowdhery et al. 2022, PaLM, appendix B).
+        """
+        c = self.config
+        matrices = self.num_parameters() - self.wpe.weight.numel() - (0 if c.tie_weights else self.wte.weight.numel())
+        return 6 * matrices + 12 * c.num_layers * c.d_model * c.seq_length
+
+
+def _embedding(rows: int, columns: int) -> nn.Embedding:
+    # Its own normal_() would, on the meta device, import half of torch's compiler, for seconds.
+    return nn.Embedding(rows, columns, _weight=torch.randn(rows, columns))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        x_BTD = x_BTD + self.attn(kernels.layer_norm(x_BTD, self.ln_1), kernels, cache, layer)
+        return x_BTD + self.mlp(kernels.layer_norm(x_BTD, self.ln_2))
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None, layer: int) -> Tensor:
+        if kernels.separate_qkv:
+            weights, biases = (
+                self.c_attn.weight.chunk(3),
+                self.c_attn.bias.chunk(3) if self.c_attn.bias is not None else [None] * 3,
+            )
+            q_BTD, k_BTD, v_BTD = (F.linear(x_BTD, *parts) for parts in zip(weights, biases, strict=True))
+        else:
+            q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).chunk(3, dim=-1)
+        if cache:
+            y_BTD = self.cached_attention(q_BTD, k_BTD, v_BTD, cache, layer)
+        elif kernels.attention:
+            y_BTD = kernels.attention(q_BTD, k_BTD, v_BTD, self.num_heads)
+        else:
+            y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, self.num_heads, self.dropout if self.training else 0.0)
+        return F.dropout(self.c_proj(y_BTD), self.dropout, self.training)
+
+    def cached_attention(self, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, cache: KVCache, layer: int) -> Tensor:
+        qkv = (q_BTD, *cache.append(layer, k_BTD, v_BTD))
+        q_BHTK, k_BHSK, v_BHSK = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv)
+        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=cache.mask_B1TS)
+        return y_BHTK.transpose(1, 2).flatten(2)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.c_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x = self.c_fc(x_BTD)
+        if self.activation == "relu":
+            x = F.relu(x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu-tanh" else "none")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)

@@ -1,0 +1,163 @@
+"""Cross-entropy of a language model's head, with all logits at once or chunk by chunk.
+
+Both return the summed loss in nats, in fp32 (0-d). The last `padding` rows of the head are of ids that have no tokens: they
+get no probability, and their gradient is exactly 0. Masking keeps the products' aligned shapes, which cutting would not.
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B * T, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2xla.model.arithmetic import Fence, compute_dtype, no_fence
+
+IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
+
+
+# Bytes of logits that a torch device makes at a time, unless told.
+LOGITS_AT_ONCE = {"cuda": 2**30, "cpu": 2**29}
+
+
+def plain_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
+    logits_NV = mask_padding(F.linear(x_BTD, weight_VD).float().flatten(0, 1), padding)
+    return F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def chunked_cross_entropy(
+    x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, *, chunks: int, fence: Fence = no_fence
+) -> Tensor:
+    """The same without ever holding all logits, in fewer products: each chunk's gradient is taken while its logits are at
+    hand, where checkpointing would compute them again.
+
+    Chunks are cut along T, so that a batch may be divided over devices; their number is rounded up to a divisor of T.
+    """
+    length = x_BTD.shape[1]
+    chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
+    return _ChunkedCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, fence)
+
+
+def in_place_cross_entropy(
+    x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, *, chunks: int, reads_wait: bool = False
+) -> Tensor:
+    """The same as `chunked_cross_entropy` for devices that run operations as they are called: each pass over the logits
+    overwrites them, until they are their own gradient.
+
+    With `reads_wait` the host reads no value, for which it would wait for the device. Without, the sums behind the losses
+    follow from the labels' own probabilities, where these are not too small, and two passes over the logits are saved."""
+    return _InPlaceCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, reads_wait)
+
+
+def mask_padding(logits_V: Tensor, padding: int) -> Tensor:
+    """-inf for the last `padding` of the last dimension's V entries."""
+    if padding == 0:
+        return logits_V
+    size = logits_V.shape[-1]
+    ids_V = torch.arange(size, device=logits_V.device, dtype=torch.int32)
+    return logits_V.masked_fill(ids_V >= size - padding, -torch.inf)
+
+
+def logits_of_labels(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
+    """Each label's logit (B, T) in fp32, from the label's own row of the head. Saves a comparison per logit."""
+    rows_BTD = F.embedding(torch.where(labels_BT != IGNORED_LABEL, labels_BT, 0), head_VD)
+    return (x_BTD.float() * rows_BTD.float()).sum(-1)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int, chunks: int, fence: Fence
+    ) -> Tensor:
+        wants_gradient = any(ctx.needs_input_grad[:2])
+        head_VD = weight_VD.to(x_BTD.dtype)
+        ids_V = torch.arange(len(weight_VD), device=x_BTD.device, dtype=torch.int32)
+        counted_BT = labels_BT != IGNORED_LABEL
+        label_logits_BT = logits_of_labels(x_BTD, head_VD, labels_BT)
+        loss = -torch.where(counted_BT, label_logits_BT, 0.0).sum()
+        dx: list[Tensor] = []
+        dweight_VD: Tensor | None = None
+        for x_BCD, labels_BC, counted_BC in zip(
+            *(t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT)), strict=True
+        ):
+            if dweight_VD is not None:
+                # One piece after the other: side by side, their logits would fill the memory after all.
+                x_BCD = x_BCD.clone()
+                fence([x_BCD, dweight_VD])
+            logits_BCV = mask_padding(F.linear(x_BCD, head_VD).float(), padding)
+            max_BC1 = logits_BCV.amax(-1, keepdim=True)
+            log_sum_BC1 = max_BC1 + torch.exp(logits_BCV - max_BC1).sum(-1, keepdim=True).log()
+            counted_BC1 = counted_BC.unsqueeze(-1)
+            loss = loss + torch.where(counted_BC1, log_sum_BC1, 0.0).sum()
+            if wants_gradient:
+                is_label_BCV = ids_V == labels_BC.int().unsqueeze(-1)
+                dlogits_BCV = torch.exp(logits_BCV - log_sum_BC1) - is_label_BCV.float()
+                dlogits_BCV = torch.where(counted_BC1, dlogits_BCV, 0.0).to(x_BTD.dtype)
+                dx.append(dlogits_BCV @ head_VD)
+                part_VD = torch.einsum("bcv,bcd->vd", dlogits_BCV, x_BCD).to(weight_VD.dtype)
+                dweight_VD = part_VD if dweight_VD is None else dweight_VD + part_VD
+        if wants_gradient:
+            ctx.save_for_backward(torch.cat(dx, dim=1), dweight_VD)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx_BTD, dweight_VD = ctx.saved_tensors
+        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None, None
+
+
+class _InPlaceCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int, chunks: int, reads_wait: bool
+    ) -> Tensor:
+        x_ND, labels_N = x_BTD.flatten(0, 1), labels_BT.flatten()
+        counted_N = labels_N != IGNORED_LABEL
+        wants_gradient = any(ctx.needs_input_grad[:2])
+        head_VD = weight_VD.to(x_ND.dtype)
+        losses, dx_ND, dweight_VD = [], torch.empty_like(x_ND), None
+        size = -(-len(x_ND) // chunks)
+        space_CV, rows_C = x_ND.new_empty(size, len(head_VD)), torch.arange(size, device=x_ND.device)
+        parts = (t.split(size) for t in (x_ND, labels_N.where(counted_N, 0), counted_N, dx_ND))
+        for x_CD, labels_C, counted_C, dx_CD in zip(*parts, strict=True):
+            logits_CV = torch.mm(x_CD, head_VD.t(), out=space_CV[: len(x_CD)])
+            if padding:
+                logits_CV[:, -padding:] = -torch.inf
+            of_labels = rows_C[: len(x_CD)], labels_C
+            if logits_CV.dtype == torch.float16:
+                logits_CV = (
+                    logits_CV.float()
+                )  # probabilities below 6e-5 are subnormal in fp16: their logarithms are off
+            label_logits_C = logits_CV[of_labels].float()
+            if reads_wait:
+                max_C = logits_CV.amax(-1).float()
+                probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+                log_sum_C = max_C - probabilities_CV.amax(-1).float().log()
+            else:
+                probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+                label_probabilities_C = probabilities_CV[of_labels].float()
+                log_sum_C = label_logits_C - label_probabilities_C.log()
+                vanished_C = label_probabilities_C < torch.finfo(torch.float32).tiny
+                if vanished_C.any():
+                    again_CV = mask_padding((x_CD[vanished_C] @ head_VD.t()).float(), padding)
+                    log_sum_C[vanished_C] = again_CV.logsumexp(-1)
+            losses.append(torch.where(counted_C, log_sum_C - label_logits_C, 0.0).sum())
+            if wants_gradient:
+                dlogits_CV = probabilities_CV.to(x_CD.dtype)  # no copy but in fp16
+                # scatter_ would copy all of them in bf16.
+                dlogits_CV[of_labels] = (torch.exp(label_logits_C - log_sum_C) - 1).to(x_CD.dtype)
+                counted_C1 = counted_C[:, None]
+                # On CPUs this way round the same product is faster.
+                torch.mul((head_VD.t() @ dlogits_CV.t()).t(), counted_C1, out=dx_CD)
+                part_VD = (dlogits_CV.t() @ (x_CD * counted_C1)).to(weight_VD.dtype)
+                dweight_VD = part_VD if dweight_VD is None else dweight_VD.add_(part_VD)
+        if wants_gradient:
+            ctx.save_for_backward(dx_ND.view_as(x_BTD), dweight_VD)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx_BTD, dweight_VD = ctx.saved_tensors
+        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None, None

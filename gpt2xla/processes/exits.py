@@ -1,0 +1,154 @@
+"""How a process ends: its exit code, and the one line that it prints."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from gpt2xla.errors import InputError, RunFailed, is_out_of_memory
+
+_NO_READER = 128 + signal.SIGPIPE
+
+# If all processes fail alike, the main one reports. The launcher ends the others before they report too.
+SECONDS_FOR_MAIN = 3
+
+# A launcher may name a file in this variable. Then only the process that creates the file reports, however slow the
+# machine is.
+REPORT_ONCE = "GPT2XLA_REPORT_ONCE"
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Run `main` and return the process's exit code.
+
+    0 done, 1 the run failed, 2 the input is wrong, 130 interrupted, 141 the reader of our output (such as head) has exited.
+    An error meant for the user becomes one line on stderr, once per host. Any other exception keeps its traceback (code 1).
+    """
+    _open_closed_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    ending: SystemExit | None = None
+    try:
+        try:
+            main()
+        except SystemExit as end:  # --help, for one
+            ending = end
+        print(end="", flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        is_known = isinstance(error, InputError | RunFailed | KeyboardInterrupt) or is_out_of_memory(error)
+        if not (is_known or _is_disk_full(error) or _has_no_reader(error)):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_MAIN)
+        return report(error)
+    if ending:
+        raise ending
+    return 0
+
+
+def exit_now_on_signal(code: int) -> int:
+    """Return `code`. From now on, SIGTERM and SIGINT exit at once with it, so that a late signal does not change it."""
+    if threading.current_thread() is threading.main_thread():  # Python handles signals in no other
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: os._exit(code))
+    return code
+
+
+def report(error: BaseException) -> int:
+    """Print what went wrong and return the exit code for it.
+
+    Prints nothing if the reader of our output has exited; the code is then that of a program ended by SIGPIPE.
+    """
+    if _has_no_reader(error):
+        _silence()
+        return _NO_READER
+    if is_out_of_memory(error):
+        error = RunFailed("out of memory; end other programs, or choose a smaller batch or model")
+    if _is_disk_full(error):
+        _silence()
+        error = RunFailed("the disk is full, or your quota on it; free some space and start again")
+    if isinstance(error, InputError | RunFailed):
+        if _is_first_to_report():
+            line = str(error).replace("\n", "\\n")  # a name in it may hold one
+            try:
+                print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+            except BrokenPipeError:
+                _silence()
+        return 2 if isinstance(error, InputError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    traceback.print_exception(error)
+    return 1
+
+
+def _has_no_reader(error: BaseException) -> bool:
+    """Whether `error` is that of writing to standard output or standard error. Other connections break, too."""
+    return isinstance(error, BrokenPipeError) and any(map(_is_broken, (sys.stdout, sys.stderr)))
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Also of standard output that goes to a file."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _open_closed_streams() -> None:
+    """Open closed standard streams (as `>&-` leaves them) on /dev/null.
+
+    Otherwise the next files that the program opens would take their numbers, and receive what libraries print.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  it stays open
+
+
+def _silence() -> None:
+    """Redirect broken streams to /dev/null. Otherwise Python would try to flush them at exit and report the failure."""
+    for stream in (sys.stdout, sys.stderr):
+        if _is_broken(stream) or not _takes_the_rest(stream):
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _takes_the_rest(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _is_broken(stream: TextIO) -> bool:
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError, AttributeError):  # not a file of the operating system
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _is_first_to_report() -> bool:
+    file = os.environ.get(REPORT_ONCE) or _file_of_torchrun()
+    try:
+        if file:
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _file_of_torchrun() -> Path | None:
+    """Return a path that all processes started by this torchrun share, beside their own folders."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(own).parents[1] / "gpt2xla-reported" if own and Path(own).parent.is_dir() else None

@@ -1,0 +1,145 @@
+"""When memory runs out: how errors say so, how much a step needs, and which smaller batches make the same update."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import gc
+import traceback
+from collections.abc import Callable, Iterator
+
+from gpt2xla.config import ModelConfig, TrainConfig
+from gpt2xla.errors import RunFailed
+from gpt2xla.model.loss import LOGITS_AT_ONCE
+from gpt2xla.processes.exits import exit_now_on_signal
+from gpt2xla.runtime.base import GIB, Runtime, Shortage
+
+SMALLER_MODEL = "add --activation-checkpointing block, shorten --seq-length, or choose a smaller model"
+_STATE_BYTES = 16  # per parameter: its weight, its gradient and Adam's two moments, in fp32
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(runtime: Runtime, doing: str, advice: Callable[[Shortage], str]) -> Iterator[None]:
+    """Turn running out of memory inside the block into a one-line RunFailed.
+
+    Args:
+        doing: when it happened, such as "in step 1".
+        advice: called after the failed work's memory is freed; what it returns ends the line.
+    """
+    shortage: Shortage | None = None
+    try:
+        yield
+    except Exception as error:
+        shortage = runtime.shortage(error)
+        if shortage is None:
+            raise
+        # The traceback's local variables hold the activations.
+        traceback.clear_frames(error.__traceback__)
+    if shortage is not None:
+        gc.collect()
+        if runtime.world_size > 1:
+            exit_now_on_signal(1)  # another process may report first; its launcher then ends this one
+        raise RunFailed(f"out of memory on {shortage.place} {doing}: {advice(shortage)}")
+
+
+def same_update(share: int, accum: int) -> list[tuple[int, int]]:
+    """Smaller micro-batches whose update sees as many sequences: (sequences per device, micro-steps), the largest first."""
+    return [(fewer, share * accum // fewer) for fewer in range(share - 1, 0, -1) if share * accum % fewer == 0]
+
+
+def first_that_fits(batches: list[tuple[int, int]], fits: Callable[[int], bool]) -> tuple[int, int] | None:
+    """The first of `batches`, as `same_update` gives them, that fits, by as few tries as can be; None if none does."""
+    first = bisect.bisect_left(batches, True, key=lambda batch: fits(batch[0]))
+    return batches[first] if first < len(batches) else None
+
+
+def estimated(shortage: Shortage, share: int, parameters: int) -> int:
+    """How many sequences per device may fit where `share` did not. The compiler counts a program without its arguments:
+    weights and the optimizer's state are there beside it, and gradients between micro-steps."""
+    assert shortage.memory is not None
+    assert shortage.needed is not None
+    state = _STATE_BYTES * parameters // shortage.state_split
+    return max(0, int(share * (shortage.memory - state) / shortage.needed))
+
+
+def train_advice(
+    shortage: Shortage, train: TrainConfig, devices: int, parameters: int, fits: Callable[[int], bool | None]
+) -> str:
+    """What to do about a training step that does not fit.
+
+    Args:
+        parameters: of the model.
+        fits: tries out a number of sequences per device; None where that would take a compile.
+    """
+    share, accum = train.train_batch_size // devices, train.gradient_accum_step
+    batches = same_update(share, accum)
+    one_fits = fits(1)
+    if not batches or one_fits is False:
+        return f"not even one sequence per device fits; {SMALLER_MODEL}"
+    refused = f"--train-batch-size {train.train_batch_size} does not fit"
+    if one_fits:
+        found = first_that_fits(batches, lambda fewer: fewer == 1 or bool(fits(fewer)))
+        assert found is not None, "one sequence does"
+        return f"{refused}; {_sequences(found[0])} per device fit: {_flags(found, devices)}"
+    if shortage.needed is None:
+        half = next((batch for batch in batches if batch[0] <= share // 2), batches[-1])
+        return f"{refused}; {_flags(half, devices)}"
+    most = estimated(shortage, share, parameters)
+    found = next((batch for batch in batches if batch[0] <= most), None)
+    if found is None:
+        return f"{refused}, and by these figures not even one sequence per device does; {SMALLER_MODEL}"
+    return f"{refused}; about {_sequences(most)} per device do: {_flags(found, devices)}"
+
+
+def eval_advice(train: TrainConfig, devices: int, name: str) -> str:
+    """What to do about an evaluation that does not fit: its results do not depend on how many rows are computed at once."""
+    if name == "sampling":
+        return "leave --sample-interval out, or choose a smaller model"
+    if train.eval_batch_size <= devices:
+        return f"not even one sequence per device fits; {SMALLER_MODEL}"
+    half = max(1, train.eval_batch_size // 2 // devices) * devices
+    return f"--eval-batch-size {train.eval_batch_size} does not fit; with {half}, or fewer, the results are the same"
+
+
+def host_warning(model: ModelConfig, train: TrainConfig, parameters: int, free: int | None, devices: int) -> str | None:
+    """A line to be printed before the first step on a CPU, if it looks as if there were not `free` memory enough: most
+    systems promise more than they have, and end the process that takes it, without a word."""
+    share = train.train_batch_size // devices
+    needed = host_step_bytes(model, train, parameters, share)
+    if free is None or needed <= free:
+        return None
+    smaller = same_update(share, train.gradient_accum_step)
+    fitting = [batch for batch in smaller if host_step_bytes(model, train, parameters, batch[0]) <= free]
+    mend = _flags(fitting[0], devices) if fitting else SMALLER_MODEL
+    return (
+        f"warning: a step takes {needed / GIB:.1f} GiB or more per process, and {free / GIB:.1f} are free: the system may "
+        f"end the run without a word; {mend}"
+    )
+
+
+def host_step_bytes(model: ModelConfig, train: TrainConfig, parameters: int, share: int) -> int:
+    """What a step on the CPU holds at its peak, at least, beside weights and optimizer state: gradients, and what `share`
+    sequences keep for the backward pass. How far the allocator stays above that depends on it.
+
+    Of each token a block keeps its two inputs in the residual stream, the two layer norms' outputs, q, k, v, attention's
+    output and, before and after the activation function, d_ff: 8 d_model + 2 d_ff numbers, of 2 bytes under autocast but for
+    the residual stream's. A checkpointed block keeps its input. The loss holds the logits of one piece.
+    """
+    width = 2 if train.mixed_precision in ("bf16", "fp16") else 4
+    tokens = share * model.seq_length
+    block = tokens * (2 * 4 * model.d_model + width * (6 * model.d_model + 2 * model.d_ff))
+    logits = min(width * tokens * model.vocab_size // max(1, train.loss_chunks), LOGITS_AT_ONCE["cpu"])
+    kept = model.num_layers * block + logits
+    if train.activation_checkpointing == "block":
+        kept = model.num_layers * tokens * 4 * model.d_model + max(block, logits)
+    return 4 * parameters + kept
+
+
+def _sequences(count: int) -> str:
+    return f"{count} sequence{'s' if count > 1 else ''}"
+
+
+def _flags(batch: tuple[int, int], devices: int) -> str:
+    share, accum = batch
+    flags = f"--train-batch-size {share * devices} --gradient-accum-step {accum}"
+    return f"{flags} is the same {share * accum * devices:,} sequences per update"

@@ -1,0 +1,1 @@
+"""Plain PyTorch: CPU, CUDA and MPS, one process or several under torchrun."""

@@ -1,0 +1,162 @@
+"""The processes of a run under torchrun: which one this is, by the variables it sets, and how they find each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.logs.console import say
+
+# Others wait while the main process saves; a large model on a slow disk takes its time.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+MINUTES_TO_MEET = 10
+SECONDS_OF_SILENCE = 10
+
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_FIX = "start the processes with torchrun, which sets them all, or unset them for one process"
+
+
+class Place(NamedTuple):
+    """Where this process is among all of a run. `local_rank` is None where the launcher did not say."""
+
+    rank: int
+    world_size: int
+    local_rank: int | None
+    local_world_size: int
+
+
+def find_place(environment: Mapping[str, str]) -> Place | None:
+    """None for a process on its own. Raises InputError where variables are missing or contradict each other."""
+    numbers = {}
+    for name in _NUMBERS:
+        if text := environment.get(name):
+            if not (text.isascii() and text.isdecimal()):
+                raise InputError(f"{name}={text}: no whole number; {_FIX}")
+            numbers[name] = int(text)
+    if "RANK" not in numbers:
+        for name, alone in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+            if numbers.get(name, alone) != alone:
+                raise InputError(f"{name}={numbers[name]} is set, but not RANK; {_FIX}")
+        return None
+    rank = numbers["RANK"]
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]:
+        raise InputError(f"RANK={rank} is set, but not {', '.join(missing)}; {_FIX}")
+    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if name in numbers and size in numbers and numbers[name] >= numbers[size]:
+            raise InputError(f"{name}={numbers[name]}, with {size}={numbers[size]}: ranks count from 0; {_FIX}")
+    if not 0 < numbers["MASTER_PORT"] < 2**16:
+        raise InputError(f"MASTER_PORT={numbers['MASTER_PORT']}: choose a port from 1 to 65535")
+    return Place(rank, numbers["WORLD_SIZE"], numbers.get("LOCAL_RANK"), numbers.get("LOCAL_WORLD_SIZE", 1))
+
+
+def join(place: Place, backend: str) -> None:
+    """Make the default process group of all processes. What takes longer than a moment is announced.
+
+    Raises:
+        InputError: MASTER_PORT is taken, or nobody answers at MASTER_ADDR.
+        RunFailed: others did not come.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if (
+        place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    ):  # else torchrun itself listens there
+        _refuse_a_taken_port(port)
+    else:
+        _wait_for_first(place, host, port)
+    with _silent() as say_still:
+        store = _meet(partial(say_still, f"rank {place.rank}: waiting for the other processes at {host}:{port} ..."))
+        if store is None:
+            raise RunFailed(
+                f"rank {place.rank}: the {place.world_size} processes have not all met at MASTER_ADDR={host} "
+                f"MASTER_PORT={port} within {MINUTES_TO_MEET} minutes; look at the others' messages, and whether another "
+                "program listens there"
+            )
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("default_pg", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+
+
+def _meet(announce: Callable[[], object]) -> Any:
+    """The store through which all processes know each other; None where they do not meet. In a thread, since torch has no
+    time limit for a program that takes the connection and does not answer; signals are heard meanwhile."""
+    met: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def meet() -> None:
+        try:
+            met.put(next(dist.rendezvous("env://", timeout=timedelta(minutes=MINUTES_TO_MEET)))[0])
+        except RuntimeError:
+            met.put(None)
+
+    threading.Thread(target=meet, daemon=True).start()
+    try:
+        return met.get(timeout=SECONDS_OF_SILENCE)
+    except queue.Empty:
+        announce()
+    try:
+        return met.get(timeout=60 * MINUTES_TO_MEET)
+    except queue.Empty:
+        return None
+
+
+def _refuse_a_taken_port(port: int) -> None:
+    both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+        ).close()
+    except OSError as error:
+        raise InputError(
+            f"MASTER_PORT={port}: {os.strerror(error.errno or 0).lower()}; choose another port for all processes"
+        ) from None
+
+
+def _wait_for_first(place: Place, host: str, port: int) -> None:
+    start, is_told = time.monotonic(), False
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except socket.gaierror:
+            why = "no host of that name is known"
+        except OSError as error:
+            why = (error.strerror or "no answer").lower()
+        waited = time.monotonic() - start
+        if waited > 60 * MINUTES_TO_MEET:
+            raise InputError(
+                f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 has not answered for {MINUTES_TO_MEET} minutes ({why}); "
+                "correct them, or start rank 0"
+            )
+        if waited > SECONDS_OF_SILENCE and not is_told:
+            say(f"rank {place.rank}: waiting for rank 0 at {host}:{port} ({why}) ...", error=True)
+            is_told = True
+        time.sleep(min(1, 60 * MINUTES_TO_MEET))
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[Callable[[str], object]]:
+    """Standard error leads nowhere, as torch prints the frames of its own C++ there at each try; what is given prints."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield lambda text: os.write(kept, f"{text}\n".encode())
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

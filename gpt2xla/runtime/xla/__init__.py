@@ -1,0 +1,1 @@
+"""PyTorch/XLA through PJRT: TPUs, and XLA's CPU devices for tests."""

@@ -1,0 +1,95 @@
+"""The flash attention kernels as a PyTorch/XLA operation: two nodes of the graph, one in each direction."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch_xla
+import torch_xla.distributed.spmd as xs
+from torch import Tensor
+
+from gpt2xla.model.kernels import Attention
+from gpt2xla.runtime.xla.releases import installed, release_for, why_no_kernels
+
+
+def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attention:
+    """Causal attention in bf16, (B, T, D) each; the shape must be `supported`. With a mesh of one axis, for SPMD, each
+    device takes its part of the batch: the partitioner cannot look into the kernel to divide it."""
+    bf16 = not device_kind.startswith("TPU v3")
+
+    def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
+        return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, _Kernels(num_heads, bf16, mesh))
+
+    return flash_attention
+
+
+def why_no_flash_attention(device_kind: str, num_heads: int, head_size: int, length: int) -> str | None:
+    """What keeps the kernels from running; None if nothing does."""
+    if not device_kind.startswith("TPU") or device_kind.startswith("TPU v2"):
+        return "it needs a TPU v3 or later"
+    versions = installed(("torch_xla", "jax"))
+    if reason := why_no_kernels(release_for(versions), versions.get("jax")):
+        return reason
+    from gpt2xla.model.pallas_attention import Shape
+
+    if not Shape(1, length, num_heads, head_size, bf16=not device_kind.startswith("TPU v3")).supported:
+        return (
+            f"heads of {head_size} columns and --seq-length {length} do not suit it (heads of 32, 64 or 128 do, and "
+            "multiples of 128 tokens, up to 1024 or, with 64 columns and from v4 on, 2048)"
+        )
+    return None
+
+
+class _Kernels(NamedTuple):
+    num_heads: int
+    bf16: bool
+    mesh: xs.Mesh | None
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, kernels: _Kernels) -> Tensor:
+        ctx.kernels = kernels
+        y_BTD, log_sums = _call("forward", [q_BTD, k_BTD, v_BTD], kernels)
+        ctx.save_for_backward(q_BTD, k_BTD, v_BTD, y_BTD, log_sums)
+        return y_BTD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_call("backward", [*ctx.saved_tensors, grads[0]], ctx.kernels), None
+
+
+def _call(direction: str, tensors: list[Tensor], kernels: _Kernels) -> list[Tensor]:
+    num_heads, bf16, mesh = kernels
+    parts = tensors if mesh is None else [_part(tensor, mesh) for tensor in tensors]
+    sequences, length, width = parts[0].shape
+    payload, blocks = _lowered((sequences, length, num_heads, width // num_heads, bf16), direction)
+    if direction == "forward":
+        shapes, dtypes = [parts[0].shape, torch.Size((sequences, *blocks, length))], [torch.bfloat16, torch.float32]
+    else:
+        shapes, dtypes = [parts[0].shape] * 3, [torch.bfloat16] * 3
+    results = torch_xla._XLAC._xla_tpu_custom_call(parts, payload, shapes, dtypes)
+    return results if mesh is None else [_whole(result, len(tensors[0]), mesh) for result in results]
+
+
+def _part(tensor: Tensor, mesh: xs.Mesh) -> Tensor:
+    return xs.enable_manual_sharding(tensor, _by_sequence(tensor, mesh), mesh=mesh).global_tensor
+
+
+def _whole(part: Tensor, sequences: int, mesh: xs.Mesh) -> Tensor:
+    shape = torch.Size((sequences, *part.shape[1:]))
+    return xs.disable_manual_sharding(part, _by_sequence(part, mesh), shape, mesh=mesh).global_tensor
+
+
+def _by_sequence(tensor: Tensor, mesh: xs.Mesh) -> tuple[str | None, ...]:
+    return (mesh.axis_names[0], *[None] * (tensor.dim() - 1))
+
+
+@functools.cache
+def _lowered(sizes: tuple[int, int, int, int, bool], direction: str) -> tuple[str, tuple[int, int]]:
+    from gpt2xla.model import pallas_attention as kernels
+
+    shape = kernels.Shape(*sizes)
+    return kernels.lower(shape, getattr(kernels, direction)), (shape.blocks, shape.heads_per_block)

@@ -1,0 +1,99 @@
+"""The XLA runtime on tensors that hold no data, as one of several replicas of any kind of TPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xb
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+
+from gpt2xla.config import TrainConfig, XlaConfig
+from gpt2xla.data.windows import Batch
+from gpt2xla.optim.optimizer import MOMENTS
+from gpt2xla.runtime.xla.runtime import XlaRuntime
+from gpt2xla.runtime.xla.spmd import SpmdRuntime
+from gpt2xla.training.train_step import TrainStep
+
+
+class TracingRuntime(XlaRuntime):
+    """Graphs are the ones of `XlaRuntime`; nothing is allocated and nothing can be read."""
+
+    def __init__(self, options: XlaConfig, config: TrainConfig, device_kind: str, replicas: int) -> None:
+        self._traced_kind = device_kind
+        if replicas > 1 and not options.spmd:
+            devices = [f"xla:{number}" for number in range(replicas)]
+            torch_xla._XLAC._xla_set_replication_devices(torch_xla._XLAC._xla_real_devices(devices))
+            xr._WORLD_SIZE = replicas
+        super().__init__(options, config)
+        self.devices = replicas
+        self.world_size = 1 if options.spmd else replicas
+
+    @property
+    def device_kind(self) -> str:
+        return self._traced_kind
+
+    def batches(self, sequences: int, length: int) -> Iterator[Batch]:
+        shape = torch.Size((sequences // self.world_size, length))
+        while True:
+            yield Batch(*(xb.create_placeholder_tensor(shape, torch.int64) for _ in range(2)))
+
+    def begin_step(self, step: TrainStep) -> None:
+        """What a real device still knows of its tensors from the step before."""
+
+    def place_parameters(self, model: nn.Module) -> None:
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                placed = nn.Parameter(xb.create_placeholder_tensor(parameter.shape, parameter.dtype))
+                with torch.no_grad():
+                    placed.copy_(xb.create_placeholder_tensor(parameter.shape, parameter.dtype))
+                setattr(module, name, placed)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return xb.create_placeholder_tensor(tensor.shape, tensor.dtype)
+
+    def flag(self, value: bool) -> Tensor:
+        return self.to_device(torch.zeros(()))
+
+    def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
+        self.values = values  # kept alive, as a result of the graph
+
+
+class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):
+    """The same for SPMD. Where real tensors lie divided in memory, these are annotated in the graph, at the start of each
+    step, and the compiler carries the annotation over to the arguments."""
+
+    def batches(self, sequences: int, length: int) -> Iterator[Batch]:
+        for batch in super().batches(sequences, length):
+            yield Batch(*(self._split_rows(tensor * 1) for tensor in batch))
+
+    def place_parameters(self, model: nn.Module) -> None:
+        SpmdRuntime.place_parameters(self, model)
+
+    def begin_step(self, step: TrainStep) -> None:
+        with torch.no_grad():
+            for parameter in step.model.parameters():
+                state = step.optimizer.state[parameter]
+                for tensor in (parameter, *(state[name] for name in MOMENTS if name in state)):
+                    tensor.mul_(1)
+                    self._place(tensor)
+
+
+def name_operations(model: nn.Module) -> None:
+    """From here on operations carry the name of the module whose forward pass they belong to."""
+    torch_xla._XLAC._set_ir_debug(True)
+    scopes = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        scopes.append(torch_xla._XLAC.profiler.scope_pusher(names[module]))
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        scopes.pop()
+
+    names = {module: name or "loss" for name, module in model.named_modules()}  # the model's own work is the loss
+    for module in names:
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave, always_call=True)

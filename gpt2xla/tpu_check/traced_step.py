@@ -1,0 +1,103 @@
+"""The training step as the graph that a TPU's compiler gets, on a machine without a TPU: traced, never run.
+
+Run it as a program, `python -m gpt2xla.tpu_check.traced_step REQUEST.json`: it sets the process's environment, and ends the
+process when torch_xla has handed over the graph, before a CPU compiles it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+_TIMED_STEPS = 5
+
+
+def main(request: dict[str, Any]) -> None:
+    """`request` holds config (flat options), options (the runner's), device_kind, replicas, and output: a folder for
+    the graph and trace.json."""
+    output = Path(request["output"])
+    os.environ["PJRT_DEVICE"] = "CPU"
+    os.environ["CPU_NUM_DEVICES"] = str(request["replicas"])
+    os.environ["XLA_FLAGS"] = dump_flags(output)
+
+    import torch_xla
+
+    from gpt2xla.config import RunConfig, XlaConfig
+
+    config = RunConfig.from_flat({k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()})
+    options = XlaConfig(**request["options"])
+    step, report = trace(config, options, request["device_kind"], request["replicas"])
+    (output / "trace.json").write_text(json.dumps(report))
+    threading.Thread(target=leave_with_graph, args=(output,), daemon=True).start()
+    torch_xla.sync()
+    raise AssertionError(f"{step} was compiled before its graph could be caught")
+
+
+def dump_flags(output: Path) -> str:
+    """XLA_FLAGS by which the graph of a sync is written below `output`, buffer donors included, before it is compiled."""
+    return f"--xla_dump_to={output} --xla_dump_hlo_as_proto --xla_dump_hlo_module_re=.*SyncTensorsGraph.*"
+
+
+def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, dict[str, Any]]:
+    """A step with its last update still pending, and what tracing cost the host, in milliseconds a step."""
+    import torch
+    import torch_xla
+
+    from gpt2xla.model.gpt2 import GPT2
+    from gpt2xla.runtime.precision import label
+    from gpt2xla.runtime.stop import Stop
+    from gpt2xla.tpu_check.placeholder_runtime import TracingRuntime, TracingSpmdRuntime, name_operations
+    from gpt2xla.training.train_step import TrainStep
+
+    runtime: TracingRuntime = (TracingSpmdRuntime if options.spmd else TracingRuntime)(
+        options, config.train, device_kind, replicas
+    )
+    with torch.device("meta"):
+        model = GPT2(config.model)
+    step = TrainStep(
+        config, runtime, model, None, Stop(runtime, None, None), lambda step, lr: lambda loss, grad_norm: None
+    )
+    batches = runtime.batches(config.train.train_batch_size, config.model.seq_length)
+    seconds = []
+    for number in range(_TIMED_STEPS + 2):
+        if number > _TIMED_STEPS:
+            os.environ["XLA_HLO_DEBUG"] = "1"  # names in the graph; they take time, so not before
+            name_operations(model)
+        torch_xla._XLAC._clear_pending_irs(str(runtime.device))
+        start = time.perf_counter()
+        runtime.begin_step(step)
+        step(batches, number)
+        seconds.append(time.perf_counter() - start)
+    return step, {
+        "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
+        "parameters": model.num_parameters(),
+        "kernels": model.kernels.description,
+        "precision": label(runtime.precision.name),
+    }
+
+
+def leave_with_graph(output: Path) -> None:
+    """End this process when the graph is there. A CPU's compiler goes on meanwhile, to break off, with the whole process, at
+    a kernel made for TPUs; that is no fault either."""
+    while True:
+        time.sleep(0.1)
+        if graph := graph_in(output):
+            size = graph.stat().st_size
+            time.sleep(0.3)
+            if size == graph.stat().st_size:
+                os._exit(0)
+
+
+def graph_in(output: Path) -> Path | None:
+    """The graph that was written there, an HloProto."""
+    return next((f for f in output.glob("*before_optimizations*.pb") if f.stat().st_size), None)
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,1 @@
+"""The training story: opens a run, loops over steps, updates the weights."""

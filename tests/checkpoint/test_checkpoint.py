@@ -1,0 +1,265 @@
+"""Checkpoint folders: found, verified, pruned, refused, and never left half-written."""
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL_RUN
+from transformers import AutoModelForCausalLM
+
+from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint.formats.pt_file import load_pt_model
+from gpt2xla.checkpoint.start import build_model, find_start, load_weights
+from gpt2xla.cli import parse_run
+from gpt2xla.config import RunConfig, TorchConfig
+from gpt2xla.errors import InputError
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def options(root: Path, *flags: str) -> RunConfig:
+    return parse_run(TorchConfig, ["--checkpoints-dir", str(root), *flags])[0]
+
+
+def flip_a_bit(file: Path) -> None:
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+
+
+def test_a_run_leaves_whole_checkpoints_and_no_litter(trained: Path) -> None:
+    assert sorted(file.name for file in trained.iterdir()) == [
+        ".lock", "metrics.jsonl", "run_config.json", "step-00000010", "step-00000020"
+    ]  # fmt: skip
+    assert [folder.name for folder in checkpoint.list_checkpoints(trained)] == ["step-00000010", "step-00000020"]
+    assert all(checkpoint.find_damage(folder) is None for folder in checkpoint.list_checkpoints(trained))
+
+
+def test_auto_takes_the_newest_and_flags_not_given_come_from_it(root: Path) -> None:
+    start = find_start(options(root))
+    assert start.step == 20
+    assert (start.config.model.d_model, start.config.model.num_layers, start.config.model.vocab_size) == (32, 2, 97)
+    assert start.training is not None
+    assert start.training["optimizer"]["step"] == 20
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "training_state.pt", "config.json", "run_config.json", "COMPLETE"]
+)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_auto_passes_over_a_damaged_one_and_names_the_file(root: Path, name: str, damage: str) -> None:
+    file = root / "step-00000020" / name
+    if damage == "flip":
+        flip_a_bit(file)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-10])
+    else:
+        file.unlink()
+    start = find_start(options(root))
+    assert start.step == 10
+    with pytest.raises(InputError) as error:
+        find_start(options(root, "--resume", str(root / "step-00000020")))
+    assert name in str(error.value)
+    if name != "COMPLETE":
+        assert str(file) in start.notes[0]
+
+
+def test_auto_does_not_start_anew_over_nothing_but_damage(root: Path) -> None:
+    for folder in checkpoint.list_checkpoints(root):
+        flip_a_bit(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
+        find_start(options(root))
+
+
+def test_never_does_not_mix_two_runs(root: Path) -> None:
+    with pytest.raises(InputError, match="already holds step-00000020"):
+        find_start(options(root, "--resume", "never"))
+    other = Path(shutil.copytree(root, root.with_name("other")))
+    with pytest.raises(InputError, match="already holds step-00000020"):
+        find_start(options(root, "--resume", str(other / "step-00000010")))
+
+
+def test_from_checkpoint_continues_or_with_never_takes_only_weights(root: Path, tmp_path: Path) -> None:
+    source = str(root / "step-00000010")
+    assert find_start(options(tmp_path / "new", "--from-checkpoint", source)).step == 10
+    start = find_start(options(tmp_path / "new", "--from-checkpoint", source, "--resume", "never"))
+    assert (start.step, start.training) == (0, None)
+    assert start.weights is not None
+    start = find_start(options(tmp_path / "new", "--from-checkpoint", str(root)))
+    assert start.step == 20, "a folder of checkpoints means its newest"
+
+
+def test_a_path_with_nothing_there_is_refused_also_where_the_run_goes_on_by_itself(root: Path, tmp_path: Path) -> None:
+    """A name that the hub may know is not looked up then: a run that began with it goes on offline."""
+    (tmp_path / "c1" / "step-00000001").mkdir(parents=True)
+    wrong = (root / "step-00000030", root / "nope", "./none", "none/of/these", tmp_path / "c1" / "nope", "ckpt.pt")
+    for checkpoints in (root, tmp_path / "new"):
+        for name in map(str, wrong):
+            with pytest.raises(InputError, match=f"--from-checkpoint {re.escape(name)}: no such folder or file"):
+                find_start(options(checkpoints, "--from-checkpoint", name))
+    with pytest.raises(InputError, match="--from-checkpoint is empty"):
+        options(root, "--from-checkpoint", "")
+    for name in ("gpt2", "distilgpt2", "me/model"):
+        assert find_start(options(root, "--from-checkpoint", name)).step == 20
+
+
+def test_a_folder_here_is_no_owner_on_the_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    with pytest.raises(InputError, match=f"--from-checkpoint {root.name}/nope: no such folder or file"):
+        find_start(options(root, "--from-checkpoint", f"{root.name}/nope"))
+
+
+def test_a_contradicting_flag_is_refused_with_both_values(root: Path) -> None:
+    with pytest.raises(InputError, match=r"--d-model 64 contradicts .*step-00000020, where it is 32"):
+        find_start(options(root, "--d-model", "64"))
+    assert find_start(options(root, "--d-model", "32", "--dropout", "0.3")).config.model.dropout == 0.3
+
+
+def test_a_continued_run_keeps_its_options_but_for_those_given_anew(root: Path, data_flags: list[str]) -> None:
+    start = find_start(options(root, "--learning-rate", "0.5", "--shuffle"))
+    config = start.config
+    assert config.optim.learning_rate == 0.5
+    assert (config.optim.min_lr, config.optim.max_grad_norm, config.train.gradient_accum_step) == (0.001, 0.5, 3)
+    assert ["--train-dir", *config.data.train_dir] == data_flags[:2]
+    assert sorted(start.notes) == ["changed: --learning-rate 0.01 -> 0.5", "changed: --shuffle False -> True"]
+
+
+def test_going_back_to_an_older_one_sets_the_newer_aside(root: Path) -> None:
+    with pytest.raises(InputError, match=r"older than step-00000020 beside it; .* use --resume"):
+        find_start(options(root, "--from-checkpoint", str(root / "step-00000010")))
+    assert find_start(options(root, "--resume", str(root / "step-00000010"))).step == 10
+    (root / ".step-00000030.partial").mkdir()
+    assert checkpoint.prepare_folder(root, 10) == ["set aside: step-00000020 is now abandoned-1-step-00000020"]
+    assert sorted(file.name for file in root.iterdir()) == [
+        ".lock", "abandoned-1-metrics.jsonl", "abandoned-1-step-00000020", "metrics.jsonl", "run_config.json",
+        "step-00000010",
+    ]  # fmt: skip
+    assert find_start(options(root)).step == 10
+
+
+def test_pruning_keeps_the_newest(root: Path) -> None:
+    for step in (30, 40):
+        shutil.copytree(root / "step-00000020", root / f"step-{step:08d}")
+    checkpoint.prune(root, root / "step-00000040", 0)
+    assert len(checkpoint.list_checkpoints(root)) == 4
+    checkpoint.prune(root, root / "step-00000040", 2)
+    assert [folder.name for folder in checkpoint.list_checkpoints(root)] == ["step-00000030", "step-00000040"]
+
+
+def test_a_checkpoint_that_was_tampered_with_to_look_whole_is_refused(root: Path) -> None:
+    """Hashes match, contents do not: what remains is one line, not a traceback."""
+    folder = root / "step-00000020"
+    shutil.rmtree(root / "step-00000010")
+    original = torch.load(folder / "training_state.pt", weights_only=True)
+    damaged = {"step": "x"}, {"optimizer": {}}, {"optimizer": original["optimizer"] | {"exp_avg": {}}}
+    for contents in ([1], *(original | part for part in damaged)):
+        torch.save(contents, folder / "training_state.pt")
+        rehash(folder)
+        with pytest.raises(InputError, match=r"training_state\.pt"):
+            find_start(options(root))
+    for name, text in (("config.json", "null"), ("run_config.json", "[1]")):
+        kept = (folder / name).read_text()
+        (folder / name).write_text(text)
+        rehash(folder)
+        with pytest.raises(InputError, match=name):
+            find_start(options(root))
+        (folder / name).write_text(kept)
+
+
+def rehash(folder: Path) -> None:
+    checkpoint.seal(folder, checkpoint.step_of(folder))
+
+
+def test_nothing_is_pruned_while_the_newest_is_damaged(root: Path) -> None:
+    flip_a_bit(root / "step-00000020" / "model.safetensors")
+    with pytest.raises(OSError, match="no older one was deleted"):
+        checkpoint.prune(root, root / "step-00000020", 1)
+    assert checkpoint.find_damage(root / "step-00000010") is None
+
+
+def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = find_start(options(root))
+    assert start.weights is not None
+    assert start.training is not None
+    saved = {"weights": start.weights, "training": start.training | {"step": 30}, "tokenizer": None}
+    config = options(root, *SMALL_RUN)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(root, config=config, **saved)
+    assert find_start(options(root)).step == 20
+    checkpoint.save(root, config=config, **saved)
+    assert find_start(options(root)).step == 30
+    assert not list(root.glob(".step-*"))
+
+
+def test_hugging_face_loads_the_folder_with_equal_logits(trained: Path) -> None:
+    folder = trained / "step-00000020"
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    config, weights = load_weights(folder)
+    ours = build_model(config, weights, folder).eval()
+    ids = torch.arange(16)[None]
+    torch.testing.assert_close(theirs(ids).logits, ours.logits(ids), rtol=0, atol=1e-5)
+    assert theirs.lm_head.weight is theirs.transformer.wte.weight
+
+
+class Sentinel:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("/tmp/gpt2xla-was-unpickled"),))
+
+
+def test_a_strangers_pt_file_is_not_unpickled(tmp_path: Path) -> None:
+    for file in (tmp_path / "torch.pt", tmp_path / "plain.pt"):
+        with file.open("wb") as stream:
+            (torch.save if file.stem == "torch" else pickle.dump)({"model": Sentinel()}, stream)
+        with pytest.raises(InputError, match="nothing in it was run"):
+            load_pt_model(file)
+    assert not Path("/tmp/gpt2xla-was-unpickled").exists()
+
+
+def test_the_common_pt_layout_is_read(tmp_path: Path, trained: Path) -> None:
+    """Names and config keys of that layout, against the same weights in ours."""
+    config, weights = load_weights(trained / "step-00000020")
+    rename = {
+        "wte.": "token_embedding.", "wpe.": "positional_embedding.", "ln_f.": "layer_norm.", "h.": "decoder_blocks.",
+        "attn.c_attn.": "causal_self_attention.w_qkv.", "attn.c_proj.": "causal_self_attention.rl_projection.",
+        "mlp.c_fc.": "position_wise_ffn.linear.", "mlp.c_proj.": "position_wise_ffn.rl_projection.",
+        "ln_1.": "layer_norm_1.", "ln_2.": "layer_norm_2.",
+    }  # fmt: skip
+    theirs = {}
+    for name, tensor in weights.items():
+        for ours, other in rename.items():
+            if name.startswith(ours) or ours not in ("h.", "wte.", "wpe."):
+                name = name.replace(ours, other, 1)
+        theirs[f"_orig_mod.{name}"] = tensor
+    theirs["_orig_mod.lm_head.weight"] = weights["wte.weight"]
+    theirs["_orig_mod.decoder_blocks.0.causal_self_attention.causal_mask"] = torch.ones(1, 1, 16, 16)
+    values = {
+        "vocab_size": 97, "seq_length": 16, "d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 128, "dropout": 0.0,
+        "activation": "gelu", "tie_weights": True, "eps": 1e-5,
+    }  # fmt: skip
+    file = tmp_path / "gpt2-20.pt"
+    torch.save({"model": theirs, "optimizer": {}, "lr_scheduler": {}, "config": values, "global_step": 20}, file)
+    read_config, read = load_pt_model(file)
+    assert read_config == config
+    assert read.keys() == weights.keys()
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
+def test_run_config_records_every_option(trained: Path) -> None:
+    values = json.loads((trained / "step-00000020" / "run_config.json").read_text())
+    assert values["gradient_accum_step"] == 3
+    assert values.keys() == RunConfig().to_flat().keys()

@@ -1,0 +1,47 @@
+"""Saves in the background: one at a time, awaited, and their failures told."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from gpt2xla.checkpoint.saver import BackgroundSaves
+
+
+def test_the_caller_goes_on_and_the_next_save_waits_for_the_one_before() -> None:
+    saves = BackgroundSaves(lambda error: None)
+    may_end, order = threading.Event(), []
+
+    def slow() -> None:
+        may_end.wait(10)
+        order.append("slow")
+
+    saves.start(slow)
+    assert order == []
+    threading.Timer(0.05, may_end.set).start()
+    saves.start(lambda: order.append("quick"))
+    assert order[0] == "slow"
+    assert saves.wait()
+    assert order == ["slow", "quick"]
+
+
+def test_a_save_that_cannot_be_written_is_told_and_the_next_may_succeed() -> None:
+    told: list[OSError] = []
+    saves = BackgroundSaves(told.append)
+
+    def full() -> None:
+        raise OSError("disk full")
+
+    saves.start(full)
+    assert not saves.wait()
+    assert [str(error) for error in told] == ["disk full"]
+    saves.start(lambda: None)
+    assert saves.wait()
+
+
+def test_a_fault_of_ours_is_not_swallowed() -> None:
+    saves = BackgroundSaves(lambda error: None)
+    saves.start(lambda: [][0])
+    with pytest.raises(IndexError):
+        saves.wait()

@@ -1,0 +1,214 @@
+"""How a program ends when what reads its output has ended, as `| head` does; and processes that cannot meet."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from conftest import ROOT, SMALL_RUN, prepare_documents
+
+from gpt2xla.config import TorchConfig
+from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.logs.console import say
+from gpt2xla.processes.exits import exit_code
+from gpt2xla.runtime.torch import process_group
+from gpt2xla.runtime.torch.process_group import Place, find_place, join
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes standard output, or standard error too, a pipe that nobody reads."""
+    pipes = []
+
+    def break_streams(*names: str) -> None:
+        for name in names:
+            reader, writer = os.pipe()
+            os.close(reader)
+            pipes.append(os.fdopen(writer, "w"))
+            monkeypatch.setattr(sys, name, pipes[-1])
+
+    yield break_streams
+    for pipe in pipes:
+        pipe.close()  # raises where something is left to be written to the broken pipe
+
+
+def write(stream: str, text: str = "x", times: int = 1) -> Callable[[], None]:
+    return lambda: [print(text, file=getattr(sys, stream), flush=True) for _ in range(times)] and None
+
+
+def refuse() -> None:
+    raise InputError("wrong")
+
+
+def leave() -> None:
+    print("help")
+    sys.exit(0)
+
+
+@pytest.mark.parametrize(
+    ("streams", "main", "code"),
+    [
+        (["stdout"], write("stdout", times=3), 141),
+        (["stdout"], lambda: print("x" * 100_000), 141),
+        (["stdout"], lambda: print("kept until the end"), 141),
+        (["stdout"], leave, 141),
+        (["stdout"], lambda: None, 0),
+        (["stderr"], write("stderr"), 141),
+        (["stdout", "stderr"], write("stderr"), 141),
+        (["stdout", "stderr"], refuse, 2),
+        (["stdout"], refuse, 2),
+    ],
+)
+def test_a_closed_pipe_is_silence_and_a_code(
+    broken: Callable[..., None], capfd: pytest.CaptureFixture, streams: list[str], main: Callable[[], None], code: int
+) -> None:
+    broken(*streams)
+    assert exit_code(main) == code
+    sys.stdout.flush()
+    if "stderr" in streams:
+        assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_standard_output_on_a_full_disk_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    with open("/dev/full", "w") as full:  # closing it raises where something is left to be written
+        monkeypatch.setattr(sys, "stdout", full)
+        assert exit_code(lambda: print("kept until the end")) == 1
+    error = capfd.readouterr().err
+    assert "the disk that is written to is full" in error
+    assert error.count("\n") == 1
+
+
+def test_standard_streams_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has None for them then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert exit_code(lambda: say("x") or say("y", error=True)) == 0
+    assert exit_code(refuse) == 2
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+def test_another_broken_connection_is_no_closed_pipe(broken: Callable[..., None]) -> None:
+    def main() -> None:
+        raise BrokenPipeError("a server's")
+
+    with pytest.raises(BrokenPipeError):
+        exit_code(main)
+
+
+@pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]])
+def test_programs_end_with_their_reader(
+    streams: list[str], broken: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpt2xla.cli import parse_run
+    from gpt2xla.runtime.torch.runtime import TorchRuntime
+    from gpt2xla.training.trainer import pretrain
+
+    data = prepare_documents(tmp_path / "data")
+    broken(*streams)
+    flags = ["--train-dir", data / "train", "--valid-dir", data / "test", "--checkpoints-dir", tmp_path / "c"]
+    config, options = parse_run(TorchConfig, [*map(str, flags), *SMALL_RUN, "--vocab-size", "257"])
+    assert exit_code(lambda: pretrain(config, lambda train: TorchRuntime(options, train))) == 141
+    broken(*streams)
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import inspect_data
+
+    monkeypatch.setattr(sys, "argv", ["inspect_data.py", str(data)])
+    assert exit_code(inspect_data.main) == 141
+
+
+WHOLE = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "h",
+    "MASTER_PORT": "9",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0", "RANK": ""}, None),
+        ({"MASTER_ADDR": "h", "MASTER_PORT": "9"}, None),
+        (WHOLE, Place(1, 2, 1, 2)),
+        ({k: v for k, v in WHOLE.items() if not k.startswith("LOCAL")}, Place(1, 2, None, 1)),
+    ],
+)
+def test_a_launchers_variables_are_understood(environment: dict[str, str], place: Place | None) -> None:
+    assert find_place(environment) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "parts"),
+    [
+        ({"RANK": "0"}, ["RANK=0 is set, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"]),
+        (WHOLE | {"MASTER_ADDR": ""}, ["RANK=1 is set, but not MASTER_ADDR;"]),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2 is set, but not RANK"]),
+        ({"LOCAL_RANK": "1"}, ["LOCAL_RANK=1 is set, but not RANK"]),
+        (WHOLE | {"RANK": "x"}, ["RANK=x"]),
+        (WHOLE | {"RANK": "-1"}, ["RANK=-1"]),
+        (WHOLE | {"RANK": "2"}, ["RANK=2, with WORLD_SIZE=2"]),
+        (WHOLE | {"LOCAL_RANK": "2"}, ["LOCAL_RANK=2, with LOCAL_WORLD_SIZE=2"]),
+        (WHOLE | {"WORLD_SIZE": "two"}, ["WORLD_SIZE=two"]),
+        (WHOLE | {"MASTER_PORT": "70000"}, ["MASTER_PORT=70000", "65535"]),
+    ],
+)
+def test_variables_that_do_not_fit_are_named(environment: dict[str, str], parts: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        find_place(environment)
+    assert [part for part in parts if part not in str(error.value)] == [], error.value
+
+
+def meet(monkeypatch: pytest.MonkeyPatch, place: Place, port: int, host: str = "localhost", minutes: float = 0) -> None:
+    monkeypatch.setenv("MASTER_ADDR", host)
+    for name, value in {"RANK": place.rank, "WORLD_SIZE": place.world_size, "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(process_group, "MINUTES_TO_MEET", minutes)
+    monkeypatch.setattr(process_group, "SECONDS_OF_SILENCE", 0.1)
+    join(place, "gloo")
+
+
+@pytest.fixture
+def listener() -> Iterator[Any]:
+    """Something that takes connections and says nothing."""
+    with socket.create_server(("localhost", 0)) as server:
+        yield server
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch, listener: Any) -> None:
+    port = listener.getsockname()[1]
+    with pytest.raises(InputError, match=f"MASTER_PORT={port}: address already in use; choose another"):
+        meet(monkeypatch, Place(0, 2, 0, 2), port)
+
+
+@pytest.mark.parametrize(("host", "why"), [("localhost", "refused"), ("nowhere.invalid", "no host of that name")])
+def test_a_first_process_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, host: str, why: str) -> None:
+    with pytest.raises(InputError, match=f"MASTER_ADDR={host} MASTER_PORT=.*{why}"):
+        meet(monkeypatch, Place(1, 2, 1, 2), free_port(), host)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_that_do_not_come_are_one_line_after_a_notice(
+    monkeypatch: pytest.MonkeyPatch, listener: Any, capfd: pytest.CaptureFixture, rank: int
+) -> None:
+    """Of the first one nobody else comes; another one meets a program that never answers."""
+    port = listener.getsockname()[1] if rank else free_port()
+    with pytest.raises(RunFailed, match=f"rank {rank}: the 2 processes have not all met at MASTER_ADDR=localhost"):
+        meet(monkeypatch, Place(rank, 2, rank, 2), port, minutes=0.01)
+    assert capfd.readouterr().err == f"rank {rank}: waiting for the other processes at localhost:{port} ...\n"
+    assert not dist.is_initialized()

@@ -1,0 +1,43 @@
+"""Run by test_generation.py in a process of its own: greedy texts on XLA and on plain torch, and programs compiled.
+
+Prints one JSON object.
+"""
+
+import json
+
+import torch
+
+from gpt2xla.config import ModelConfig
+from gpt2xla.generation.decoding import generate
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.xla.compiles import count_compiles
+from gpt2xla.runtime.xla.generation import XlaDevice
+
+CASES = {
+    "20 tokens": ([3, 1, 4], 20),
+    "200 tokens": ([3, 1, 4], 200),
+    "another prompt": (list(range(29)), 50),
+    "past the context": (list(range(20)), 300),
+}
+
+
+def main() -> None:
+    config = ModelConfig(vocab_size=61, seq_length=256, d_model=32, num_layers=2, num_heads=4)
+    torch.manual_seed(3)
+    plain, on_xla = GPT2(config), GPT2(config)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    on_xla.load_state_dict(plain.state_dict())
+    device = XlaDevice()
+    device.place(on_xla)
+    compiles, texts = {}, {"torch": {}, "xla": {}}
+    for name, (prompt, count) in CASES.items():
+        texts["torch"][name] = [token for (token,) in generate(plain, [prompt], count)]
+        texts["xla"][name] = [token for (token,) in generate(on_xla, [prompt], count, device=device)]
+        compiles[name] = count_compiles()
+    print(json.dumps(texts | {"compiles": compiles}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Run by test_compile_count.py in a process of its own: a training run in which XLA has reason to compile again.
+
+Arguments: those of run_pretrain_xla.py.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import torch_xla
+
+from gpt2xla.cli import parse_run
+from gpt2xla.config import RunConfig, XlaConfig
+from gpt2xla.data.windows import Batch, TrainingOrder
+from gpt2xla.runtime.xla.runtime import XlaRuntime
+from gpt2xla.training.train_step import TrainStep
+from gpt2xla.training.trainer import Trainer, pretrain
+
+SHORT_BATCHES = {4: 2, 5: 3}  # rows, by step
+HOST_READS = (7, 8)
+CONSTANTS = {12: 1, 13: 0.5}
+SAVES = (10, 15)
+
+
+def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
+    batches, step, save = TrainingOrder.batches, TrainStep.__call__, Trainer._save
+
+    def shortened(self: TrainingOrder, first_step: int) -> Iterator[Batch]:
+        for number, batch in enumerate(batches(self, first_step)):
+            rows = SHORT_BATCHES.get(number // self.accum + 1)
+            yield Batch(*(tensor[:rows] for tensor in batch))
+
+    def disturbed(self: TrainStep, source: Iterator[Batch], number: int) -> None:
+        tokens = self.tokens
+        if number + 1 in HOST_READS:
+            (self.model.wte.weight[number].sum() * 3).item()
+        if number + 1 in CONSTANTS:
+            self.tokens = CONSTANTS[number + 1]
+        step(self, source, number)
+        self.tokens = tokens
+
+    def computing(self: Trainer, number: int, is_evaluated: bool) -> None:
+        if number in SAVES:
+            rows = self.model.wte.weight.detach()[:number] + 1
+            torch_xla.sync()
+            assert rows.shape[0] == number
+        save(self, number, is_evaluated)
+
+    TrainingOrder.batches, TrainStep.__call__, Trainer._save = shortened, disturbed, computing
+    pretrain(config, lambda train: XlaRuntime(options, train))
+
+
+if __name__ == "__main__":
+    torch_xla.launch(worker, args=parse_run(XlaConfig, sys.argv[1:]))
