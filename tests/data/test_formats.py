@@ -283,7 +283,7 @@ def test_edges(name: str, content: bytes, expected: list[str], tmp_path: Path) -
 def test_long_files_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few bytes and characters, so that everything lies across two of them somewhere."""
     for module in ("json_lines.LONGEST", "json_values._BLOCK_CHARACTERS", "csv_file._BLOCK_CHARACTERS"):
-        monkeypatch.setattr(f"gpt2xla.data.{module}", 150)
+        monkeypatch.setattr(f"gpt2xla.data.documents.{module}", 150)
     for size in (1, 2, 3, 7, 20):
         monkeypatch.setattr(text_file, "_BLOCK_BYTES", size)
         monkeypatch.setattr("gpt2xla.data.documents.json_values._BLOCK_CHARACTERS", size)

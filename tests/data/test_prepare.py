@@ -430,7 +430,7 @@ def test_two_at_once_are_refused(parquet: Path, tokenizer_folder: Path, tmp_path
         assert "started" in first.stdout.readline()
         second = run(*command)
         assert second.returncode == 2
-        assert "is at work there; wait for it" in second.stderr
+        assert "in use by process" in second.stderr
         first.communicate()
     assert first.returncode == 0
     succeed(run(*prepare_command(parquet, tokenizer_folder, tmp_path / "alone", 1)))
