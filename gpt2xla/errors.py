@@ -35,3 +35,9 @@ def user_error(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{what}: {error.strerror or error}; fix it, or choose another") from None
+
+
+def in_one_line(error: BaseException, limit: int = 300) -> str:
+    """Return the first line of the error's message, or the name of its class if there is no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__

@@ -13,8 +13,9 @@ from conftest import ROOT, run, run_here, succeed, training_losses
 
 from gpt2xla.data import inspection
 from gpt2xla.data.inspection import contents
-from gpt2xla.data.shards import Manifest, TokenStream, file_sha256
+from gpt2xla.data.shards import Manifest, TokenStream
 from gpt2xla.data.tokenizer import load_tokenizer
+from gpt2xla.files import file_sha256
 
 DOCUMENTS = [f"Document {i}: naïve 🙂 {'text ' * (i % 7)}" for i in range(200)]
 

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import RunConfig
-from gpt2xla.data.shards import file_sha256
 from gpt2xla.data.tokenizer import Tokenizer
-from gpt2xla.files import read_json
+from gpt2xla.files import file_sha256, read_json
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.logs.sinks import METRICS_FILE
 

@@ -6,7 +6,6 @@ their names.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
@@ -24,7 +23,7 @@ from gpt2xla.data.shard_files.raw_ids import largest_sampled
 from gpt2xla.data.shard_files.shard_folder import refuse_others, shards_of
 from gpt2xla.data.shard_files.shard_format import RAW, SUFFIXES, Shard, open_shard
 from gpt2xla.errors import InputError, user_error
-from gpt2xla.files import read_json
+from gpt2xla.files import file_sha256, read_json
 
 MANIFEST = "manifest.json"
 
@@ -278,11 +277,3 @@ def _what_to_name(folder: Path) -> str:
     if (folder / "train").is_dir():
         return f"its splits are folders: name {folder / 'train'}"
     return "make some with scripts/prepare_text.py"
-
-
-def file_sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -17,8 +17,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gpt2xla.data import remote
 from gpt2xla.data.remote import Cache, RemoteFolder
-from gpt2xla.data.shards import MANIFEST, Manifest, ShardEntry, TokenStream, file_sha256
+from gpt2xla.data.shards import MANIFEST, Manifest, ShardEntry, TokenStream
 from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.files import file_sha256
 
 TOKENS = np.random.default_rng(0).integers(0, 97, 10_000).astype(np.uint16)
 SHARD_BYTES = 2 * 2000 + 128  # of five

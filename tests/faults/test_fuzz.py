@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 from gpt2xla.checkpoint import start
 from gpt2xla.config import GROUPS, TorchConfig, flag, options_of
-from gpt2xla.data.shards import file_sha256
+from gpt2xla.files import file_sha256
 from gpt2xla.processes.exits import exit_code
 from gpt2xla.training.trainer import Trainer
 

@@ -27,7 +27,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, prepare_documents, run
 
-from gpt2xla.data.shards import file_sha256
+from gpt2xla.files import file_sha256
 from gpt2xla.processes.exits import exit_code
 
 DEEP = "[" * 100_000

@@ -9,8 +9,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gpt2xla.data.shards import Manifest, ShardEntry, file_sha256
+from gpt2xla.data.shards import Manifest, ShardEntry
 from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.files import file_sha256
 
 
 @dataclass
