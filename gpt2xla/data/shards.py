@@ -6,6 +6,7 @@ their names.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
