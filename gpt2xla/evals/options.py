@@ -44,13 +44,9 @@ def open_runtime(device: str, train: TrainConfig) -> Runtime:
         from gpt2xla.runtime.torch.runtime import TorchRuntime
 
         return TorchRuntime(TorchConfig(), train)
-    from gpt2xla.runtime.xla import environment as xla_environment
+    from gpt2xla.runtime.xla.environment import importing_torch_xla, prepare
 
-    xla_environment.prepare(os.environ)
-    try:
+    prepare(os.environ)
+    with importing_torch_xla():
         from gpt2xla.runtime.xla.spmd import SpmdRuntime
-    except ImportError as error:
-        raise InputError(
-            f"--device xla: torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt"
-        ) from None
     return SpmdRuntime(XlaConfig(spmd=True), train)

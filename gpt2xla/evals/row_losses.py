@@ -17,11 +17,11 @@ from gpt2xla.errors import RunFailed
 from gpt2xla.logs.progress import Progress
 from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.model.loss import IGNORED_LABEL, logits_of_labels, mask_padding
+from gpt2xla.model.loss import IGNORED_LABEL, LOGITS_AT_ONCE, logits_of_labels, mask_padding
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop, Stopped
 
-_LOGITS_AT_ONCE = 2**28  # numbers: 1 GiB in fp32
+_LOGITS_AT_ONCE = LOGITS_AT_ONCE["xla"] // 4  # numbers in fp32
 
 
 class RowLosses:

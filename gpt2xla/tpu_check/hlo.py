@@ -1,7 +1,7 @@
-"""Reading the text of a compiled XLA program: what the compiler expects it to cost, and what fills the memory.
+"""Reads the text of a compiled XLA program: what the compiler expects it to cost, and what fills the memory.
 
-Both are the compiler's opinion. Cycles are the `estimated_cycles` it writes beside each instruction, which rank variants of
-a program well, and say little about seconds.
+Both are the compiler's opinion. Cycles are the `estimated_cycles` that it writes beside each instruction. They rank variants
+of a program well, but do not predict time.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class CudaPlugin(plugins.DevicePlugin):
 
     def library_path(self) -> str:
         spec = importlib.util.find_spec(CUDA_PLUGIN)
-        assert spec is not None, "xla_environment.prepare has seen it"
+        assert spec is not None, "environment.prepare has seen it"
         assert spec.submodule_search_locations
         return str(Path(spec.submodule_search_locations[0]) / "xla_cuda_plugin.so")
 
