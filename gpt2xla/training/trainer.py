@@ -29,7 +29,6 @@ from gpt2xla.generation.settings import settings_of
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, perplexity
 from gpt2xla.logs.wandb_sink import WandbSink
-from gpt2xla.optim import optimizer as optim
 from gpt2xla.processes.locks import locked, refuse_if_locked
 from gpt2xla.processes.signals import StopSignals
 from gpt2xla.runtime import memory
@@ -210,7 +209,7 @@ class Trainer:
         self.model.train()
         if not self.is_evaluated:
             stopping = not self._evaluate(step)
-            with runtime.part("saving"):
+            with runtime.watch.part("saving"):
                 self._save(step, is_evaluated=not stopping)
         batches = runtime.device_batches(self.order.batches(step))
         self.throughput.restart()
@@ -226,7 +225,7 @@ class Trainer:
             is_evaluated = not self.stop.agreed() and self._evaluate(step)
             stopping = not is_evaluated
             if stopping or self._is_due(config.save_interval, step):
-                with runtime.part("saving"):
+                with runtime.watch.part("saving"):
                     self._save(step, is_evaluated)
                 self.throughput.restart()
         runtime.wait()
@@ -239,7 +238,7 @@ class Trainer:
             self.config.train,
             runtime.devices,
             self.model.num_parameters(),
-            lambda sequences: runtime.has_memory_for(partial(step.rehearse, sequences)),
+            lambda sequences: runtime.memory.has_room_for(partial(step.rehearse, sequences)),
         )
 
     def _is_due(self, interval: int, step: int) -> bool:
@@ -257,7 +256,7 @@ class Trainer:
             if is_due:
                 self.runtime.wait()
                 try:
-                    with self.runtime.part(name), explained_evaluation(self.runtime, config, name):
+                    with self.runtime.watch.part(name), explained_evaluation(self.runtime, config, name):
                         self._log({"step": step, "tokens": step * self.tokens_per_step} | evaluate())
                 except Stopped:
                     return False
@@ -277,7 +276,7 @@ class Trainer:
         return {"sample": self.sampler.run()}
 
     def _log_training(self, step: int, lr: float) -> Callable[[float, float], None]:
-        trace_ms = self.runtime.trace_ms()
+        trace_ms = self.runtime.watch.trace_ms()
 
         def log(loss: float, grad_norm: float) -> None:
             self._count_skipped(step, loss, grad_norm)
@@ -285,7 +284,7 @@ class Trainer:
                 {"step": step, "tokens": step * self.tokens_per_step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
                 | self.throughput.step()
                 | {
-                    "compiles": self.runtime.compiles(),
+                    "compiles": self.runtime.watch.programs(),
                     "trace_ms": trace_ms,
                     "skipped": self.skipped,
                     "time": time.time(),
@@ -315,19 +314,13 @@ class Trainer:
             )
 
     def _save(self, step: int, is_evaluated: bool) -> None:
-        self.runtime.wait()
-        optimizer = optim.export_state(self.model, self.train_step.optimizer)
         shards = checkpoint.shards_folder(self.folder, step)
-        weights = self.runtime.to_host(self.model.state_dict())
-        moments = self.runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS if key in optimizer}, shards)
-        updates = self.runtime.to_host({"step": optimizer["step"]})
-        self.runtime.barrier("shards are written")
+        weights, state = self.runtime.snapshot(self.model, self.train_step.optimizer, shards)
         if self.runtime.is_main:
             training = {
                 "step": step,
                 "is_evaluated": is_evaluated,
-                "optimizer": {"step": int(updates["step"].item()), **moments},
-                "runtime": self.runtime.state_dict(),
+                **state,
                 "data": self._data_position(),
                 "wandb_id": self.wandb.run_id if self.wandb else None,
                 "skipped": self.skipped,
@@ -384,7 +377,7 @@ class Trainer:
             print(f"weights from {start.source}; the run starts at step 0")
         for name, text in summary(self, start).items():
             print(f"{name:>10}: {text}", flush=True)
-        free, parameters = runtime.free_memory(), self.model.num_parameters()
+        free, parameters = runtime.memory.free(), self.model.num_parameters()
         if warning := memory.host_warning(model, self.config.train, parameters, free, runtime.devices):
             say(warning, error=True)
 
