@@ -68,7 +68,7 @@ def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
 
 def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     from gpt2xla.runtime.xla.runtime import XlaRuntime
-    from gpt2xla.training.trainer import pretrain
+    from gpt2xla.training.pretrain import pretrain
 
     pretrain(config, lambda train: XlaRuntime(options, train), signals)
 
@@ -76,14 +76,14 @@ def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSigna
 def train_spmd(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     """In this very process, which drives all devices of the host."""
     from gpt2xla.runtime.xla.spmd import SpmdRuntime
-    from gpt2xla.training.trainer import pretrain
+    from gpt2xla.training.pretrain import pretrain
 
     pretrain(config, lambda train: SpmdRuntime(options, train), signals)
 
 
 def replica(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     from gpt2xla.runtime.xla.cpu_replicas import XlaCpuRuntime
-    from gpt2xla.training.trainer import pretrain
+    from gpt2xla.training.pretrain import pretrain
 
     pretrain(config, lambda train: XlaCpuRuntime(options, train), signals)
 

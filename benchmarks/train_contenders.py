@@ -135,7 +135,6 @@ def _finish(device: torch.device) -> None:
 def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     """The trainer's own step on the torch runtime, with its guard, its clipping and its reading of the loss."""
     from gpt2xla.checkpoint.start import build_model
-    from gpt2xla.runtime.stop import Stop
     from gpt2xla.runtime.torch.runtime import TorchRuntime
     from gpt2xla.training.train_step import TrainStep
 
@@ -147,13 +146,12 @@ def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     runtime = TorchRuntime(TorchConfig(), config.train)
     model = build_model(job.model, hf.load_model(job.folder)[1], job.folder)
     losses: list[float] = []
-    step = TrainStep(
-        config, runtime, model, None, Stop(runtime, None, None), lambda step, lr: lambda loss, norm: losses.append(loss)
-    )
+    step = TrainStep(config, runtime, model, None)
     batches = runtime.device_batches(Batch(*job.tokens(number)) for number in range(10_000))
     model.train()
     for number, out in enumerate(wanted):
-        step(batches, number)
+        loss, grad_norm, _ = step(batches, number)
+        runtime.when_ready(lambda loss, norm: losses.append(loss), torch.stack([loss, grad_norm]))
         runtime.wait()
         out.append(torch.tensor(losses.pop()))
 

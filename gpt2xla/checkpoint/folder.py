@@ -51,7 +51,7 @@ def save(
     Raises:
         OSError: it could not be written; nothing is left of it.
     """
-    final = root / f"step-{training['step']:08d}"
+    final = step_folder(root, training["step"])
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -106,6 +106,11 @@ def seal(folder: Path, step: int) -> None:
 
 def _sha256(contents: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` lies."""
+    return root / f"step-{step:08d}"
 
 
 def shards_folder(root: Path, step: int) -> Path:

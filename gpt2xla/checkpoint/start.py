@@ -25,7 +25,7 @@ from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import load_weights, locate
-from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
+from gpt2xla.config import GeneralConfig, ModelConfig, Precision, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
@@ -68,6 +68,15 @@ class Start:
     def is_evaluated(self) -> bool:
         """Whether nothing is left to do of what follows a step; not so where the run was stopped in it."""
         return self.training.get("is_evaluated", True) if self.training else True
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has made all its steps and evaluations."""
+        return 0 < self.step == self.config.train.train_steps and self.is_evaluated
+
+    def in_precision(self, name: Precision) -> Start:
+        """Return the same start with --mixed-precision auto decided."""
+        return dataclasses.replace(self, config=self.config.in_precision(name))
 
     def build_model(self) -> GPT2:
         """The model with its first weights, on the CPU. Raises InputError if they cannot be read."""

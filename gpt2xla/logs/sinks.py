@@ -118,7 +118,7 @@ class Throughput:
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
-        self._tokens = tokens_per_step
+        self.tokens_per_step = tokens_per_step
         self._flops = flops_per_token
         self._peak = peak_flops
         self.restart()
@@ -129,7 +129,7 @@ class Throughput:
 
     def step(self) -> dict[str, float | None]:
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._last, 1e-9)
+        rate = self.tokens_per_step / max(now - self._last, 1e-9)
         self._last = now
         return {"tokens_per_second": rate, "mfu": self._flops * rate / self._peak if self._peak else None}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,9 +57,6 @@ class TracingRuntime(XlaRuntime):
 
     def flag(self, value: bool) -> Tensor:
         return self.to_device(torch.zeros(()))
-
-    def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
-        self.values = values  # kept alive, as a result of the graph
 
 
 class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):

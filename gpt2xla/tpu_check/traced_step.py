@@ -45,13 +45,12 @@ def dump_flags(output: Path) -> str:
 
 
 def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, dict[str, Any]]:
-    """A step with its last update still pending, and what tracing cost the host, in milliseconds a step."""
+    """Return the step and its results, whose last update is still pending, and what tracing cost the host."""
     import torch
     import torch_xla
 
     from gpt2xla.model.gpt2 import GPT2
     from gpt2xla.runtime.precision import label
-    from gpt2xla.runtime.stop import Stop
     from gpt2xla.tpu_check.placeholder_runtime import TracingRuntime, TracingSpmdRuntime, name_operations
     from gpt2xla.training.train_step import TrainStep
 
@@ -60,9 +59,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     )
     with torch.device("meta"):
         model = GPT2(config.model)
-    step = TrainStep(
-        config, runtime, model, None, Stop(runtime, None, None), lambda step, lr: lambda loss, grad_norm: None
-    )
+    step = TrainStep(config, runtime, model, None)
     batches = runtime.batches(config.train.train_batch_size, config.model.seq_length)
     seconds = []
     for number in range(_TIMED_STEPS + 2):
@@ -72,9 +69,10 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
         torch_xla._XLAC._clear_pending_irs(str(runtime.device))
         start = time.perf_counter()
         runtime.begin_step(step)
-        step(batches, number)
+        loss, grad_norm, _ = step(batches, number)
+        results = torch.stack([loss, grad_norm])  # alive until the graph is caught, as its results
         seconds.append(time.perf_counter() - start)
-    return step, {
+    return (step, results), {
         "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
         "parameters": model.num_parameters(),
         "kernels": model.kernels.description,

@@ -12,7 +12,7 @@ from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.runtime.xla import compiles as xla_compiles
 from gpt2xla.runtime.xla import runtime as xla
-from gpt2xla.training.trainer import pretrain
+from gpt2xla.training.pretrain import pretrain
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
