@@ -152,15 +152,11 @@ class TorchRuntime:
         return prefetch(batches, to_device)
 
     def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
-        model = self._sharded
-        if model is None:
-            return step
-
-        def with_parameters(*args: P.args, **kwargs: P.kwargs) -> T:
-            with parallel.gathered(model):
+        def executed(*args: P.args, **kwargs: P.kwargs) -> T:
+            with parallel.gathered(self._sharded) if self._sharded else nullcontext():
                 return step(*args, **kwargs)
 
-        return with_parameters
+        return executed
 
     def part(self, name: str) -> AbstractContextManager[None]:
         return nullcontext()
