@@ -30,7 +30,7 @@ from conftest import (
 from wandb.proto import wandb_internal_pb2
 
 from gpt2xla.checkpoint import folder as checkpoint
-from gpt2xla.checkpoint.start import load_weights
+from gpt2xla.checkpoint.loading import load_weights
 
 
 def refused(result: subprocess.CompletedProcess[str], *culprits: str) -> None:

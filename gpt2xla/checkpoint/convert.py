@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.checkpoint.start import load_weights, locate
+from gpt2xla.checkpoint.loading import load_weights, locate
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder

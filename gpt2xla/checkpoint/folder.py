@@ -22,7 +22,7 @@ from torch import Tensor
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
-from gpt2xla.files import file_sha256, read_json
+from gpt2xla.files import file_sha256, read_json, write_whole
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.logs.sinks import METRICS_FILE
 
@@ -183,9 +183,7 @@ def find_damage(folder: Path) -> str | None:
 
 def write_run_config(folder: Path, config: RunConfig) -> None:
     """All options of the run; `--config run_config.json` reads them back."""
-    partial = folder / f".{RUN_CONFIG}.partial"
-    partial.write_text(json.dumps(config.to_flat(), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / RUN_CONFIG)
+    write_whole(folder / RUN_CONFIG, json.dumps(config.to_flat(), indent=2) + "\n")
 
 
 def _set_aside(folder: Path) -> Path:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from gpt2xla.checkpoint.folder import list_checkpoints
 from gpt2xla.checkpoint.formats import hugging_face as hf
@@ -14,6 +18,7 @@ from gpt2xla.checkpoint.formats.pt_file import load_pt_model
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError, user_error
+from gpt2xla.model.gpt2 import GPT2
 
 
 def locate(name: str) -> Path:
@@ -54,3 +59,23 @@ def _load_safetensors(file: Path) -> tuple[ModelConfig, StoredWeights]:
         )
     config, notes = read_config(file.parent)
     return hf.weights_in([file], file, config, notes)
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:
+    """Return the model with these weights, on the CPU, in fp32. It is filled tensor by tensor: there is one copy of them.
+
+    A vocabulary that `config` pads gets rows of zeros, and positions beyond those of `config` are left out.
+
+    Raises:
+        InputError: `source` cannot be read.
+    """
+    with torch.device("meta"):
+        model = GPT2(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad(), user_error(str(source)):
+        for name, parameter in model.named_parameters():
+            stored = weights[name]
+            rows = min(len(stored), len(parameter))
+            parameter[:rows] = stored[:rows]
+            parameter[rows:] = 0.0
+    return model

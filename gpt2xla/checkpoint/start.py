@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gpt2xla.checkpoint.folder import (
     COMPLETE,
@@ -24,7 +22,7 @@ from gpt2xla.checkpoint.folder import (
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
-from gpt2xla.checkpoint.loading import load_weights, locate
+from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.errors import InputError, user_error
@@ -106,23 +104,6 @@ def find_start(config: RunConfig) -> Start:
     config = dataclasses.replace(config, model=_agree(config, saved_model, source))
     training = _load_training_state(source, config) if continues and not config.general.do_test else None
     return Start(config, source, weights, training, tuple(notes))
-
-
-def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:
-    """The model on the CPU, in fp32, with these weights: filled tensor by tensor, so that there is one copy of them.
-
-    The vocabulary is padded with zeros and positions are cut as `config` says. Raises InputError if `source` cannot be read.
-    """
-    with torch.device("meta"):
-        model = GPT2(config)
-    model.to_empty(device="cpu")
-    with torch.no_grad(), user_error(str(source)):
-        for name, parameter in model.named_parameters():
-            stored = weights[name]
-            rows = min(len(stored), len(parameter))
-            parameter[:rows] = stored[:rows]
-            parameter[rows:] = 0.0
-    return model
 
 
 def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:

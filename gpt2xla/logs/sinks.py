@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from gpt2xla.files import write_whole
 from gpt2xla.logs.console import say
 
 METRICS_FILE = "metrics.jsonl"
@@ -147,6 +147,4 @@ def _truncate_after(file: Path, step: int, is_evaluated: bool) -> None:
                 kept.append(text + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the line that a crash cut short
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, file)
+    write_whole(file, "".join(kept))

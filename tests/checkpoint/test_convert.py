@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2xla.checkpoint.convert import convert
 from gpt2xla.checkpoint.formats.pt_file import load_pt_model
-from gpt2xla.checkpoint.start import build_model, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.checkpoint.start import build_model
+from gpt2xla.checkpoint.loading import build_model
 from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.model.gpt2 import GPT2

@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gpt2xla.checkpoint.convert import convert
 from gpt2xla.checkpoint.formats.parameter_names import CONV1D
-from gpt2xla.checkpoint.loading import load_weights, locate
-from gpt2xla.checkpoint.start import build_model
+from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.errors import InputError
 
 SIZES = {"vocab_size": 61, "n_positions": 24, "n_embd": 16, "n_layer": 2, "n_head": 2}

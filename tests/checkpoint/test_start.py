@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.checkpoint.start import Start, build_model, find_start, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
+from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.errors import InputError
