@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import metrics, run, run_here, run_xla, succeed, training_losses
+from hf_state import from_hf_state
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -90,7 +91,7 @@ def test_a_padded_and_cut_model_is_the_same_function(folder: Path, kernels: Kern
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     expected.backward()
     torch.testing.assert_close((loss / count).double(), expected, rtol=1e-6, atol=0)
-    gradients = hf.from_hf_state(model.config, {name: p.grad for name, p in theirs.named_parameters()})
+    gradients = from_hf_state(model.config, {name: p.grad for name, p in theirs.named_parameters()})
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         rows = min(len(parameter), len(gradients[name]))
