@@ -134,7 +134,7 @@ def _finish(device: torch.device) -> None:
 
 def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     """The trainer's own step on the torch runtime, with its guard, its clipping and its reading of the loss."""
-    from gpt2xla.checkpoint.start import build_model
+    from gpt2xla.checkpoint.loading import build_model
     from gpt2xla.runtime.torch.runtime import TorchRuntime
     from gpt2xla.training.train_step import TrainStep
 

@@ -30,7 +30,7 @@ class HellaSwagConfig(EvalConfig):
 def main() -> None:
     options = parse_options(HellaSwagConfig, "Measure a model's accuracy on HellaSwag.")
     train = options.train_config()
-    from gpt2xla.checkpoint.start import build_model, load_weights, locate
+    from gpt2xla.checkpoint.loading import build_model, load_weights, locate
     from gpt2xla.data.tokenizer import find_tokenizer
     from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2xla.checkpoint.start import build_model, load_weights, locate
+from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
 from gpt2xla.data.opening import open_validation
 from gpt2xla.data.shards import Manifest

@@ -10,7 +10,7 @@ from typing import Any
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError
-from gpt2xla.files import read_json
+from gpt2xla.files import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
 # What of it does not change which tokens are drawn, or what a command says anyway: how long, and how.
@@ -101,14 +101,9 @@ def settings_of(source: Path | None, tokenizer: Tokenizer | None) -> GenerationS
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        values = read_json(file)
-    except FileNotFoundError:
+    values = read_json_object(file)
+    if values is None:
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}); copy it again, or remove it") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no options; copy it again, or remove it")
     for key in ("bos_token_id", "eos_token_id"):
         stated = values.get(key)
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]

@@ -14,7 +14,7 @@ from conftest import metrics, run, run_here, run_xla, succeed, torchrun
 from data.hub_server import Hub
 from evals.small import MODEL_FLAGS, make_items, make_model, make_split, reference_log_probabilities
 
-from gpt2xla.checkpoint.start import build_model, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import TorchConfig, TrainConfig
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.errors import InputError

@@ -18,7 +18,7 @@ from conftest import ROOT, run, succeed
 from evals.small import MODEL_FLAGS, make_items, make_split
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from gpt2xla.checkpoint.start import build_model, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import TorchConfig, TrainConfig
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items

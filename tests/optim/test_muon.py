@@ -112,7 +112,7 @@ def test_another_optimizers_state_is_refused_in_one_line(torch_run: Path, traine
         result = run_here("run_pretrain.py", *flags, source, "--optim-type", asked)
         assert result.returncode == 2
         (line,) = result.stderr.splitlines()
-        assert f"--optim-type {asked} cannot go on with the state of {trained_with}" in line
+        assert f"--optim-type {asked} cannot use the state of {trained_with}" in line
         start = find_start(
             parse_run(TorchConfig, [*map(str, flags), str(source), "--optim-type", asked, "--resume", "never"])[0]
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gpt2xla.errors import RunFailed, user_error
+from gpt2xla.errors import RunFailed, in_one_line, user_error
 from gpt2xla.logs.console import say
 from gpt2xla.model.kernels import Kernels
 
@@ -75,7 +75,7 @@ class CompiledBlock:
         try:
             y_BTD = self._compiled(block, x_BTD, kernels)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            reason = str(error.inner_exception).strip().splitlines()[0]
+            reason = in_one_line(error.inner_exception)
             raise RunFailed(f"torch.compile failed ({reason}); go on without it: --no-compile") from error
         self._known.add(program)
         if self._prints:
