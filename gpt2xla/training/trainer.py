@@ -29,7 +29,7 @@ from gpt2xla.generation.settings import settings_of
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import METRICS_FILE, TEST_FILE, ConsoleSink, JsonlSink, Sink, Throughput, perplexity
 from gpt2xla.logs.wandb_sink import WandbSink
-from gpt2xla.optim import optimizer as optim
+from gpt2xla.optim.state import MOMENTS, export_state
 from gpt2xla.processes.locks import locked, refuse_if_locked
 from gpt2xla.processes.signals import StopSignals
 from gpt2xla.runtime import memory
@@ -316,10 +316,10 @@ class Trainer:
 
     def _save(self, step: int, is_evaluated: bool) -> None:
         self.runtime.wait()
-        optimizer = optim.export_state(self.model, self.train_step.optimizer)
+        optimizer = export_state(self.model, self.train_step.optimizer)
         shards = checkpoint.shards_folder(self.folder, step)
         weights = self.runtime.to_host(self.model.state_dict())
-        moments = self.runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS if key in optimizer}, shards)
+        moments = self.runtime.save_shards({key: optimizer[key] for key in MOMENTS if key in optimizer}, shards)
         updates = self.runtime.to_host({"step": optimizer["step"]})
         self.runtime.barrier("shards are written")
         if self.runtime.is_main:

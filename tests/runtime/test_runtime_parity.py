@@ -18,7 +18,7 @@ from gpt2xla.checkpoint.formats.hugging_face import to_hf_config, to_hf_state
 from gpt2xla.checkpoint.start import build_model, load_weights
 from gpt2xla.config import ModelConfig, OptimConfig
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim.optimizer import learning_rate
+from gpt2xla.optim.schedule import learning_rate
 
 RELATIVE = 1e-5
 

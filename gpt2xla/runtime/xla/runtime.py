@@ -36,7 +36,8 @@ from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.model.loss import chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
-from gpt2xla.optim.optimizer import adam_arguments, build_optimizer, clip_gradients, init_state
+from gpt2xla.optim.optimizer import adam_arguments, build_optimizer, clip_gradients
+from gpt2xla.optim.state import init_state
 from gpt2xla.runtime.base import (
     GIB,
     P,
