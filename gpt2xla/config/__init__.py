@@ -1,6 +1,6 @@
-"""What a user may set: every option of a run, and how options are written and read."""
+"""What a user may set: every option of a run, and how options are written, read and checked."""
 
-from gpt2xla.config.options import flag, option, options_of
+from gpt2xla.config.options import flag, option, options_of, require_at_least
 from gpt2xla.config.run import (
     GROUPS,
     PRECISION_ALIASES,
@@ -36,4 +36,5 @@ __all__ = [
     "flag",
     "option",
     "options_of",
+    "require_at_least",
 ]

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from tqdm import tqdm
 
-from gpt2xla.config import option
+from gpt2xla.config import flag, option, require_at_least
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.preparation.round_trip import first_loss
@@ -68,10 +68,7 @@ class PrepareConfig:
             raise InputError("--output-dir is empty; name a folder")
         if not 0 <= self.test_fraction < 1:
             raise InputError(f"--test-fraction {self.test_fraction}: choose a share of at least 0 and below 1")
-        for name in ("test_tokens", "max_tokens", "shard_size", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value}: choose a number of at least 1")
+        require_at_least(1, self, "test_tokens", "max_tokens", "shard_size", "num_workers")
         if self.shard_size > _MOST_TOKENS:
             raise InputError(f"--shard-size {self.shard_size}: choose at most {_MOST_TOKENS:,}")
 
@@ -217,10 +214,9 @@ class _Record:
         """Raises InputError if it is of a preparation with other options or of another corpus."""
         for name, value in settings.items():
             if self.settings.get(name) != value and name != "tokenizer":
-                flag = "--tokenizer" if name == "tokenizer_sha256" else f"--{name.replace('_', '-')}"
+                asked = name.removesuffix("_sha256")
                 raise InputError(
-                    f"{folder} was prepared with {flag} {self.settings.get(name.removesuffix('_sha256'))}, now "
-                    f"{settings[name.removesuffix('_sha256')]}; give the same options, or remove it, or choose another "
+                    f"{folder} was prepared with {flag(asked)} {self.settings.get(asked)}, now {settings[asked]}; give the same options, or remove it, or choose another "
                     "--output-dir"
                 )
         now = [(part.name, part.size, part.how) for part in parts]
