@@ -216,8 +216,8 @@ class _Record:
             if self.settings.get(name) != value and name != "tokenizer":
                 asked = name.removesuffix("_sha256")
                 raise InputError(
-                    f"{folder} was prepared with {flag(asked)} {self.settings.get(asked)}, now {settings[asked]}; give the same options, or remove it, or choose another "
-                    "--output-dir"
+                    f"{folder} was prepared with {flag(asked)} {self.settings.get(asked)}, now {settings[asked]}; "
+                    "give the same options, or remove it, or choose another --output-dir"
                 )
         now = [(part.name, part.size, part.how) for part in parts]
         for number in range(max(len(self.parts), len(now)) if complete else len(self.parts)):
