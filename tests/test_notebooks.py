@@ -57,7 +57,7 @@ def test_every_cell_runs_and_the_run_goes_on(
         printed = "".join(
             output.get("text", "") for cell in notebook_of_session.cells for output in cell.get("outputs", [])
         )
-        assert "nothing wrong found" in printed, printed
+        assert "no problems found" in printed, printed
         assert "error" not in printed.lower(), printed
         assert f"checkpoint: {tmp_path}/checkpoints/step-{steps:08d}" in printed
         assert "\nOnce upon" in printed, "the text that the model continues"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# fence(tensors) replaces the tensors, in place, by equal ones whose origin the compiler cannot see. None of them exists before
-# all are computed. So the compiler can neither merge two computations of the same value, nor start the next computation
-# before the last one has ended.
+# fence(tensors) replaces the tensors, in place, by equal ones whose origin the compiler cannot see. None of them exists
+# before all are computed. So the compiler can neither merge two computations of the same value, nor start the next
+# computation before the last one has ended.
 Fence = Callable[[list[Tensor]], None]
 
 

@@ -23,7 +23,7 @@ from gpt2xla.model.loss import IGNORED_LABEL, mask_padding
 class GPT2(nn.Module):
     """The language model.
 
-    Unless `config.tie_weights` is off, the output head uses `wte.weight` directly. A shared attribute would come apart on XLA.
+    Unless `config.tie_weights` is off, the output head uses `wte.weight` itself. A shared attribute would come apart on XLA.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -54,7 +54,7 @@ class GPT2(nn.Module):
     def next_logits(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, cache: KVCache, span: int) -> Tensor:
         """Add new tokens to `cache` and return the logits (B, V) of the token that follows them in each row.
 
-        Row b has starts_B[b] tokens in the cache; ids_BT[b] holds counts_B[b] more, and then padding that repeats the last of
+        Row b has starts_B[b] tokens in the cache; ids_BT[b] holds counts_B[b] more, then padding that repeats the last of
         them. Padding past the last slot is stored in that slot, which holds the same token. For `span` see `KVCache.begin`.
         """
         cache.begin(starts_B, ids_BT.shape[1], span)

@@ -76,8 +76,8 @@ class Shape:
 
 
 def forward(shape: Shape, interpret: bool = False) -> Any:
-    """Return the kernel (q, k, v) -> (y, log_sums). All are bf16 (B, T, D), except log_sums: the logarithm of the sum of each
-    query's exponentiated scores, in fp32 (B, blocks, heads_per_block, T)."""
+    """Return the kernel (q, k, v) -> (y, log_sums). All are bf16 (B, T, D), except log_sums: the logarithm of the sum of
+    each query's exponentiated scores, in fp32 (B, blocks, heads_per_block, T)."""
     return _call(shape, _forward, inputs="BBB", outputs="BS", scratch="thhT", products=2, interpret=interpret)
 
 
@@ -240,8 +240,8 @@ def _backward(
 def _rows(shape: Shape, interpret: bool, *refs: Any) -> Any:
     """Return the rows of blocks in fp32, with the indices to write them to.
 
-    On TPU v3 these are the even rows and then the odd ones. Two of them share 32-bit words, which TPU v3 splits and scatters
-    faster than it unpacks bf16. On other TPUs they are all rows at once.
+    On TPU v3 these are the even rows and then the odd ones: an even and an odd row share 32-bit words, which TPU v3 splits
+    and scatters faster than it unpacks bf16. On other TPUs they are all rows at once.
     """
 
     def inside(x: jax.Array) -> jax.Array:
