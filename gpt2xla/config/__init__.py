@@ -3,8 +3,10 @@
 from gpt2xla.config.options import flag, option, options_of, require_at_least
 from gpt2xla.config.run import (
     GROUPS,
+    MODEL_HELP,
     PRECISION_ALIASES,
     PRESETS,
+    TOKENIZER_HELP,
     DataConfig,
     GeneralConfig,
     ModelConfig,
@@ -20,8 +22,10 @@ from gpt2xla.config.run import (
 
 __all__ = [
     "GROUPS",
+    "MODEL_HELP",
     "PRECISION_ALIASES",
     "PRESETS",
+    "TOKENIZER_HELP",
     "DataConfig",
     "GeneralConfig",
     "ModelConfig",

@@ -25,6 +25,13 @@ Precision = Literal["auto", "none", "bf16", "fp16"]
 _OFF = ("no", "off", "false")  # YAML 1.1 reads the first two as the third
 PRECISION_ALIASES = dict.fromkeys(("fp32", *_OFF), "none")
 
+# Help texts of programs that take a trained model and its tokenizer.
+MODEL_HELP = "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file"
+TOKENIZER_HELP = (
+    "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
+    "hub id"
+)
+
 # The four sizes that OpenAI published: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
 PRESETS: dict[str, dict[str, Any]] = {
     name: {

@@ -72,5 +72,5 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
     for output in ("", tmp_path / "none" / "table"):
         refused = run_here("scripts/perplexity_table.py", *flags, "--output", output)
         assert refused.returncode == 2
-        assert "name files in a folder that is there" in refused.stderr
+        assert "name files in an existing folder" in refused.stderr
     assert not list(tmp_path.glob("table*"))
