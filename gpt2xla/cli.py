@@ -26,10 +26,7 @@ Options = TypeVar("Options")
 _PRETRAIN = "Pre-train GPT-2, resume a run, or validate a checkpoint (--do-test)."
 # argparse's messages -> our messages.
 _REWORDED = (
-    (
-        r"expected (?:at least )?(?:one|1) argument",
-        "has no value; add one, or write {flag}=... for a value that begins with -",
-    ),
+    (r"expected (?:at least )?(?:one|1) argument", "has no value; add one, or write {flag}=... if it begins with -"),
     (r"expected (\d+) arguments", r"takes \1 values; add what is missing"),
     (r"ignored explicit argument .*", "takes no value; write {flag} alone"),
     (r"the following arguments are required: (.*)", r"add \1: it has no default"),
@@ -46,9 +43,7 @@ class SourceConfig:
     config: str | None = option(
         None, "YAML or JSON file of options by flag name; flags on the command line override it", is_path=True
     )
-    preset: Preset | None = option(
-        None, "take the model options of one of OpenAI's four sizes; other flags override them"
-    )
+    preset: Preset | None = option(None, "take the model options of one of OpenAI's sizes; other flags override them")
 
 
 def parse_run(
@@ -126,11 +121,8 @@ class OneLineParser(argparse.ArgumentParser):
         self._mistake = unknown(flags[0], known) if flags else ""
         found, rest = self.parse_known_args(words)
         if rest and not self._mistake:
-            self._mistake = (
-                unknown(rest[0], known)
-                if rest[0].startswith("-")
-                else f"{rest[0]!r} belongs to no flag; remove it, or put quotes around a value with spaces"
-            )
+            stray = f"{rest[0]!r} belongs to no flag; remove it, or put quotes around a value with spaces"
+            self._mistake = unknown(rest[0], known) if rest[0].startswith("-") else stray
         return found, self._mistake
 
     def error(self, message: str) -> NoReturn:
@@ -153,10 +145,8 @@ def path(word: str) -> str:
 
 
 def add_group(parser: argparse.ArgumentParser, group: type) -> None:
-    """Add one dataclass as one titled group of flags, whose values are words for `Option.read`.
-
-    Flags that are not given stay out of the namespace; a field without a default is a required flag.
-    """
+    """Add one dataclass as one titled group of flags, whose values are words for `Option.read`. Flags not given stay out of
+    the namespace; a field without a default is a required flag."""
     target = parser.add_argument_group((group.__doc__ or "").strip())
     for name, found in Option.all_of(group).items():
         if found.is_switch:

@@ -41,13 +41,15 @@ LEFT_OVER = {
 }
 
 # Words in the runtime's messages -> what is wrong and its fix, from users' reports.
+_WRONG_LIBTPU = f"libtpu is of another version than torch_xla was built with; {INSTALL}"
+_TPU_IS_HELD = "another process holds the TPU; end it, or restart it if it is a notebook's kernel"
 SYMPTOMS = {
     "undefined symbol": f"torch and torch_xla do not fit together; {INSTALL}",
-    "PJRT API version": f"libtpu is of another version than torch_xla was built with; {INSTALL}",
-    "Unexpected PJRT_": f"libtpu is of another version than torch_xla was built with; {INSTALL}",
-    "already in use": "another process holds the TPU; end it, or restart the notebook's kernel that does",
-    "not permitted": "another process holds the TPU; end it, or restart the notebook's kernel that does",
-    "Device or resource busy": "another process holds the TPU; end it, or restart the notebook's kernel that does",
+    "PJRT API version": _WRONG_LIBTPU,
+    "Unexpected PJRT_": _WRONG_LIBTPU,
+    "already in use": _TPU_IS_HELD,
+    "not permitted": _TPU_IS_HELD,
+    "Device or resource busy": _TPU_IS_HELD,
     "worker addresses": f"unset {' and '.join(SET_FOR_ONE_PROCESS)}",
     "No visible GPU": "the CUDA plugin sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
     "Couldn't interpret value": "correct that flag in XLA_FLAGS, or unset XLA_FLAGS",
@@ -70,9 +72,7 @@ print(json.dumps({"type": xr.device_type(), "count": len(torch_xla.real_devices(
 class DoctorConfig:
     """Doctor"""
 
-    checkpoints_dir: str = option(
-        "./checkpoints", "folder for checkpoints, to see whether it has enough room", is_path=True
-    )
+    checkpoints_dir: str = option("./checkpoints", "folder for checkpoints: has it enough room?", is_path=True)
     timeout: int = option(180, "seconds to wait for the devices")
 
 
@@ -103,9 +103,8 @@ class Machine:
     @classmethod
     def here(cls, checkpoints_dir: Path) -> Machine:
         """Look at this machine."""
-        files = sorted(
-            str(file) for pattern in ("accel*", "vfio/*", "nvidia[0-9]*") for file in Path("/dev").glob(pattern)
-        )
+        patterns = ("accel*", "vfio/*", "nvidia[0-9]*")
+        files = sorted(str(file) for pattern in patterns for file in Path("/dev").glob(pattern))
         return cls(
             environment=dict(os.environ),
             python=sys.version_info[:2],

@@ -128,7 +128,7 @@ def _words(key: str, value: str | list[Any], option: Option) -> list[str]:
     if option.joins:
         if odd := next((part for part in value if "," in part or isinstance(part, _Truth)), None):
             raise InputError(
-                f"{key}: {odd!r} cannot be one of several; leave commas out, and quote yes, no, true and false"
+                f"{key}: {odd!r} cannot be one of several; remove commas, and quote yes, no, true and false"
             )
         return [",".join(value)]
     if option.count == 1:

@@ -61,12 +61,15 @@ def require_at_least(least: int, group: Any, *names: str) -> None:
         require(in_range, f"{flag(name)} {value}: choose a number of at least {least}")
 
 
-def expanded(path: str) -> str:
-    """Return `path` with a leading ~ replaced by the home folder; URLs stay as they are.
+def require_at_most(most: int, group: Any, *names: str) -> None:
+    """Raise InputError if one of these options of `group` is above `most`."""
+    for name in names:
+        value = getattr(group, name)
+        require(value <= most, f"{flag(name)} {value}: choose a number of at most {most}")
 
-    Raises:
-        ValueError: there is no such home folder.
-    """
+
+def expanded(path: str) -> str:
+    """Return `path` with a leading ~ replaced by the home folder. Raises ValueError if there is no such folder."""
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
         raise ValueError(f"{path[:80]!r}: ~ is not the home folder of anyone here; write ./~ for a folder of that name")
@@ -114,11 +117,7 @@ class Option:
         return _described(self._kind_of_word)
 
     def read(self, words: Sequence[str]) -> Any:
-        """Return the value that `words` stand for.
-
-        Raises:
-            ValueError: the message says what is wrong and what to write.
-        """
+        """Return the value of `words`. Raises ValueError, whose message says what is wrong and what to write."""
         if self.count not in (None, len(words)) or not words:
             number = {None: "one value or more", 1: "one value"}.get(self.count, f"{self.count} values")
             raise ValueError(f"takes {number}, not {len(words)}")
@@ -155,11 +154,9 @@ def check_types(group: Any) -> None:
     """Raise InputError if an option's value is not of its type: those that come from a checkpoint were not read as words."""
     kinds = typing.get_type_hints(type(group))
     for f in options_of(group):
-        value = getattr(group, f.name)
-        if not _fits(value, kinds[f.name]):
-            raise InputError(
-                f"{flag(f.name)} {repr(value)[:80]} is of the wrong kind or size; --help says what it takes"
-            )
+        if not _fits(value := getattr(group, f.name), kinds[f.name]):
+            shown = repr(value)[:80]
+            raise InputError(f"{flag(f.name)} {shown} is of the wrong kind or size; --help says what it takes")
 
 
 def _read(kind: Any, word: str) -> Any:

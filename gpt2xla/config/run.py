@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gpt2xla.config.options import check_types, flag, option, options_of, require, require_at_least
+from gpt2xla.config.options import check_types, flag, option, options_of, require, require_at_least, require_at_most
 
 # A larger number is a slip: no machine holds so much, and it could take hours to find that out.
 _MOST_PARAMETERS = 2**40
@@ -51,9 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class GeneralConfig:
     """General"""
 
-    checkpoints_dir: str = option(
-        "./checkpoints", "folder for checkpoints, metrics.jsonl and run_config.json", is_path=True
-    )
+    checkpoints_dir: str = option("./checkpoints", "folder for checkpoints, metrics and run_config.json", is_path=True)
     seed: int = option(1061109567, "seed of the initial weights, of dropout and of --shuffle")
     from_checkpoint: str | None = option(
         None,
@@ -162,10 +160,7 @@ class ModelConfig:
         check_types(self)
         require_at_least(1, self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
         require(0 <= self.vocab_padding < self.vocab_size, f"--vocab-size {self.vocab_size} is all padding")
-        require(
-            self.num_layers <= _MOST_LAYERS,
-            f"--num-layers {self.num_layers}: choose a number of at most {_MOST_LAYERS}",
-        )
+        require_at_most(_MOST_LAYERS, self, "num_layers")
         require(
             self.matrix_elements <= _MOST_PARAMETERS,
             f"--d-model {self.d_model}, --d-ff {self.d_ff}, --vocab-size {self.vocab_size}, --seq-length {self.seq_length}: "
@@ -255,9 +250,7 @@ class TrainConfig:
     )
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
     hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, with one more at the end; 0 means none")
-    hellaswag_data: str | None = option(
-        None, "HellaSwag's items as JSON lines (default: the 10,042 on the hub)", is_path=True
-    )
+    hellaswag_data: str | None = option(None, "HellaSwag's items, JSON lines (default: from the hub)", is_path=True)
     sample_interval: int = option(0, "updates between sample texts that the model writes; 0 means none")
     sample_prompt: str = option("", "text that the samples continue (default: they begin after an end-of-text token)")
     special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
@@ -275,9 +268,7 @@ class TrainConfig:
         "updates that may be skipped for a NaN or infinite loss or gradient before the run fails; those that fp16's scaling "
         "of the loss skips do not count",
     )
-    max_hours: float | None = option(
-        None, "stop with a checkpoint after this many hours, for sessions with a time limit"
-    )
+    max_hours: float | None = option(None, "save and stop after this many hours, for sessions with a time limit")
 
     def check(self) -> None:
         require_at_least(1, self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
@@ -285,9 +276,7 @@ class TrainConfig:
             self.valid_steps == "all" or self.valid_steps > 0,
             f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
         )
-        for name in ("train_batch_size", "eval_batch_size"):
-            value = getattr(self, name)
-            require(value <= _MOST_SEQUENCES, f"{flag(name)} {value}: choose a number of at most {_MOST_SEQUENCES}")
+        require_at_most(_MOST_SEQUENCES, self, "train_batch_size", "eval_batch_size")
         intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
         require_at_least(0, self, *intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
         if self.max_hours is not None:
@@ -353,11 +342,7 @@ class XlaConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All options of one run.
-
-    Attributes:
-        given: names of the options that the user set by flag, preset or file; a checkpoint fills in the rest.
-    """
+    """All options of one run. `given` names those that the user set by flag, preset or file; a checkpoint fills the rest."""
 
     general: GeneralConfig = field(default_factory=GeneralConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -369,11 +354,7 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, options: dict[str, Any]) -> RunConfig:
-        """Return the run in which `options` are set and all others have their defaults.
-
-        Raises:
-            InputError: such a run cannot work.
-        """
+        """Return the run in which `options` are set and all others have their defaults. Raises as `check` does."""
         groups = {
             name: group(**{f.name: options[f.name] for f in options_of(group) if f.name in options})
             for name, group in GROUPS.items()
@@ -392,11 +373,8 @@ class RunConfig:
         return dataclasses.replace(self, train=dataclasses.replace(self.train, mixed_precision=name))
 
     def check(self) -> None:
-        """Raise InputError for values with which no run can work.
-
-        The model is checked later, after its checkpoint, if there is one, has filled in what was not given. Whatever needs
-        data or devices is checked where they are opened.
-        """
+        """Raise InputError for values with which no run can work. The model is checked later, when its checkpoint, if there
+        is one, has filled in what was not given; what needs data or devices is checked where they are opened."""
         groups = (self.general, self.data, self.optim, self.train, self.wandb)
         for group in (*groups, self.model):
             check_types(group)

@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +30,7 @@ _SHORTEST_BUCKET = 128  # tokens; the flash kernels take multiples of it
 _IN_BRACKETS = re.compile(r"\[.*?\]")
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One question: a context, its four possible endings, and the number of the right one, from 0."""
 
     context: str
@@ -107,11 +105,8 @@ class HellaSwag:
         ]
 
     def run(self) -> Accuracy:
-        """Score each item once, whatever the number of processes, and return the result on every process. Collective.
-
-        Raises:
-            Stopped, RunFailed: as `RowLosses.of` does.
-        """
+        """Score each item once, whatever the number of processes, and return the result on every process. Collective. Raises
+        as `RowLosses.of` does."""
         questions = self.questions
         log_probabilities = np.empty(len(questions.rows))
         count = sum(-(-len(numbers) // self._rows_at_once(length)) for length, numbers, _ in self._buckets)
@@ -160,10 +155,8 @@ def bucket_lengths(seq_length: int) -> list[int]:
 
 
 def encode_items(items: list[Item], tokenizer: Tokenizer, seq_length: int) -> Questions:
-    """Encode each context together with each of its endings, joined by a blank.
-
-    The ending is what follows the context's own tokens; blanks at the end of a context belong to the ending. A context that
-    is too long loses its beginning.
+    """Encode each context together with each of its endings, joined by a blank. What follows the context's own tokens is the
+    ending; blanks at the end of a context belong to it. A context that is too long loses its beginning.
 
     Raises:
         InputError: an ending has no token, or more tokens than a model of `seq_length` can predict.
@@ -225,9 +218,8 @@ def _item(values: Any, where: str) -> Item:
         item = Item(clean(context), tuple(clean(ending) for ending in values["endings"]), int(values["label"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"lacks {error.args[0]}" if isinstance(error, KeyError) else f"is not one of HellaSwag's ({error})"
-        raise InputError(
-            f"{where}: {reason}; name a set that has activity_label, ctx_a, ctx_b, endings, label"
-        ) from None
+        fields = "activity_label, ctx_a, ctx_b, endings, label"
+        raise InputError(f"{where}: {reason}; name a set that has {fields}") from None
     if len(item.endings) != _ENDINGS or not 0 <= item.label < _ENDINGS:
         raise InputError(f"{where}: an item has {_ENDINGS} endings, and a label from 0 to {_ENDINGS - 1}")
     return item

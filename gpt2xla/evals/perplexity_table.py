@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,7 @@ _COLUMNS = ("Model", "Params", "loss", "PPL", "tokens", "standard error of the l
 
 @dataclass(frozen=True)
 class Row:
-    """One model's line in the table.
-
-    Attributes:
-        parameters: of the model as it is stored, without the rows that pad its vocabulary.
-        seq_length: of the model; its windows have this length.
-    """
+    """One model's line in the table. `parameters` does not count rows that only pad the vocabulary."""
 
     model: str
     parameters: int
@@ -91,7 +87,7 @@ def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None
         )
 
 
-def _line(cells: Any) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

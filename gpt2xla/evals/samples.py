@@ -58,10 +58,8 @@ class Sampler:
             )
 
     def run(self) -> str:
-        """Return the prompt and its continuation.
-
-        Every process computes it, and none waits for another. The random numbers of training stay as they are.
-        """
+        """Return the prompt and its continuation. Every process computes it, and none waits for another; the random numbers
+        of training stay as they are."""
         (text,) = continue_texts(
             self.model, self.tokenizer, [self.prompt], self.new_tokens, _SAMPLING, settings=self.settings, seed=self.seed,
             device=self.runtime,

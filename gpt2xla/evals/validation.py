@@ -66,11 +66,8 @@ class Validator:
         self._losses = RowLosses(model, runtime, name, stop)
 
     def run(self) -> Validation:
-        """Validate: devices sum the losses of each window, and the host sums over windows in float64. Collective.
-
-        Raises:
-            Stopped, RunFailed: as `RowLosses.of` does.
-        """
+        """Validate: devices sum the losses of each window, and the host sums over windows in float64. Collective. Raises as
+        `RowLosses.of` does."""
         runtime, train = self.runtime, self.train
         shares = (runtime.rank, runtime.world_size, runtime.devices)
         batches = validation_batches(self.windows, train.eval_batch_size, train.valid_steps, *shares)
@@ -88,11 +85,9 @@ class Validator:
 
 
 def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Return the standard error of sum(sums) / sum(counts) over the windows that have tokens.
-
-    It is that of a ratio, because the last window may be shorter (Cochran 1977, "Sampling Techniques", chapter 6). For
-    windows of one length it is the standard deviation of their mean losses divided by the square root of their number.
-    """
+    """Return the standard error of sum(sums) / sum(counts) over the windows that have tokens. It is that of a ratio, because
+    the last window may be shorter (Cochran 1977, "Sampling Techniques", chapter 6). For windows of one length it is the
+    standard deviation of their mean losses divided by the square root of their number."""
     sums, counts = sums[counts > 0], counts[counts > 0]
     if len(counts) < 2:
         return None
@@ -101,11 +96,9 @@ def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 
 
 def bits_per_byte(loss: float, manifest: Manifest | None) -> float | None:
-    """Return loss / ln 2 * tokens / bytes, with the tokens and bytes of the whole split.
-
-    Bytes are those of the text in UTF-8. Tokens include end-of-text tokens: they stand for no byte, but their loss is part
-    of what a document costs. For a part of the split this is an estimate, which assumes the split's bytes per token.
-    """
+    """Return loss / ln 2 * tokens / bytes, with the tokens of the whole split and the bytes of its text in UTF-8.
+    End-of-text tokens count: they stand for no byte, but their loss is part of what a document costs. For a part of the
+    split this is an estimate, which assumes the split's bytes per token."""
     if manifest is None or manifest.bytes == 0:
         return None
     return loss / math.log(2) * manifest.tokens / manifest.bytes

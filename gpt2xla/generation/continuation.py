@@ -12,33 +12,9 @@ from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 
 
-class TextStream:
-    """The text of a growing list of ids, returned only as far as no later id can change it: a character whose bytes come in
-    several tokens appears once it is complete."""
-
-    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(ids)
-        self.text = tokenizer.decode(self._ids)
-
-    def add(self, token: int) -> str:
-        """Return the text that the token adds, without an incomplete character at its end."""
-        self._ids.append(token)
-        return self._new_part_of(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
-
-    def rest(self) -> str:
-        """Return what was held back."""
-        return self._new_part_of(self._tokenizer.decode(self._ids))
-
-    def _new_part_of(self, text: str) -> str:
-        new = text[len(self.text) :]
-        self.text += new
-        return new
-
-
 class Continuation:
-    """One text as it grows, up to a stop string. It returns only what no later token can take back: whole characters, and no
-    beginning of a stop string.
+    """One text as it grows, up to a stop string. It returns only what no later token can take back: whole characters, even
+    if their bytes come in several tokens, and no beginning of a stop string.
 
     Stop strings are searched in the new text as a whole, however it is cut into tokens. The first one that is complete ends
     the text before it.
@@ -54,25 +30,28 @@ class Continuation:
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = (), hidden_ids: int = 0
     ) -> None:
-        self._stream = TextStream(tokenizer, prompt_ids[hidden_ids:])
-        self._stop = stop
-        self._held = ""
-        self.prompt = self._stream.text
+        self._tokenizer, self._stop = tokenizer, stop
+        self._ids = list(prompt_ids[hidden_ids:])
+        self.prompt = self._decoded = tokenizer.decode(self._ids)
         self.prompt_tokens = len(prompt_ids)
-        self.text = ""
+        self._held = self.text = ""
         self.tokens = 0
         self.stopped = False
 
     def add(self, token: int) -> str:
         """Return the text that is certain after this token, which may be empty."""
         self.tokens += 1
-        return self._release(self._stream.add(token), at_end=False)
+        self._ids.append(token)
+        # What follows the last whole character decodes as U+FFFD.
+        return self._release(self._tokenizer.decode(self._ids).rstrip("\ufffd"), at_end=False)
 
     def rest(self) -> str:
         """Return what was held back, after the last token."""
-        return "" if self.stopped else self._release(self._stream.rest(), at_end=True)
+        return "" if self.stopped else self._release(self._tokenizer.decode(self._ids), at_end=True)
 
-    def _release(self, new: str, *, at_end: bool) -> str:
+    def _release(self, decoded: str, *, at_end: bool) -> str:
+        new = decoded[len(self._decoded) :]
+        self._decoded += new
         pending = self._held + new
         # If several are complete at the same place, the longest counts: it begins first.
         found = [(place + len(s), place) for s in self._stop if (place := pending.find(s)) >= 0]
@@ -95,11 +74,7 @@ def _beginning_of(stop: Sequence[str], text: str) -> int:
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, settings: GenerationSettings, vocab_size: int) -> list[int]:
     """Return the ids of a prompt for a model with `vocab_size` real ids. An empty prompt is the token that begins or ends a
-    text.
-
-    Raises:
-        InputError: there is no such token, or the prompt has a token that the model lacks.
-    """
+    text. Raises InputError if there is no such token, or the prompt has a token that the model lacks."""
     ids = tokenizer.encode(prompt)
     if not ids and (start := settings.start_id(tokenizer, vocab_size)) is not None:
         return [start]
@@ -137,9 +112,7 @@ def continue_texts(
         show: receives the pieces of the first text as they are generated.
         rows, device: see `generate`.
 
-    Raises:
-        InputError: a prompt cannot be read, see `prompt_ids`.
-        RunFailed: the model computes NaN.
+    Raises as `prompt_ids` and `generate` do.
     """
     settings, known = settings or GenerationSettings.of(tokenizer), model.config.real_vocab_size
     stop_ids = settings.stop_ids(tokenizer.eot_id)

@@ -45,11 +45,8 @@ def record(prompt: str, samples: Sequence[Continuation]) -> dict[str, Any]:
 
 
 class PromptReader:
-    """Handles special tokens that prompts spell: it reads them as text with one warning, as tokens, or refuses them.
-
-    Attributes:
-        tokenizer: the one to encode prompts with.
-    """
+    """Handles special tokens that prompts spell: lets `tokenizer` read them as text, with one warning, or as tokens, or
+    refuses the prompt."""
 
     def __init__(
         self,
@@ -81,10 +78,7 @@ class PromptReader:
 @contextlib.contextmanager
 def json_lines(output: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a function that writes an object as one line, to the file `output` or, if that is None, to standard output.
-
-    The file appears when all lines are written. Until then, and after a failure, the lines so far are in OUTPUT.partial, and
-    an older file stays as it was.
-    """
+    Until all lines are written, and after a failure, they are in OUTPUT.partial, and an older file stays as it was."""
     if output is None:
         yield lambda line: print(json.dumps(line, ensure_ascii=False), file=sys.stdout, flush=True)
         return

@@ -115,7 +115,7 @@ def _read(file: Path) -> dict[str, Any] | None:
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
         if not all(type(i) is int for i in ids):
             raise InputError(
-                f"{file}: {key} is {str(stated)[:80]!r}, not an id; write a whole number, or a list of them"
+                f"{file}: {key} is {str(stated)[:80]!r}, not an id; write a whole number or a list of them"
             )
     return values
 

@@ -143,11 +143,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None, layer: int) -> Tensor:
         if kernels.separate_qkv:
-            weights, biases = (
-                self.c_attn.weight.chunk(3),
-                self.c_attn.bias.chunk(3) if self.c_attn.bias is not None else [None] * 3,
-            )
-            q_BTD, k_BTD, v_BTD = (F.linear(x_BTD, *parts) for parts in zip(weights, biases, strict=True))
+            biases = [None] * 3 if self.c_attn.bias is None else self.c_attn.bias.chunk(3)
+            parts = zip(self.c_attn.weight.chunk(3), biases, strict=True)
+            q_BTD, k_BTD, v_BTD = (F.linear(x_BTD, weight, bias) for weight, bias in parts)
         else:
             q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).chunk(3, dim=-1)
         if cache:

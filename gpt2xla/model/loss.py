@@ -85,9 +85,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = -torch.where(counted_BT, label_logits_BT, 0.0).sum()
         dx: list[Tensor] = []
         dweight_VD: Tensor | None = None
-        for x_BCD, labels_BC, counted_BC in zip(
-            *(t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT)), strict=True
-        ):
+        parts = (t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT))
+        for x_BCD, labels_BC, counted_BC in zip(*parts, strict=True):
             if dweight_VD is not None:
                 # One chunk after the other: side by side, their logits would fill the memory after all.
                 x_BCD = x_BCD.clone()
@@ -132,9 +131,7 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
             if padding:
                 logits_CV[:, -padding:] = -torch.inf
             of_labels = rows_C[: len(x_CD)], labels_C
-            if (
-                logits_CV.dtype == torch.float16
-            ):  # probabilities below 6e-5 are subnormal: their logarithms would be off
+            if logits_CV.dtype == torch.float16:  # whose probabilities below 6e-5 are subnormal, with poor logarithms
                 logits_CV = logits_CV.float()
             label_logits_C = logits_CV[of_labels].float()
             if reads_wait:

@@ -211,14 +211,10 @@ def _backward(
             log_sum_1C = log_sum_ref[0, 0, head : head + 1, queries]
             delta_1C = jnp.sum(delta_LC[columns], axis=0, keepdims=True)
             # Scores as (keys, queries) suit all products except the one for dq, and the statistics of a query are a row.
-            parts = [
-                (
-                    keys,
-                    _scores(shape, k[keys], q[head, queries], 1, diagonal),
-                    _product(v[keys], dy[head, queries], 1, 1),
-                )
-                for keys, diagonal in key_parts
-            ]
+            parts = []
+            for keys, diagonal in key_parts:
+                scores_SC = _scores(shape, k[keys], q[head, queries], 1, diagonal)
+                parts.append((keys, scores_SC, _product(v[keys], dy[head, queries], 1, 1)))
             dq_KC: Any = 0.0
             for keys, scores_SC, dweights_SC in parts:
                 weights_SC = jnp.exp(scores_SC - log_sum_1C)
@@ -252,13 +248,11 @@ def _rows(shape: Shape, interpret: bool, *refs: Any) -> Any:
     if shape.bf16:
         return [(slice(None), [inside(ref[0].astype(jnp.float32)) for ref in refs])]
     words = [pltpu.bitcast(ref[0], jnp.int32) if interpret else ref.bitcast(jnp.int32)[0] for ref in refs]
-    return [
-        (
-            pl.ds(odd, shape.T // 2, stride=2),
-            [inside(jax.lax.bitcast_convert_type(half(w), jnp.float32)) for w in words],
-        )
-        for odd, half in enumerate((lambda w: w << 16, lambda w: w & -65536))
-    ]
+
+    def half_of(word: jax.Array, odd: int) -> jax.Array:
+        return inside(jax.lax.bitcast_convert_type(word & -65536 if odd else word << 16, jnp.float32))
+
+    return [(pl.ds(odd, shape.T // 2, stride=2), [half_of(word, odd) for word in words]) for odd in range(2)]
 
 
 def _write(shape: Shape, ref: Any, values: Any, rows: slice) -> None:
@@ -275,9 +269,8 @@ def _of_heads(shape: Shape, values: dict[int, Any], other: Any = None) -> Any:
     """Return each head's value in that head's columns. Columns of heads without a value hold `other`, or anything."""
     head_of_column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1) // shape.K
     for head, value in values.items():
-        other = (
-            value if other is None or shape.heads_per_block == 1 else jnp.where(head_of_column == head, value, other)
-        )
+        is_alone = other is None or shape.heads_per_block == 1
+        other = value if is_alone else jnp.where(head_of_column == head, value, other)
     return other
 
 

@@ -58,11 +58,8 @@ def init_state(
 
 def export_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the state by parameter name, still on the device: {"step": tensor, "exp_avg": {...}, "exp_avg_sq": {...}}, and
-    with Muon also "momentum_buffer": {...}.
-
-    A parameter has either Adam's moments or Muon's. If the optimizer is split over processes, only this process's part is
-    returned.
-    """
+    with Muon also "momentum_buffer": {...}; a parameter has either Adam's moments or Muon's. If the optimizer is split over
+    processes, only this process's part is returned."""
     named = [(name, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state]
     exported = {key: {name: state[key] for name, state in named if key in state} for key in MOMENTS}
     return {"step": named[0][1]["step"], **{key: tensors for key, tensors in exported.items() if tensors}}
