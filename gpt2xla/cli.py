@@ -152,7 +152,7 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
         if found.is_switch:
             reading: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
-            reading = {"nargs": found.count or "+", "metavar": _metavar(found)}
+            reading = {"nargs": found.count or "+", "metavar": ("B1", "B2") if found.count == 2 else found.metavar}
         target.add_argument(
             flag(name),
             dest=name,
@@ -161,10 +161,6 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
             help=(found.help + _show_default(found.default)).replace("%", "%%"),
             **reading,
         )
-
-
-def _metavar(option: Option) -> str | tuple[str, ...]:
-    return option.metavar if option.count in (None, 1) else ("B1", "B2")
 
 
 def _show_default(default: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,11 @@ def read_config_file(file: Path, options: Mapping[str, Option]) -> dict[str, Any
         if name in found:
             raise InputError(f"{key} is set twice; keep one of the lines")
         found[name] = key, value
-    if is_run_config(found):
+    if found.keys() >= _IN_EVERY_RUN:  # it is a run_config.json
         values = in_todays_words({name: value for name, (_, value) in found.items()})
         found = {name: (name, value) for name, value in values.items()}
     read = {name: _read(key, value, options) for name, (key, value) in found.items()}
     return {name: value for name, value in read.items() if value is not None}
-
-
-def is_run_config(names: Iterable[str]) -> bool:
-    """Tell whether a file that sets these options is a run_config.json."""
-    return set(names) >= _IN_EVERY_RUN
 
 
 def in_todays_words(saved: dict[str, Any]) -> dict[str, Any]:

@@ -232,6 +232,6 @@ def _from_hub(option: str) -> list[Any]:
         return list(datasets.load_dataset(_HUB_ID, split=_SPLIT))
     except Exception as error:  # the hub client lets errors of several HTTP libraries through
         raise InputError(
-            f"{_HUB_ID} could not be fetched from the hub ({type(error).__name__}); go online, or name its validation set "
-            f"as JSON lines with {option}"
+            f"{_HUB_ID} could not be had from the hub ({type(error).__name__}); go online, or name its validation set as "
+            f"JSON lines with {option}"
         ) from None

@@ -17,9 +17,11 @@ from gpt2xla.errors import RunFailed
 from gpt2xla.logs.progress import Progress
 from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.model.loss import EVAL_LOGITS_AT_ONCE, IGNORED_LABEL, logits_of_labels, mask_padding
+from gpt2xla.model.loss import IGNORED_LABEL, LOGITS_AT_ONCE, logits_of_labels, mask_padding
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop, Stopped
+
+_LOGITS_AT_ONCE = LOGITS_AT_ONCE["xla"] // 4  # numbers in fp32
 
 
 class RowLosses:
@@ -94,7 +96,7 @@ def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int
     x_BTD = x_BTD.to(compute_dtype(x_BTD))
     weight_VD = weight_VD.to(x_BTD.dtype)
     label_logits_BT = logits_of_labels(x_BTD, weight_VD, labels_BT)
-    chunks = min(-(-4 * labels_BT.numel() * len(weight_VD) // EVAL_LOGITS_AT_ONCE), labels_BT.shape[1])
+    chunks = min(-(-labels_BT.numel() * len(weight_VD) // _LOGITS_AT_ONCE), labels_BT.shape[1])
     logits = (F.linear(x_BCD, weight_VD).float() for x_BCD in x_BTD.chunk(chunks, dim=1))
     log_sums_BT = torch.cat([mask_padding(logits_BCV, padding).logsumexp(-1) for logits_BCV in logits], dim=1)
     return torch.where(labels_BT != IGNORED_LABEL, log_sums_BT - label_logits_BT, 0.0).sum(1)

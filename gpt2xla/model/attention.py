@@ -1,8 +1,8 @@
 """Causal self-attention: several ways to compute the same function.
 
 Each one takes queries, keys and values of shape (B, T, D), with heads side by side in D, and returns (B, T, D).
-Shape suffixes: B sequences, T tokens, D d_model, H heads, K = D / H, C queries of a chunk, S keys that a chunk may see,
-N = B * H.
+Shape suffixes: B sequences, T tokens, D d_model, H heads, K = D / H, C queries of a chunk, S keys that a query or a
+chunk may see, N = B * H.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from gpt2xla.model.arithmetic import Fence, no_fence
 _QUERY_CHUNKS = 4  # more chunks skip more of the future (4 skip 37% of all scores), but their products are smaller
 
 
-def sdpa_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
-    """torch's own attention, the fastest on GPUs."""
-    q_BHTK, k_BHTK, v_BHTK = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BTD, k_BTD, v_BTD))
-    y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, dropout_p=dropout)
+def sdpa_attention(
+    q_BTD: Tensor, k_BSD: Tensor, v_BSD: Tensor, num_heads: int, dropout: float = 0.0, mask_B1TS: Tensor | None = None
+) -> Tensor:
+    """torch's own attention, the fastest on GPUs. `mask_B1TS` is added to the scores; None means causal attention, S = T."""
+    q_BHTK, k_BHSK, v_BHSK = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BTD, k_BSD, v_BSD))
+    y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask_B1TS, dropout, is_causal=mask_B1TS is None)
     return y_BHTK.transpose(1, 2).flatten(2)
 
 

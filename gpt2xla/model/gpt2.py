@@ -1,7 +1,6 @@
 """GPT-2 (Radford et al. 2019), for any device, with Hugging Face's parameter names.
 
-Shape suffixes: B sequences, T tokens, S tokens that a query may see (T, or more with a cache), D d_model, H heads,
-K = D / H, V vocabulary.
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -149,18 +148,12 @@ class Attention(nn.Module):
         else:
             q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).chunk(3, dim=-1)
         if cache:
-            y_BTD = self.cached_attention(q_BTD, k_BTD, v_BTD, cache, layer)
+            y_BTD = sdpa_attention(q_BTD, *cache.append(layer, k_BTD, v_BTD), self.num_heads, mask_B1TS=cache.mask_B1TS)
         elif kernels.attention:
             y_BTD = kernels.attention(q_BTD, k_BTD, v_BTD, self.num_heads)
         else:
             y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, self.num_heads, self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y_BTD), self.dropout, self.training)
-
-    def cached_attention(self, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, cache: KVCache, layer: int) -> Tensor:
-        qkv = (q_BTD, *cache.append(layer, k_BTD, v_BTD))
-        q_BHTK, k_BHSK, v_BHSK = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv)
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=cache.mask_B1TS)
-        return y_BHTK.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

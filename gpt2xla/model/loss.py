@@ -18,10 +18,10 @@ from gpt2xla.model.arithmetic import Fence, compute_dtype, no_fence
 
 IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
 
-# Bytes of logits that a training device computes at once by default, and an evaluation on any device. Those of XLA and of
-# evaluations are counted in fp32. On TPUs larger pieces cost memory, smaller ones keep the matrix units less busy.
-LOGITS_AT_ONCE = {"cuda": 2**30, "cpu": 2**29, "xla": 2**31}
-EVAL_LOGITS_AT_ONCE = 2**30
+
+# Bytes of logits that a kind of device makes at a time, unless the user says otherwise. Larger pieces cost memory, smaller
+# ones keep matrix units less busy.
+LOGITS_AT_ONCE = {"cuda": 2**30, "cpu": 2**29, "xla": 2**30}
 
 
 def plain_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from tqdm import tqdm
 
-from gpt2xla.config import flag, option, require_at_least
+from gpt2xla.config import option, require_at_least
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.preparation.round_trip import first_loss
@@ -214,10 +214,11 @@ class _Record:
         """Raises InputError if it is of a preparation with other options or of another corpus."""
         for name, value in settings.items():
             if self.settings.get(name) != value and name != "tokenizer":
-                asked = name.removesuffix("_sha256")
+                flag = "--tokenizer" if name == "tokenizer_sha256" else f"--{name.replace('_', '-')}"
                 raise InputError(
-                    f"{folder} was prepared with {flag(asked)} {self.settings.get(asked)}, now {settings[asked]}; "
-                    "give the same options, or remove it, or choose another --output-dir"
+                    f"{folder} was prepared with {flag} {self.settings.get(name.removesuffix('_sha256'))}, now "
+                    f"{settings[name.removesuffix('_sha256')]}; give the same options, or remove it, or choose another "
+                    "--output-dir"
                 )
         now = [(part.name, part.size, part.how) for part in parts]
         for number in range(max(len(self.parts), len(now)) if complete else len(self.parts)):

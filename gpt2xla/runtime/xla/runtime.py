@@ -135,7 +135,7 @@ class XlaRuntime:
             model,
             attention=attention,
             preferred="chunked" if flash_is_out else "flash",
-            loss_chunks=-(-4 * tokens * model.vocab_size // LOGITS_AT_ONCE["xla"]),
+            loss_chunks=-(-2 * tokens * model.vocab_size // LOGITS_AT_ONCE["xla"]),
             checkpoint=torch_xla_checkpoint,
             layer_norm=partial(lean_layer_norm, fence=xm.optimization_barrier_),
             chunked_loss=partial(chunked_cross_entropy, fence=xm.optimization_barrier_),
