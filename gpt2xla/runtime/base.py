@@ -73,7 +73,7 @@ class Runtime(Protocol):
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
-        """The device's best Adam or AdamW, with state: zeros, or `saved` as `optim.state.export_state` gave it."""
+        """The device's best Adam or AdamW, with state: zeros, or `saved` as `optim.export_state` gave it."""
         ...
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
