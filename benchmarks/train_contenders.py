@@ -25,7 +25,8 @@ from torch import Tensor
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.optim.optimizer import ADAM_EPS, learning_rate, parameter_groups
+from gpt2xla.optim.optimizer import ADAM_EPS, parameter_groups
+from gpt2xla.optim.schedule import learning_rate
 from gpt2xla.runtime.precision import DTYPES
 
 # GPT-3's warm-up for this size. Where rates rise ten times as fast, gradients of single sequences soon grow so steep that

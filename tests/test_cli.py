@@ -219,7 +219,7 @@ def test_do_test_prints_the_checkpoints_loss_and_writes_a_line(
     assert [file.name for file in (tmp_path / "c").iterdir()] == ["test.jsonl"]
 
 
-def test_max_hours_stops_with_a_checkpoint_and_the_run_goes_on(
+def test_max_hours_stops_with_a_checkpoint_and_the_run_resumes(
     trained: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
@@ -228,7 +228,7 @@ def test_max_hours_stops_with_a_checkpoint_and_the_run_goes_on(
     assert training_losses(tmp_path) == training_losses(trained)
 
 
-def test_a_killed_run_goes_on_and_logs_no_step_twice(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_logs_no_step_twice(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", str(tmp_path)]
     slow = [*flags, "--train-steps", "100000", "--decay-steps", "20"]
     process = subprocess.Popen(

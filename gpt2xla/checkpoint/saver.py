@@ -17,7 +17,7 @@ from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.logs.console import say
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim import optimizer as optim
+from gpt2xla.optim.state import MOMENTS, export_state
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop
 
@@ -54,10 +54,10 @@ class Saver:
         """
         runtime = self.runtime
         runtime.wait()
-        optimizer = optim.export_state(self.model, self.optimizer)
+        optimizer = export_state(self.model, self.optimizer)
         shards = checkpoint.shards_folder(self.folder, step)
         weights = runtime.to_host(self.model.state_dict())
-        moments = runtime.save_shards({key: optimizer[key] for key in optim.MOMENTS if key in optimizer}, shards)
+        moments = runtime.save_shards({key: optimizer[key] for key in MOMENTS if key in optimizer}, shards)
         updates = runtime.to_host({"step": optimizer["step"]})
         runtime.barrier("shards are written")
         if runtime.is_main:

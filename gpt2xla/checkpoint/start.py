@@ -28,7 +28,7 @@ from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim import optimizer as optim
+from gpt2xla.optim.state import moment_shapes
 
 # Options of this command that a resumed run does not inherit.
 _NOT_CONTINUED = {
@@ -262,7 +262,7 @@ def _memory_bytes() -> int:
 
 
 def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
-    file, moments = source / TRAINING_STATE, optim.moments(config.optim, parameter_shapes(config.model))
+    file, moments = source / TRAINING_STATE, moment_shapes(config.optim, parameter_shapes(config.model))
     training = load_plain(file)
     try:
         step, optimizer = training["step"], training["optimizer"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.optim.optimizer import MOMENTS
+from gpt2xla.optim.state import MOMENTS
 from gpt2xla.runtime.xla.runtime import XlaRuntime
 from gpt2xla.runtime.xla.spmd import SpmdRuntime
 from gpt2xla.training.train_step import TrainStep

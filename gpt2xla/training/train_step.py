@@ -11,7 +11,7 @@ from torch import Tensor
 from gpt2xla.config import RunConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim import optimizer as optim
+from gpt2xla.optim.schedule import learning_rate
 from gpt2xla.runtime.base import Runtime
 
 
@@ -40,7 +40,7 @@ class TrainStep:
         """
         runtime = self.runtime
         runtime.seed(self.config.general.seed, step)
-        lr = optim.learning_rate(self.config.optim, self.config.model.d_model, step)
+        lr = learning_rate(self.config.optim, self.config.model.d_model, step)
         runtime.set_learning_rate(self.optimizer, lr)
         loss_sum = None
         for micro_step in range(self.accum):

@@ -25,7 +25,7 @@ from gpt2xla.generation.sampling import SamplingConfig
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels
 from gpt2xla.model.loss import chunked_cross_entropy
-from gpt2xla.optim.optimizer import learning_rate
+from gpt2xla.optim.schedule import learning_rate
 
 PADDED = [
     "--vocab-size", "128", "--seq-length", "16", "--dropout", "0", "--train-batch-size", "4", "--gradient-accum-step", "3",

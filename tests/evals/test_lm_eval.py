@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: pip install 'lm_eval[hf]'"
 )
 
-# The harness's own task, but for where the items come from.
+# The harness's own task, except for where the items come from.
 TASK = """
 task: local_hellaswag
 dataset_path: json

@@ -19,7 +19,7 @@ from gpt2xla.checkpoint.formats.parameter_names import to_hf_state
 from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import ModelConfig, OptimConfig
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim.optimizer import learning_rate
+from gpt2xla.optim.schedule import learning_rate
 
 RELATIVE = 1e-5
 

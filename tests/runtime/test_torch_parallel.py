@@ -32,7 +32,7 @@ from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim.optimizer import export_state
+from gpt2xla.optim.state import export_state
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 LAYOUTS: dict[str, list[str]] = {"ddp": [], "zero1": ["--zero1"], "fsdp": ["--fsdp"]}

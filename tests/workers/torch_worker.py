@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
-from gpt2xla.optim.optimizer import ADAM_MOMENTS
+from gpt2xla.optim.state import ADAM_MOMENTS
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 from gpt2xla.training.pretrain import pretrain
 from gpt2xla.training.train_step import TrainStep

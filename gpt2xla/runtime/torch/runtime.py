@@ -25,7 +25,8 @@ from gpt2xla.model.attention import chunked_attention, kept_attention, kept_numb
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels, choose_kernels
 from gpt2xla.model.loss import LOGITS_AT_ONCE, in_place_cross_entropy
-from gpt2xla.optim.optimizer import adam_arguments, build_optimizer, clip_gradients, init_state
+from gpt2xla.optim.optimizer import adam_arguments, build_optimizer, clip_gradients
+from gpt2xla.optim.state import init_state
 from gpt2xla.runtime import precision
 from gpt2xla.runtime.base import (
     GIB,

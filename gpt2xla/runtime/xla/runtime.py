@@ -34,9 +34,10 @@ from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.model.attention import chunked_attention
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Attention, Kernels, choose_kernels
-from gpt2xla.model.loss import chunked_cross_entropy
+from gpt2xla.model.loss import LOGITS_AT_ONCE, chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
-from gpt2xla.optim.optimizer import adam_arguments, build_optimizer, clip_gradients, init_state
+from gpt2xla.optim.optimizer import adam_arguments, build_optimizer, clip_gradients
+from gpt2xla.optim.state import init_state
 from gpt2xla.runtime.base import (
     GIB,
     P,
@@ -54,9 +55,6 @@ from gpt2xla.runtime.xla.scaler import LossScaler, step_unless
 
 # What XLA says of memory in its several runtimes; a TPU's compiler gives figures, too.
 _MEMORY_IS_FULL = ("RESOURCE_EXHAUSTED", "Out of memory allocating", "Out of memory while trying to allocate")
-
-# Numbers: 1 GiB in bf16. Larger pieces cost memory, smaller ones keep the matrix units less busy.
-_LOGITS_AT_ONCE = 2**29
 
 
 class XlaRuntime:
@@ -137,7 +135,7 @@ class XlaRuntime:
             model,
             attention=attention,
             preferred="chunked" if flash_is_out else "flash",
-            loss_chunks=-(-tokens * model.vocab_size // _LOGITS_AT_ONCE),
+            loss_chunks=-(-2 * tokens * model.vocab_size // LOGITS_AT_ONCE["xla"]),
             checkpoint=torch_xla_checkpoint,
             layer_norm=partial(lean_layer_norm, fence=xm.optimization_barrier_),
             chunked_loss=partial(chunked_cross_entropy, fence=xm.optimization_barrier_),
