@@ -101,7 +101,7 @@ def test_ci_runs_the_commands_of_the_pages() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """A heading's anchor is the same on GitHub and on the site where it has only words, digits, commas and question marks."""
+    """Anchors of the headings that get the same one on GitHub and on the site: those without other signs than , ? ' and ."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     titles = [title for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE) if re.fullmatch(r"[\w ,?'.-]+", title)]
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
@@ -140,12 +140,15 @@ def test_flags_exist(block: Block) -> None:
         # A mistake after all others: with only this one left, everything before it was understood.
         check = run_here(program, *flags, "--no-such-flag")
         assert check.returncode == 2
-        assert re.search("--no-such-flag is unknown|unrecognized arguments: --no-such-flag\n", check.stderr), check.stderr
+        assert re.search("--no-such-flag is unknown|unrecognized arguments: --no-such-flag\n", check.stderr), (
+            check.stderr
+        )
 
 
 def test_the_commands_run_one_after_another(tmp_path: Path) -> None:
-    """A newcomer's path through the README and the pages, in a folder with the repository's programs and some text. A command
-    that several pages show runs once."""
+    """A newcomer's path through the README and the pages, in a folder with the repository's programs and some text.
+
+    A command that several pages show runs once."""
     require_xla()
     for name in ("run_pretrain.py", "run_pretrain_xla.py", "generate.py", "scripts", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)

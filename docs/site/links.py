@@ -55,7 +55,7 @@ def _file(path: str, text: str, config: MkDocsConfig) -> File:
         return File.generated(config, _site_path(path), abs_src_path=str(ROOT / path))
     if not path.endswith(".md"):
         language = Path(path).suffix.removeprefix(".") or "text"
-        text = f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n``````{language}\n{text}\n``````\n"
+        text = f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n# {path}\n\n``````{language}\n{text}\n``````\n"
     inclusion = InclusionLevel.UNDEFINED if path == "README.md" else InclusionLevel.NOT_IN_NAV
     return File.generated(config, _site_path(path), content=text, inclusion=inclusion)
 
