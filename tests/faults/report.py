@@ -20,8 +20,9 @@ Each row is a fault, done to real processes, and what had to hold after it. "Hel
 tries. `tests/faults/` does it.
 
 Runs are small (28,032 parameters, 60 steps, a checkpoint every 6, validation every 9), which makes the moments that a fault
-can hit many and the runs short. "Exact" means: losses and validation losses as hexadecimal floats, the windows that each
-step read, and the bytes of the last weights and of the optimizer's moments are those of a run that nothing happened to.
+can hit many and the runs short. "As if unbroken" means: losses and validation losses as hexadecimal floats, the windows
+that each step read, and the bytes of the last weights and of the optimizer's moments are those of a run that nothing
+happened to.
 
 Unless a row says otherwise, processes are forks of the harness that go through `run_pretrain.py`'s `main`, joined by gloo
 where there are two.
