@@ -70,7 +70,8 @@ def launched(setting: Setting) -> list[Row]:
     kills = Row(f"SIGKILL of all processes, {both}", "started again, it ends as if unbroken, bit for bit")
     stops = Row(
         f"SIGTERM and SIGINT, {both}",
-        "exit code 0 (torchrun has its own) and a checkpoint; the same command continues and ends as if unbroken, bit for bit",
+        "exit code 0 (torchrun has its own) and a checkpoint; the same command continues and ends as if unbroken, "
+        "bit for bit",
     )
     ones = Row(
         "one of two processes killed, under torchrun and as XLA:CPU replicas",
