@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on a checkpoint folder as it is, by the README's command, on items of a local file:
+"""EleutherAI's lm-evaluation-harness on a checkpoint folder as it is, by the command of docs/evaluation.md. The items are
 made up, or every twentieth of HellaSwag's own where GPT2XLA_HELLASWAG names its validation set (.jsonl or .arrow).
 """
 
@@ -55,8 +55,8 @@ def write_items(file: Path) -> None:
 
 
 def harness(model: Path, task: Path, output: Path) -> tuple[float, float, np.ndarray]:
-    """acc, acc_norm and the log-probabilities, of the README's command with this model and task."""
-    (command,) = re.findall(r"^lm_eval .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """acc, acc_norm and the log-probabilities, of that command with this model and task."""
+    (command,) = re.findall(r"^lm_eval .*$", (ROOT / "docs" / "evaluation.md").read_text(), re.MULTILINE)
     words = [re.sub(r"pretrained=[^,]*", f"pretrained={model}", word) for word in shlex.split(command)[1:]]
     words[words.index("hellaswag")] = "local_hellaswag"
     words += ["--include_path", str(task), "--output_path", str(output), "--log_samples"]
