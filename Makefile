@@ -1,6 +1,7 @@
-# make demo: from raw text to generated text on this machine's CPU. make test: the test suite. make faults: what can happen
-# to a run, done to it some 1,500 times, and docs/reliability.md. make tpu-table: what a TPU's compiler makes of the training
-# step, beside the reference trainer's if REFERENCE names a checkout of it (25 minutes).
+# make demo: from raw text to generated text on this machine's CPU. make test: the test suite. make docs: the pages of docs/
+# as a site, in site/. make faults: what can happen to a run, done to it some 1,500 times, and docs/reliability.md.
+# make tpu-table: what a TPU's compiler makes of the training step, beside the reference trainer's if REFERENCE names a
+# checkout of it (25 minutes).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ REFERENCE ?=
 # A file's tests share what is slow to make, so they stay together. In order of name the files with long tests are not last.
 PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all faults check tpu-table install clean
+.PHONY: demo test test-all faults check docs tpu-table install clean
 
 demo: install
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
@@ -29,6 +30,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 tpu-table: install
 	$(BIN)/python benchmarks/tpu_table.py $(if $(REFERENCE),--reference $(REFERENCE))
 
@@ -44,5 +48,9 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[xla,dev]'
 	touch $@
 
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

@@ -79,7 +79,7 @@ class GenerateConfig:
 def main() -> None:
     options = parse_options(GenerateConfig, "Continue text with a GPT-2.")
     options.check()
-    from gpt2xla.checkpoint.start import build_model, load_weights, locate
+    from gpt2xla.checkpoint.loading import build_model, load_weights, locate
     from gpt2xla.data.tokenizer import find_tokenizer
     from gpt2xla.data.tokenizer_folder import model_folder
     from gpt2xla.generation.continuation import Continuation, continue_texts, prompt_ids

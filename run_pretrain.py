@@ -13,7 +13,7 @@ def main() -> None:
     # Imported after parsing, so that --help and wrong flags answer at once.
     from gpt2xla.processes.signals import StopSignals
     from gpt2xla.runtime.torch.runtime import TorchRuntime
-    from gpt2xla.training.trainer import pretrain
+    from gpt2xla.training.pretrain import pretrain
 
     with StopSignals() as signals:
         pretrain(config, lambda train: TorchRuntime(options, train), signals)

@@ -65,7 +65,7 @@ def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
 
 def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSignals, is_replica: bool = False) -> None:
     """Train in this process. `index` is torch_xla's number of it; `is_replica` says that it is one of several on a CPU."""
-    from gpt2xla.training.trainer import pretrain
+    from gpt2xla.training.pretrain import pretrain
 
     runtime = runtime_class(options, is_replica)
     pretrain(config, lambda train: runtime(options, train), signals)

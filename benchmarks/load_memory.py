@@ -62,12 +62,13 @@ def write_random_checkpoint(folder: Path, size: str) -> None:
     """In safetensors' format (a length, a JSON header, the numbers), tensor by tensor, as memory may not hold it twice."""
     import torch
 
-    from gpt2xla.checkpoint.formats.hugging_face import to_hf_config, to_hf_state
+    from gpt2xla.checkpoint.formats.hf_config import to_hf_config
+    from gpt2xla.checkpoint.formats.parameter_names import to_hf_state
     from gpt2xla.config import PRESETS, ModelConfig
     from gpt2xla.model.gpt2 import GPT2
 
     config = ModelConfig(**PRESETS[size])
-    (folder / "config.json").write_text(json.dumps(to_hf_config(config, 50256)))
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config)))
     with torch.device("meta"):
         state = to_hf_state(config, GPT2(config).state_dict())
     header, end = {}, 0

@@ -25,7 +25,8 @@ from torch import Tensor
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.optim.optimizer import ADAM_EPS, learning_rate, parameter_groups
+from gpt2xla.optim.optimizer import ADAM_EPS, parameter_groups
+from gpt2xla.optim.schedule import learning_rate
 from gpt2xla.runtime.precision import DTYPES
 
 # GPT-3's warm-up for this size. Where rates rise ten times as fast, gradients of single sequences soon grow so steep that
@@ -134,8 +135,7 @@ def _finish(device: torch.device) -> None:
 
 def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     """The trainer's own step on the torch runtime, with its guard, its clipping and its reading of the loss."""
-    from gpt2xla.checkpoint.start import build_model
-    from gpt2xla.runtime.stop import Stop
+    from gpt2xla.checkpoint.loading import build_model
     from gpt2xla.runtime.torch.runtime import TorchRuntime
     from gpt2xla.training.train_step import TrainStep
 
@@ -147,13 +147,12 @@ def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     runtime = TorchRuntime(TorchConfig(), config.train)
     model = build_model(job.model, hf.load_model(job.folder)[1], job.folder)
     losses: list[float] = []
-    step = TrainStep(
-        config, runtime, model, None, Stop(runtime, None, None), lambda step, lr: lambda loss, norm: losses.append(loss)
-    )
+    step = TrainStep(config, runtime, model, None)
     batches = runtime.device_batches(Batch(*job.tokens(number)) for number in range(10_000))
     model.train()
     for number, out in enumerate(wanted):
-        step(batches, number)
+        loss, grad_norm, _ = step(batches, number)
+        runtime.when_ready(lambda loss, norm: losses.append(loss), torch.stack([loss, grad_norm]))
         runtime.wait()
         out.append(torch.tensor(losses.pop()))
 

@@ -1,6 +1,7 @@
-"""The command line, made from the dataclasses of `config.py`.
+"""The command line, made from the dataclasses of `config/run.py`.
 
-What presets and files set is overridden in the order file's preset, file, command line's preset, command line.
+Options are taken from the file's preset, the file, the command line's preset and the command line; a later one overrides an
+earlier one.
 """
 
 from __future__ import annotations
@@ -22,13 +23,10 @@ from gpt2xla.errors import InputError
 
 Options = TypeVar("Options")
 
-_PRETRAIN = "Pre-train GPT-2, continue a run, or (--do-test) validate a checkpoint."
-# argparse's words -> ours.
+_PRETRAIN = "Pre-train GPT-2, resume a run, or validate a checkpoint (--do-test)."
+# argparse's messages -> our messages.
 _REWORDED = (
-    (
-        r"expected (?:at least )?(?:one|1) argument",
-        "has no value; add it, or write {flag}=... for one that begins with -",
-    ),
+    (r"expected (?:at least )?(?:one|1) argument", "has no value; add one, or write {flag}=... if it begins with -"),
     (r"expected (\d+) arguments", r"takes \1 values; add what is missing"),
     (r"ignored explicit argument .*", "takes no value; write {flag} alone"),
     (r"the following arguments are required: (.*)", r"add \1: it has no default"),
@@ -45,13 +43,13 @@ class SourceConfig:
     config: str | None = option(
         None, "YAML or JSON file of options by flag name; flags on the command line override it", is_path=True
     )
-    preset: Preset | None = option(None, "model options of one of OpenAI's four sizes; other flags override it")
+    preset: Preset | None = option(None, "take the model options of one of OpenAI's sizes; other flags override them")
 
 
 def parse_run(
     runtime_group: type[Options], argv: Sequence[str] | None = None, description: str = _PRETRAIN
 ) -> tuple[RunConfig, Options]:
-    """The run and the runner's own options, as `argv` (default: the process's arguments) asks for them.
+    """Return the run and the runner's own options that `argv` asks for; by default, the process's arguments.
 
     Raises:
         InputError: a flag, preset or file is wrong.
@@ -76,12 +74,12 @@ def _expand_preset(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_options(group: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
-    """A program's options when they are one dataclass. Raises InputError for a wrong flag."""
+    """Return the options of a program whose options are one dataclass. Raises InputError for a wrong flag."""
     return group(**_parse((group,), description, argv))
 
 
 def _parse(groups: Sequence[type], description: str, argv: Sequence[str] | None) -> dict[str, Any]:
-    """The values of the options that are given."""
+    """Return the values of the options that `argv` gives."""
     parser = OneLineParser(description=description)
     options: dict[str, Option] = {}
     for group in groups:
@@ -100,7 +98,7 @@ def _parse(groups: Sequence[type], description: str, argv: Sequence[str] | None)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and an InputError instead of the usage text and an exit."""
+    """argparse's parser, which raises a mistake as an InputError of one line instead of printing the usage and exiting."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -115,7 +113,7 @@ class OneLineParser(argparse.ArgumentParser):
         return found
 
     def parse(self, args: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
-        """What the flags say, and what is wrong with the first word that belongs to none."""
+        """Return the values of the flags, and what is wrong with the first word that belongs to no flag, if any."""
         words = sys.argv[1:] if args is None else list(args)
         known = {string.lstrip("-").replace("-", "_"): string for a in self._actions for string in a.option_strings}
         names = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
@@ -123,11 +121,8 @@ class OneLineParser(argparse.ArgumentParser):
         self._mistake = unknown(flags[0], known) if flags else ""
         found, rest = self.parse_known_args(words)
         if rest and not self._mistake:
-            self._mistake = (
-                unknown(rest[0], known)
-                if rest[0].startswith("-")
-                else f"{rest[0]!r} belongs to no flag; remove it, or put quotes around a value with spaces"
-            )
+            stray = f"{rest[0]!r} belongs to no flag; remove it, or put quotes around a value with spaces"
+            self._mistake = unknown(rest[0], known) if rest[0].startswith("-") else stray
         return found, self._mistake
 
     def error(self, message: str) -> NoReturn:
@@ -135,14 +130,14 @@ class OneLineParser(argparse.ArgumentParser):
         name, problem = named.groups() if named else ("", message)
         for theirs, ours in _REWORDED:
             if found := re.fullmatch(theirs, problem, re.DOTALL):
-                if "required" in theirs and self._mistake:  # the name of what is missing, misspelled
+                if "required" in theirs and self._mistake:  # the missing flag was misspelled
                     raise InputError(self._mistake)
                 problem = found.expand(ours.replace("{flag}", name.split("/")[0]))
         raise InputError(f"{name} {problem}".strip())
 
 
 def path(word: str) -> str:
-    """An argparse type: a path, in which a leading ~ is the user's home folder."""
+    """Expand ~ in a path. This is an argparse type."""
     try:
         return expanded(word)
     except ValueError as error:
@@ -157,7 +152,7 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
         if found.is_switch:
             reading: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
-            reading = {"nargs": found.count or "+", "metavar": _metavar(found)}
+            reading = {"nargs": found.count or "+", "metavar": ("B1", "B2") if found.count == 2 else found.metavar}
         target.add_argument(
             flag(name),
             dest=name,
@@ -168,12 +163,8 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
         )
 
 
-def _metavar(option: Option) -> str | tuple[str, ...]:
-    return option.metavar if option.count in (None, 1) else ("B1", "B2")
-
-
 def _show_default(default: Any) -> str:
-    if default is None or default is dataclasses.MISSING:
+    if default is dataclasses.MISSING or default in (None, "", ()):
         return ""
     if isinstance(default, bool):
         default = "on" if default else "off"

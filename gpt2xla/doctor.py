@@ -1,7 +1,7 @@
-"""`python -m gpt2xla.doctor`: what is installed, which devices answer, and what is known to go wrong here, with the fix.
+"""`python -m gpt2xla.doctor`: shows what is installed and which devices answer, and finds known problems, with their fixes.
 
-Exit code 0 when nothing is wrong, 1 when something is. Takes no device itself: a process of its own tries the runtime, so
-the doctor can run in a notebook before the launch.
+Exits with 0 if it finds no problem, and with 1 otherwise. The doctor itself takes no device: another process tries the
+runtime, so the doctor can run in a notebook before the launch.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ PACKAGES = (
 
 INSTALL = install(NEWEST, "torch", "torch_xla", "libtpu")
 
-# Variables of older guides that torch_xla still obeys, or that show a machine set up for something else.
+# Variables from older guides that torch_xla still obeys, or that belong to a machine set up for something else.
 LEFT_OVER = {
     "XRT_TPU_CONFIG": "it belongs to XRT, which torch_xla gave up in 2023",
-    "XLA_USE_BF16": "it turns all weights into bf16; --mixed-precision bf16 keeps them in fp32",
-    "XLA_DOWNCAST_BF16": "it turns all weights into bf16; --mixed-precision bf16 keeps them in fp32",
-    "XLA_USE_SPMD": "workers cannot be launched with it",
+    "XLA_USE_BF16": "it turns all weights into bf16, while --mixed-precision bf16 keeps them in fp32",
+    "XLA_DOWNCAST_BF16": "it turns all weights into bf16, while --mixed-precision bf16 keeps them in fp32",
+    "XLA_USE_SPMD": "workers cannot start while it is set",
     "TPU_LOAD_LIBRARY": "it was for TensorFlow beside torch_xla; uninstall TensorFlow instead",
 }
 
-# What the runtime's own messages mean, from the reports of those who met them.
+# Words in the runtime's messages -> what is wrong and its fix, from users' reports.
+_WRONG_LIBTPU = f"libtpu is of another version than torch_xla was built with; {INSTALL}"
+_TPU_IS_HELD = "another process holds the TPU; end it, or restart it if it is a notebook's kernel"
 SYMPTOMS = {
     "undefined symbol": f"torch and torch_xla do not fit together; {INSTALL}",
-    "PJRT API version": f"libtpu is of another version than torch_xla was built with; {INSTALL}",
-    "Unexpected PJRT_": f"libtpu is of another version than torch_xla was built with; {INSTALL}",
-    "already in use": "another process holds the TPU; end it, or restart the notebook's kernel that does",
-    "not permitted": "another process holds the TPU; end it, or restart the notebook's kernel that does",
-    "Device or resource busy": "another process holds the TPU; end it, or restart the notebook's kernel that does",
+    "PJRT API version": _WRONG_LIBTPU,
+    "Unexpected PJRT_": _WRONG_LIBTPU,
+    "already in use": _TPU_IS_HELD,
+    "not permitted": _TPU_IS_HELD,
+    "Device or resource busy": _TPU_IS_HELD,
     "worker addresses": f"unset {' and '.join(SET_FOR_ONE_PROCESS)}",
     "No visible GPU": "the CUDA plugin sees no GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES",
     "Couldn't interpret value": "correct that flag in XLA_FLAGS, or unset XLA_FLAGS",
@@ -70,20 +72,20 @@ print(json.dumps({"type": xr.device_type(), "count": len(torch_xla.real_devices(
 class DoctorConfig:
     """Doctor"""
 
-    checkpoints_dir: str = option("./checkpoints", "folder in which a run would save: is there room?", is_path=True)
+    checkpoints_dir: str = option("./checkpoints", "folder for checkpoints: has it enough room?", is_path=True)
     timeout: int = option(180, "seconds to wait for the devices")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to look at; tests make up their own.
+    """What the doctor looks at on a machine. Tests build their own.
 
     Attributes:
-        versions: by name of the distribution; only what is installed.
+        versions: of the installed packages, by the name of the distribution.
         device_files: /dev/accel*, /dev/vfio/* and /dev/nvidia*.
-        holders: "program (pid N)" of each process that has a TPU's file open.
+        holders: "program (pid N)" for each process that has a TPU's file open.
         lockfile: whether libtpu's lock file exists.
-        free_disk: bytes where checkpoints would go; None where nothing can be written there.
+        free_disk: bytes free for checkpoints; None if nothing can be written there.
         free_memory: bytes; None if unknown.
     """
 
@@ -100,9 +102,9 @@ class Machine:
 
     @classmethod
     def here(cls, checkpoints_dir: Path) -> Machine:
-        files = sorted(
-            str(file) for pattern in ("accel*", "vfio/*", "nvidia[0-9]*") for file in Path("/dev").glob(pattern)
-        )
+        """Look at this machine."""
+        patterns = ("accel*", "vfio/*", "nvidia[0-9]*")
+        files = sorted(str(file) for pattern in patterns for file in Path("/dev").glob(pattern))
         return cls(
             environment=dict(os.environ),
             python=sys.version_info[:2],
@@ -117,8 +119,8 @@ class Machine:
         )
 
 
-def conflicts(machine: Machine) -> Iterator[str]:
-    """One line for each thing known to go wrong on such a machine, with its fix."""
+def problems(machine: Machine) -> Iterator[str]:
+    """Yield one line for each known problem of such a machine, with its fix."""
     for about in (_about_versions, _about_environment, _about_the_tpu, _about_room):
         yield from about(machine)
 
@@ -126,11 +128,12 @@ def conflicts(machine: Machine) -> Iterator[str]:
 def _about_versions(machine: Machine) -> Iterator[str]:
     versions, uses_tpu = machine.versions, _uses_tpu(machine)
     if not (3, 10) <= machine.python < (3, 14):
-        yield f"Python {'.'.join(map(str, machine.python))}: torch_xla runs on 3.10 to 3.13; make an environment of one"
+        version = ".".join(map(str, machine.python))
+        yield f"Python {version}: torch_xla runs on 3.10 to 3.13; make an environment with one of them"
     yield from misfits(versions, uses_tpu)
     if "libtpu-nightly" in versions:
         fix = f"pip uninstall -y libtpu-nightly libtpu, then {install(release_for(versions), 'libtpu')}"
-        yield f"libtpu-nightly writes over libtpu's files; {fix}"
+        yield f"libtpu-nightly overwrites libtpu's files; {fix}"
     for name in ("tensorflow", "tensorflow-tpu"):
         if uses_tpu and name in versions:
             yield f"{name} takes the TPU when something imports it; pip uninstall -y {name} (tensorflow-cpu is fine)"
@@ -146,22 +149,22 @@ def _about_environment(machine: Machine) -> Iterator[str]:
         yield str(error)
     for name in SET_FOR_ONE_PROCESS:
         if name in environment and not notebook_host(environment):
-            yield f"{name} is set, and each of torch_xla's processes would take it for its own; unset {name}"
+            yield f"{name} is set for one process, and each of torch_xla's processes would use it; unset {name}"
     for name, why in LEFT_OVER.items():
         if environment.get(name, "0") not in ("", "0"):
             yield f"{name} is set: {why}; unset {name}"
     for file in environment.get("LD_PRELOAD", "").replace(":", " ").split():
         if "/" in file and not Path(file).exists():
-            yield f"LD_PRELOAD names {file}, which is not there; unset LD_PRELOAD or install it"
+            yield f"LD_PRELOAD names {file}, which does not exist; unset LD_PRELOAD, or install the file"
     library = environment.get("TPU_LIBRARY_PATH")
     if library and not Path(library).exists():
-        yield f"TPU_LIBRARY_PATH names {library}, which is not there; unset TPU_LIBRARY_PATH"
+        yield f"TPU_LIBRARY_PATH names {library}, which does not exist; unset TPU_LIBRARY_PATH"
 
 
 def _about_the_tpu(machine: Machine) -> Iterator[str]:
     for holder in machine.holders:
-        yield f"{holder} holds the TPU; end it, or restart the notebook's kernel if that is what it is"
-    # Compiling for TPUs leaves such a file, too, where there is none to be held.
+        yield f"{holder} holds the TPU; end it, or restart it if it is a notebook's kernel"
+    # Compiling for TPUs leaves such a file too, on machines without a TPU.
     if machine.lockfile and machine.device_files and not machine.holders:
         yield (
             f"{LOCKFILE} is left over, unless another user's process holds the TPU (sudo lsof -w /dev/accel* /dev/vfio/* "
@@ -171,29 +174,32 @@ def _about_the_tpu(machine: Machine) -> Iterator[str]:
 
 def _about_room(machine: Machine) -> Iterator[str]:
     if machine.free_disk is None:
-        yield "--checkpoints-dir: nothing can be written there; choose another"
+        yield "--checkpoints-dir cannot be written to; choose another"
     elif machine.free_disk < CHECKPOINT_BYTES:
-        yield f"--checkpoints-dir has {_gigabytes(machine.free_disk)} free, less than one checkpoint of GPT-2 (124M) takes"
+        yield (
+            f"--checkpoints-dir has {_gigabytes(machine.free_disk)} free, less than one checkpoint of GPT-2 (124M) takes; "
+            "free some, or choose another"
+        )
     if machine.free_memory is not None and machine.free_memory < LEAST_MEMORY:
-        yield f"{_gigabytes(machine.free_memory)} of memory are free; end other programs, or choose a larger machine"
+        yield f"only {_gigabytes(machine.free_memory)} of memory are free; end other programs, or choose a larger machine"
 
 
 def notes(machine: Machine) -> Iterator[str]:
-    """What looks wrong and is not, as run_pretrain_xla.py sees to it; and what works, but could be faster."""
+    """Yield what looks wrong but is handled by run_pretrain_xla.py, and what works but could be faster."""
     host = notebook_host(machine.environment)
     for name in SET_FOR_ONE_PROCESS:
         if host and name in machine.environment:
-            yield f"{host} sets {name}; run_pretrain_xla.py removes it (in a program of yours: os.environ.pop({name!r}))"
+            yield f"{host} sets {name}; run_pretrain_xla.py removes it (in your own program: os.environ.pop({name!r}))"
     why = why_no_kernels(release_for(machine.versions), machine.versions.get("jax"))
     if why and _uses_tpu(machine) and not any(misfits(machine.versions, uses_tpu=True)):
-        yield f"training works, but without flash attention, so that a step takes about a third longer: {why}"
+        yield f"training works, but without flash attention a step takes about a third longer: {why}"
 
 
 def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) -> dict[str, str | int]:
-    """{"type": "TPU", "count": 8, "kind": "TPU v5 lite"} as torch_xla itself sees it, in a process of its own.
+    """Return what torch_xla sees, as {"type": "TPU", "count": 8, "kind": "TPU v5 lite"}. It runs in another process.
 
     Raises:
-        RunFailed: it failed, or did not answer within `timeout` seconds; the message holds the fix where it is known.
+        RunFailed: it failed, or did not answer within `timeout` seconds; the message holds the fix if it is known.
     """
     try:
         answer = subprocess.run(
@@ -211,20 +217,18 @@ def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) 
     symptom = next((symptom for symptom in SYMPTOMS if symptom in said), None)
     if symptom is None:
         print(said, file=sys.stderr, flush=True)
-    fix = SYMPTOMS[symptom] if symptom else "all that it said stands on stderr"
-    lines = (
-        [line for line in said.splitlines() if (symptom or "Error") in line] or said.splitlines() or ["nothing said"]
-    )
+    fix = SYMPTOMS[symptom] if symptom else "see the full output on stderr"
+    lines = [line for line in said.splitlines() if (symptom or "Error") in line] or said.splitlines() or ["no message"]
     raise RunFailed(f"the devices do not start (exit code {answer.returncode}): {lines[-1].strip()[:300]}: {fix}")
 
 
 def main() -> None:
-    options = parse_options(DoctorConfig, "Look for what is known to go wrong before a run on XLA devices.")
+    options = parse_options(DoctorConfig, "Look for known problems before a run on XLA devices.")
     machine = Machine.here(Path(options.checkpoints_dir))
-    found = list(conflicts(machine))
+    found = list(problems(machine))
     _show("versions", {"Python": platform.python_version(), **machine.versions})
     files = " ".join(machine.device_files) or "none"
-    room = "nothing can be written there" if machine.free_disk is None else f"{_gigabytes(machine.free_disk)} free"
+    room = "cannot be written to" if machine.free_disk is None else f"{_gigabytes(machine.free_disk)} free"
     _show(
         "machine",
         {
@@ -242,17 +246,18 @@ def main() -> None:
         seen = probe(environment, options.timeout)
         _show("devices", {str(seen["kind"]): f"{seen['count']} of type {seen['type']}"})
     except InputError:
-        _show("devices", {"not tried": "first fix what stands below"})
+        _show("devices", {"not tried": "fix the problem below first"})
     except RunFailed as error:
         _show("devices", {"failed": "see below"})
         found.append(str(error))
     for note in notes(machine):
         print(f"note: {note}")
     for line in found:
-        print(f"conflict: {line}")
+        print(f"problem: {line}")
     if found:
-        raise RunFailed(f"{len(found)} found; each line above ends with its fix")
-    print("nothing wrong found")
+        ending = "1 problem found; its line" if len(found) == 1 else f"{len(found)} problems found; each line"
+        raise RunFailed(f"{ending} ends with the fix")
+    print("no problems found")
 
 
 def _show(title: str, rows: Mapping[str, str]) -> None:
@@ -266,7 +271,7 @@ def _uses_tpu(machine: Machine) -> bool:
 
 
 def _minor(version: str) -> tuple[int, ...]:
-    """2.9.0+cpu -> (2, 9)."""
+    """Return the first two numbers of a version: 2.9.0+cpu -> (2, 9)."""
     return tuple(int(part) for part in version.split(".")[:2])
 
 
@@ -275,18 +280,19 @@ def _gigabytes(size: int) -> str:
 
 
 def _holders(device_files: list[str]) -> list[str]:
-    """Processes that have one of the files open, as far as this user may see."""
+    """Return the processes that have one of the files open, as far as this user may see them."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if any(os.readlink(fd) in device_files for fd in (folder / "fd").iterdir()):
                 found.append(f"{(folder / 'comm').read_text().strip()} (pid {folder.name})")
-        except OSError:  # it ended meanwhile, or is another user's
+        except OSError:  # the process has ended, or is another user's
             continue
     return found
 
 
 def _free_disk(folder: Path) -> int | None:
+    """Return the bytes free where `folder` is or would be made; None if nothing can be written there."""
     folder = folder.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(existing).free if existing.is_dir() and os.access(existing, os.W_OK) else None

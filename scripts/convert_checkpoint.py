@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import option
+from gpt2xla.config import TOKENIZER_HELP, option
 from gpt2xla.processes.exits import exit_code
 
 
@@ -22,8 +22,7 @@ class ConvertConfig:
     output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it", is_path=True)
     tokenizer: str | None = option(
         None,
-        "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
-        "hub id (default: the model's own, or none if it has none)",
+        f"{TOKENIZER_HELP} (default: the model's own, if it has one)",
         is_path=True,
     )
 

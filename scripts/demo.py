@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The whole way on one CPU, in a few minutes: raw text -> tokenizer -> shards -> training on XLA -> generated text.
+"""The whole way in a few minutes on one CPU: raw text -> tokenizer -> shards -> training on XLA -> generated text.
 
-The text is what every Python comes with: the sources and documentation of its standard library, read in place.
+The text comes with every Python: the sources and documentation of its standard library, read where they are.
 """
 
 import json
@@ -29,7 +29,7 @@ class DemoConfig:
     """Demo"""
 
     output_dir: str = option(
-        "demo", "folder for data and checkpoints; a finished demo's training is made again", is_path=True
+        "demo", "folder for data and checkpoints; data made before is kept, training starts from scratch", is_path=True
     )
     steps: int = option(800, "training steps, of 2,048 tokens each")
 
@@ -58,20 +58,10 @@ def main() -> None:
 
 
 def prepare_corpus(folder: Path) -> Path:
-    """The folder of shards, which may be there already: train/ and test/, of 4,096 ids."""
+    """Return the folder of shards, train/ and test/, of 4,096 ids. It is made unless it exists."""
     tokenizer, data = folder / "tokenizer", folder / "data"
-    text = [
-        "--input",
-        sysconfig.get_path("stdlib"),
-        "--suffixes",
-        ".py",
-        ".txt",
-        ".rst",
-        "--exclude",
-        "site-packages",
-        "test",
-        "tests",
-    ]
+    text = ["--input", sysconfig.get_path("stdlib"), "--suffixes", ".py", ".txt", ".rst"]
+    text += ["--exclude", "site-packages", "test", "tests"]
     if not (tokenizer / "tokenizer.json").exists():
         run("scripts/train_tokenizer.py", *text, "--output-dir", tokenizer, "--vocab-size", 4096)
     if not (data / "test").exists():
@@ -81,7 +71,7 @@ def prepare_corpus(folder: Path) -> Path:
 
 
 def run(program: str, *arguments: object, **environment: str) -> None:
-    """Show a command, then run it; a failing one ends the demo with its exit code."""
+    """Print a command and run it; if it fails, the demo exits with its exit code."""
     words = [program, *map(str, arguments)]
     shown = [f"{name}={value}" for name, value in environment.items()] + ["python"]
     print("\n$", *shown, *(repr(word) if set(word) & set(" \n(") else word for word in words), flush=True)
@@ -91,6 +81,7 @@ def run(program: str, *arguments: object, **environment: str) -> None:
 
 
 def report(metrics: Path, test: TokenStream) -> None:
+    """Print the validation loss beside that of a model that ignores context; the trained one must be below it."""
     losses = [json.loads(line).get("valid_loss") for line in metrics.read_text().splitlines()]
     loss = [value for value in losses if value is not None][-1]
     entropy = contents(test, vocab_size=None, eot_id=None).unigram_entropy

@@ -5,7 +5,7 @@ import sys
 from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import option
+from gpt2xla.config import MODEL_HELP, TOKENIZER_HELP, option
 from gpt2xla.evals.options import EvalConfig, open_runtime
 from gpt2xla.processes.exits import exit_code
 from gpt2xla.runtime.leaving import leaving_together
@@ -15,22 +15,15 @@ from gpt2xla.runtime.leaving import leaving_together
 class HellaSwagConfig(EvalConfig):
     """HellaSwag"""
 
-    model: str = option(
-        MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file", is_path=True
-    )
-    data: str | None = option(None, "the items as JSON lines (default: the validation set, from the hub)", is_path=True)
-    tokenizer: str | None = option(
-        None,
-        "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
-        "hub id (default: the model's own)",
-        is_path=True,
-    )
+    model: str = option(MISSING, MODEL_HELP, is_path=True)
+    data: str | None = option(None, "items as JSON lines (default: the validation set on the hub)", is_path=True)
+    tokenizer: str | None = option(None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True)
 
 
 def main() -> None:
     options = parse_options(HellaSwagConfig, "Measure a model's accuracy on HellaSwag.")
     train = options.train_config()
-    from gpt2xla.checkpoint.start import build_model, load_weights, locate
+    from gpt2xla.checkpoint.loading import build_model, load_weights, locate
     from gpt2xla.data.tokenizer import find_tokenizer
     from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
 

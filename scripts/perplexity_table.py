@@ -24,9 +24,11 @@ class TableConfig(EvalConfig):
     models: tuple[str, ...] = option(
         MISSING, "checkpoint folders, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files", is_path=True
     )
-    valid_dir: str = option(MISSING, "folder or URL of token shards", is_path=True)
-    valid_steps: int | Literal["all"] = option("all", "batches of --batch-size; all: each token of the split once")
-    output: str = option("perplexity", "where to write the table, without .md and .json", is_path=True)
+    valid_dir: str = option(MISSING, "folder or URL of the token shards to measure on", is_path=True)
+    valid_steps: int | Literal["all"] = option(
+        "all", "number of batches of --batch-size, or all: each token of the split once"
+    )
+    output: str = option("perplexity", "path of the table, without its endings .md and .json", is_path=True)
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
     train = options.train_config(options.valid_steps)
     files = [Path(f"{options.output}{suffix}") for suffix in (".md", ".json")]
     if not Path(options.output).name or not files[0].parent.is_dir() or any(file.is_dir() for file in files):
-        raise InputError(f"--output {options.output!r}: name files in a folder that is there, without .md and .json")
+        raise InputError(f"--output {options.output!r}: name files in an existing folder, without .md and .json")
     from gpt2xla.evals.perplexity_table import markdown, measure
     from gpt2xla.runtime.precision import label
 

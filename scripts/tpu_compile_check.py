@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Will a run fit a TPU? `python scripts/tpu_compile_check.py --topology v5e-8 v3-8 OPTIONS OF run_pretrain_xla.py`.
+"""Does a run fit a TPU? `python scripts/tpu_compile_check.py --topology v5e-8 v3-8 OPTIONS OF run_pretrain_xla.py`.
 
-Asks the TPU's own compiler; no TPU is needed. Needs the extra tpu-check. Exit code 3: it does not fit somewhere.
+Asks the TPU's own compiler, which needs no TPU but the extra tpu-check. Exits with 3 if the run does not fit one of them.
 """
 
 import importlib.util
@@ -27,12 +27,12 @@ class CheckConfig(XlaConfig):
     """TPU check and XLA runner"""
 
     topology: tuple[str, ...] = option(("v5e-8",), f"TPUs to compile for: {', '.join(TOPOLOGIES)}")
-    find_batch: bool = option(False, "find the largest --train-batch-size that fits, however many compiles it takes")
-    json: str | None = option(None, "file to write the reports to, as a list", is_path=True)
+    find_batch: bool = option(False, "find the largest --train-batch-size that fits, which may take many compiles")
+    json: str | None = option(None, "file for the reports, as a list", is_path=True)
 
 
 def main() -> None:
-    # As Ctrl-C does: the process that traces or compiles is ended, and its folder removed.
+    # As with Ctrl-C, the process that traces or compiles ends, and its folder is removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     config, options = parse_run(CheckConfig, description="Compile a run's training step for TPUs, without a TPU.")
     config.model.check()
@@ -60,6 +60,7 @@ def say(line: str) -> None:
 
 
 def describe(report: dict[str, Any]) -> str:
+    """Return a report as lines to read."""
     share, used, memory = report["sequences_per_device"], report["peak_gib"], report["memory_gib"]
     verdict = "fits" if report["fits"] else "does NOT fit"
     lines = [

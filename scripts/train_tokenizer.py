@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import option
+from gpt2xla.config import option, require_at_least
 from gpt2xla.data.documents.reading import (
     COLUMN_HELP,
     EXCLUDE_HELP,
@@ -63,8 +63,7 @@ class TokenizerConfig:
         least = 257 + len(self.special_tokens)
         if self.vocab_size < least:
             raise InputError(f"--vocab-size {self.vocab_size}: 256 bytes and the special tokens need at least {least}")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise InputError(f"--max-documents {self.max_documents}: choose a number of at least 1")
+        require_at_least(1, self, "max_documents")
         if Path(self.output_dir, "tokenizer.json").exists():
             raise InputError(
                 f"--output-dir {self.output_dir}: holds a tokenizer already; remove it or choose another folder"

@@ -1,4 +1,4 @@
-"""The doctor on machines made up from what users reported, and on this one."""
+"""The doctor on machines built from what users reported, and on this one."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from conftest import ROOT, require_xla, run, succeed
 from packaging.requirements import Requirement
 
 from gpt2xla import doctor
-from gpt2xla.doctor import Machine, conflicts, notes, probe
+from gpt2xla.doctor import Machine, notes, probe, problems
 from gpt2xla.errors import RunFailed
 from gpt2xla.runtime.xla import environment as xla_environment
 from gpt2xla.runtime.xla.releases import NEWEST, RELEASES
@@ -50,9 +50,9 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_a_fitting_machine_has_no_conflicts(image: str) -> None:
+def test_a_fitting_machine_has_no_problems(image: str) -> None:
     machine = changed(versions=IMAGES[image], python=(3, 13) if image == "Colab" else (3, 12))
-    assert list(conflicts(machine)) == []
+    assert list(problems(machine)) == []
     slower = [line for line in notes(machine) if "flash attention" in line]
     assert slower == list(notes(machine))
     assert len(slower) == ("Kaggle" in image), "the libtpu of torch_xla 2.8 does not compile the kernels"
@@ -60,13 +60,13 @@ def test_a_fitting_machine_has_no_conflicts(image: str) -> None:
 
 def test_without_jax_training_is_slower() -> None:
     machine = changed(versions={name: version for name, version in FITTING.items() if name != "jax"})
-    assert list(conflicts(machine)) == []
+    assert list(problems(machine)) == []
     (note,) = notes(machine)
     assert note.endswith("pip install jax==0.7.2")
 
 
 # A machine -> what its one line must hold: the culprit, then the fix.
-CONFLICTS = {
+PROBLEMS = {
     "torch newer": (with_versions(torch="2.10.0"), ["torch 2.10.0", "torch_xla 2.9.0", "pip install torch==2.9.0"]),
     "torch older": (
         with_versions(torch="2.8.0", libtpu="0.0.17"), ["torch 2.8.0", "torch_xla 2.9.0", "pip install torch_xla==2.8.0"],
@@ -111,9 +111,9 @@ CONFLICTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("machine", "words"), CONFLICTS.values(), ids=CONFLICTS)
-def test_a_conflict_is_one_line_with_its_fix(machine: Machine, words: list[str]) -> None:
-    (line,) = conflicts(machine)
+@pytest.mark.parametrize(("machine", "words"), PROBLEMS.values(), ids=PROBLEMS)
+def test_a_problem_is_one_line_with_its_fix(machine: Machine, words: list[str]) -> None:
+    (line,) = problems(machine)
     assert "\n" not in line
     positions = [line.find(word) for word in words]
     assert -1 not in positions, line
@@ -150,15 +150,15 @@ def _extras() -> dict[str, list[Requirement]]:
     return {extra: [Requirement(text) for text in texts] for extra, texts in lists.items()}
 
 
-def test_a_missing_tpu_is_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xla_environment, "tpu_chips", lambda: 0)
-    (line,) = conflicts(changed(tpu_chips=0))
+    (line,) = problems(changed(tpu_chips=0))
     assert "no TPU" in line
 
 
-def test_what_the_runner_mends_on_kaggle_is_a_note() -> None:
+def test_what_the_runner_fixes_on_kaggle_is_a_note() -> None:
     machine = with_variables(KAGGLE_KERNEL_RUN_TYPE="Batch", TPU_PROCESS_ADDRESSES="local", CLOUD_TPU_TASK_ID="0")
-    assert list(conflicts(machine)) == []
+    assert list(problems(machine)) == []
     assert [line.split(";")[0] for line in notes(machine)] == [
         "Kaggle sets TPU_PROCESS_ADDRESSES", "Kaggle sets CLOUD_TPU_TASK_ID",
     ]  # fmt: skip
@@ -166,10 +166,10 @@ def test_what_the_runner_mends_on_kaggle_is_a_note() -> None:
 
 def test_tensorflow_disturbs_only_tpus() -> None:
     machine = dataclasses.replace(with_versions(tensorflow="2.18.0"), environment={"PJRT_DEVICE": "CPU"}, tpu_chips=0)
-    assert list(conflicts(machine)) == []
+    assert list(problems(machine)) == []
 
 
-# What the runtime said in users' reports -> the mend that must follow.
+# What the runtime said in users' reports -> the fix that must follow.
 MESSAGES = {
     "ImportError: _XLAC.so: undefined symbol: _ZN2at6native": "do not fit together",
     "F0000 Mismatched PJRT plugin PJRT API version (0.47) and framework PJRT API version 0.40": "libtpu is of another",
@@ -185,9 +185,9 @@ MESSAGES = {
 }
 
 
-@pytest.mark.parametrize(("message", "mend"), MESSAGES.items(), ids=range(len(MESSAGES)))
-def test_a_failing_runtime_is_explained(message: str, mend: str) -> None:
-    with pytest.raises(RunFailed, match=mend) as failure:
+@pytest.mark.parametrize(("message", "fix"), MESSAGES.items(), ids=range(len(MESSAGES)))
+def test_a_failing_runtime_is_explained(message: str, fix: str) -> None:
+    with pytest.raises(RunFailed, match=fix) as failure:
         probe(os.environ, 60, program=f"raise SystemExit({message!r})")
     assert message[:60] in str(failure.value)
 
@@ -227,11 +227,11 @@ def test_here_all_is_well_and_without_a_device_it_is_not(tmp_path: Path) -> None
     well = run("-m", "gpt2xla.doctor", "--checkpoints-dir", tmp_path, PJRT_DEVICE="CPU")
     assert well.returncode == 0, well.stdout + well.stderr
     assert "1 of type CPU" in well.stdout
-    assert "nothing wrong found" in well.stdout
+    assert "no problems found" in well.stdout
     for name in ("Python", "torch ", "torch_xla", "numpy", "transformers"):
         assert f"\n  {name}" in well.stdout
     ill = run("-m", "gpt2xla.doctor", "--checkpoints-dir", tmp_path, PJRT_DEVICE="", XRT_TPU_CONFIG="x")
     assert ill.returncode == 1
-    assert ill.stdout.count("conflict: ") == 2
-    assert "2 found" in ill.stderr
+    assert ill.stdout.count("problem: ") == 2
+    assert "2 problems found; each line ends with the fix" in ill.stderr
     assert run("-m", "gpt2xla.doctor", "--no-such-flag").returncode == 2

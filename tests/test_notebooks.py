@@ -30,7 +30,7 @@ def cells_tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.Not
     ("name", "sessions"),
     [(NOTEBOOKS[0], 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in NOTEBOOKS)],
 )
-def test_every_cell_runs_and_the_run_goes_on(
+def test_every_cell_runs_and_the_run_resumes(
     name: str, sessions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_xla()
@@ -50,14 +50,14 @@ def test_every_cell_runs_and_the_run_goes_on(
     parameters.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for steps in (8, 12)[:sessions]:  # the second time as a reader who goes on
+    for steps in (8, 12)[:sessions]:  # the second time as a reader who resumes
         notebook_of_session = nbformat.from_dict(notebook)
         cells_tagged(notebook_of_session, "parameters")[0].source += f"\nSTEPS = {steps}"
         NotebookClient(notebook_of_session, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
         printed = "".join(
             output.get("text", "") for cell in notebook_of_session.cells for output in cell.get("outputs", [])
         )
-        assert "nothing wrong found" in printed, printed
+        assert "no problems found" in printed, printed
         assert "error" not in printed.lower(), printed
         assert f"checkpoint: {tmp_path}/checkpoints/step-{steps:08d}" in printed
         assert "\nOnce upon" in printed, "the text that the model continues"
@@ -114,7 +114,7 @@ def test_the_kaggle_notebook_takes_an_earlier_sessions_checkpoints(tmp_path: Pat
 def test_a_kernel_starts_its_workers_by_fork_again_and_again(
     trained: Path, data_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel itself stays clear of the device. The second call goes on where the first one stopped."""
+    """The kernel itself takes no device. The second call resumes where the first one stopped."""
     require_xla()
     for name, value in {
         "PJRT_DEVICE": "CPU",

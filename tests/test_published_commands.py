@@ -28,7 +28,7 @@ from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 from gpt2xla.runtime.xla import environment as xla_environment
-from gpt2xla.training.trainer import pretrain
+from gpt2xla.training.pretrain import pretrain
 
 PREPARE = r"""
 python scripts/prepare_fineweb.py \

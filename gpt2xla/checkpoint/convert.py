@@ -1,4 +1,4 @@
-"""Any checkpoint that is read here, written as a Hugging Face folder."""
+"""Converts any model that can be loaded here to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.checkpoint.start import load_weights, locate
+from gpt2xla.checkpoint.loading import load_weights, locate
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
@@ -16,14 +16,16 @@ from gpt2xla.generation.settings import settings_of
 
 
 def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str], None] = print) -> None:
-    """Write the model that --from-checkpoint means by `name` to the new folder `output`, in fp32, with a tokenizer: the one
-    asked for, else the one beside it, if there is one. What the model's folder says about generation stays as it is.
+    """Write the model `name`, as --from-checkpoint understands it, to the new folder `output`, in fp32.
+
+    The folder gets the requested tokenizer, otherwise the one beside the model, if there is one. The model's generation
+    settings are kept.
 
     Raises:
-        InputError: there is no such model, its tokenizer is another one's, or `output` exists already.
+        InputError: there is no such model, its tokenizer does not fit, or `output` exists already.
     """
     if output.exists():
-        raise InputError(f"--output-dir {output} exists already; choose another or move it away")
+        raise InputError(f"--output-dir {output} exists already; choose another, or move it away")
     source = locate(name)
     config, weights = load_weights(source)
     found, why = _choose_tokenizer(config, source, tokenizer)
@@ -48,15 +50,15 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
 
 
 def _choose_tokenizer(config: ModelConfig, source: Path, asked: str | None) -> tuple[Tokenizer | None, str]:
-    """The tokenizer, if there is one, and a line that says which and why."""
+    """Return the tokenizer, if there is one, and which one it is, as text for the user."""
     if asked:
         tokenizer = load_tokenizer(asked)
         if tokenizer.vocab_size > config.real_vocab_size:
             raise InputError(
-                f"--tokenizer {asked} has {tokenizer.vocab_size} ids, and {source} only {config.real_vocab_size}; name the "
-                "one that the model was trained with"
+                f"--tokenizer {asked} has {tokenizer.vocab_size} ids, but {source} only {config.real_vocab_size}; name the "
+                "tokenizer that the model was trained with"
             )
-        return tokenizer, f"{tokenizer.name}, as asked for"
+        return tokenizer, f"{tokenizer.name}, as requested"
     if has_tokenizer(folder := model_folder(source)):
         return load_tokenizer(str(folder)), "the one beside the model"
-    return None, f"none written, as {source} has none; --tokenizer gpt2 (OpenAI's), or whichever it is, adds one"
+    return None, f"none written, because {source} has none; add one with --tokenizer, such as gpt2 for OpenAI's"

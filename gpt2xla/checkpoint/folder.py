@@ -1,8 +1,8 @@
-"""Checkpoint folders: written so that a crash leaves the old ones good, verified before they are used.
+"""Checkpoint folders, written so that a crash leaves the old ones intact, and verified before use.
 
-`step-00001000/` is a Hugging Face model folder with `training_state.pt` and `run_config.json` beside the weights, and with
-the folder `training_state/` if the optimizer's state was split over devices (`sharded_state.py`). It is written under a
-temporary name and renamed; `COMPLETE`, with size and hash of every file, says that it is whole.
+`step-00001000/` is a Hugging Face model folder. Beside the weights it has `training_state.pt`, `run_config.json`, and the
+folder `training_state/` if the optimizer's state was split over devices (`sharded_state.py`). It is written under a
+temporary name and then renamed. Its file `COMPLETE`, with size and hash of every other file, shows that it is whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
-from gpt2xla.files import file_sha256, read_json
+from gpt2xla.files import file_sha256, read_json, write_whole
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.logs.sinks import METRICS_FILE
 
@@ -44,14 +44,17 @@ def save(
 ) -> Path:
     """Write `step-XXXXXXXX` under `root` for `training["step"]`; return it once it is safely on disk.
 
-    `weights` are by our names and on the CPU; `settings` are by default the tokenizer's. If the folder `shards` exists, it
-    holds the part of the training state that `sharded_state` wrote, and is moved in. An older folder of the same step is set
-    aside.
+    An older folder of the same step is set aside.
+
+    Args:
+        weights: by our parameter names, on the CPU.
+        settings: generation settings; default: the tokenizer's.
+        shards: a folder with the part of the training state that `sharded_state` wrote. If it exists, it is moved in.
 
     Raises:
-        OSError: it could not be written; nothing is left of it.
+        OSError: the checkpoint could not be written. Nothing is left of it.
     """
-    final = root / f"step-{training['step']:08d}"
+    final = step_folder(root, training["step"])
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -60,7 +63,11 @@ def save(
         if final.exists():
             _set_aside(final)
         os.rename(partial, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors raise their own errors on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         if shards:
             shutil.rmtree(shards, ignore_errors=True)
@@ -82,7 +89,7 @@ def _write(
     hf.save_model(folder, config.model, weights, settings=settings or GenerationSettings.of(tokenizer))
     if tokenizer:
         tokenizer.save(folder)
-    with (folder / TRAINING_STATE).open("wb") as state:  # given a path, torch does not say what is wrong with the disk
+    with (folder / TRAINING_STATE).open("wb") as state:  # given a path, torch would hide the error of the disk
         torch.save(training, state)
     if shards and shards.is_dir():
         shards.rename(folder / SHARDS)
@@ -93,7 +100,7 @@ def _write(
 
 
 def seal(folder: Path, step: int) -> None:
-    """Write COMPLETE: the step, size and hash of every file, and a hash of all that."""
+    """Write COMPLETE: the step, the size and hash of every file, and a hash of these entries."""
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in sorted(folder.rglob("*"))
@@ -108,15 +115,22 @@ def _sha256(contents: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
+def step_folder(root: Path, step: int) -> Path:
+    """Return where the checkpoint of `step` lies."""
+    return root / f"step-{step:08d}"
+
+
 def shards_folder(root: Path, step: int) -> Path:
-    """Where to write what becomes `shards` of that step; an interrupted one is cleared away like any partial folder."""
+    """Return where to write what `save` takes as `shards`. An interrupted one is removed like any partial folder."""
     return root / f".step-{step:08d}.{SHARDS}.partial"
 
 
 def prepare_folder(root: Path, step: int) -> list[str]:
-    """Make `root` ready for a run that goes on after `step`: drop what an interrupted save left, and set checkpoints of
-    later steps aside with a copy of the metrics, so that no later start takes them for this run's. Returns lines for the
-    user."""
+    """Make `root` ready for a run that continues after `step`, and return lines for the user.
+
+    Leftovers of interrupted saves are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so that
+    no later start takes them for this run's.
+    """
     for partial in root.glob(".step-*.partial"):
         shutil.rmtree(partial)
     later = sorted(folder for folder in root.glob("step-*") if folder.name > f"step-{step:08d}")
@@ -126,29 +140,33 @@ def prepare_folder(root: Path, step: int) -> list[str]:
 
 
 def prune(root: Path, newest: Path, limit: int) -> None:
-    """Delete the oldest checkpoints so that `limit` remain (0: all stay), if `newest` reads back whole."""
+    """Delete the oldest checkpoints so that `limit` remain (0: keep all).
+
+    Raises:
+        OSError: `newest` is damaged, so nothing was deleted.
+    """
     old = [folder for folder in list_checkpoints(root) if folder < newest]
     surplus = old[: max(0, len(old) + 1 - limit)] if limit else []
     if surplus and not (problem := find_damage(newest)):
         for folder in surplus:
-            # Renamed first, so that a half-deleted one is never taken, and is gone for good at the next start.
+            # Renamed first: a half-deleted one is never loaded, and the next start removes the rest.
             shutil.rmtree(folder.rename(root / f".{folder.name}.partial"))
     elif surplus:
         raise OSError(f"the checkpoint just written is damaged, so no older one was deleted: {problem}")
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoint folders below `root`, oldest first."""
+    """Return the finished checkpoints in `root`, oldest first."""
     return [folder for folder in list_folders(root) if (folder / COMPLETE).is_file()]
 
 
 def list_folders(root: Path) -> list[Path]:
-    """Folders below `root` that are called as checkpoints are, oldest first."""
+    """Return the folders in `root` that are named like checkpoints, finished or not, oldest first."""
     return sorted(folder for folder in root.glob("step-*") if folder.is_dir())
 
 
 def step_of(folder: Path) -> int:
-    """The step at which a checkpoint was saved; 0 for a model that is none of ours."""
+    """Return the step at which a checkpoint was saved; 0 for any other model folder."""
     try:
         return int(read_json(folder / COMPLETE)["step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -156,7 +174,7 @@ def step_of(folder: Path) -> int:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if nothing is."""
+    """Return what is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if it is whole."""
     try:
         contents = read_json(folder / COMPLETE)
         if contents.pop("sha256") != _sha256(contents):
@@ -169,23 +187,21 @@ def find_damage(folder: Path) -> str | None:
     for name, (size, sha256) in expected.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{folder / COMPLETE} names a file outside of its folder"
+            return f"{folder / COMPLETE} names a file outside its folder"
         try:
             is_there = file.is_file()
         except OSError:
-            return f"{folder / COMPLETE} names what no file can be called"
+            return f"{folder / COMPLETE} names an impossible file"
         if not is_there:
             return f"{file} is missing"
         if file.stat().st_size != size or file_sha256(file) != sha256:
-            return f"{file} is damaged: its contents are not what was saved"
+            return f"{file} is damaged: its contents have changed since it was saved"
     return None
 
 
 def write_run_config(folder: Path, config: RunConfig) -> None:
-    """All options of the run; `--config run_config.json` reads them back."""
-    partial = folder / f".{RUN_CONFIG}.partial"
-    partial.write_text(json.dumps(config.to_flat(), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / RUN_CONFIG)
+    """Write all options of the run. `--config run_config.json` reads them back."""
+    write_whole(folder / RUN_CONFIG, json.dumps(config.to_flat(), indent=2) + "\n")
 
 
 def _set_aside(folder: Path) -> Path:

@@ -1,9 +1,13 @@
-"""The model that a user's name means, wherever a model is asked for: its place, and its weights by what is found there."""
+"""Loads a model by the name that a user gives: finds its folder or file, reads the weights, and builds the model."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from gpt2xla.checkpoint.folder import list_checkpoints
 from gpt2xla.checkpoint.formats import hugging_face as hf
@@ -14,11 +18,15 @@ from gpt2xla.checkpoint.formats.pt_file import load_pt_model
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError, user_error
+from gpt2xla.model.gpt2 import GPT2
 
 
 def locate(name: str) -> Path:
-    """The folder or file that a user's `name` means: a path, a folder of checkpoints (its newest), an OpenAI size or a
-    hub id. Raises InputError if it means nothing.
+    """Return the folder or file that a user's `name` means: a path, the newest checkpoint in a folder of checkpoints, an
+    OpenAI size or a hub id.
+
+    Raises:
+        InputError: there is no such model.
     """
     if not name:
         raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
@@ -32,7 +40,7 @@ def locate(name: str) -> Path:
 
 
 def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Model configuration and weights of a folder or file. Raises InputError."""
+    """Return the model configuration and weights of a folder or file. Raises InputError if it holds no model."""
     if not source.is_file():
         return hf.load_model(source)
     if (part := re.search(r"-\d+-of-(\d+)\.", source.name)) and int(part[1]) > 1:
@@ -44,13 +52,35 @@ def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
 
 
 def _load_safetensors(file: Path) -> tuple[ModelConfig, StoredWeights]:
-    """By the `config.json` beside it. Without one it is refused, also where its shapes are those of GPT-2: models of the
-    same shapes differ in what shapes do not show, as Stanford's do in the scale of their attention.
+    """Read the file by the `config.json` beside it.
+
+    Without one it is refused, even if the shapes are GPT-2's: models of equal shapes may differ in other ways, as Stanford's
+    do in the scale of their attention.
     """
     if not (file.parent / "config.json").is_file():
         raise InputError(
-            f"{file} holds weights alone, and there is no config.json beside it: the number of heads and the activation "
-            "cannot be told from them; copy the model's config.json there"
+            f"{file} holds only weights, and there is no config.json beside it: weights do not show the number of heads or "
+            "the activation; copy the model's config.json there"
         )
     config, notes = read_config(file.parent)
     return hf.weights_in([file], file, config, notes)
+
+
+def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:
+    """Return the model with these weights, on the CPU, in fp32. It is filled tensor by tensor: there is one copy of them.
+
+    A vocabulary that `config` pads gets rows of zeros, and positions beyond those of `config` are left out.
+
+    Raises:
+        InputError: `source` cannot be read.
+    """
+    with torch.device("meta"):
+        model = GPT2(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad(), user_error(str(source)):
+        for name, parameter in model.named_parameters():
+            stored = weights[name]
+            rows = min(len(stored), len(parameter))
+            parameter[:rows] = stored[:rows]
+            parameter[rows:] = 0.0
+    return model

@@ -1,16 +1,85 @@
-"""Saves in the background: training waits for the copy of its state to host memory, and not for the disk."""
+"""Saves a run's checkpoints in the background: training waits for the copy to host memory, not for the disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.config import RunConfig
+from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.generation.settings import GenerationSettings
+from gpt2xla.logs.console import say
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.base import Runtime
+from gpt2xla.runtime.stop import Stop
+
+
+class Saver:
+    """Writes checkpoints of a run to its folder, and removes the oldest ones.
+
+    Args:
+        run_state: returns what a resumed run needs beside weights, optimizer and runtime: plain values. Called by the main
+            process when all updates before the checkpoint are logged.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        model: GPT2,
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer | None,
+        settings: GenerationSettings,
+        run_state: Callable[[], dict[str, Any]],
+        stop: Stop,
+    ) -> None:
+        self.config, self.runtime, self.model, self.optimizer = config, runtime, model, optimizer
+        self.tokenizer, self.settings, self.run_state, self.stop = tokenizer, settings, run_state, stop
+        self.folder = Path(config.general.checkpoints_dir)
+        self._writes = BackgroundSaves(self._failed)
+
+    def save(self, step: int, is_evaluated: bool) -> None:
+        """Copy the state after `step` to host memory and start writing it. Collective.
+
+        Args:
+            is_evaluated: whether the evaluations due after `step` are done; if not, a resumed run makes up for them.
+        """
+        shards = checkpoint.shards_folder(self.folder, step)
+        weights, state = self.runtime.snapshot(self.model, self.optimizer, shards)
+        if self.runtime.is_main:
+            training = {"step": step, "is_evaluated": is_evaluated, **state, **self.run_state()}
+            self._writes.start(partial(self._write, weights, training, shards))
+
+    def wait(self) -> bool:
+        """Wait until nothing is being written. Return whether the last checkpoint is on the disk."""
+        return self._writes.wait()
+
+    def _write(self, weights: dict[str, Tensor], training: dict[str, Any], shards: Path) -> None:
+        written = checkpoint.save(
+            self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer,
+            settings=self.settings, shards=shards,
+        )  # fmt: skip
+        checkpoint.prune(self.folder, written, self.config.train.saved_checkpoint_limit)
+
+    def _failed(self, error: OSError) -> None:
+        continues = self.config.train.on_save_error == "go-on"
+        say(f"{error}; older checkpoints are good; training {'continues' if continues else 'stops'}", error=True)
+        if not continues:
+            self.stop.request("a checkpoint that could not be written")
 
 
 class BackgroundSaves:
-    """Writes in a thread, one save at a time.
+    """Writes in a thread, one checkpoint at a time.
 
     Args:
-        failed: told, in that thread, of a save that could not be written.
+        failed: called in that thread with the OSError of a write that failed.
     """
 
     def __init__(self, failed: Callable[[OSError], None]) -> None:
@@ -19,12 +88,12 @@ class BackgroundSaves:
         self._last: Future[bool] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Have `write` called; first wait for the one before. Raises what it raised, if that was not OSError."""
+        """Call `write` in the thread, after the write before it has ended. Raises what that one raised, except OSError."""
         self.wait()
         self._last = self._thread.submit(self._write, write)
 
     def wait(self) -> bool:
-        """Until nothing is being written: whether the last save is on the disk."""
+        """Wait until nothing is being written. Return whether the last write succeeded."""
         return self._last is None or self._last.result()
 
     def _write(self, write: Callable[[], None]) -> bool:

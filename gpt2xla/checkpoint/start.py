@@ -1,16 +1,14 @@
-"""Where a run begins: new weights, someone's model, or one of our checkpoints to be continued."""
+"""Finds where a run begins: with new weights, someone's model, or a checkpoint of a run to resume."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gpt2xla.checkpoint.folder import (
     COMPLETE,
@@ -24,21 +22,21 @@ from gpt2xla.checkpoint.folder import (
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
-from gpt2xla.checkpoint.loading import load_weights, locate
-from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
+from gpt2xla.checkpoint.loading import build_model, load_weights, locate
+from gpt2xla.config import GeneralConfig, ModelConfig, Precision, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim import optimizer as optim
+from gpt2xla.optim.state import moment_shapes
 
-# Options of this call, not of the run that is continued.
+# Options of this command that a resumed run does not inherit.
 _NOT_CONTINUED = {
     "checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "wandb_resume_id", "verify_data",
 }  # fmt: skip
-# What torch.amp.GradScaler saves, and the XLA runtime's scaler like it.
+# What torch.amp.GradScaler and the XLA runtime's scaler save.
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-# Model options that a new run may choose otherwise than the checkpoint it starts from.
+# Model options in which a new run may differ from the checkpoint it starts from.
 _RESIZED = ("vocab_size", "seq_length")
 
 
@@ -47,11 +45,11 @@ class Start:
     """What a run begins with.
 
     Attributes:
-        config: the run's options, completed from the checkpoint where the user did not set them.
-        source: the checkpoint folder or file, None for new weights.
-        weights: those of the source, still on disk; None for new weights.
-        training: what `checkpoint.save` stored of the run to be continued; None when a new run begins at step 0.
-        notes: lines for the user: damaged checkpoints that were passed over, options that changed.
+        config: the run's options. Those that the user did not set come from the checkpoint.
+        source: the checkpoint folder or file; None for new weights.
+        weights: the source's weights, still on disk; None for new weights.
+        training: the training state that `checkpoint.save` stored; None if a new run begins at step 0.
+        notes: lines for the user, about damaged checkpoints that were skipped and options that changed.
     """
 
     config: RunConfig
@@ -66,11 +64,20 @@ class Start:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether nothing is left to do of what follows a step; not so where the run was stopped in it."""
+        """Whether the evaluations after `step` are complete. They are not if the run was stopped during them."""
         return self.training.get("is_evaluated", True) if self.training else True
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has made all its steps and evaluations."""
+        return 0 < self.step == self.config.train.train_steps and self.is_evaluated
+
+    def in_precision(self, name: Precision) -> Start:
+        """Return the same start with --mixed-precision auto decided."""
+        return dataclasses.replace(self, config=self.config.in_precision(name))
+
     def build_model(self) -> GPT2:
-        """The model with its first weights, on the CPU. Raises InputError if they cannot be read."""
+        """Return the model with its first weights, on the CPU. Raises InputError if they cannot be read."""
         if self.source is not None and self.weights is not None:
             return build_model(self.config.model, self.weights, self.source)
         with torch.device("meta"):
@@ -83,10 +90,10 @@ class Start:
 def find_start(config: RunConfig) -> Start:
     """Decide by --resume and --from-checkpoint where the run begins, and load it.
 
-    A run that is continued keeps its options, but for those that the user sets anew.
+    A resumed run keeps its options, except those that the user sets again.
 
     Raises:
-        InputError: what was asked for is missing, damaged, or contradicts the flags.
+        InputError: the requested checkpoint is missing, damaged, or contradicts the flags.
     """
     notes: list[str] = []
     with user_error(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
@@ -98,7 +105,7 @@ def find_start(config: RunConfig) -> Start:
     if continues:
         config = _complete(config, source, notes)
     if config.general.do_test and config.train.mixed_precision == "auto" and "mixed_precision" not in config.given:
-        config = config.in_precision("none")  # so that losses compare between devices
+        config = config.in_precision("none")  # so that losses are comparable between devices
     saved_model, weights = load_weights(source)
     notes += weights.notes
     if not continues:
@@ -108,25 +115,8 @@ def find_start(config: RunConfig) -> Start:
     return Start(config, source, weights, training, tuple(notes))
 
 
-def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:
-    """The model on the CPU, in fp32, with these weights: filled tensor by tensor, so that there is one copy of them.
-
-    The vocabulary is padded with zeros and positions are cut as `config` says. Raises InputError if `source` cannot be read.
-    """
-    with torch.device("meta"):
-        model = GPT2(config)
-    model.to_empty(device="cpu")
-    with torch.no_grad(), user_error(str(source)):
-        for name, parameter in model.named_parameters():
-            stored = weights[name]
-            rows = min(len(stored), len(parameter))
-            parameter[:rows] = stored[:rows]
-            parameter[rows:] = 0.0
-    return model
-
-
 def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:
-    """The source, and whether its run is continued."""
+    """Return the source, and whether its run is resumed."""
     if general.from_checkpoint is not None and hf.is_missing_path(general.from_checkpoint):
         raise InputError(
             f"--from-checkpoint {general.from_checkpoint}: no such folder or file; correct the path, or leave the flag out"
@@ -172,9 +162,9 @@ def _newest_good(root: Path, notes: list[str]) -> Path | None:
         damage = find_damage(folder)
         if damage is None:
             return folder
-        notes.append(f"passed over a checkpoint: {damage}")
+        notes.append(f"skipped a checkpoint: {damage}")
     if notes:
-        raise InputError(f"no checkpoint in {root} is whole ({notes[0]}); move them away to start anew")
+        raise InputError(f"no checkpoint in {root} is whole ({notes[0]}); move them away to start from scratch")
     return None
 
 
@@ -187,7 +177,7 @@ def _refuse_an_older_one(general: GeneralConfig, newest: Path) -> None:
 
 
 def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
-    """`config` with the options that the user did not set taken from the continued run."""
+    """Return `config` with the options that the user did not set taken from the resumed run."""
     now, options = config.to_flat(), {}
     try:
         saved = in_todays_words(read_json(source / RUN_CONFIG))
@@ -196,7 +186,7 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
                 continue
             value = tuple(value) if isinstance(value, list) else value
             if isinstance(now[name], tuple) and isinstance(value, str):
-                value = (value,)  # a run of a single --train-dir, when no run had more
+                value = (value,)  # older checkpoints store a single --train-dir as a string
             if name not in config.given or (name == "mixed_precision" and now[name] == "auto"):
                 options[name] = value
             elif now[name] != value:
@@ -208,8 +198,8 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
     trained = saved.get("optim_type", asked)
     if asked != trained and "muon" in (asked, trained) and not config.general.do_test:
         raise InputError(
-            f"--optim-type {asked} cannot go on with the state of {trained}, which {source} holds; leave the flag out, or "
-            "begin a new run with its weights (--resume never)"
+            f"--optim-type {asked} cannot use the state of {trained} in {source}; leave the flag out, or begin a new run "
+            "with its weights (--resume never)"
         )
     return dataclasses.replace(completed, given=config.given)
 
@@ -219,7 +209,7 @@ def _as_given(value: Any) -> Any:
 
 
 def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:
-    """The checkpoint's model; options the user gave must say the same, but for dropout, which is free to change."""
+    """Return the checkpoint's model. Options that the user gave must agree with it, except dropout, which may change."""
     for field in options_of(ModelConfig):
         asked, found = getattr(config.model, field.name), getattr(saved, field.name)
         if field.name in config.given and field.name != "dropout" and asked != found:
@@ -231,8 +221,8 @@ def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:
 
 
 def _resize(config: RunConfig, saved: ModelConfig, source: Path, notes: list[str]) -> ModelConfig:
-    """The checkpoint's model with its vocabulary padded and its positions cut to what the user asked for. The model stays
-    the same function: of the sequences that it can still read, and of the ids that it had."""
+    """Return the checkpoint's model with its vocabulary padded and its positions cut as the user asked. For the ids that it
+    had, and the sequences that it can still read, the model stays the same function."""
     asked, tokens = config.model, saved.real_vocab_size
     if "vocab_size" in config.given and asked.vocab_size != saved.vocab_size:
         if asked.vocab_size < tokens:
@@ -258,7 +248,7 @@ def _resize(config: RunConfig, saved: ModelConfig, source: Path, notes: list[str
 
 
 def _refuse_beyond_memory(model: ModelConfig) -> None:
-    """An operating system may promise more memory than there is, and end the process once it is used."""
+    """Raise InputError if new weights exceed the memory. The system may promise it anyway, and kill the process later."""
     needed, there = 4 * model.matrix_elements, _memory_bytes()
     if needed > there:
         raise InputError(
@@ -272,7 +262,7 @@ def _memory_bytes() -> int:
 
 
 def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
-    file, moments = source / TRAINING_STATE, optim.moments(config.optim, parameter_shapes(config.model))
+    file, moments = source / TRAINING_STATE, moment_shapes(config.optim, parameter_shapes(config.model))
     training = load_plain(file)
     try:
         step, optimizer = training["step"], training["optimizer"]

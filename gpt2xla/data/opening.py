@@ -1,20 +1,115 @@
-"""From the options of a run to its data: folders opened, checked, and found to go together."""
+"""From the options of a run to its data: folders opened, checked, and found to fit together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gpt2xla.config import RunConfig
-from gpt2xla.data.mixture import Mixture, parse_weights
+from gpt2xla.data.mixture import PATTERN, Mixture, parse_weights
 from gpt2xla.data.remote import Cache
 from gpt2xla.data.shards import TokenStream
-from gpt2xla.data.windows import Windows
+from gpt2xla.data.tokenizer import Tokenizer, match_tokenizer
+from gpt2xla.data.windows import TrainingOrder, Windows, share_of
 from gpt2xla.errors import InputError
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """All that a run reads.
+
+    Attributes:
+        order: which windows of --train-dir each update reads.
+        validation: the windows of --valid-dir.
+        tokenizer: the one that made both; None if there is none beside them and none was named.
+    """
+
+    config: RunConfig
+    order: TrainingOrder
+    validation: Windows
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def open(cls, config: RunConfig, source: Path | None, rank: int, world_size: int, devices: int) -> TrainingData:
+        """Open the data for the process `rank` of `world_size`, which drive `devices` together.
+
+        Args:
+            source: the checkpoint that the run starts from. Its tokenizer comes before the shards'.
+
+        Raises:
+            InputError: data, tokenizer and options do not fit together.
+        """
+        sets, mixture = open_training(config)
+        validation = open_validation(config)
+        share_of("--train-batch-size", config.train.train_batch_size, devices)
+        order = TrainingOrder(
+            sets,
+            mixture,
+            batch_size=config.train.train_batch_size,
+            accum=config.train.gradient_accum_step,
+            rank=rank,
+            world_size=world_size,
+            drop_last=config.data.drop_last,
+            shuffle_seed=config.general.seed if config.data.shuffle else None,
+        )
+        folders = [*([source] if source else []), *(windows.stream.folder for windows in sets)]
+        return cls(config, order, validation, tokenizer_of(config, folders, [*sets, validation]))
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Over all devices and micro-steps of an update."""
+        return self.config.train.train_batch_size * self.config.train.gradient_accum_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.config.model.seq_length
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the user about what was found in the folders."""
+        return [note for windows in (*self.order.sets, self.validation) for note in windows.stream.notes]
+
+    def position(self) -> dict[str, Any]:
+        """What decides which windows a step reads. All of it must stay the same for a resumed run to continue exactly."""
+        return {
+            "--train-dir": self._fingerprint(),
+            "--seq-length": self.config.model.seq_length,
+            "--train-batch-size x --gradient-accum-step": self.sequences_per_step,
+            "--drop-last": sum(order.per_epoch for order in self.order.epochs),
+            "--shuffle or --seed": f"--seed {self.config.general.seed}" if self.config.data.shuffle else "no --shuffle",
+        }
+
+    def check_continues(self, saved: dict[str, Any], source: Path) -> None:
+        """Raise InputError unless `position` is the one that the checkpoint `source` was trained with: `saved`."""
+        for option, value in self.position().items():
+            if saved.get(option, value) != value:
+                raise InputError(
+                    f"{option} is not what {source} was trained with ({saved[option]}, now {value}): the run would lose or "
+                    "repeat data; restore it, or start again with --from-checkpoint and --resume never"
+                )
+
+    def _fingerprint(self) -> str:
+        """Of the tokens, and of the weights where there are several data sets. Names and places of folders may change."""
+        sets, counts = self.order.sets, self.order.mixture.counts
+        if len(sets) == 1:
+            return sets[0].stream.fingerprint
+        return " + ".join(f"{c}/{PATTERN} of {w.stream.fingerprint}" for w, c in zip(sets, counts, strict=True))
+
+
+def tokenizer_of(config: RunConfig, folders: list[Path], windows: Sequence[Windows]) -> Tokenizer | None:
+    """Return the tokenizer of a run: --tokenizer, or the one in the first of `folders` that has one.
+
+    Raises InputError if it is not the one that made the data `windows`.
+    """
+    check_same_tokenizer(windows)
+    manifests = [w.stream.manifest for w in windows if w.stream.manifest]
+    return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.real_vocab_size)
+
+
 def open_training(config: RunConfig) -> tuple[list[Windows], Mixture]:
-    """The data sets of --train-dir and how they are mixed. Raises InputError."""
+    """Open the data sets of --train-dir and their mixture. Raises InputError."""
     folders, weights = parse_weights("--train-dir", config.data.train_dir)
     sets = [_open(config, folder, "--train-dir") for folder in folders]
     _check_room(config, [windows.stream for windows in sets if windows.stream.is_remote])
@@ -22,12 +117,12 @@ def open_training(config: RunConfig) -> tuple[list[Windows], Mixture]:
 
 
 def open_validation(config: RunConfig) -> Windows:
-    """Raises InputError."""
+    """Open the split of --valid-dir. Raises InputError."""
     return _open(config, config.data.valid_dir, "--valid-dir")
 
 
 def check_same_tokenizer(sets: Sequence[Windows]) -> None:
-    """Raises InputError where manifests say that data sets were made with different tokenizers."""
+    """Raise InputError if manifests say that data sets were made with different tokenizers."""
     known = [(w.stream, w.stream.manifest) for w in sets if w.stream.manifest]
     for stream, manifest in known[1:]:
         first_stream, first = known[0]

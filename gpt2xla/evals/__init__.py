@@ -1,1 +1,1 @@
-"""Measures of a trained model."""
+"""Measures of a model: validation loss, HellaSwag, perplexity tables and sample texts."""

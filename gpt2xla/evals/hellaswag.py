@@ -1,5 +1,5 @@
-"""HellaSwag (Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"), scored as EleutherAI's
-lm-evaluation-harness scores its task `hellaswag` without examples: which of four endings the model finds likeliest.
+"""HellaSwag (Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"): which of four endings does the
+model find likeliest? Scored as EleutherAI's lm-evaluation-harness scores its task `hellaswag` without examples.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,22 +30,23 @@ _SHORTEST_BUCKET = 128  # tokens; the flash kernels take multiples of it
 _IN_BRACKETS = re.compile(r"\[.*?\]")
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
+    """One question: a context, its four possible endings, and the number of the right one, from 0."""
+
     context: str
     endings: tuple[str, ...]
     label: int
 
 
 class Questions(NamedTuple):
-    """Items as tokens: four rows, one after the other, for each.
+    """Items as tokens: four rows for each item, one for each ending.
 
     Attributes:
-        rows: the tokens of context and ending, as many as a model of `seq_length` can predict from, plus the last.
-        ending_tokens: how many tokens at the end of each row are the ending's.
+        rows: the tokens of context and ending, at most seq_length + 1: the last one is only predicted.
+        ending_tokens: how many tokens at the end of each row belong to the ending.
         ending_characters: (items, 4), the length of each ending's text.
         labels: (items), which ending is the right one.
-        seq_length: the model's.
+        seq_length: of the model.
     """
 
     rows: list[list[int]]
@@ -57,11 +57,13 @@ class Questions(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """Attributes:
-    acc: share of the items whose right ending has the highest sum of log-probabilities.
-    acc_norm: the same with each sum divided by the ending's number of characters.
-    items: how many were asked.
-    log_probabilities: (items, 4), in nats.
+    """How many endings the model got right.
+
+    Attributes:
+        acc: share of the items whose right ending has the highest sum of log-probabilities.
+        acc_norm: the same with each sum divided by the ending's number of characters.
+        items: how many were asked.
+        log_probabilities: (items, 4), in nats.
     """
 
     acc: float
@@ -70,19 +72,19 @@ class Accuracy(NamedTuple):
     log_probabilities: np.ndarray
 
     def line(self) -> dict[str, Any]:
-        """For the log of a run."""
+        """Return what a run logs of it."""
         return {"hellaswag_acc": self.acc, "hellaswag_acc_norm": self.acc_norm, "hellaswag_items": self.items}
 
     def standard_error(self, share: float) -> float:
-        """Of one of the two, a mean of zeros and ones."""
+        """Return the standard error of `acc` or `acc_norm`, a mean of zeros and ones."""
         return math.sqrt(share * (1 - share) / max(1, self.items - 1))
 
 
 class HellaSwag:
-    """Scores a model. Rows are padded to one of a few lengths, and each length is a step compiled once.
+    """Scores a model. Rows are padded to one of a few lengths, and each length is a step that compiles once.
 
     Args:
-        batch_size: sequences of the longest length at once, over all devices together; of shorter ones there are more.
+        batch_size: sequences of full length per batch, over all devices together; batches of shorter rows hold more.
     """
 
     def __init__(
@@ -103,8 +105,8 @@ class HellaSwag:
         ]
 
     def run(self) -> Accuracy:
-        """Each item once, whatever the number of processes; every process has the result. Collective. Raises Stopped as
-        `RowLosses.of` does."""
+        """Score each item once, whatever the number of processes, and return the result on every process. Collective. Raises
+        as `RowLosses.of` does."""
         questions = self.questions
         log_probabilities = np.empty(len(questions.rows))
         count = sum(-(-len(numbers) // self._rows_at_once(length)) for length, numbers, _ in self._buckets)
@@ -121,7 +123,7 @@ class HellaSwag:
             yield self._batch(length, numbers[first : first + share], share)
 
     def _rows_at_once(self, length: int) -> int:
-        """Of all processes together, divisible by them and their devices."""
+        """Return the rows of a batch over all processes together, a number that they and their devices divide."""
         batch_size = self.batch_size * (self.questions.seq_length // length)
         world_size = self.runtime.world_size
         return padded_share(batch_size, world_size, self.runtime.devices) * world_size
@@ -137,15 +139,15 @@ class HellaSwag:
 
 
 def accuracy(log_probabilities: np.ndarray, questions: Questions) -> Accuracy:
-    """From the (items, 4) sums of log-probabilities; among equals the first ending is taken."""
+    """Return the accuracy, from the (items, 4) sums of log-probabilities; among equal sums the first ending is chosen."""
     right = log_probabilities.argmax(1) == questions.labels
-    with np.errstate(divide="ignore"):  # an ending that was all brackets is never chosen
+    with np.errstate(divide="ignore"):  # an ending that was only brackets is never chosen
         right_norm = (log_probabilities / questions.ending_characters).argmax(1) == questions.labels
     return Accuracy(float(right.mean()), float(right_norm.mean()), len(right), log_probabilities)
 
 
 def bucket_lengths(seq_length: int) -> list[int]:
-    """128, 256, 512, ... below `seq_length`, and that."""
+    """Return 128, 256, 512, ... up to the last one below `seq_length`, and `seq_length`."""
     lengths = [_SHORTEST_BUCKET]
     while lengths[-1] < seq_length:
         lengths.append(2 * lengths[-1])
@@ -153,11 +155,11 @@ def bucket_lengths(seq_length: int) -> list[int]:
 
 
 def encode_items(items: list[Item], tokenizer: Tokenizer, seq_length: int) -> Questions:
-    """A blank joins context and ending; both are encoded together, and what lies beyond the context's own tokens is the
-    ending. Blanks at the end of a context belong to the ending. Too long a context loses its beginning.
+    """Encode each context together with each of its endings, joined by a blank. What follows the context's own tokens is the
+    ending; blanks at the end of a context belong to it. A context that is too long loses its beginning.
 
     Raises:
-        InputError: an ending has no token of its own, or more than a model of `seq_length` can predict.
+        InputError: an ending has no token, or more tokens than a model of `seq_length` can predict.
     """
     contexts = [item.context.rstrip() for item in items]
     texts = [f"{item.context} {ending}" for item in items for ending in item.endings]
@@ -168,7 +170,7 @@ def encode_items(items: list[Item], tokenizer: Tokenizer, seq_length: int) -> Qu
         if not 0 < count <= seq_length:
             item, ending = divmod(number, _ENDINGS)
             raise InputError(
-                f"HellaSwag item {item + 1}: its ending {ending + 1} is {count} tokens, where a model of --seq-length "
+                f"HellaSwag item {item + 1}: its ending {ending + 1} has {count} tokens, and a model of --seq-length "
                 f"{seq_length} predicts 1 to {seq_length}; use a model of longer sequences"
             )
         rows.append([int(i) for i in ids[-(seq_length + 1) :]])
@@ -178,11 +180,11 @@ def encode_items(items: list[Item], tokenizer: Tokenizer, seq_length: int) -> Qu
 
 
 def read_items(file: str | None, option: str) -> list[Item]:
-    """The items of a JSON lines file with the data set's fields activity_label, ctx_a, ctx_b, endings and label; without a
-    file, the validation split from the Hugging Face hub, whose labels are public.
+    """Read items from a JSON lines file with the data set's fields activity_label, ctx_a, ctx_b, endings and label. Without
+    a file, read the validation split from the Hugging Face hub; its labels are public.
 
     Raises:
-        InputError: there is no such file, an item lacks something, or the hub did not give the data set.
+        InputError: there is no such file, an item lacks something, or the hub did not return the data set.
     """
     if file is None:
         return [_item(values, f"{_HUB_ID}, item {number}") for number, values in enumerate(_from_hub(option), 1)]
@@ -204,21 +206,20 @@ def read_items(file: str | None, option: str) -> list[Item]:
 
 
 def clean(text: str) -> str:
-    """Without the marks of WikiHow's pages: "[title]" ends a sentence, anything else in brackets goes."""
+    """Return `text` without the marks of WikiHow's pages: "[title]" ends a sentence, other brackets are removed."""
     return _IN_BRACKETS.sub("", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
 def _item(values: Any, where: str) -> Item:
     try:
         if values["label"] == "":
-            raise ValueError("without a label, as its test split is")
+            raise ValueError("it has no label, like the test split")
         context = f"{values['activity_label']}: {values['ctx_a']} {values['ctx_b'].capitalize()}"
         item = Item(clean(context), tuple(clean(ending) for ending in values["endings"]), int(values["label"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"lacks {error.args[0]}" if isinstance(error, KeyError) else f"is not one of HellaSwag's ({error})"
-        raise InputError(
-            f"{where}: {reason}; name a set that has activity_label, ctx_a, ctx_b, endings, label"
-        ) from None
+        fields = "activity_label, ctx_a, ctx_b, endings, label"
+        raise InputError(f"{where}: {reason}; name a set that has {fields}") from None
     if len(item.endings) != _ENDINGS or not 0 <= item.label < _ENDINGS:
         raise InputError(f"{where}: an item has {_ENDINGS} endings, and a label from 0 to {_ENDINGS - 1}")
     return item

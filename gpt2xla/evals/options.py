@@ -1,4 +1,4 @@
-"""What the evaluation programs share: their options, and the runtime they ask for; torch is imported when it is opened."""
+"""What the evaluation programs share: their options, and the runtime that these ask for. Only opening it imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from gpt2xla.config import PRECISION_ALIASES, Precision, TorchConfig, TrainConfig, XlaConfig, option
+from gpt2xla.config import PRECISION_ALIASES, Precision, TorchConfig, TrainConfig, XlaConfig, option, require_at_least
 from gpt2xla.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,19 +18,18 @@ class EvalConfig:
     """Evaluation"""
 
     device: Literal["auto", "xla"] = option(
-        "auto", "auto: GPU or CPU through torch, several under torchrun; xla: all XLA devices of this host"
+        "auto", "auto: GPU or CPU through torch, several of them under torchrun; xla: all XLA devices of this host"
     )
-    batch_size: int = option(32, "sequences at once, over all devices together")
+    batch_size: int = option(32, "sequences per batch, over all devices together")
     mixed_precision: Precision = option(
         "none",
-        "compute type; none: fp32, whose figures compare between devices; auto: what the device trains in by default",
+        "compute type; none: fp32, whose figures are comparable between devices; auto: the device's default for training",
         aliases=PRECISION_ALIASES,
     )
 
     def train_config(self, valid_steps: int | Literal["all"] = "all") -> TrainConfig:
-        """The options of a run that evaluation looks at. Raises InputError."""
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size {self.batch_size}: choose a number of at least 1")
+        """Return the training options that evaluation reads. Raises InputError."""
+        require_at_least(1, self, "batch_size")
         train = TrainConfig(
             eval_batch_size=self.batch_size, mixed_precision=self.mixed_precision, valid_steps=valid_steps
         )
@@ -39,7 +38,7 @@ class EvalConfig:
 
 
 def open_runtime(device: str, train: TrainConfig) -> Runtime:
-    """Raises InputError if there is no such device."""
+    """Open the runtime of the --device. Raises InputError if there is no such device."""
     if device == "auto":
         from gpt2xla.runtime.torch.runtime import TorchRuntime
 

@@ -1,13 +1,14 @@
-"""Several models on one split, side by side."""
+"""A table that compares the loss and perplexity of several models on one split."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt2xla.checkpoint.start import build_model, load_weights, locate
+from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
 from gpt2xla.data.opening import open_validation
 from gpt2xla.data.shards import Manifest
@@ -24,7 +25,7 @@ _COLUMNS = ("Model", "Params", "loss", "PPL", "tokens", "standard error of the l
 
 @dataclass(frozen=True)
 class Row:
-    """One model's line. `parameters` are those of the model as it is stored: rows that pad the vocabulary do not count."""
+    """One model's line in the table. `parameters` does not count rows that only pad the vocabulary."""
 
     model: str
     parameters: int
@@ -37,16 +38,17 @@ class Row:
 
 
 def measure(models: list[str], valid_dir: str, train: TrainConfig, runtime: Runtime) -> list[Row]:
-    """Each model's loss on the split, in windows of the model's own length. Collective.
+    """Measure each model's loss on the split, in windows of the model's own length. Collective.
 
     Raises:
         InputError: there is no such model or split, or a model does not know the split's tokens.
     """
-    sources = {model: locate(model) for model in models}  # what is missing shows before hours of measuring
+    sources = {model: locate(model) for model in models}  # a missing model shows before hours of measuring
     return [_measure(model, source, valid_dir, train, runtime) for model, source in sources.items()]
 
 
 def markdown(rows: list[Row]) -> str:
+    """Return the rows as a table in Markdown."""
     lines = [_line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
     for row in rows:
         loss, error, tokens, _, bits = row.validation
@@ -80,12 +82,12 @@ def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None
     folder = model_folder(source)
     if manifest and has_tokenizer(folder) and load_tokenizer(str(folder)).sha256 != manifest.tokenizer_sha256:
         raise InputError(
-            f"--models {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss on it "
+            f"--models {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss there "
             f"means nothing; prepare the text again with --tokenizer {folder}"
         )
 
 
-def _line(cells: Any) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,4 +1,4 @@
-"""Token losses summed row by row: what perplexity, its standard error and multiple choice are made of.
+"""Token losses summed row by row, from which perplexity, its standard error and multiple choice are computed.
 
 Shape suffixes: B sequences, T tokens, C tokens of a chunk, D d_model, V vocabulary.
 """
@@ -25,11 +25,11 @@ _LOGITS_AT_ONCE = LOGITS_AT_ONCE["xla"] // 4  # numbers in fp32
 
 
 class RowLosses:
-    """The model without its training, run over batches of one shape; the first call compiles, later ones reuse it.
+    """Runs the model, without training it, over batches of one shape: the first one compiles the step, later ones reuse it.
 
     Args:
-        name: what a runtime that compiles calls the step; batches of another shape need another one.
-        stop: of the run that this is a part of, if it may be stopped in here.
+        name: of the step, for runtimes that compile; batches of another shape need another RowLosses.
+        stop: the stop request of the run, if it may interrupt the evaluation.
     """
 
     def __init__(self, model: GPT2, runtime: Runtime, name: str, stop: Stop | None = None) -> None:
@@ -37,9 +37,10 @@ class RowLosses:
         self._step = runtime.compile_step(self._score, name)
 
     def of(self, batches: Iterable[Batch], progress: Progress) -> np.ndarray:
-        """(rows, 2) in float64: summed loss in nats, and the number of tokens it sums over, of each row of this process's
-        `batches` and all others'. Each batch's rows come in the order of processes; `progress` counts those that the device
-        is done with. Collective.
+        """Return (rows, 2) in float64: the summed loss of each row in nats, and how many tokens it sums over. Collective.
+
+        The rows are those of all processes' `batches`; within a batch they come in the order of processes. `progress` counts
+        the batches that the device has finished.
 
         Raises:
             Stopped: on all processes, when they have agreed to stop.
@@ -60,8 +61,8 @@ class RowLosses:
         values = np.concatenate(self._values)
         if not np.isfinite(values).all():
             raise RunFailed(
-                f"{self.name}: the loss is not a number: the weights hold NaN or infinity, or activations leave the "
-                "range of fp16, if that was asked for; choose an earlier checkpoint, or a lower --learning-rate"
+                f"{self.name}: the loss is not a number: the weights hold NaN or infinity, or (with fp16) activations leave "
+                "its range; choose an earlier checkpoint, or a lower --learning-rate"
             )
         return values
 
@@ -73,13 +74,13 @@ class RowLosses:
         counts_B = (batch.labels != IGNORED_LABEL).sum(1)
         values = torch.stack([losses_B, counts_B], dim=1).flatten()
         if self.stop:
-            values, hear = torch.cat([values, self.stop.requested()[None]]), self.stop.receiver()
+            values, receive_stop = torch.cat([values, self.stop.requested()[None]]), self.stop.receiver()
         own = len(values)
 
         def ready(*values: float) -> None:
             of_processes = np.array(values).reshape(-1, own)
             if self.stop:
-                hear(of_processes[:, -1].sum())
+                receive_stop(of_processes[:, -1].sum())
                 of_processes = of_processes[:, :-1]
             self._values.append(of_processes.reshape(-1, 2))
             self._progress.advance()
@@ -88,9 +89,9 @@ class RowLosses:
 
 
 def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
-    """Each sequence's summed cross-entropy (B), in nats and fp32; the last `padding` ids have no probability.
+    """Return the summed cross-entropy of each sequence (B), in nats and fp32; the last `padding` ids have no probability.
 
-    Logits are made in pieces along T; the label's logit comes from the label's own row of the head.
+    Logits are computed in pieces along T; a label's logit comes from the label's own row of the head.
     """
     x_BTD = x_BTD.to(compute_dtype(x_BTD))
     weight_VD = weight_VD.to(x_BTD.dtype)

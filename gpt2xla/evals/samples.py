@@ -1,4 +1,4 @@
-"""What a model in training writes, now and then: a text to look at beside the losses."""
+"""Sample texts that a model writes during training, to look at beside its losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SAMPLING = SamplingConfig(temperature=0.8, top_k=40)
 
 
 class Sampler:
-    """Continues --sample-prompt, always with the same random numbers: samples differ by what the model has learned.
+    """Continues --sample-prompt, each time with the same random numbers: only what the model has learned changes the sample.
 
     Raises:
         InputError: there is no tokenizer, or the prompt leaves no room in the model's context, or one process computes for
@@ -40,24 +40,26 @@ class Sampler:
         if runtime.devices != runtime.world_size:
             raise InputError("--sample-interval does not work with --spmd; leave one of them out")
         if tokenizer is None:
-            raise InputError("--sample-interval: without a tokenizer there is no text; name one with --tokenizer")
+            raise InputError("--sample-interval: there is no tokenizer to write text with; name one with --tokenizer")
         tell = partial(say, error=True) if runtime.is_main else lambda text: None
         reader = PromptReader(tokenizer, config.train.special_tokens_in_text, "--sample-prompt", tell)
         reader.checked(self.prompt)
         self.tokenizer, self.settings, vocab_size = reader.tokenizer, settings, config.model.real_vocab_size
         if not self.prompt and settings.start_id(tokenizer, vocab_size) is None:
-            raise InputError("--sample-interval: this tokenizer has no end of text to begin after; add --sample-prompt")
+            raise InputError(
+                "--sample-interval: the tokenizer has no end-of-text token to begin after; add --sample-prompt"
+            )
         prompt = prompt_ids(self.tokenizer, self.prompt, settings, vocab_size)
-        # Within the context nothing is read anew, which on XLA would be another program.
+        # A text that outgrows the context is read again, which on XLA would be another program.
         self.new_tokens = min(_NEW_TOKENS, config.model.seq_length - len(prompt))
         if self.new_tokens < 1:
             raise InputError(
-                f"--sample-prompt has as many tokens as --seq-length {config.model.seq_length}, or more; shorten it"
+                f"--sample-prompt has at least as many tokens as --seq-length {config.model.seq_length}; shorten it"
             )
 
     def run(self) -> str:
-        """The prompt and what follows. Every process computes it, none waits for another; training's own random numbers
-        stay as they are."""
+        """Return the prompt and its continuation. Every process computes it, and none waits for another; the random numbers
+        of training stay as they are."""
         (text,) = continue_texts(
             self.model, self.tokenizer, [self.prompt], self.new_tokens, _SAMPLING, settings=self.settings, seed=self.seed,
             device=self.runtime,

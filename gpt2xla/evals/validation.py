@@ -1,4 +1,4 @@
-"""Loss and perplexity of a split, each token counted once, with the standard error of the loss."""
+"""Loss and perplexity of a split, in which each token counts once, with the standard error of the loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from gpt2xla.runtime.stop import Stop
 
 
 class Validation(NamedTuple):
-    """Attributes:
-    loss: the sum of all token losses over the number of tokens, in nats.
-    standard_error: of `loss`, if windows are taken for independent draws; None for a single window.
-    tokens, windows: how many were counted.
-    bits_per_byte: of text; None where the split's manifest does not tell its bytes.
+    """What a validation measured.
+
+    Attributes:
+        loss: the mean token loss, in nats.
+        standard_error: of `loss`, taking windows as independent draws; None for a single window.
+        tokens, windows: how many were counted.
+        bits_per_byte: of the text; None if the split's manifest does not say how many bytes it has.
     """
 
     loss: float
@@ -33,7 +35,7 @@ class Validation(NamedTuple):
     bits_per_byte: float | None
 
     def line(self) -> dict[str, Any]:
-        """For the log of a run."""
+        """Return what a run logs of it."""
         return {
             "valid_loss": self.loss,
             "valid_tokens": self.tokens,
@@ -48,7 +50,7 @@ class Validation(NamedTuple):
 
 
 class Validator:
-    """Runs the model over the batches that --valid-steps asks for."""
+    """Measures the model's loss on the batches that --valid-steps asks for."""
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class Validator:
         self._losses = RowLosses(model, runtime, name, stop)
 
     def run(self) -> Validation:
-        """Losses are summed by window on the devices, over windows in float64 on the host. Collective. Raises Stopped as
+        """Validate: devices sum the losses of each window, and the host sums over windows in float64. Collective. Raises as
         `RowLosses.of` does."""
         runtime, train = self.runtime, self.train
         shares = (runtime.rank, runtime.world_size, runtime.devices)
@@ -83,9 +85,9 @@ class Validator:
 
 
 def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
-    """Of sum(sums) / sum(counts) over windows, those without tokens left out; of a ratio, because the last window may be
-    shorter (Cochran 1977, "Sampling Techniques", chapter 6). For windows of one length it is the standard deviation of
-    their mean losses over the square root of their number."""
+    """Return the standard error of sum(sums) / sum(counts) over the windows that have tokens. It is that of a ratio, because
+    the last window may be shorter (Cochran 1977, "Sampling Techniques", chapter 6). For windows of one length it is the
+    standard deviation of their mean losses divided by the square root of their number."""
     sums, counts = sums[counts > 0], counts[counts > 0]
     if len(counts) < 2:
         return None
@@ -94,9 +96,9 @@ def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 
 
 def bits_per_byte(loss: float, manifest: Manifest | None) -> float | None:
-    """loss / ln 2 * tokens / bytes, both of the whole split: `bytes` of text as UTF-8, `tokens` with the end-of-text tokens,
-    which stand for no byte but whose loss is part of what a document costs. For a part of the split it is an estimate, as if
-    that part had the split's bytes per token."""
+    """Return loss / ln 2 * tokens / bytes, with the tokens of the whole split and the bytes of its text in UTF-8.
+    End-of-text tokens count: they stand for no byte, but their loss is part of what a document costs. For a part of the
+    split this is an estimate, which assumes the split's bytes per token."""
     if manifest is None or manifest.bytes == 0:
         return None
     return loss / math.log(2) * manifest.tokens / manifest.bytes

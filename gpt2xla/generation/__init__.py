@@ -1,4 +1,4 @@
-"""Generates text with a trained model. `generate` works on token ids, `continue_texts` on text."""
+"""Text from a trained model: `generate` works on token ids, `continue_texts` on text."""
 
 from gpt2xla.generation.continuation import continue_texts
 from gpt2xla.generation.decoding import generate

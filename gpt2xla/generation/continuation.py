@@ -1,4 +1,4 @@
-"""Texts that go on: prompts as text in, the model's continuations as text out."""
+"""From prompts as text to the model's continuations as text."""
 
 from __future__ import annotations
 
@@ -13,68 +13,48 @@ from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Device
 
 
-class TextStream:
-    """Text of a growing list of ids, handed out only as far as no later id can change it: a character whose bytes come in
-    several tokens appears when it is whole."""
-
-    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(ids)
-        self.text = tokenizer.decode(self._ids)
-
-    def add(self, token: int) -> str:
-        """What the token adds, without the beginning of a character at its end."""
-        self._ids.append(token)
-        return self._let_out(self._tokenizer.decode(self._ids).rstrip("\ufffd"))
-
-    def rest(self) -> str:
-        """What was held back."""
-        return self._let_out(self._tokenizer.decode(self._ids))
-
-    def _let_out(self, text: str) -> str:
-        new = text[len(self.text) :]
-        self.text += new
-        return new
-
-
 class Continuation:
-    """One text as it grows, up to a stop string. Handed out is only what no later token can take back: whole characters, and
-    no beginning of a stop string.
+    """One text as it grows, up to a stop string. It returns only what no later token can take back: whole characters, even
+    if their bytes come in several tokens, and no beginning of a stop string.
 
-    A stop string counts where it lies in the new text as a whole, and the first to be complete ends the text before it,
-    however the text is cut into tokens.
+    Stop strings are searched in the new text as a whole, however it is cut into tokens. The first one that is complete ends
+    the text before it.
 
     Attributes:
-        prompt: as it is shown: what the tokenizer makes of its ids.
-        text: what has been handed out so far, without the prompt.
-        tokens: new ids so far, with those of a stop string.
+        prompt: the prompt as it is shown: the text of its ids, without the first `hidden_ids` of them.
+        prompt_tokens: ids of the prompt, including hidden ones.
+        text: what has been returned so far, without the prompt.
+        tokens: new ids so far, including those of a stop string.
         stopped: whether a stop string was found.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = (), hidden_ids: int = 0
     ) -> None:
-        self._stream = TextStream(tokenizer, prompt_ids[hidden_ids:])
-        self._stop = stop
-        self._held = ""
-        self.prompt = self._stream.text
+        self._tokenizer, self._stop = tokenizer, stop
+        self._ids = list(prompt_ids[hidden_ids:])
+        self.prompt = self._decoded = tokenizer.decode(self._ids)
         self.prompt_tokens = len(prompt_ids)
-        self.text = ""
+        self._held = self.text = ""
         self.tokens = 0
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """What the token lets out, which may be nothing."""
+        """Return the text that is certain after this token, which may be empty."""
         self.tokens += 1
-        return self._let_out(self._stream.add(token), at_end=False)
+        self._ids.append(token)
+        # What follows the last whole character decodes as U+FFFD.
+        return self._release(self._tokenizer.decode(self._ids).rstrip("\ufffd"), at_end=False)
 
     def rest(self) -> str:
-        """What was held back, once no more tokens come."""
-        return "" if self.stopped else self._let_out(self._stream.rest(), at_end=True)
+        """Return what was held back, after the last token."""
+        return "" if self.stopped else self._release(self._tokenizer.decode(self._ids), at_end=True)
 
-    def _let_out(self, new: str, *, at_end: bool) -> str:
+    def _release(self, decoded: str, *, at_end: bool) -> str:
+        new = decoded[len(self._decoded) :]
+        self._decoded += new
         pending = self._held + new
-        # Of those complete at the same place, the longest.
+        # If several are complete at the same place, the longest counts: it begins first.
         found = [(place + len(s), place) for s in self._stop if (place := pending.find(s)) >= 0]
         if found:
             self.stopped, self._held = True, ""
@@ -87,15 +67,15 @@ class Continuation:
 
 
 def _beginning_of(stop: Sequence[str], text: str) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
+    """Return how many characters at the end of `text` may be the beginning of a stop string."""
     longest = max(map(len, stop), default=0)
     lengths = range(min(longest - 1, len(text)), 0, -1)
     return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str, settings: GenerationSettings, vocab_size: int) -> list[int]:
-    """The ids to begin with, of a model with `vocab_size` real ones: an empty prompt begins after the token that begins or
-    ends a text. Raises InputError if there is no such token, or the prompt has a token that the model lacks."""
+    """Return the ids of a prompt for a model with `vocab_size` real ids. An empty prompt is the token that begins or ends a
+    text. Raises InputError if there is no such token, or the prompt has a token that the model lacks."""
     ids = tokenizer.encode(prompt)
     if not ids and (start := settings.start_id(tokenizer, vocab_size)) is not None:
         return [start]
@@ -103,7 +83,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, settings: GenerationSettings, 
         raise InputError("--prompt is empty, and the tokenizer has no end-of-text token to start from; give some text")
     if (largest := max(ids)) >= vocab_size:
         raise InputError(
-            f"--prompt: {tokenizer.decode([largest])!r} has the id {largest}, and the model only {vocab_size} ids; remove it"
+            f"--prompt: {tokenizer.decode([largest])!r} has the id {largest}, and the model has only {vocab_size} ids; "
+            "remove it"
         )
     return ids
 
@@ -123,14 +104,16 @@ def continue_texts(
     device: Device | None = None,
     show: Callable[[str], None] = lambda text: None,
 ) -> list[Continuation]:
-    """`samples` continuations of each prompt, in the prompts' order, all computed side by side.
+    """Return `samples` continuations of each prompt, in the order of the prompts. All are computed side by side.
 
-    Sample number j, from 0, of a prompt draws with seed + j: it is the same text whatever else is asked for.
+    Sample number j of a prompt, counted from 0, draws with seed + j, so its text does not depend on what else is generated.
 
     Args:
-        settings: which ids begin and end a text; default: the tokenizer's.
-        show: gets the pieces of the first text as they come.
+        settings: which ids begin and end a text; by default, the tokenizer's.
+        show: receives the pieces of the first text as they are generated.
         rows, device: see `generate`.
+
+    Raises as `prompt_ids` and `generate` do.
     """
     settings, known = settings or GenerationSettings.of(tokenizer), model.config.real_vocab_size
     stop_ids = settings.stop_ids(tokenizer.eot_id)

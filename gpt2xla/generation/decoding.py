@@ -1,6 +1,6 @@
-"""New tokens from a model, for one or several texts side by side, with cached keys and values on any device.
+"""The decoding loop: new tokens for one or several texts side by side, with cached keys and values, on any device.
 
-Shape suffixes: B texts, T new tokens of each with padding, V vocabulary.
+Shape suffixes: B texts, T new tokens of each text with padding, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ _SMALLEST_BUCKET = 32  # tokens; buckets double from there
 
 @dataclass
 class _Row:
+    """One text while it is generated."""
+
     text: list[int]
-    unread: list[int]  # the end of `text` that the cache does not have yet
+    unread: list[int]  # the end of `text` that is not in the cache yet
     generator: torch.Generator
     start: int = 0  # tokens in the cache
     ended: bool = False
@@ -45,19 +47,19 @@ def generate(
     rows: int = 0,
     device: Device | None = None,
 ) -> Iterator[list[int | None]]:
-    """Each step's new id of every prompt, None for a text that has ended; stops early when all have.
+    """Yield one new id for each prompt at each step, or None for a text that has ended, until all have ended.
 
-    A text does not depend on what is generated beside it: it has its own positions, its own random numbers and its own
-    window. When it outgrows the model's seq_length, the last half of it is read anew and it goes on from there.
+    A text does not depend on what is generated beside it: it has its own positions, random numbers and window. When it
+    outgrows the model's seq_length, its last half is read again and generation continues from there.
 
     Args:
         prompts: ids, at least one each; the model reads the last seq_length of them.
-        seeds: of each text's draws; one for all means that equal prompts give equal texts.
-        vocab_size: ids from there on are padding of the model's vocabulary and are never drawn.
-        stop_ids: each ends a text, and is not given out.
-        ends: called as `ends(row, id)` with each id given out; true ends that text after it.
-        rows: compute at least so many texts, where calls with fewer shall not be other programs.
-        device: default: plain torch, wherever the model is.
+        seeds: seed of each text's draws; with one seed for all, equal prompts give equal texts.
+        vocab_size: ids of at least this number only pad the model's vocabulary and are never drawn.
+        stop_ids: each of them ends a text and is not yielded.
+        ends: called as `ends(row, id)` with each id that is yielded; true ends that text after the id.
+        rows: compute at least this many texts, so that smaller calls do not compile another program.
+        device: by default, plain torch on the model's device.
 
     Raises:
         RunFailed: the model computes NaN.
@@ -76,7 +78,7 @@ def generate(
             if row.start + len(row.unread) > seq_length:
                 row.start, row.unread = 0, row.text[-max(1, seq_length // 2) :]
         logits_BV = reader.read(texts)
-        if logits_BV.amax().isnan():  # the likeliest of them would be NaN, and no token
+        if logits_BV.amax().isnan():  # no token can be drawn from NaN
             raise RunFailed("the model's logits are NaN: its weights are damaged, or --dtype is too small for them")
         step: list[int | None] = [None] * len(texts)
         for number, row in enumerate(texts):
@@ -97,8 +99,11 @@ def generate(
 
 
 class _Reader:
-    """The model with a cache, on its device. Where shapes cost compiles there are few: one token per text, or one of the
-    buckets for prompts, always over the whole cache."""
+    """Runs the model with a cache, on its device.
+
+    If each shape costs a compile, it uses few shapes: one token per text, or one of the buckets for prompts, always over the
+    whole cache.
+    """
 
     def __init__(self, model: GPT2, rows: int, device: Device) -> None:
         self.model, self.rows, self.device = model, rows, device
@@ -109,7 +114,7 @@ class _Reader:
         self._read_token = device.compile_step(self._read, "reading of a token")
 
     def read(self, texts: Sequence[_Row]) -> Tensor:
-        """Read what is unread of each text: the fp32 logits (B, V) after it, on the host."""
+        """Read the unread end of each text and return the logits (B, V) that follow it, in fp32 on the host."""
         seq_length = self.model.config.seq_length
         new = max(len(row.unread) for row in texts)
         if self.static:
@@ -120,7 +125,7 @@ class _Reader:
         starts_B, counts_B = (torch.zeros(self.rows, dtype=torch.int64) for _ in range(2))
         for number, row in enumerate(texts):
             if row.unread:
-                ids_BT[number] = row.unread[-1]  # the padding's, as `GPT2.next_logits` wants it
+                ids_BT[number] = row.unread[-1]  # the padding, as `GPT2.next_logits` expects it
                 ids_BT[number, : len(row.unread)] = torch.tensor(row.unread, dtype=torch.int64)
             starts_B[number], counts_B[number] = row.start, len(row.unread)
         read = self._read_token if new == 1 else self._read_prompts
@@ -133,6 +138,7 @@ class _Reader:
 
 
 def _bucket(new: int, seq_length: int) -> int:
+    """Return the number of tokens to which `new` are padded."""
     if new <= 1:
         return 1
     size = _SMALLEST_BUCKET

@@ -1,8 +1,8 @@
-"""Matrix products for generating text on a CPU: weights laid out once as oneDNN reads them fastest.
+"""Matrix products for generating text on a CPU: weights in the layout that oneDNN reads fastest.
 
-A decoding step multiplies each weight with a row or a few, so it takes as long as reading the weights from memory. torch's
-own product of one row reads at half of the memory's bandwidth, oneDNN's with a weight in its layout at nine tenths, in fp32
-and in bf16. These are the operators that torch.compile puts into frozen models.
+A decoding step multiplies each weight matrix by one row or a few, so it takes as long as reading the weights from memory.
+torch's own product of one row reads at half of the memory's bandwidth; oneDNN's, with a weight in its layout, reads at nine
+tenths, in fp32 and in bf16. These are the operators that torch.compile puts into frozen models.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from gpt2xla.model.gpt2 import GPT2
 
-_ROWS = 1  # the layout is chosen for products with one row; others are computed from it too
+_ROWS = 1  # the layout is chosen for products of one row; products of more rows work too
 
 
 def pack_linears(model: GPT2) -> str | None:
-    """Replace the linear layers of a CPU's model, and its output head, by packed ones; it can only infer afterwards.
+    """Replace the linear layers and the output head of a model on the CPU by packed ones; it cannot train afterwards.
 
-    Returns why it could not be done, with the model as it was, or None.
+    Returns:
+        None, or why it could not be done; the model is unchanged then.
     """
     dtype = model.wte.weight.dtype
     if not torch.backends.mkldnn.is_available():

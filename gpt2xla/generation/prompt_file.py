@@ -1,4 +1,4 @@
-"""A file of prompts in, a file of continuations out: JSON lines."""
+"""Prompts from a file, continuations to a file of JSON lines, and special tokens spelled in prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt2xla.generation.continuation import Continuation
 
 
 def read_prompts(file: Path) -> list[str]:
-    """One prompt a line, without the line's end or the file's byte order mark; lines without text are left out.
+    """Read one prompt from each line of `file`, without its line ending or a byte order mark; blank lines are left out.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8 or holds no prompt.
@@ -30,12 +30,12 @@ def read_prompts(file: Path) -> list[str]:
         raise InputError(f"--prompts-file {file} is not UTF-8 (byte {error.start}); convert it") from None
     prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
-        raise InputError(f"--prompts-file {file} holds no prompt; write one a line")
+        raise InputError(f"--prompts-file {file} holds no prompt; write one on each line")
     return prompts
 
 
 def record(prompt: str, samples: Sequence[Continuation]) -> dict[str, Any]:
-    """The object of one prompt: `texts` go on where `prompt` ends."""
+    """Return the JSON object of one prompt; each of its `texts` begins where `prompt` ends."""
     return {
         "prompt": prompt,
         "texts": [sample.text for sample in samples],
@@ -45,7 +45,8 @@ def record(prompt: str, samples: Sequence[Continuation]) -> dict[str, Any]:
 
 
 class PromptReader:
-    """Prompts in which special tokens are written out: as text with one warning, as the tokens, or refused."""
+    """Handles special tokens that prompts spell: lets `tokenizer` read them as text, with one warning, or as tokens, or
+    refuses the prompt."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class PromptReader:
         self.tokenizer = tokenizer.reading_special_tokens() if special_tokens == "as-ids" else tokenizer
 
     def checked(self, prompt: str) -> str:
-        """The prompt as it is. Raises InputError if it is to be refused."""
+        """Return the prompt unchanged. Raises InputError if it is refused."""
         if self._special_tokens == "as-ids" or not (counts := self._spelled.count(prompt)):
             return prompt
         if self._special_tokens == "refuse":
@@ -76,8 +77,8 @@ class PromptReader:
 
 @contextlib.contextmanager
 def json_lines(output: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give what writes an object as a line: to standard output or, as soon as all is written, to the file `output`. Until
-    then, and if something fails, the lines so far are in OUTPUT.partial and a file that was there before stays."""
+    """Yield a function that writes an object as one line, to the file `output` or, if that is None, to standard output.
+    Until all lines are written, and after a failure, they are in OUTPUT.partial, and an older file stays as it was."""
     if output is None:
         yield lambda line: print(json.dumps(line, ensure_ascii=False), file=sys.stdout, flush=True)
         return

@@ -1,4 +1,7 @@
-"""How the next token is drawn from its logits: greedily, or by temperature, top-k, top-p and repetition penalty."""
+"""How the next token is drawn from its logits: greedily, or by temperature, top-k, top-p and repetition penalty.
+
+Shape suffix: V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from torch import Tensor
 
 from gpt2xla.errors import InputError
 
-# Logits are divided by temperature and penalty: by smaller numbers they would leave fp32's range.
+# Logits are divided by temperature and penalty; divided by a smaller number, they would leave fp32's range.
 _SMALLEST = 1e-5
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Temperature 0 takes the likeliest token; top_k 0, top_p 1 and repetition_penalty 1 change nothing."""
+    """Options of the draw. Temperature 0 takes the likeliest token; top_k 0, top_p 1 and repetition_penalty 1 are off."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -25,11 +28,11 @@ class SamplingConfig:
 
     def check(self) -> None:
         if self.temperature != 0 and not _SMALLEST <= self.temperature < float("inf"):
-            raise InputError(f"--temperature {self.temperature}: choose 0 (greedy) or a number from {_SMALLEST} on")
+            raise InputError(f"--temperature {self.temperature}: choose 0 (greedy) or a number of at least {_SMALLEST}")
         if self.top_k < 0:
             raise InputError(f"--top-k {self.top_k}: choose a number of at least 0 (0 is off)")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: choose a number above 0 and up to 1 (1 is off)")
+            raise InputError(f"--top-p {self.top_p}: choose a number above 0 and at most 1 (1 is off)")
         if not _SMALLEST <= self.repetition_penalty <= 1 / _SMALLEST:
             raise InputError(
                 f"--repetition-penalty {self.repetition_penalty}: choose a number from {_SMALLEST} to {1 / _SMALLEST:.0f} "
@@ -50,15 +53,15 @@ def pick(logits_V: Tensor, text: Sequence[int], sampling: SamplingConfig, genera
 
 
 def penalise(logits_V: Tensor, text: Sequence[int], penalty: float) -> Tensor:
-    """Logits in which the ids of `text` are less likely: positive ones divided by `penalty` (Keskar et al. 2019, CTRL,
-    section 4.1), negative ones multiplied, as transformers does."""
+    """Return logits that make the ids of `text` less likely: positive ones are divided by `penalty` (Keskar et al. 2019,
+    CTRL, section 4.1), negative ones are multiplied by it, as transformers does."""
     ids = torch.tensor(list(text))
     found = logits_V[ids]
     return logits_V.index_put((ids,), torch.where(found < 0, found * penalty, found / penalty))
 
 
 def probabilities(logits_V: Tensor, sampling: SamplingConfig) -> Tensor:
-    """What is drawn from: temperature, then top-k, then top-p. Not yet divided by their sum where top-p took some away.
+    """Apply temperature, then top-k, then top-p, and return what is drawn from. With top-p the sum may be below 1.
 
     Top-p keeps the smallest set of likeliest tokens whose probability reaches p (Holtzman et al. 2020, "The Curious Case of
     Neural Text Degeneration").

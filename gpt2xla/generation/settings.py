@@ -10,21 +10,21 @@ from typing import Any
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError
-from gpt2xla.files import read_json
+from gpt2xla.files import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
-# What of it does not change which tokens are drawn, or what a command says anyway: how long, and how.
+# Its options that do not change which tokens are drawn, or that a command's own flags decide: how many, and whether to draw.
 _HARMLESS = ("do_sample", "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config")
-_NEUTRAL: tuple[Any, ...] = (None, [], {}, False, 0, 1, 1.0)  # values at which transformers' options do nothing
+_NEUTRAL: tuple[Any, ...] = (None, [], {}, False, 0, 1, 1.0)  # values with which transformers' options do nothing
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """The contents of a folder's files, to be used and to be written again as they are.
+    """What a model's files say about generation, kept as it is so that it can be written again.
 
     Attributes:
-        config: of `config.json`, the ids of special tokens and task_specific_params.
-        generation: all of `generation_config.json`; None if there is none.
+        config: the ids of special tokens and task_specific_params from `config.json`.
+        generation: all of `generation_config.json`; None if there is no such file.
     """
 
     config: dict[str, Any]
@@ -32,7 +32,7 @@ class GenerationSettings:
 
     @classmethod
     def load(cls, folder: Path) -> GenerationSettings:
-        """Those of a Hugging Face model folder. Raises InputError if a file is damaged."""
+        """Read the settings of a Hugging Face model folder. Raises InputError if a file is damaged."""
         config = _read(folder / "config.json") or {}
         kept = {
             key: value for key, value in config.items() if key.endswith("_token_id") or key == "task_specific_params"
@@ -41,7 +41,7 @@ class GenerationSettings:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None) -> GenerationSettings:
-        """Those of a new model with this tokenizer."""
+        """Return the settings of a new model with this tokenizer."""
         if tokenizer is None:
             return cls.ending_with(None)
         bos, pad = tokenizer.id_of("bos_token"), tokenizer.id_of("pad_token")
@@ -51,20 +51,20 @@ class GenerationSettings:
 
     @classmethod
     def ending_with(cls, eot_id: int | None) -> GenerationSettings:
-        """Texts begin and end with the same token."""
+        """Return settings with which texts begin and end with the same token."""
         ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
         return cls(ids, ids | {"do_sample": True})
 
     def stop_ids(self, default: int | None) -> frozenset[int]:
-        """Each ends a text: eos_token_id of `generation_config.json`, else of `config.json`, else `default`.
+        """Return the ids that end a text: eos_token_id of `generation_config.json`, else of `config.json`, else `default`.
 
-        An id that the model does not have, such as -1, is stated too and ends nothing, as in transformers.
+        An id that the model does not have, such as -1, counts as stated and ends nothing, as in transformers.
         """
         stated = next(self._stated("eos_token_id"), default)
         return frozenset(filter(_is_id, stated if isinstance(stated, list) else [stated]))
 
     def unused(self) -> dict[str, Any]:
-        """The options of `generation_config.json` that transformers would draw tokens by."""
+        """Return the options of `generation_config.json` that change what transformers draws, and that do not count here."""
         return {
             key: value
             for key, value in (self.generation or {}).items()
@@ -72,7 +72,8 @@ class GenerationSettings:
         }
 
     def start_id(self, tokenizer: Tokenizer, vocab_size: int) -> int | None:
-        """What a text without a prompt begins after: bos_token_id, found in the same order, else the end of a text."""
+        """Return the id after which a text without a prompt begins, or None if there is none: bos_token_id, found in the
+        same order as above, else an id that ends texts."""
         ids = [*self._stated("bos_token_id"), tokenizer.id_of("bos_token"), *sorted(self.stop_ids(tokenizer.eot_id))]
         return next((i for i in ids if _is_id(i) and i < vocab_size), None)
 
@@ -83,8 +84,8 @@ class GenerationSettings:
 
 
 def settings_of(source: Path | None, tokenizer: Tokenizer | None) -> GenerationSettings:
-    """Those that a model which starts from `source`, and has this tokenizer, is saved with: the source's own, unless the
-    tokenizer is another than the source's."""
+    """Return the settings to save with a model that starts from `source` and has this tokenizer: those of the source, unless
+    its tokenizer is a different one."""
     if source is None or not (folder := model_folder(source)).is_dir():
         return GenerationSettings.of(tokenizer)
     stored = GenerationSettings.load(folder)
@@ -93,7 +94,7 @@ def settings_of(source: Path | None, tokenizer: Tokenizer | None) -> GenerationS
     if has_tokenizer(folder):
         try:
             is_own = load_tokenizer(str(folder)).sha256 == tokenizer.sha256
-        except InputError:  # as it cannot be read, another one was named
+        except InputError:  # it cannot be read, so the user named another one
             is_own = False
     else:
         is_own = any(i < tokenizer.vocab_size for i in stored.stop_ids(None))
@@ -101,20 +102,15 @@ def settings_of(source: Path | None, tokenizer: Tokenizer | None) -> GenerationS
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        values = read_json(file)
-    except FileNotFoundError:
+    values = read_json_object(file)
+    if values is None:
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}); copy it again, or remove it") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no options; copy it again, or remove it")
     for key in ("bos_token_id", "eos_token_id"):
         stated = values.get(key)
         ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
         if not all(type(i) is int for i in ids):
             raise InputError(
-                f"{file}: {key} is {str(stated)[:80]!r}, not an id; write a whole number, or a list of them"
+                f"{file}: {key} is {str(stated)[:80]!r}, not an id; write a whole number or a list of them"
             )
     return values
 

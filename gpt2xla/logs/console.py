@@ -1,4 +1,4 @@
-"""What a run says while it goes on."""
+"""Prints lines during a run, past a progress bar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def say(text: str, error: bool = False) -> None:
-    """Print a line, past a progress bar; it stays whole where other threads have something to say, too."""
+    """Print a line without breaking a progress bar, or lines that other threads print."""
     stream = sys.stderr if error else sys.stdout
     tqdm.write(text, file=stream)
     stream.flush()

@@ -1,8 +1,8 @@
-"""What devices can compute at most: the denominator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B).
+"""Peak rates of devices: the denominator of model FLOPs utilisation (Chowdhery et al. 2022, PaLM, appendix B).
 
-Rates are of dense matrix products in bf16, or fp16 where a device has no bf16, summed up in fp32, in FLOP/s per device as
-PyTorch counts them. Makers like to print more: NVIDIA's headlines are twice that for weights of which half are zeros
-("sparsity"), and of GeForce cards, which sum up in fp32 at half their rate, twice that again.
+A rate is that of dense matrix products in bf16 (fp16 if a device has no bf16) with fp32 accumulation, in FLOP/s per device
+as PyTorch counts devices. Advertised rates are higher: NVIDIA's headlines double them for weights that are half zeros
+("sparsity"), and double them again for GeForce cards, which accumulate in fp32 at half their rate.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # the table must not wait for torch
     import torch
 
-# By what a device calls itself, as CUDA's driver names it, or torch_xla its kind.
+# By the device's name according to the CUDA driver, or its kind according to torch_xla.
 DEVICE_PEAK_FLOPS = {
-    # Google Cloud, "TPU architecture", its page for each version; v2 and v3 per core, which is a device there.
+    # Google Cloud, "TPU architecture", its page for each version. On v2 and v3 a device is a core.
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,  # v5e
     "TPU v5": 459e12,  # v5p
     "TPU v6 lite": 918e12,  # v6e
-    # NVIDIA's data sheets of the products, without sparsity.
+    # NVIDIA's data sheets, without sparsity.
     "V100 SXM2": 125e12,
     "V100 SXM3": 125e12,
     "V100 PCIE": 112e12,
@@ -46,8 +46,8 @@ DEVICE_PEAK_FLOPS = {
     "B200": 2250e12,
     "GB200": 2500e12,
     # "NVIDIA Ampere GA102 GPU Architecture", "NVIDIA Ada GPU Architecture" and "NVIDIA RTX Blackwell GPU Architecture",
-    # their tables' rows "Peak FP16 Tensor TFLOPS with FP32 Accumulate"; cards that these lack by the same arithmetic: a
-    # multiprocessor does 512 such operations per clock, at the boost clock of NVIDIA's product page.
+    # their tables' rows "Peak FP16 Tensor TFLOPS with FP32 Accumulate". Cards missing there follow by the same arithmetic:
+    # a multiprocessor does 512 such operations per clock, at the boost clock of NVIDIA's product page.
     "RTX 3060": 25.5e12,
     "RTX 3060 Ti": 32.4e12,
     "RTX 3070": 40.6e12,
@@ -72,13 +72,13 @@ DEVICE_PEAK_FLOPS = {
     "RTX 5080": 112.6e12,
     "RTX 5090": 209.5e12,
 }
-# After a name they make another device of it: "RTX 4090 Laptop GPU", "RTX 5090 D", "A100-SXM4-40GB MIG 1g.5gb".
+# Words that, after a name, mean another device: "RTX 4090 Laptop GPU", "RTX 5090 D", "A100-SXM4-40GB MIG 1g.5gb".
 _OTHER_DEVICES = {"Ti", "SUPER", "D", "Laptop", "Mobile", "Max", "MIG", "ADA", "Ada"}
 
 
 def named_peak_flops(device_name: str) -> float | None:
-    """The peak of the longest name in the table that stands in `device_name` word by word; None if what follows makes
-    another device of it, or there is none."""
+    """Return the peak of the longest name in the table whose words appear in `device_name`; None if there is none, or if
+    the words after it mean another device."""
     words = re.split(r"[\s-]+", device_name)
     for name in sorted(DEVICE_PEAK_FLOPS, key=lambda name: -len(name)):
         parts = name.split()
@@ -89,8 +89,8 @@ def named_peak_flops(device_name: str) -> float | None:
 
 
 def measured_cpu_flops(dtype: torch.dtype) -> float:
-    """This process's rate of a large matrix product on the CPU, in floating-point operations per second: the best of a
-    few short ones, about a tenth of a second together."""
+    """Measure this process's rate of a large matrix product on the CPU, in FLOP/s: the best of several short runs, which
+    take about a tenth of a second together."""
     import torch
 
     a = torch.ones(768, 768, dtype=dtype)

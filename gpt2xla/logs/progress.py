@@ -1,4 +1,4 @@
-"""How far work is that takes long and logs nothing: a bar on a terminal, elsewhere a line of text now and then."""
+"""Shows the progress of long work that logs nothing: a bar on a terminal; elsewhere a line of text now and then."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from tqdm import tqdm
 from gpt2xla.logs.console import say
 
 _SECONDS_BETWEEN_LINES = 30.0
-_SECONDS_BETWEEN_REFRESHES = 1.0  # of a bar; before the first one nothing is shown
+_SECONDS_BETWEEN_REFRESHES = 1.0  # of the bar, which appears with the first one
 
 
 class Progress:
-    """Shown while entered, by a thread of its own: also while nothing is done, and what is counted costs no time.
+    """Shows progress while entered. Its own thread prints, so it is up to date even during a long batch, and counting costs
+    no time.
 
     Args:
-        name: of the work.
-        batches: how many there are to do; None where that is unknown, and only the time is shown.
-        shown: whether this is the one process that prints.
+        name: names the work.
+        batches: number of batches to do. If None, only the time is shown.
+        shown: whether this process prints.
     """
 
     def __init__(self, name: str, batches: int | None, shown: bool) -> None:
@@ -45,7 +46,7 @@ class Progress:
             self._thread.join()
 
     def advance(self) -> None:
-        """One more batch is done, not only handed to the device. One thread at a time calls it."""
+        """Count a batch that is done, not only handed to the device. Only one thread at a time may call this."""
         self._done += 1
         self._first_done = self._first_done or time.time()
 
@@ -53,7 +54,7 @@ class Progress:
         elapsed = tqdm.format_interval(time.time() - self._started)
         if self._batches is None:
             return f"{self._name}: {elapsed} so far"
-        # The first batch may have been compiled for: it says nothing about the others.
+        # The first batch may include a compilation, so it says nothing about the others.
         rate = (self._done - 1) / (time.time() - self._first_done) if self._done > 1 else 0
         left = f", {tqdm.format_interval((self._batches - self._done) / rate)} left" if rate else ""
         return f"{self._name}: {self._done}/{self._batches} batches after {elapsed}{left}"

@@ -1,10 +1,9 @@
-"""Where a run's numbers go: `metrics.jsonl` is the truth; the console and Weights & Biases are views of it."""
+"""Receivers of a run's metrics. `metrics.jsonl` is the truth; the console and Weights & Biases are views of it."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,16 +11,17 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from gpt2xla.files import write_whole
 from gpt2xla.logs.console import say
 
 METRICS_FILE = "metrics.jsonl"
-TEST_FILE = "test.jsonl"  # what --do-test adds to
+TEST_FILE = "test.jsonl"  # written by --do-test
 _SECONDS_BETWEEN_LINES = 10
 
 
 class Sink(Protocol):
-    """Takes lines: training lines have "loss", validation lines "valid_loss", HellaSwag's "hellaswag_acc", samples "sample";
-    all have "step", counted from 1."""
+    """Receives lines. Every line has "step", counted from 1. Training lines have "loss", validation lines "valid_loss",
+    HellaSwag's lines "hellaswag_acc", and samples "sample"."""
 
     def write(self, line: dict[str, Any]) -> None: ...
 
@@ -29,10 +29,11 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends to a file such as `metrics.jsonl`, one object a line, floats in full precision. On a full disk lines wait.
+    """Appends lines to a file such as `metrics.jsonl`, one JSON object each, floats in full precision. While the disk is
+    full, lines wait in memory.
 
-    A resumed run first drops what a crashed one wrote after its last checkpoint, so that no step appears twice; also the
-    evaluations of its last step, unless they are complete.
+    A resumed run first drops the lines that a crashed one wrote after its last checkpoint, so that no step appears twice. It
+    also drops the evaluations of the checkpoint's step, unless they are complete.
     """
 
     def __init__(self, file: Path, resumed_step: int | None = None, is_evaluated: bool = True) -> None:
@@ -41,10 +42,10 @@ class JsonlSink:
         self._file = file
         self._stream = file.open("ab", buffering=0)
         self._unwritten = b""
-        self._is_told = False
+        self._is_reported = False
 
     def write(self, line: dict[str, Any]) -> None:
-        # NaN and infinities are not JSON: they are written as null.
+        # JSON has no NaN and no infinities. They are written as null.
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._unwritten += json.dumps(values).encode() + b"\n"
         self._write_out()
@@ -54,20 +55,20 @@ class JsonlSink:
         self._stream.close()
         if self._unwritten:
             lines = self._unwritten.count(b"\n")
-            say(f"{self._file} lacks its last {lines} lines", error=True)
+            say(f"{self._file}: the last {lines} lines could not be written", error=True)
 
     def _write_out(self) -> None:
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
         except OSError as error:
-            if not self._is_told:
-                say(f"{self._file} cannot be written ({error.strerror}); its lines wait until it can", error=True)
-            self._is_told = True
+            if not self._is_reported:
+                say(f"{self._file} cannot be written ({error.strerror}); its lines wait in memory", error=True)
+            self._is_reported = True
 
 
 class ConsoleSink:
-    """A progress bar on a terminal; elsewhere a line of text now and then, for log files."""
+    """Shows a progress bar on a terminal; elsewhere, for log files, it prints a line now and then."""
 
     def __init__(self, first_step: int, last_step: int) -> None:
         self._first, self._last = first_step, last_step
@@ -97,7 +98,7 @@ class ConsoleSink:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
-        self._first_done = self._first_done or now  # the first step compiles: it says nothing about the others
+        self._first_done = self._first_done or now  # the first step compiles, so it says nothing about the others
         is_due = step in (self._first + 1, self._last) or now - self._last_line >= _SECONDS_BETWEEN_LINES
         if self._bar.disable and is_due:
             self._last_line = now
@@ -112,24 +113,24 @@ class ConsoleSink:
 
 
 class Throughput:
-    """Tokens per second and model FLOPs utilisation of each step, from the times at which steps finish.
+    """Measures tokens per second and model FLOPs utilisation (MFU) of each step, from the times at which steps finish.
 
-    MFU is the share of the devices' peak that goes into the model's own arithmetic (`GPT2.flops_per_token`).
+    MFU is the share of the devices' peak rate that the model's own arithmetic uses (`GPT2.flops_per_token`).
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
-        self._tokens = tokens_per_step
+        self.tokens_per_step = tokens_per_step
         self._flops = flops_per_token
         self._peak = peak_flops
         self.restart()
 
     def restart(self) -> None:
-        """Do not count the time since the last step: it went into validating or saving."""
+        """Leave out the time since the last step, which went into validating or saving."""
         self._last = time.perf_counter()
 
     def step(self) -> dict[str, float | None]:
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._last, 1e-9)
+        rate = self.tokens_per_step / max(now - self._last, 1e-9)
         self._last = now
         return {"tokens_per_second": rate, "mfu": self._flops * rate / self._peak if self._peak else None}
 
@@ -146,7 +147,5 @@ def _truncate_after(file: Path, step: int, is_evaluated: bool) -> None:
             if line["step"] < step or (line["step"] == step and (is_evaluated or "loss" in line)):
                 kept.append(text + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # the line that a crash cut short
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, file)
+            continue  # a line that a crash cut short
+    write_whole(file, "".join(kept))

@@ -1,10 +1,9 @@
-"""Weights & Biases as a view of `metrics.jsonl`, from a thread of its own: a slow, hanging or dead service costs a run no
-step, and its end a bounded wait."""
+"""Sends metrics to Weights & Biases from a thread. A slow, hanging or dead service never delays a training step, and delays
+the end of a run only for a limited time."""
 
 from __future__ import annotations
 
 import json
-import os
 import queue
 import secrets
 import string
@@ -13,34 +12,35 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import RunConfig
-from gpt2xla.files import read_json
+from gpt2xla.errors import in_one_line
+from gpt2xla.files import read_json, write_whole
 from gpt2xla.logs.console import say
 
-WANDB_FILE = "wandb_run.json"  # which of wandb's runs this folder's is, and the last step that was handed to it
-_SECONDS_TO_CLOSE = 30  # as long as machines that are taken away often leave a process
-_MOST_WAITING = 100_000  # lines, of about half a kilobyte
+WANDB_FILE = "wandb_run.json"  # the id of wandb's run for this folder, and the last step that was sent to it
+_SECONDS_TO_CLOSE = 30  # preempted machines often leave a process that long
+_MOST_WAITING = 100_000  # lines, each of about half a kilobyte
 
 
 class WandbSink:
-    """Hands every line to wandb, in batches of the logging interval. A failing wandb never disturbs the run: it is reported
-    and left alone from then on.
+    """Sends every line to wandb, in batches of the logging interval. If wandb fails, this is reported once, nothing more is
+    sent, and the run continues.
 
     The id of wandb's run is chosen here and kept in the folder, so that a run that died before its first checkpoint, or
-    before wandb answered, goes on as the same one. Steps that wandb has already are not sent again.
+    before wandb answered, resumes under the same id. Training steps that wandb already has are not sent again.
 
     Args:
-        folder: that of the run.
-        run_id: the id in the checkpoint, which counts where the folder knows none.
+        folder: the run's folder.
+        run_id: the id in the checkpoint. It is used if the folder has none.
     """
 
     def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
         options = config.wandb
-        # A test of a checkpoint is no part of the run whose folder it is logged to.
+        # Testing a checkpoint is a separate run, although it logs to the same folder.
         self._file = None if config.general.do_test else folder / WANDB_FILE
-        kept_id, self._handed_on = _read(self._file) if config.general.resume != "never" else (None, 0)
+        kept_id, self._sent = _read(self._file) if config.general.resume != "never" else (None, 0)
         known_id = options.wandb_resume_id or kept_id or run_id
         if known_id != kept_id:
-            self._handed_on = 0
+            self._sent = 0
         self.run_id: str = known_id or _new_id()
         self._settings: dict[str, Any] = {
             "project": options.wandb_project,
@@ -53,18 +53,17 @@ class WandbSink:
             "dir": folder,
         }
         self._interval = options.wandb_logging_interval
-        self._has_trained = False  # in this process
         self._is_dead = False
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Returns at once."""
+        """Queue the line and return at once."""
         self._put(line)
 
     def close(self) -> None:
-        """Wait until wandb has everything, but not for long."""
+        """Wait until wandb has received everything, or until the time limit."""
         self._put(None)
         if not self._is_dead:
             self._thread.join(_SECONDS_TO_CLOSE)
@@ -81,21 +80,21 @@ class WandbSink:
 
     def _work(self) -> None:
         try:
-            self._hand_on()
-        except Exception as error:  # wandb raises its own, requests' and protobuf's errors
-            self._fail(error)
+            self._send_lines()
+        except Exception as error:  # wandb raises its own errors, and those of requests and protobuf
+            self._fail(in_one_line(error))
 
-    def _hand_on(self) -> None:
+    def _send_lines(self) -> None:
         self._keep()
         import wandb
 
-        # Were wandb to see what is printed, printing would wait for it.
+        # If wandb captured what is printed, printing would wait for it.
         settings = wandb.Settings(console="off")
-        if hasattr(settings, "finish_timeout"):  # older ones try for ever, also after the last line of the program
+        if hasattr(settings, "finish_timeout"):  # older versions retry forever, even after the program's last line
             settings.finish_timeout = _SECONDS_TO_CLOSE
         run = wandb.init(**self._settings, settings=settings)
-        # A server says what it has; without one there is only what was handed on.
-        first = self._handed_on + 1 if run.offline else run.step
+        # A server says which steps it has. Offline, only our own record tells which steps were sent.
+        first = self._sent + 1 if run.offline else run.step
         waiting: list[dict[str, Any]] = []
         is_open = True
         while is_open:
@@ -114,37 +113,27 @@ class WandbSink:
 
     def _log(self, run: Any, line: dict[str, Any], first: int) -> None:
         step, values = line["step"], {name: value for name, value in line.items() if name != "step"}
-        self._has_trained |= "loss" in line
         if step < first:
-            # A run stopped in the evaluations of its last step makes up for them. wandb adds nothing to a step that is
-            # over: the next one gets them.
-            if self._has_trained or step < first - 1 or _has(run, values):
+            # A run that was stopped during the evaluations of a step repeats them when it resumes. By then wandb takes
+            # nothing more for that step, so they are logged with the next one.
+            if "loss" in line or step < first - 1:
                 return
             step = first
         run.log(values, step=step)
-        self._handed_on = max(self._handed_on, line["step"])
+        self._sent = max(self._sent, line["step"])
 
     def _keep(self) -> None:
         if self._file:
-            partial = self._file.with_name(f".{self._file.name}.partial")
-            partial.write_text(json.dumps({"id": self.run_id, "step": self._handed_on}) + "\n", encoding="utf-8")
-            os.replace(partial, self._file)
+            write_whole(self._file, json.dumps({"id": self.run_id, "step": self._sent}) + "\n")
 
-    def _fail(self, error: object) -> None:
+    def _fail(self, reason: str) -> None:
         if not self._is_dead:
             self._is_dead = True
-            reason = " ".join(str(error).split())
-            say(f"wandb failed ({reason}); the run goes on, metrics.jsonl has everything", error=True)
-
-
-def _has(run: Any, values: dict[str, Any]) -> bool:
-    """Whether the evaluation is the last of its kind that wandb has."""
-    measured = {name: value for name, value in values.items() if name not in ("tokens", "time")}
-    return all(run.summary.get(name) == value for name, value in measured.items())
+            say(f"wandb failed ({reason}); the run continues, and metrics.jsonl has everything", error=True)
 
 
 def _read(file: Path | None) -> tuple[str | None, int]:
-    """Id and last step that an earlier process left; what is not ours counts as nothing."""
+    """Return the id and the last step that an earlier process recorded; (None, 0) if the record is missing or damaged."""
     try:
         values = read_json(file) if file else {}
         run_id, step = values.get("id"), values.get("step")
@@ -154,5 +143,5 @@ def _read(file: Path | None) -> tuple[str | None, int]:
 
 
 def _new_id() -> str:
-    """As wandb makes them."""
+    """Return a new id of the form that wandb uses."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))

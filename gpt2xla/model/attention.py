@@ -1,7 +1,8 @@
-"""Causal self-attention, several ways to compute the same function.
+"""Causal self-attention: several ways to compute the same function.
 
-Each takes queries, keys and values of shape (B, T, D), heads side by side in D, and returns (B, T, D).
-Shape suffixes: B sequences, T tokens, H heads, K = D / H, C queries of a chunk, S keys that a chunk may see.
+Each one takes queries, keys and values of shape (B, T, D), with heads side by side in D, and returns (B, T, D).
+Shape suffixes: B sequences, T tokens, D d_model, H heads, K = D / H, C queries of a chunk, S keys that a query or a
+chunk may see, N = B * H.
 """
 
 from __future__ import annotations
@@ -16,42 +17,44 @@ from torch import Tensor
 from gpt2xla.config import ModelConfig
 from gpt2xla.model.arithmetic import Fence, no_fence
 
-_QUERY_CHUNKS = 4  # more skip more of the future (4: 37% of all scores), in more and smaller products
+_QUERY_CHUNKS = 4  # more chunks skip more of the future (4 skip 37% of all scores), but their products are smaller
 
 
-def sdpa_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
-    """torch's own attention: the fastest on GPUs and CPUs."""
-    q_BHTK, k_BHTK, v_BHTK = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BTD, k_BTD, v_BTD))
-    y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, dropout_p=dropout)
+def sdpa_attention(
+    q_BTD: Tensor, k_BSD: Tensor, v_BSD: Tensor, num_heads: int, dropout: float = 0.0, mask_B1TS: Tensor | None = None
+) -> Tensor:
+    """torch's own attention, the fastest on GPUs. `mask_B1TS` is added to the scores; None means causal attention, S = T."""
+    q_BHTK, k_BHSK, v_BHSK = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q_BTD, k_BSD, v_BSD))
+    y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, mask_B1TS, dropout, is_causal=mask_B1TS is None)
     return y_BHTK.transpose(1, 2).flatten(2)
 
 
 def chunked_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, fence: Fence = no_fence) -> Tensor:
-    """Attention that keeps no scores for the backward pass: it computes them again, chunk of queries by chunk of queries,
+    """Attention that keeps no scores for the backward pass but computes them again, one chunk of queries after the other and
     without the keys in a chunk's future (after Rabe and Staats 2021, "Self-attention does not need O(n^2) memory", and
-    Dao et al. 2022, FlashAttention). Made for compilers: a few large products, and no loop.
+    Dao et al. 2022, FlashAttention). It suits compilers: a few large products, and no loop.
 
-    Without the device's `fence` a compiler would see that the scores are computed twice, and keep them after all.
+    Without the device's `fence`, a compiler would see that the scores are computed twice, and would keep them.
     """
     heads = (x.unflatten(-1, (num_heads, -1)) for x in (q_BTD, k_BTD, v_BTD))
     return _ChunkedAttention.apply(*heads, fence).flatten(2)
 
 
 def kept_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
-    """Attention that keeps the weights that it gives to keys, the future's left out, for the backward pass: B * H * T^2 / 2
-    numbers and a little more. The fastest on CPUs, whose matrix products are better than their fused attention; run as it
-    is written, each step in place of the one before."""
+    """Attention that keeps its weights for the backward pass, without those of the future: a little more than
+    B * H * T^2 / 2 numbers. It is the fastest on CPUs, where matrix products are better than fused attention. Each step
+    overwrites the one before, so it is not for compilers."""
     return _KeptAttention.apply(q_BTD, k_BTD, v_BTD, num_heads)
 
 
 def kept_numbers(sequences: int, model: ModelConfig) -> int:
-    """How many weights `kept_attention` keeps in all layers, of sequences of full length."""
+    """Return how many weights `kept_attention` keeps in all layers together, for sequences of full length."""
     scores = sum((q.stop - q.start) * keys.stop for q, keys in _chunks(model.seq_length))
     return sequences * model.num_layers * model.num_heads * scores
 
 
 class _KeptAttention(torch.autograd.Function):
-    """In here heads lie beside sequences, N = B * H, as batched products want them."""
+    """Computes with heads beside sequences, N = B * H, as batched products expect them."""
 
     @staticmethod
     def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
@@ -60,7 +63,7 @@ class _KeptAttention(torch.autograd.Function):
         y_NTK, kept = torch.empty_like(q_NTK), []
         for queries, keys in _chunks(q_NTK.shape[1]):
             scores_NCS = q_NTK[:, queries] @ k_NTK[:, keys].mT
-            now_NCC = scores_NCS[..., queries]  # the keys among which some are in a query's future
+            now_NCC = scores_NCS[..., queries]  # the only keys that may lie in a query's future
             now_NCC += torch.full(now_NCC.shape[1:], -torch.inf, dtype=now_NCC.dtype).triu(1)
             weights_NCS = torch.softmax(scores_NCS, -1, out=scores_NCS)
             y_NTK[:, queries] = weights_NCS @ v_NTK[:, keys]
@@ -95,8 +98,8 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, fence: Fence) -> Tensor:
         q_BTHK = q_BTHK / math.sqrt(q_BTHK.shape[-1])
-        # The sum over each row of weights comes from a column of ones beside the values: on matrix units of 128 columns it
-        # is free, where a sum of its own would read all weights once more.
+        # A column of ones beside the values gives the sum over each row of weights. On matrix units of 128 columns it is
+        # free, while a separate sum would read all weights once more.
         ones_BTHK = torch.cat([v_BTHK, torch.ones_like(v_BTHK[..., :1])], dim=-1)
         outputs, log_sums = [], []
         for queries, keys in _chunks(q_BTHK.shape[1]):
@@ -139,13 +142,13 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _chunks(length: int) -> list[tuple[slice, slice]]:
-    """The queries of each chunk and the keys they may see."""
+    """Return the queries of each chunk and the keys that they may see."""
     size = -(-length // _QUERY_CHUNKS)
     return [(slice(a, min(a + size, length)), slice(0, min(a + size, length))) for a in range(0, length, size)]
 
 
 def _scores(q_BCHK: Tensor, k_BSHK: Tensor, first_query: int) -> Tensor:
-    """fp32, with a large negative number where a key lies in the query's future."""
+    """Return the scores in fp32, with a large negative number where a key lies in the query's future."""
     scores_BHCS = torch.einsum("bqhd,bkhd->bhqk", q_BCHK, k_BSHK).float()
     queries = torch.arange(q_BCHK.shape[1], device=q_BCHK.device)[:, None] + first_query
     keys = torch.arange(k_BSHK.shape[1], device=q_BCHK.device)[None, :]

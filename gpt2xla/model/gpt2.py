@@ -1,7 +1,6 @@
-"""GPT-2 (Radford et al. 2019), device-free, in Hugging Face's parameter names.
+"""GPT-2 (Radford et al. 2019), for any device, with Hugging Face's parameter names.
 
-Shape suffixes: B sequences, T tokens, S tokens a query may see (T, or more with a cache), D d_model, H heads, K = D / H,
-V vocabulary.
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from gpt2xla.model.loss import IGNORED_LABEL, mask_padding
 
 
 class GPT2(nn.Module):
-    """The language model. Its output head is `wte` unless `config.tie_weights` is off, by use instead of by a shared
-    attribute: `F.linear(x, wte.weight)` stays tied on every device, where a shared attribute comes apart on XLA.
+    """The language model.
+
+    Unless `config.tie_weights` is off, the output head uses `wte.weight` itself. A shared attribute would come apart on XLA.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -35,10 +35,10 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
         if not config.tie_weights:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.kernels = Kernels()  # how, not what; a runtime sets its own
+        self.kernels = Kernels()  # how the parts are computed; a runtime sets its own
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """The summed token loss (nats, fp32) and the number of tokens it sums over, both 0-d.
+        """Return the summed token loss (nats, fp32) and the number of tokens that it sums over, both 0-d.
 
         `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
         """
@@ -47,14 +47,14 @@ class GPT2(nn.Module):
         return loss, (labels_BT != IGNORED_LABEL).sum()
 
     def logits(self, ids_BT: Tensor) -> Tensor:
-        """Next-token logits (B, T, V). Ids that only pad the vocabulary have -inf."""
+        """Return next-token logits (B, T, V), which are -inf for ids that only pad the vocabulary."""
         return self._head(self.hidden(ids_BT))
 
     def next_logits(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, cache: KVCache, span: int) -> Tensor:
-        """Logits (B, V) of the token that follows in each row, and `cache` with the row's new tokens.
+        """Add new tokens to `cache` and return the logits (B, V) of the token that follows them in each row.
 
-        Row b has starts_B[b] tokens in the cache; ids_BT[b] are counts_B[b] more, then padding, which repeats the last of
-        them: what of it reaches past the last slot is then what that slot holds. For `span` see the cache.
+        Row b has starts_B[b] tokens in the cache; ids_BT[b] holds counts_B[b] more, then padding that repeats the last of
+        them. Padding past the last slot is stored in that slot, which holds the same token. For `span` see `KVCache.begin`.
         """
         cache.begin(starts_B, ids_BT.shape[1], span)
         x_BTD = self.hidden(ids_BT, cache)
@@ -66,6 +66,7 @@ class GPT2(nn.Module):
         return mask_padding(self.kernels.head(x, self.head_weight), self.config.vocab_padding)
 
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return what the output head reads (B, T, D)."""
         positions = cache.positions_BT if cache else torch.arange(ids_BT.shape[1], device=ids_BT.device)
         x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions))
         for layer, block in enumerate(self.h):
@@ -74,7 +75,7 @@ class GPT2(nn.Module):
 
     def _run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
         compiled, checkpoint = self.kernels.compiled, self.kernels.checkpoint
-        # Texts of many lengths would each be compiled anew.
+        # Each other length would be compiled again.
         call = partial(compiled, block) if compiled and x_BTD.shape[1] == self.config.seq_length else block
         if checkpoint and torch.is_grad_enabled():
             return checkpoint(call, x_BTD, self.kernels)
@@ -82,12 +83,14 @@ class GPT2(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
+        """The output head's matrix (V, D)."""
         return self.wte.weight if self.config.tie_weights else self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """GPT-2's initialisation: N(0, 0.02) for matrices and embeddings, projections into the residual stream divided
-        by sqrt(2 * layers) so that its variance does not grow with depth, zero biases.
+        """Draw GPT-2's initial weights: N(0, 0.02) for matrices and embeddings, zero for biases, one for layer norms.
+
+        Projections into the residual stream are divided by sqrt(2 * layers), so that its variance does not grow with depth.
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
@@ -97,11 +100,12 @@ class GPT2(nn.Module):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def num_parameters(self) -> int:
+        """Return the number of parameters, including those that pad the vocabulary."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Floating-point operations of forward and backward per trained token: 6 N + 12 L D T, N without the position
-        embedding, which is only looked up (Chowdhery et al. 2022, PaLM, appendix B).
+        """Return the floating-point operations of forward and backward per trained token: 6 N + 12 L D T (Chowdhery et al.
+        2022, PaLM, appendix B). N does not count embeddings that are only looked up, such as positions.
         """
         c = self.config
         matrices = self.num_parameters() - self.wpe.weight.numel() - (0 if c.tie_weights else self.wte.weight.numel())
@@ -138,29 +142,23 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None, layer: int) -> Tensor:
         if kernels.separate_qkv:
-            weights, biases = (
-                self.c_attn.weight.chunk(3),
-                self.c_attn.bias.chunk(3) if self.c_attn.bias is not None else [None] * 3,
-            )
-            q_BTD, k_BTD, v_BTD = (F.linear(x_BTD, *parts) for parts in zip(weights, biases, strict=True))
+            biases = [None] * 3 if self.c_attn.bias is None else self.c_attn.bias.chunk(3)
+            parts = zip(self.c_attn.weight.chunk(3), biases, strict=True)
+            q_BTD, k_BTD, v_BTD = (F.linear(x_BTD, weight, bias) for weight, bias in parts)
         else:
             q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).chunk(3, dim=-1)
         if cache:
-            y_BTD = self.cached_attention(q_BTD, k_BTD, v_BTD, cache, layer)
+            y_BTD = sdpa_attention(q_BTD, *cache.append(layer, k_BTD, v_BTD), self.num_heads, mask_B1TS=cache.mask_B1TS)
         elif kernels.attention:
             y_BTD = kernels.attention(q_BTD, k_BTD, v_BTD, self.num_heads)
         else:
             y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, self.num_heads, self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y_BTD), self.dropout, self.training)
 
-    def cached_attention(self, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, cache: KVCache, layer: int) -> Tensor:
-        qkv = (q_BTD, *cache.append(layer, k_BTD, v_BTD))
-        q_BHTK, k_BHSK, v_BHSK = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv)
-        y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=cache.mask_B1TS)
-        return y_BHTK.transpose(1, 2).flatten(2)
-
 
 class MLP(nn.Module):
+    """The feed-forward layers."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation

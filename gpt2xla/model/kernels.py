@@ -1,4 +1,4 @@
-"""The parts of the model that a device computes in its own way, chosen once by its runtime."""
+"""The parts of the model that each device computes in its own way. The runtime chooses them once."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Kernels:
-    """Every choice computes the same function.
+    """How the parts of the model are computed. Every choice computes the same function.
 
     Attributes:
-        attention: (q, k, v, num_heads) -> y, each (B, T, D). None: torch's own, the one that knows dropout.
+        attention: (q, k, v, num_heads) -> y, each (B, T, D). None means torch's own, the only one that supports dropout.
         cross_entropy: (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`.
         layer_norm: (x, module) -> module(x).
-        separate_qkv: project queries, keys and values by three products instead of one. XLA then writes each in the layout
-            that attention reads, where it would copy the parts of a joint one.
+        separate_qkv: project queries, keys and values with three products instead of one. XLA then writes each of them in
+            the layout that attention reads, instead of copying the parts of a joint one.
         head: (x, head weight) -> logits.
-        static_shapes: whether each new shape costs a compile; then shapes must not follow a text's length.
-        compiled: called as compiled(block, x, kernels) on sequences of full length; None calls the block itself.
-        checkpoint: called as checkpoint(block, x, ...) to keep nothing of a block but its input; None keeps all.
-        description: for the summary at start.
+        static_shapes: whether each new shape costs a compile; if so, shapes must not follow the length of a text.
+        compiled: called as compiled(block, x, kernels) for sequences of full length; None calls the block itself.
+        checkpoint: called as checkpoint(block, x, ...) to keep only the input of a block; None keeps everything.
+        description: for the summary at the start of a run.
     """
 
     attention: Attention | None = None
@@ -59,15 +59,16 @@ def choose_kernels(
     static_shapes: bool = False,
     compiled: Callable[..., Tensor] | None = None,
 ) -> Kernels:
-    """What the user asked for, or else what the runtime prefers.
+    """Return the kernels that the user asked for or, for options left at their defaults, those that the runtime prefers.
 
     Args:
-        attention: by the names of --attention, what the device can compute beside `sdpa`.
-        preferred, loss_chunks: the device's own choices, for options left alone; without chunks, the plain loss.
-        chunked_loss: what computes the loss in chunks.
+        attention: what the device can compute beside `sdpa`, by the names of --attention.
+        preferred: the name of the attention that `auto` stands for, in models without dropout.
+        loss_chunks: into how many pieces --loss-chunks 0 cuts the loss; None computes it at once.
+        chunked_loss: computes the loss in pieces.
 
     Raises:
-        InputError: --attention names something that this device, or this model, cannot do.
+        InputError: this device, or this model, cannot compute what --attention names.
     """
     name = train.attention if train.attention != "auto" else preferred if model.dropout == 0 else "sdpa"
     if name != "sdpa" and name not in attention:
@@ -75,7 +76,7 @@ def choose_kernels(
             f"--attention {name} does not work on this device; use auto, sdpa{''.join(', ' + n for n in attention)}"
         )
     if name != "sdpa" and model.dropout > 0:
-        raise InputError(f"--attention {name} knows no --dropout; use --attention sdpa, or --dropout 0")
+        raise InputError(f"--attention {name} does not support --dropout; use --attention sdpa, or --dropout 0")
     chunks = train.loss_chunks or loss_chunks
     pieces = f"loss in {chunks} {'piece' if chunks == 1 else 'pieces'}" if chunks else "loss at once"
     checkpointed = ", blocks computed twice" if train.activation_checkpointing == "block" else ""

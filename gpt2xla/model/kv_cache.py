@@ -1,6 +1,6 @@
-"""Keys and values of the tokens that a model has read, so that each further token is computed alone.
+"""The keys and values of the tokens that a model has read, so that it computes only the new tokens.
 
-Shape suffixes as in `gpt2.py`; S are the tokens that a query may look at.
+Shape suffixes: B texts, T new tokens of each text, S slots that attention looks at, D d_model, N = B * T.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from gpt2xla.config import ModelConfig
 
 
 class KVCache:
-    """Buffers for `rows` texts of up to seq_length tokens, allocated once: nothing in them has a shape that depends on how
-    long the texts are. A token's slot is its position, in each row for itself, so texts of different lengths lie side by
-    side without padding before them; what follows a row's last token is never looked at, and overwritten.
+    """Buffers for `rows` texts of up to seq_length tokens, allocated once. No shape depends on how long the texts are.
+
+    A token's slot in its row is its position, so texts of different lengths lie side by side without padding before them.
+    Slots after a row's last token are never looked at, and are overwritten.
 
     Args:
         config: of the model.
-        dtype: of keys and values: the type that the model's products compute in.
-        to_device: takes a host tensor to the model's device.
+        dtype: of keys and values: the type in which the model's products compute.
+        to_device: moves a tensor from the host to the model's device.
     """
 
     def __init__(
@@ -35,13 +36,13 @@ class KVCache:
         ]
 
     def begin(self, starts_B: Tensor, new: int, span: int) -> None:
-        """Prepare a pass over `new` tokens per row, of which row b's first has position starts_B[b].
+        """Prepare a pass over `new` tokens per row; the first one of row b has position starts_B[b].
 
-        Padding after a row's tokens may reach past the last slot. It is then read and stored at the last position: this slot
+        Padding after a row's tokens may reach past the last slot. Then it is read and stored at the last position. That slot
         is either still unused, or holds the row's last token, which the padding repeats.
 
         Args:
-            span: how many slots attention looks at; no token of the pass has a position as high.
+            span: how many slots attention looks at; it is above all positions of the pass.
         """
         device = starts_B.device
         positions_BT = (starts_B[:, None] + torch.arange(new, device=device)).clamp(max=self.seq_length - 1)
@@ -49,13 +50,13 @@ class KVCache:
         visible_BTS = torch.arange(span, device=device) <= positions_BT[:, :, None]
         self.positions_BT = positions_BT
         self.slots_N = (first_slots_B1 + positions_BT).flatten()
-        # Numbers to add, as attention wants them in the end: made here they are made once instead of in each layer.
+        # Numbers to add, as attention needs them: here they are made once, not in each layer.
         zeros = torch.zeros((), dtype=self.dtype, device=device)
         self.mask_B1TS = torch.where(visible_BTS, zeros, -torch.inf)[:, None]
         self.span = span
 
     def append(self, layer: int, k_BTD: Tensor, v_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's keys and values of the pass; return all that attention looks at, each (B, S, D)."""
+        """Store the keys and values of one layer in this pass, and return all that attention looks at, each (B, S, D)."""
         for buffer, new_BTD in zip(self.layers[layer], (k_BTD, v_BTD), strict=True):
             buffer.index_copy_(0, self.slots_N, new_BTD.flatten(0, 1))
         k_BSD, v_BSD = (b.view(self.rows, self.seq_length, -1)[:, : self.span] for b in self.layers[layer])

@@ -1,7 +1,8 @@
-"""Cross-entropy of a language model's head, with all logits at once or chunk by chunk.
+"""The cross-entropy of a language model's head, with all logits at once or in chunks.
 
-Both return the summed loss in nats, in fp32 (0-d). The last `padding` rows of the head are of ids that have no tokens: they
-get no probability, and their gradient is exactly 0. Masking keeps the products' aligned shapes, which cutting would not.
+Each function returns the summed loss in nats, in fp32 (0-d). The last `padding` rows of the head belong to ids without
+tokens: they get no probability, and their gradient is exactly 0. They are masked, not cut off, so that the shapes of the
+products stay aligned.
 Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B * T, C tokens of a chunk.
 """
 
@@ -24,6 +25,7 @@ LOGITS_AT_ONCE = {"cuda": 2**30, "cpu": 2**29, "xla": 2**30}
 
 
 def plain_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
+    """Return the loss as torch computes it from all logits at once."""
     logits_NV = mask_padding(F.linear(x_BTD, weight_VD).float().flatten(0, 1), padding)
     return F.cross_entropy(logits_NV, labels_BT.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
 
@@ -31,10 +33,10 @@ def plain_cross_entropy(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, pad
 def chunked_cross_entropy(
     x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, *, chunks: int, fence: Fence = no_fence
 ) -> Tensor:
-    """The same without ever holding all logits, in fewer products: each chunk's gradient is taken while its logits are at
-    hand, where checkpointing would compute them again.
+    """Return the same loss without ever holding all logits. The gradient of each chunk is computed together with its logits;
+    checkpointing would compute the logits twice.
 
-    Chunks are cut along T, so that a batch may be divided over devices; their number is rounded up to a divisor of T.
+    Chunks are cut along T, so that a batch may be split over devices; their number is rounded up to a divisor of T.
     """
     length = x_BTD.shape[1]
     chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
@@ -44,16 +46,19 @@ def chunked_cross_entropy(
 def in_place_cross_entropy(
     x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, *, chunks: int, reads_wait: bool = False
 ) -> Tensor:
-    """The same as `chunked_cross_entropy` for devices that run operations as they are called: each pass over the logits
-    overwrites them, until they are their own gradient.
+    """Return the same as `chunked_cross_entropy`, on devices that run each operation when it is called: each pass over the
+    logits overwrites them, until they hold their own gradient.
 
-    With `reads_wait` the host reads no value, for which it would wait for the device. Without, the sums behind the losses
-    follow from the labels' own probabilities, where these are not too small, and two passes over the logits are saved."""
+    Args:
+        reads_wait: whether reading a value makes the host wait for the device. If so, no value is read. If not, the sums
+            behind the losses follow from the labels' own probabilities unless these are too small, which saves two passes
+            over the logits.
+    """
     return _InPlaceCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, reads_wait)
 
 
 def mask_padding(logits_V: Tensor, padding: int) -> Tensor:
-    """-inf for the last `padding` of the last dimension's V entries."""
+    """Return logits that are -inf for the last `padding` of V ids."""
     if padding == 0:
         return logits_V
     size = logits_V.shape[-1]
@@ -62,7 +67,7 @@ def mask_padding(logits_V: Tensor, padding: int) -> Tensor:
 
 
 def logits_of_labels(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tensor:
-    """Each label's logit (B, T) in fp32, from the label's own row of the head. Saves a comparison per logit."""
+    """Return each label's logit (B, T) in fp32, from the label's own row of the head, which saves a comparison per logit."""
     rows_BTD = F.embedding(torch.where(labels_BT != IGNORED_LABEL, labels_BT, 0), head_VD)
     return (x_BTD.float() * rows_BTD.float()).sum(-1)
 
@@ -80,11 +85,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = -torch.where(counted_BT, label_logits_BT, 0.0).sum()
         dx: list[Tensor] = []
         dweight_VD: Tensor | None = None
-        for x_BCD, labels_BC, counted_BC in zip(
-            *(t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT)), strict=True
-        ):
+        parts = (t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT))
+        for x_BCD, labels_BC, counted_BC in zip(*parts, strict=True):
             if dweight_VD is not None:
-                # One piece after the other: side by side, their logits would fill the memory after all.
+                # One chunk after the other: side by side, their logits would fill the memory after all.
                 x_BCD = x_BCD.clone()
                 fence([x_BCD, dweight_VD])
             logits_BCV = mask_padding(F.linear(x_BCD, head_VD).float(), padding)
@@ -127,10 +131,8 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
             if padding:
                 logits_CV[:, -padding:] = -torch.inf
             of_labels = rows_C[: len(x_CD)], labels_C
-            if logits_CV.dtype == torch.float16:
-                logits_CV = (
-                    logits_CV.float()
-                )  # probabilities below 6e-5 are subnormal in fp16: their logarithms are off
+            if logits_CV.dtype == torch.float16:  # whose probabilities below 6e-5 are subnormal, with poor logarithms
+                logits_CV = logits_CV.float()
             label_logits_C = logits_CV[of_labels].float()
             if reads_wait:
                 max_C = logits_CV.amax(-1).float()
@@ -146,11 +148,11 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
                     log_sum_C[vanished_C] = again_CV.logsumexp(-1)
             losses.append(torch.where(counted_C, log_sum_C - label_logits_C, 0.0).sum())
             if wants_gradient:
-                dlogits_CV = probabilities_CV.to(x_CD.dtype)  # no copy but in fp16
-                # scatter_ would copy all of them in bf16.
+                dlogits_CV = probabilities_CV.to(x_CD.dtype)  # a copy only in fp16
+                # In bf16 scatter_ would copy all of them.
                 dlogits_CV[of_labels] = (torch.exp(label_logits_C - log_sum_C) - 1).to(x_CD.dtype)
                 counted_C1 = counted_C[:, None]
-                # On CPUs this way round the same product is faster.
+                # On CPUs the product is faster this way round.
                 torch.mul((head_VD.t() @ dlogits_CV.t()).t(), counted_C1, out=dx_CD)
                 part_VD = (dlogits_CV.t() @ (x_CD * counted_C1)).to(weight_VD.dtype)
                 dweight_VD = part_VD if dweight_VD is None else dweight_VD.add_(part_VD)

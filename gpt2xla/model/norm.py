@@ -1,4 +1,4 @@
-"""Layer normalisation that keeps one number per activation for the backward pass, in the type the products compute in."""
+"""Layer normalisation, plain or keeping only one number per activation for the backward pass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from gpt2xla.model.arithmetic import Fence, compute_dtype, no_fence
 
 
 def plain_layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Return `norm(x)` as torch computes it."""
     return norm(x)
 
 
 def lean_layer_norm(x: Tensor, norm: nn.LayerNorm, fence: Fence = no_fence) -> Tensor:
-    """`norm(x)` over the last dimension, in the autocast type.
+    """Return `norm(x)` over the last dimension, in the type in which products compute.
 
-    torch's own keeps its input, in a bf16 run the fp32 residual stream, and the next product keeps the output beside it.
-    Here the normalised input in bf16 stands for both.
+    torch's own keeps its input, which in a bf16 run is the fp32 residual stream, and the next product keeps the output too.
+    Here the normalised input in bf16 serves as both.
     """
     return _LeanLayerNorm.apply(x, norm.weight, norm.bias, norm.eps, compute_dtype(x), fence)
 
@@ -31,7 +32,7 @@ class _LeanLayerNorm(torch.autograd.Function):
         centred = x - x.mean(-1, keepdim=True)
         scale = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
         normalised = (centred * scale).to(dtype)
-        # Behind the fence only `normalised` is left to compute from: a compiler free to round less would keep x.
+        # Behind the fence only `normalised` is left to compute from. Otherwise a compiler may keep x, to round less.
         fence([normalised])
         ctx.save_for_backward(normalised, scale, weight)
         ctx.has_bias = bias is not None

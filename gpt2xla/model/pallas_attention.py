@@ -1,15 +1,18 @@
 """Causal attention as two TPU kernels, forward and backward, that keep all scores in the core's own memory.
 
-Written in JAX's Pallas, and only lowered by JAX: `lower` returns a program that XLA embeds in a graph of any frontend.
-One kernel call handles one sequence and the heads that lie side by side in 128 columns (two of GPT-2's), straight from
-the layout (B, T, D) in which the projections write them, so nothing is transposed or padded in main memory.
+They are written in JAX's Pallas, and JAX only lowers them: `lower` returns a program that XLA embeds in a graph of any
+frontend. One kernel call computes one sequence and the heads that lie side by side in 128 columns (two of GPT-2's), straight
+from the layout (B, T, D) in which the projections write them, so nothing is transposed or padded in main memory.
 
-The heads of a block are told apart by zeros, not by slices: a copy of k per head is zero in the columns of the others,
-so that its products ignore them. The matrix units are 128 wide, so zeros cost nothing, and no columns are moved about.
-The formulas are those of Dao et al. 2022, FlashAttention; with all keys of a sequence at hand there is no running maximum.
+Zeros separate the heads of a block, not slices: each head has a copy of k that is zero in the columns of the other heads, so
+its products ignore them. The matrix units are 128 wide, so zeros cost nothing, and no columns are moved.
+The formulas are those of Dao et al. 2022, FlashAttention. All keys of a sequence are in memory, so there is no running
+maximum.
 
-TPU v3 multiplies fp32 operands only (rounding them to bf16 itself), and unpacks bf16 slowly; `Shape.bf16 = False` is for
-it. The kernels then differ in the type of their scratch memory and in how they read and write bf16 (`_rows`, `_write`).
+TPU v3 multiplies only fp32 operands (it rounds them to bf16 itself), and unpacks bf16 slowly; `Shape.bf16 = False` is for
+it. Then the scratch memory has another type, and bf16 is read and written differently (`_rows`, `_write`).
+
+Shape suffixes: T tokens, C queries of a chunk, S keys, L the 128 columns of a block, K columns of one head.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ _MASKED = -1e30
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one call: B sequences of T tokens, H heads of K columns."""
+    """The shape of one call: B sequences of T tokens, H heads of K columns."""
 
     B: int
     T: int
     H: int
     K: int
-    bf16: bool = True  # products of bf16, or of fp32 as TPU v3 needs
+    bf16: bool = True  # the products' operands are bf16; if not, they are fp32, as TPU v3 needs
 
     @property
     def D(self) -> int:
@@ -52,41 +55,42 @@ class Shape:
 
     @property
     def queries_per_chunk(self) -> int:
-        # Larger ones compute more masked scores and need more memory, smaller ones fill v6e's matrix units less.
+        # Larger chunks compute more masked scores and need more memory; smaller ones fill v6e's matrix units less.
         return 256 if self.bf16 and self.T % 256 == 0 and self.T <= 1024 else 128
 
     @property
     def q_scale(self) -> float:
-        """The part of 1 / sqrt(K) that q is multiplied by: all of it where it is a power of two, which rounds nothing."""
+        """The part of 1 / sqrt(K) by which q is multiplied: all of it if it is a power of two, which rounds nothing."""
         return self.K**-0.5 if self.K in (16, 64, 256) else 1.0
 
     @property
     def score_scale(self) -> float:
-        """The rest, for the scores in fp32."""
+        """The rest of 1 / sqrt(K), by which the fp32 scores are multiplied."""
         return self.K**-0.5 / self.q_scale
 
     @property
     def supported(self) -> bool:
-        longest = 2048 if self.bf16 else 1024  # by the 16 MB of memory of most cores
+        longest = 2048 if self.bf16 else 1024  # limited by the 16 MB of memory of most cores
         fits = longest >= self.T and self.T * self.heads_per_block <= 2 * longest
         return COLUMNS % self.K == 0 and self.K >= 32 and self.T % 128 == 0 and fits
 
 
 def forward(shape: Shape, interpret: bool = False) -> Any:
-    """(q, k, v) -> (y, log_sums): bf16 (B, T, D), and fp32 (B, blocks, heads_per_block, T), the log of the sum of
-    exponentiated scores of each query."""
+    """Return the kernel (q, k, v) -> (y, log_sums). All are bf16 (B, T, D), except log_sums: the logarithm of the sum of
+    each query's exponentiated scores, in fp32 (B, blocks, heads_per_block, T)."""
     return _call(shape, _forward, inputs="BBB", outputs="BS", scratch="thhT", products=2, interpret=interpret)
 
 
 def backward(shape: Shape, interpret: bool = False) -> Any:
-    """(q, k, v, y, log_sums, dy) -> (dq, dk, dv), all bf16 (B, T, D) but for log_sums."""
+    """Return the kernel (q, k, v, y, log_sums, dy) -> (dq, dk, dv). All are bf16 (B, T, D), except log_sums."""
     return _call(shape, _backward, inputs="BBBBSB", outputs="BBB", scratch="hthtTTTx", products=5, interpret=interpret)
 
 
 def lower(shape: Shape, kernel: Any) -> str:
-    """`kernel` (forward or backward) as the payload of a `tpu_custom_call`. Runs on any machine; initialises no device."""
+    """Return `kernel` (forward or backward) as the payload of a `tpu_custom_call`. This runs on any machine and initialises
+    no device."""
     use_libtpu_version()
-    jax.config.update("jax_platforms", "cpu")  # or JAX would take the TPU away from torch_xla
+    jax.config.update("jax_platforms", "cpu")  # otherwise JAX would take the TPU away from torch_xla
     function = kernel(shape)
     text = str(jax.jit(function).trace(*function.arguments).lower(lowering_platforms=("tpu",)).compiler_ir())
     start = text.index('backend_config = "', text.index("@tpu_custom_call")) + len('backend_config = "')
@@ -97,7 +101,7 @@ def lower(shape: Shape, kernel: Any) -> str:
 
 
 def use_libtpu_version() -> None:
-    """Write kernels in the version of their language that the libtpu of torch_xla 2.9 reads."""
+    """Make JAX write kernels in the version of their language that the libtpu of torch_xla 2.9 reads."""
     from jax._src import tpu_custom_call
 
     tpu_custom_call.get_ir_version = lambda *args: 7
@@ -160,7 +164,7 @@ def _forward(
         return [_scores(shape, q[queries], k[head, keys], 0, diagonal) for keys, diagonal in key_parts]
 
     steps = [(queries, key_parts, head) for queries, key_parts in _chunks(shape) for head in heads]
-    # The scheduler fills the wait for a maximum with the next step's product only if that comes first.
+    # The scheduler fills the wait for a maximum with the next step's product only if the product comes first.
     next_scores = scores(steps[0])
     y_of: dict[int, Any] = {}
     sum_of: dict[int, Any] = {}
@@ -191,13 +195,14 @@ def _backward(
     heads = range(shape.heads_per_block)
     for rows, (q_rows, k_rows, v_rows, y_rows, dy_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref, y_ref, dy_ref):
         k[rows], v[rows] = k_rows.astype(k.dtype), v_rows.astype(v.dtype)
-        dq[rows] = dy_rows * y_rows  # kept where dq itself will go
+        dq[rows] = dy_rows * y_rows  # kept where dq will be written
         for head in heads:
             q.at[head][rows] = _of_heads(shape, {head: q_rows * shape.q_scale}, 0.0).astype(q.dtype)
             dy.at[head][rows] = _of_heads(shape, {head: dy_rows}, 0.0).astype(dy.dtype)
     k_LT[...] = k[...].astype(jnp.float32).T.astype(k.dtype)
 
-    # From the last queries to the first, so that the gradients of the keys seen last are complete, too, and can be written.
+    # From the last queries to the first: then a chunk's keys have been seen by all their queries, and their gradients can be
+    # written with the chunk.
     for queries, key_parts in reversed(_chunks(shape)):
         delta_LC = dq[queries].T
         dq_heads = []
@@ -205,15 +210,11 @@ def _backward(
             columns = slice(head * shape.K, (head + 1) * shape.K)
             log_sum_1C = log_sum_ref[0, 0, head : head + 1, queries]
             delta_1C = jnp.sum(delta_LC[columns], axis=0, keepdims=True)
-            # As (keys, queries) scores suit all products but that for dq, and statistics of a query are a row.
-            parts = [
-                (
-                    keys,
-                    _scores(shape, k[keys], q[head, queries], 1, diagonal),
-                    _product(v[keys], dy[head, queries], 1, 1),
-                )
-                for keys, diagonal in key_parts
-            ]
+            # Scores as (keys, queries) suit all products except the one for dq, and the statistics of a query are a row.
+            parts = []
+            for keys, diagonal in key_parts:
+                scores_SC = _scores(shape, k[keys], q[head, queries], 1, diagonal)
+                parts.append((keys, scores_SC, _product(v[keys], dy[head, queries], 1, 1)))
             dq_KC: Any = 0.0
             for keys, scores_SC, dweights_SC in parts:
                 weights_SC = jnp.exp(scores_SC - log_sum_1C)
@@ -233,28 +234,29 @@ def _backward(
 
 
 def _rows(shape: Shape, interpret: bool, *refs: Any) -> Any:
-    """The rows of blocks in fp32, with where in an array to put them: all rows, or even and then odd ones, which share
-    32-bit words; those TPU v3 can split and scatter faster than it can unpack bf16."""
+    """Return the rows of blocks in fp32, with the indices to write them to.
+
+    On TPU v3 these are the even rows and then the odd ones: an even and an odd row share 32-bit words, which TPU v3 splits
+    and scatters faster than it unpacks bf16. On other TPUs they are all rows at once.
+    """
 
     def inside(x: jax.Array) -> jax.Array:
-        # The last block may have fewer heads than the others, and then any values there.
+        # The last block may have fewer heads than the others; its other columns hold arbitrary values.
         column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1) + pl.program_id(1) * COLUMNS
         return jnp.where(column < shape.D, x, 0.0) if shape.D % COLUMNS else x
 
     if shape.bf16:
         return [(slice(None), [inside(ref[0].astype(jnp.float32)) for ref in refs])]
     words = [pltpu.bitcast(ref[0], jnp.int32) if interpret else ref.bitcast(jnp.int32)[0] for ref in refs]
-    return [
-        (
-            pl.ds(odd, shape.T // 2, stride=2),
-            [inside(jax.lax.bitcast_convert_type(half(w), jnp.float32)) for w in words],
-        )
-        for odd, half in enumerate((lambda w: w << 16, lambda w: w & -65536))
-    ]
+
+    def half_of(word: jax.Array, odd: int) -> jax.Array:
+        return inside(jax.lax.bitcast_convert_type(word & -65536 if odd else word << 16, jnp.float32))
+
+    return [(pl.ds(odd, shape.T // 2, stride=2), [half_of(word, odd) for word in words]) for odd in range(2)]
 
 
 def _write(shape: Shape, ref: Any, values: Any, rows: slice) -> None:
-    """The inverse of `_rows`, for some rows."""
+    """Write some rows back as bf16, the inverse of `_rows`."""
     if shape.bf16:
         ref[0, rows] = values[rows].astype(jnp.bfloat16)
         return
@@ -264,17 +266,16 @@ def _write(shape: Shape, ref: Any, values: Any, rows: slice) -> None:
 
 
 def _of_heads(shape: Shape, values: dict[int, Any], other: Any = None) -> Any:
-    """In the columns of each head its own value, and `other` (or anything) in those of heads without one."""
+    """Return each head's value in that head's columns. Columns of heads without a value hold `other`, or anything."""
     head_of_column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1) // shape.K
     for head, value in values.items():
-        other = (
-            value if other is None or shape.heads_per_block == 1 else jnp.where(head_of_column == head, value, other)
-        )
+        is_alone = other is None or shape.heads_per_block == 1
+        other = value if is_alone else jnp.where(head_of_column == head, value, other)
     return other
 
 
 def _chunks(shape: Shape) -> list[tuple[slice, list[tuple[slice, bool]]]]:
-    """The queries of each chunk; the keys all of them see; and the keys on the diagonal, marked True."""
+    """Return the queries of each chunk, with the keys that all of them see and the keys on the diagonal, marked True."""
     size = shape.queries_per_chunk
     return [
         (slice(a, a + size), [*([(slice(0, a), False)] if a else []), (slice(a, a + size), True)])

@@ -1,1 +1,1 @@
-"""Optimizers, their parameter groups and the learning-rate schedule."""
+"""Optimizers, their state by parameter name, and the learning-rate schedule."""

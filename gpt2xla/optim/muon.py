@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum whose every update is made orthogonal."""
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): momentum whose updates are made orthogonal."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Jordan's, and torch.optim.Muon's defaults.
+from gpt2xla.config import OptimConfig
+
+# Jordan's values, which are torch.optim.Muon's defaults too.
 MOMENTUM, ITERATIONS = 0.95, 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7
 
 
-class Muon(torch.optim.Optimizer):
-    """One optimizer of two: Muon for `matrices`, and `others` for the parameters that it was made of.
+def is_updated_by_muon(config: OptimConfig, name: str, shape: torch.Size) -> bool:
+    """Tell whether Muon updates the parameter `name`: with --optim-type muon, the matrices of the blocks."""
+    return config.optim_type == "muon" and name.startswith("h.") and len(shape) == 2
 
-    The rate is that of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): 0.2 * sqrt(longer side) times `lr`, which makes an
-    update as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one rate and one weight decay serve
-    both. torch's own class reads a rate that is on the device, and cannot leave an update out on the device.
+
+class Muon(torch.optim.Optimizer):
+    """Two optimizers as one: Muon for `matrices`, and `others` for its own parameters.
+
+    The rate is that of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"): 0.2 * sqrt(longer side) * `lr`, which makes an
+    update as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that both share one rate and one weight decay.
+    torch's own class reads the rate on the host, and cannot skip an update on the device.
 
     Args:
-        matrices: parameter groups with `weight_decay` and `blocks`, the number of matrices of equal size that lie one below
-            the other in each parameter.
-        others: shares its groups and its state with this one.
-        dtype: of the matrix products that orthogonalize.
+        matrices: parameter groups with `weight_decay` and `blocks`: how many matrices of equal size each parameter stacks
+            along its rows.
+        others: the other optimizer; it shares its groups and its state with this one.
+        dtype: the type of the matrix products that orthogonalize.
     """
 
     def __init__(self, matrices: list[dict[str, Any]], others: torch.optim.Optimizer, lr: float, dtype: torch.dtype):
@@ -34,13 +41,16 @@ class Muon(torch.optim.Optimizer):
         self.matrices, self.others, self.dtype = self.param_groups, others, dtype
         self.param_groups = [*self.matrices, *others.param_groups]
         others.state = self.state
-        # For torch.amp.GradScaler: whether `found_inf` is heeded on the device.
+        # Tells torch.amp.GradScaler whether `step` handles `found_inf` on the device.
         self._step_supports_amp_scaling = getattr(others, "_step_supports_amp_scaling", False)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
-        """Where `found_inf` is not 0, nothing changes. It is an argument, as of torch_xla's sync-free optimizers, or, as of
-        torch's fused ones, an attribute; `others` is told in the same way."""
+        """Update all parameters, unless `found_inf` is not 0.
+
+        `found_inf` comes as an argument, as torch_xla's sync-free optimizers take it, or as an attribute, as torch's fused
+        ones do; `others` gets it in the same way.
+        """
         assert closure is None
         skip = getattr(self, "found_inf", None) if found_inf is None else found_inf
         for group in self.matrices:
@@ -60,15 +70,17 @@ class Muon(torch.optim.Optimizer):
         nesterov = gradient + MOMENTUM * (momentum - gradient)
         blocks = nesterov.unflatten(0, (group["blocks"], -1))
         update = 0.2 * math.sqrt(max(blocks.shape[1:])) * orthogonalized(blocks, self.dtype).flatten(0, 1)
-        # Not as a factor 1 - rate * weight_decay, which for a small rate rounds to 1 and would be another graph on XLA.
+        # Not as a factor 1 - rate * weight_decay: for a small rate that rounds to 1, and on XLA it would be another graph.
         step = group["lr"] * (update + group["weight_decay"] * parameter)
         for tensor, new in ((momentum_buffer, momentum), (parameter, parameter - step)):
             tensor.copy_(new if skip is None else torch.where(skip > 0, tensor, new))
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """`matrices` (N, rows, columns) with their singular values brought near 1, from about 0.7 to 1.2: five steps of a
-    Newton-Schulz iteration whose coefficients Jordan chose for speed instead of convergence. Products are of type `dtype`.
+    """Return `matrices` (N, rows, columns) with their singular values brought near 1, to between about 0.7 and 1.2.
+
+    Five steps of a Newton-Schulz iteration, whose coefficients Jordan chose for speed instead of convergence. Products are
+    computed in `dtype`.
     """
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]

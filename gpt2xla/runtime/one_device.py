@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gpt2xla.config import OptimConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim.optimizer import MOMENTS, adam_arguments, build_optimizer, clip_gradients, export_state, init_state
+from gpt2xla.optim.optimizer import adam_arguments, build_optimizer, clip_gradients
+from gpt2xla.optim.state import MOMENTS, export_state, init_state
 from gpt2xla.runtime.base import CompileWatch, Memory, P, Runtime, T
 from gpt2xla.runtime.precision import ChosenPrecision
 

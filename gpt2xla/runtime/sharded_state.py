@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
+from gpt2xla.errors import in_one_line
+
 State = dict[str, dict[str, Tensor]]
 
 
@@ -41,7 +43,7 @@ def load(folder: Path, shapes: dict[str, dict[str, torch.Size]]) -> State:
         with _quiet():
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     except (CheckpointException, SafetensorError, OSError, RuntimeError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        raise ValueError(in_one_line(error)) from None
     for part in state.values():
         for name, tensor in part.items():
             if tensor.isnan().any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.optim.optimizer import MOMENTS
+from gpt2xla.optim.state import MOMENTS
 from gpt2xla.runtime.xla.runtime import XlaRuntime
 from gpt2xla.runtime.xla.spmd import SpmdRuntime
 from gpt2xla.training.train_step import TrainStep
@@ -65,9 +65,6 @@ class TracingRuntime(XlaRuntime):
 
     def flag(self, value: bool) -> Tensor:
         return self.to_device(torch.zeros(()))
-
-    def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
-        self.values = values  # keeps them alive, as a result of the graph
 
 
 class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):

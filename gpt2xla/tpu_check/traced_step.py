@@ -32,11 +32,11 @@ def main(request: dict[str, Any]) -> None:
 
     config = RunConfig.from_flat({k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()})
     options = XlaConfig(**request["options"])
-    step, report = trace(config, options, request["device_kind"], request["replicas"])
+    runtime, _alive, report = trace(config, options, request["device_kind"], request["replicas"])
     (output / "trace.json").write_text(json.dumps(report))
     threading.Thread(target=leave_with_graph, args=(output,), daemon=True).start()
-    step.runtime.compile_pending()
-    raise AssertionError(f"{step} was compiled before its graph could be caught")
+    runtime.compile_pending()
+    raise AssertionError("the step was compiled before its graph could be caught")
 
 
 def dump_flags(output: Path) -> str:
@@ -44,13 +44,15 @@ def dump_flags(output: Path) -> str:
     return f"--xla_dump_to={output} --xla_dump_hlo_as_proto --xla_dump_hlo_module_re=.*SyncTensorsGraph.*"
 
 
-def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, dict[str, Any]]:
-    """Return a step whose last update is traced but pending, and the report of what tracing cost the host."""
+def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Trace some steps, and leave the last one pending.
+
+    Return the runtime, what must stay alive until the graph is caught, and the report of what tracing cost the host.
+    """
     import torch
 
     from gpt2xla.model.gpt2 import GPT2
     from gpt2xla.runtime.precision import label
-    from gpt2xla.runtime.stop import Stop
     from gpt2xla.tpu_check.placeholder_runtime import TracingRuntime, TracingSpmdRuntime, name_operations
     from gpt2xla.training.train_step import TrainStep
 
@@ -59,9 +61,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     )
     with torch.device("meta"):
         model = GPT2(config.model)
-    step = TrainStep(
-        config, runtime, model, None, Stop(runtime, None, None), lambda step, lr: lambda loss, grad_norm: None
-    )
+    step = TrainStep(config, runtime, model, None)
     batches = runtime.batches(config.train.train_batch_size, config.model.seq_length)
     seconds = []
     for number in range(_TIMED_STEPS + 2):
@@ -71,9 +71,10 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
         runtime.forget_pending()
         start = time.perf_counter()
         runtime.begin_step(step)
-        step(batches, number)
+        loss, grad_norm, _ = step(batches, number)
+        results = torch.stack([loss, grad_norm])  # alive until the graph is caught, as its results
         seconds.append(time.perf_counter() - start)
-    return step, {
+    return runtime, (step, results), {
         "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
         "parameters": model.num_parameters(),
         "kernels": model.kernels.description,

@@ -1,38 +1,66 @@
-"""What a run is, in a few lines, as it says at its start."""
+"""What a run prints at its start and at its end."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from gpt2xla.checkpoint.folder import step_folder
 from gpt2xla.checkpoint.start import Start
+from gpt2xla.config import RunConfig
+from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.windows import TrainingOrder
+from gpt2xla.evals.validation import Validation
+from gpt2xla.logs.console import say
+from gpt2xla.logs.sinks import perplexity
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime import memory
+from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.precision import label
 
-if TYPE_CHECKING:
-    from gpt2xla.training.trainer import Trainer
+
+def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2) -> None:
+    """Print what was found, what the run is, and a warning if this machine's memory looks too small for it."""
+    for note in (*start.notes, *data.notes):
+        print(note)
+    if start.training:
+        print(f"resuming {start.source} after step {start.step}")
+    elif start.source:
+        print(f"weights from {start.source}; the run starts at step 0")
+    for name, text in _summary(start.config, start.step, runtime, data, model).items():
+        print(f"{name:>10}: {text}", flush=True)
+    train, parameters = start.config.train, model.num_parameters()
+    if warning := memory.host_warning(model.config, train, parameters, runtime.memory.free(), runtime.devices):
+        say(warning, error=True)
 
 
-def summary(trainer: Trainer, start: Start) -> dict[str, str]:
-    config, runtime, order = trainer.config, trainer.runtime, trainer.order
-    train, model, tokens = config.train, config.model, trainer.tokens_per_step
+def print_end(config: RunConfig, step: int, stop_reason: str, validation: Validation | None) -> None:
+    """Print how the run ended after `step`, and where its checkpoint is."""
+    if step < config.train.train_steps:
+        print(f"stopped by {stop_reason or 'another process'} after step {step}; rerun the same command to resume")
+    elif validation:
+        print(f"done: validation loss {validation.loss:.4f}, perplexity {perplexity(validation.loss):.2f}")
+    print(f"checkpoint: {step_folder(Path(config.general.checkpoints_dir), step)}")
+
+
+def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: TrainingData, model: GPT2) -> dict[str, str]:
+    train, sizes, order = config.train, config.model, data.order
     checked = ", all as their manifests say" if config.data.verify_data else ""
     note = f" ({runtime.precision.note})" if runtime.precision.note else ""
     return {
-        "model": f"{trainer.model.num_parameters():,} parameters: {model.num_layers} layers, d_model {model.d_model}, "
-        f"{model.num_heads} heads, vocabulary {model.vocab_size:,}, sequences of {model.seq_length}, "
-        f"dropout {model.dropout}",
+        "model": f"{model.num_parameters():,} parameters: {sizes.num_layers} layers, d_model {sizes.d_model}, "
+        f"{sizes.num_heads} heads, vocabulary {sizes.vocab_size:,}, sequences of {sizes.seq_length}, "
+        f"dropout {sizes.dropout}",
         "devices": runtime.description,
         "precision": f"{label(runtime.precision.name)}, matmul {train.matmul_precision}{note}",
-        "kernels": trainer.model.kernels.description,
-        "batch": f"{trainer.per_device} sequences x {runtime.devices} devices x {train.gradient_accum_step} micro-steps "
-        f"= {trainer.sequences_per_step} sequences = {tokens:,} tokens per step",
-        "data": f"{_training_data(order)} to train on, {trainer.valid_windows.stream.length:,} to validate on{checked}",
-        "run": f"steps {start.step + 1} to {train.train_steps}: {train.train_steps * tokens:,} tokens in "
-        f"all, {_epochs(order, train.train_steps * trainer.sequences_per_step)}",
-        "tokenizer": trainer.tokenizer.name
-        if trainer.tokenizer
-        else "none found: checkpoints will lack one (--tokenizer)",
-        "output": str(trainer.folder),
+        "kernels": model.kernels.description,
+        "batch": f"{train.train_batch_size // runtime.devices} sequences x {runtime.devices} devices x "
+        f"{train.gradient_accum_step} micro-steps = {data.sequences_per_step} sequences = {data.tokens_per_step:,} tokens "
+        "per step",
+        "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,} to validate on{checked}",
+        "run": f"steps {first_step + 1} to {train.train_steps}: {train.train_steps * data.tokens_per_step:,} tokens in "
+        f"all, {_epochs(order, train.train_steps * data.sequences_per_step)}",
+        "tokenizer": data.tokenizer.name if data.tokenizer else "none found: checkpoints will lack one (--tokenizer)",
+        "output": str(Path(config.general.checkpoints_dir)),
     }
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.checkpoint.formats.pt_file import load_pt_model
-from gpt2xla.checkpoint.start import build_model, find_start, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
+from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, TorchConfig
 from gpt2xla.errors import InputError

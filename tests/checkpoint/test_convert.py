@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2xla.checkpoint.convert import convert
 from gpt2xla.checkpoint.formats.pt_file import load_pt_model
-from gpt2xla.checkpoint.start import build_model, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 
@@ -95,7 +95,7 @@ def test_nanogpts_file_is_the_same_function_here_and_in_hugging_face(bias: bool,
     output = tmp_path / "converted"
     shown: list[str] = []
     convert(str(file), output, "bytes", shown.append)
-    assert "tokenizer: bytes, as asked for" in shown
+    assert "tokenizer: bytes, as requested" in shown
     theirs = AutoModelForCausalLM.from_pretrained(output).eval()
     torch.testing.assert_close(theirs(IDS).logits.double(), expected, rtol=0, atol=1e-4)
     loss = theirs(IDS, labels=IDS).loss.item()
@@ -125,7 +125,7 @@ def test_training_and_generating_start_from_nanogpts_file(data_flags: list[str],
 def test_no_tokenizer_is_assumed_from_the_size_of_a_vocabulary(size: int, tmp_path: Path) -> None:
     file, output = nanogpt_file(tmp_path / "ckpt.pt", bias=True, vocab_size=size), tmp_path / "out"
     shown = succeed(run_here("scripts/convert_checkpoint.py", "--input", file, "--output-dir", output))
-    assert f"tokenizer: none written, as {file} has none; --tokenizer gpt2" in shown
+    assert f"tokenizer: none written, because {file} has none; add one with --tokenizer, such as gpt2" in shown
     assert {path.name for path in output.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
     for model in (file, output):
         result = run_here("generate.py", "--model", model, "--prompt", "x")
@@ -143,7 +143,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path: Path)
     wte = "_orig_mod.transformer.wte.weight"
     cases = {
         "objects": ({"config": Anything()}, "nothing in it was run"),
-        "no tensor": ({"model": state | {"x": 3}}, "'x' among the model's weights is no tensor"),
+        "no tensor": ({"model": state | {"x": 3}}, "'x' among the model's weights is not a tensor"),
         "missing": ({"model": {k: v for k, v in state.items() if "ln_f.weight" not in k}}, "no tensor ln_f.weight"),
         "extra": (
             {"model": state | {"_orig_mod.transformer.h.7.ln_1.weight": torch.ones(32)}},
@@ -153,7 +153,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path: Path)
         "width": ({"model_args": ARGUMENTS | {"n_embd": 64}}, "32 where its configuration says"),
         "type": ({"model": state | {"_orig_mod.transformer.ln_f.bias": torch.ones(32).int()}}, "torch.int32"),
         "options": ({"model_args": ARGUMENTS | {"rotary": True}}, "rotary"),
-        "layout": ({"model_args": None, "config": None}, "does not say what its model is"),
+        "layout": ({"model_args": None, "config": None}, "does not describe its model"),
     }
     for name, (changes, message) in cases.items():
         file = nanogpt_file(tmp_path / f"{name}.pt", bias=True, **changes)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.checkpoint.start import build_model
+from gpt2xla.checkpoint.formats.hf_config import to_hf_config
+from gpt2xla.checkpoint.loading import build_model
 from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.model.gpt2 import GPT2
@@ -150,7 +151,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     for change, message in (
         ({name: torch.zeros(32, 96)}, f"{name} is 96 x 32 where its configuration says 128 x 32"),
         ({name: torch.zeros(32, 128, dtype=torch.int8)}, f"{name} is of type I8"),
-        ({"transformer.h.2.ln_1.weight": torch.zeros(32)}, "holds transformer.h.2.ln_1.weight, which no GPT-2"),
+        ({"transformer.h.2.ln_1.weight": torch.zeros(32)}, "holds transformer.h.2.ln_1.weight, which a GPT-2"),
         ({"score.weight": torch.zeros(2, 32)}, "holds score.weight"),
         ({name: None}, "has no tensor h.1.mlp.c_fc.weight"),
     ):
@@ -195,7 +196,7 @@ def test_openais_sizes_equal_hugging_face(size: str, tmp_path: Path) -> None:
     """Random weights in their shapes, gpt2-xl with 12 of its 48 layers: logits and loss, and back again."""
     shape = PRESETS[size] | ({"num_layers": 12} if size == "gpt2-xl" else {})
     torch.manual_seed(1)
-    theirs = GPT2LMHeadModel(GPT2Config.from_dict(hf.to_hf_config(ModelConfig(**shape), 50256))).eval()
+    theirs = GPT2LMHeadModel(GPT2Config.from_dict(to_hf_config(ModelConfig(**shape)))).eval()
     theirs.save_pretrained(tmp_path)
     ids = torch.randint(0, 50257, (2, 257), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_state import from_hf_state
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2CLS, ACT2FN
 
 from gpt2xla.checkpoint.formats.hf_config import from_hf_config, read_config
-from gpt2xla.checkpoint.formats.hugging_face import from_hf_state
 from gpt2xla.errors import InputError
 from gpt2xla.model.gpt2 import GPT2, MLP
 

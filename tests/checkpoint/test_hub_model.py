@@ -60,7 +60,7 @@ def fetched_once(hub: Hub) -> bool:
 def test_two_processes_at_once_fetch_each_file_once(hub: Hub, folder: Path, tmp_path: Path) -> None:
     program = """
 import sys
-from gpt2xla.checkpoint.start import load_weights, locate
+from gpt2xla.checkpoint.loading import load_weights, locate
 sys.stdin.readline()  # both at the same moment
 folder = locate("gpt2")
 config, weights = load_weights(folder)

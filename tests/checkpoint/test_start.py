@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import metrics, run, run_here, run_xla, succeed, training_losses
+from hf_state import from_hf_state
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.checkpoint.start import Start, build_model, find_start, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
+from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.errors import InputError
@@ -23,7 +25,7 @@ from gpt2xla.generation.sampling import SamplingConfig
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels
 from gpt2xla.model.loss import chunked_cross_entropy
-from gpt2xla.optim.optimizer import learning_rate
+from gpt2xla.optim.schedule import learning_rate
 
 PADDED = [
     "--vocab-size", "128", "--seq-length", "16", "--dropout", "0", "--train-batch-size", "4", "--gradient-accum-step", "3",
@@ -89,7 +91,7 @@ def test_a_padded_and_cut_model_is_the_same_function(folder: Path, kernels: Kern
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     expected.backward()
     torch.testing.assert_close((loss / count).double(), expected, rtol=1e-6, atol=0)
-    gradients = hf.from_hf_state(model.config, {name: p.grad for name, p in theirs.named_parameters()})
+    gradients = from_hf_state(model.config, {name: p.grad for name, p in theirs.named_parameters()})
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         rows = min(len(parameter), len(gradients[name]))

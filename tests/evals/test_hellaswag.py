@@ -14,7 +14,7 @@ from conftest import metrics, run, run_here, run_xla, succeed, torchrun
 from data.hub_server import Hub
 from evals.small import MODEL_FLAGS, make_items, make_model, make_split, reference_log_probabilities
 
-from gpt2xla.checkpoint.start import build_model, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import TorchConfig, TrainConfig
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.errors import InputError
@@ -66,7 +66,7 @@ def test_log_probabilities_and_accuracies_equal_a_plain_loop(
     np.testing.assert_allclose(result.log_probabilities, expected[0], rtol=1e-5, atol=1e-4)
     assert (result.acc, result.acc_norm, result.items) == (*expected[1:], ITEMS)
     assert result.acc != result.acc_norm, "or one of them could be taken for the other"
-    assert ours.training, "training goes on after it"
+    assert ours.training, "training continues after it"
 
 
 def test_one_and_two_processes_are_equal(model: Path, items: Path, expected: tuple[np.ndarray, float, float]) -> None:

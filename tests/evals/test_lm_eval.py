@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on a checkpoint folder as it is, by the README's command, on items of a local file:
+"""EleutherAI's lm-evaluation-harness on a checkpoint folder as it is, by the command of docs/evaluation.md. The items are
 made up, or every twentieth of HellaSwag's own where GPT2XLA_HELLASWAG names its validation set (.jsonl or .arrow).
 """
 
@@ -18,7 +18,7 @@ from conftest import ROOT, run, succeed
 from evals.small import MODEL_FLAGS, make_items, make_split
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from gpt2xla.checkpoint.start import build_model, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import TorchConfig, TrainConfig
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: pip install 'lm_eval[hf]'"
 )
 
-# The harness's own task, but for where the items come from.
+# The harness's own task, except for where the items come from.
 TASK = """
 task: local_hellaswag
 dataset_path: json
@@ -55,8 +55,8 @@ def write_items(file: Path) -> None:
 
 
 def harness(model: Path, task: Path, output: Path) -> tuple[float, float, np.ndarray]:
-    """acc, acc_norm and the log-probabilities, of the README's command with this model and task."""
-    (command,) = re.findall(r"^lm_eval .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """acc, acc_norm and the log-probabilities, of that command with this model and task."""
+    (command,) = re.findall(r"^lm_eval .*$", (ROOT / "docs" / "evaluation.md").read_text(), re.MULTILINE)
     words = [re.sub(r"pretrained=[^,]*", f"pretrained={model}", word) for word in shlex.split(command)[1:]]
     words[words.index("hellaswag")] = "local_hellaswag"
     words += ["--include_path", str(task), "--output_path", str(output), "--log_samples"]

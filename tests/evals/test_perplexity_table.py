@@ -19,7 +19,7 @@ from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 
 def test_a_table_of_two_models_in_markdown_and_json(tmp_path: Path) -> None:
-    """Of different lengths, each in windows of its own."""
+    """Models of different lengths, each measured in its own windows."""
     split = make_split(tmp_path / "data")
     models = [make_model(tmp_path / "a", 192, seed=1), make_model(tmp_path / "b", 64, seed=2)]
     flags = ["--models", *models, "--valid-dir", split, "--batch-size", 5, "--output", tmp_path / "table"]
@@ -72,5 +72,5 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
     for output in ("", tmp_path / "none" / "table"):
         refused = run_here("scripts/perplexity_table.py", *flags, "--output", output)
         assert refused.returncode == 2
-        assert "name files in a folder that is there" in refused.stderr
+        assert "name files in an existing folder" in refused.stderr
     assert not list(tmp_path.glob("table*"))

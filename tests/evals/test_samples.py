@@ -28,7 +28,7 @@ def samples(folder: Path) -> list[tuple[int, str]]:
 
 
 def check(folder: Path, output: str) -> None:
-    """The prompt goes on, at the steps asked for and at the end, in the log and on the console once."""
+    """The prompt is continued at the steps asked for and at the end, in the log and on the console once."""
     assert [step for step, _ in samples(folder)] == [3, 6, 8]
     assert all(text.startswith("docu") and len(text) > 4 for _, text in samples(folder))
     assert len(re.findall(r"^step +\d+: sample: docu", output, re.MULTILINE)) == 3

@@ -107,7 +107,7 @@ def test_xla_counts_each_token_once(
 
 
 def test_bits_per_byte_and_standard_error(tested: Path, reference: Reference, split: Path) -> None:
-    """Bytes counted anew from the decoded documents."""
+    """Bytes counted again from the decoded documents."""
     sums, counts = reference
     stream = TokenStream(split)
     text = load_tokenizer("bytes").decode([i for i in stream.read(0, stream.length).tolist() if i != 256])

@@ -33,9 +33,7 @@ def damaged(setting: Setting) -> list[Row]:
         _detected, setting, origin, flags))  # fmt: skip
 
     flags = [*setting.data, *runs.SMALL_RUN]
-    bar = (
-        "auto says so, goes on from the one before and ends as unbroken, bit for bit; the path is exit code 2, one line"
-    )
+    bar = "auto says so, continues from the one before, ends as if unbroken, bit for bit; the path is exit code 2, one line"
     names = sorted(path.relative_to(setting.unbroken[1] / "step-00000060").as_posix() for path in files_of(
         setting.unbroken[1] / "step-00000060"))  # fmt: skip
     pairs = [(name, kind) for kind in KINDS for name in names]

@@ -27,10 +27,10 @@ def failing(setting: Setting) -> list[Row]:
     bars = {
         "ENOSPC or EIO for good, from each call of a save on, --on-save-error stop": f"exit code 1, one clear line; {good}",
         "ENOSPC or EIO once, at each call of a save, --on-save-error stop": (
-            f"the run ends with a checkpoint of its last step; the same command goes on and ends as unbroken; {good}"
+            f"the run ends with a checkpoint of its last step; the same command continues and ends as if unbroken; {good}"
         ),
-        "ENOSPC or EIO for good in one save, --on-save-error go-on": f"one clear line; it ends as unbroken; {good}",
-        "SIGKILL at each call of a save": "started again it ends as unbroken, bit for bit",
+        "ENOSPC or EIO for good in one save, --on-save-error go-on": f"one clear line; it ends as if unbroken; {good}",
+        "SIGKILL at each call of a save": "started again, it ends as if unbroken, bit for bit",
         "a full disk for all of --checkpoints-dir, metrics.jsonl too": f"exit code 1, no traceback; {good}",
     }
     rows = [Row(fault, bar) for fault, bar in bars.items()]
@@ -165,7 +165,7 @@ _DELAY = 2.0  # seconds that a save takes
 def slow(setting: Setting) -> list[Row]:
     row = Row(
         f"a disk on which a save takes {_DELAY:.0f} s",
-        "no step waits for it, unless the save before is still being written; at the end all are there, as unbroken",
+        "no step waits for it, unless the save before is still being written; at the end all are there, as if unbroken",
     )
     check_all(row, range(setting.cases(5, 1)), partial(_slow_disk, setting))
     bar = "the run ends, with the same numbers"

@@ -14,8 +14,8 @@ from tests.faults.kills import wait_for_training
 
 def shared_folder(setting: Setting) -> list[Row]:
     bar = (
-        "the second leaves with 2 and one line that names host and process of the first, which goes on; after SIGKILL of "
-        "the first, the second takes over and ends as unbroken"
+        "the second leaves with 2 and one line that names host and process of the first, which continues; after SIGKILL of "
+        "the first, the second takes over and ends as if unbroken"
     )
     cases = [(n, n % 2 + 1) for n in range(setting.cases(20, 2))]
     return [check_all(Row("two trainers on one --checkpoints-dir", bar), cases, partial(_second_is_refused, setting))]

@@ -19,7 +19,7 @@ from gpt2xla.logs import sinks as metrics
 from tests.faults import comparing, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 
-_EXACT = "started again it ends as unbroken: losses, windows, validation, weights, optimizer, bit for bit"
+_EXACT = "started again, it ends as if unbroken: losses, windows, validation, weights, optimizer, bit for bit"
 
 
 def whole_runs(setting: Setting) -> list[Row]:

@@ -67,10 +67,11 @@ def launched(setting: Setting) -> list[Row]:
     replicas: Launch = partial(runs.xla, replicas=2)
     ways: dict[str, Launch] = {"torchrun": runs.torchrun, "XLA:CPU": runs.xla, "XLA:CPU, 2 replicas": replicas}
     both = "under torchrun and `run_pretrain_xla.py`"
-    kills = Row(f"SIGKILL of all processes, {both}", "started again it ends as unbroken, bit for bit")
+    kills = Row(f"SIGKILL of all processes, {both}", "started again, it ends as if unbroken, bit for bit")
     stops = Row(
         f"SIGTERM and SIGINT, {both}",
-        "exit code 0 (torchrun has its own) and a checkpoint; the same command goes on and ends as unbroken, bit for bit",
+        "exit code 0 (torchrun has its own) and a checkpoint; the same command continues and ends as if unbroken, "
+        "bit for bit",
     )
     ones = Row(
         "one of two processes killed, under torchrun and as XLA:CPU replicas",
@@ -78,7 +79,7 @@ def launched(setting: Setting) -> list[Row]:
     )
     spoilt = Row(
         "NaN in the loss of one process, `run_pretrain_xla.py`",
-        "all leave with 1; one line names step and windows; nothing is saved after; started again it ends as unbroken",
+        "all leave with 1; one line names step and windows; nothing is saved after; started again, it ends as if unbroken",
     )
     if not setting.full:
         check_all(ones, [("torchrun", runs.torchrun, 1)], partial(_one_killed, setting))

@@ -47,9 +47,9 @@ def _inject(what: str, value: float, steps: set[int]) -> None:
     """In the process of a run: spoil loss or gradient in these steps, from 1."""
     update, forward, now = TrainStep.__call__, GPT2.forward, [0]
 
-    def noted(self: TrainStep, batches: Iterator[Batch], step: int) -> None:
+    def noted(self: TrainStep, batches: Iterator[Batch], step: int) -> Any:
         now[0] = step + 1
-        update(self, batches, step)
+        return update(self, batches, step)
 
     def spoiled(self: GPT2, *args: Any, **kwargs: Any) -> Any:
         loss, *rest = forward(self, *args, **kwargs)

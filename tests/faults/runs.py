@@ -25,7 +25,7 @@ import numpy as np
 import torch._dynamo  # noqa: F401  imported late otherwise, in each fork anew
 
 import gpt2xla.runtime.torch.runtime
-import gpt2xla.training.trainer
+import gpt2xla.training.pretrain
 import run_pretrain
 from gpt2xla.processes.exits import exit_code, exit_now_on_signal
 from tests.faults import recording

@@ -17,8 +17,8 @@ from tests.faults.cases import Row, Setting, check_all, clear
 from tests.faults.kills import wait_for_training
 
 _BAR = (
-    "exit code 0 and a checkpoint of where it stopped, within a step, a save and 5 s; the same command goes on, and ends as "
-    "unbroken, bit for bit"
+    "exit code 0 and a checkpoint of where it stopped, within a step, a save and 5 s; the same command continues, and ends "
+    "as if unbroken, bit for bit"
 )
 _SECONDS = 5 + 5  # a step and a save take less than the second 5 on a machine that is shared
 

@@ -66,11 +66,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def up_to_the_first_batch() -> Iterator[None]:
-    def read_one(self: Trainer) -> None:
-        with self.holding:
-            next(self.order.batches(self.first_step))
-            for sink in self.sinks:
-                sink.close()
+    def read_one(self: Trainer, first_step: int, is_evaluated: bool) -> int:
+        next(self.order.batches(first_step))
+        self.log.close()
+        return first_step
 
     def no_server(**settings: Any) -> None:
         raise RuntimeError("no server")

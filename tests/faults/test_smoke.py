@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from faults import report
+
 _QUICK = ["kill", "kill-in-save", "signals", "damage", "disk", "nonfinite"]
 _OTHERS = ["kill-one", "slow", "shared-folder", "moved", "launched"]
 
@@ -47,3 +49,12 @@ def test_a_run_survives(name: str, done: tuple[dict[str, Any], str]) -> None:
 def test_a_run_survives_this_too(name: str, tmp_path: Path) -> None:
     results, printed = do([name], tmp_path)
     check(results[name], printed)
+
+
+def test_the_page_prints_each_note_once() -> None:
+    notes = {"a": ["x"], "b": ["x"], "c": ["y", "z"]}
+    rows = [
+        {"fault": fault, "bar": "", "passed": 1, "total": 1, "seconds": 1, "notes": notes[fault]} for fault in notes
+    ]
+    page = report.text({"scenario": {"rows": rows, "date": "2026-11-21", "scale": "full"}}, ["scenario"])
+    assert page.endswith("## Notes\n\n- x, in each of these:\n    - a\n    - b\n- c: y; z\n")

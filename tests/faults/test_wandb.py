@@ -1,7 +1,7 @@
-"""A wandb that is out of reach, hangs, dies or is slow costs a run nothing; what it has, it has once, under one id.
+"""A wandb that is unreachable, hangs, dies or is slow never disturbs a run; each step is sent once, under one id.
 
-No network: `FakeWandb` keeps rows as wandb's server does. A step that is over takes no more values, and a run that is
-resumed begins after the last step that arrived.
+No network: `FakeWandb` keeps rows as wandb's server does. A past step takes no more values, and a resumed run begins after
+the last step that arrived.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class FakeRun:
     def __init__(self, wandb: FakeWandb, id: str) -> None:
         self.wandb, self.id, self.offline = wandb, id, wandb.offline
         self.rows = wandb.rows.setdefault(id, {})
-        known = {} if self.offline else self.rows
-        self.step = max(known, default=-1) + 1
-        self.summary = {name: value for _, row in sorted(known.items()) for name, value in row.items()}
+        self.step = 0 if self.offline else max(self.rows, default=-1) + 1
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self.wandb.on_log(step)
@@ -112,15 +110,19 @@ def test_evaluations_share_the_row_of_their_step(wandb: FakeWandb, tmp_path: Pat
     }
 
 
-def test_out_of_reach_is_told_once(wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wandb.on_init = fails("the server\nrefuses")
+def test_an_unreachable_server_is_reported_once(
+    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb.on_init = fails("the server refuses\nand explains at length")
     write(sink(tmp_path), *map(trained, range(1, 50)))
     error = capsys.readouterr().err
     assert error.count("wandb failed (the server refuses)") == 1
     assert error.count("\n") == 1
 
 
-def test_dying_in_the_middle_is_told_once(wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dying_in_the_middle_is_reported_once(
+    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wandb.on_log = lambda step: fails("gone")() if step == 3 else None
     write(sink(tmp_path), *map(trained, range(1, 50)))
     assert steps_of(wandb, "loss") == [1, 2]
@@ -128,13 +130,13 @@ def test_dying_in_the_middle_is_told_once(wandb: FakeWandb, tmp_path: Path, caps
 
 
 def test_no_line_waits_for_a_slow_one(wandb: FakeWandb, tmp_path: Path) -> None:
-    goes_on = threading.Event()
-    wandb.on_log = lambda step: None if goes_on.wait(60) else fails("never let go")()
+    released = threading.Event()
+    wandb.on_log = lambda step: None if released.wait(60) else fails("never released")()
     slow = sink(tmp_path)
     for step in range(1, 200):
         slow.write(trained(step))  # returns, while the first is being sent
     assert wandb.calls == []
-    goes_on.set()
+    released.set()
     slow.close()
     assert steps_of(wandb, "loss") == list(range(1, 200))
 
@@ -168,7 +170,7 @@ def test_what_waits_is_bounded(
 
 @pytest.mark.parametrize("offline", [False, True], ids=["server", "offline"])
 @pytest.mark.parametrize("checkpoint", [0, 5])
-def test_a_run_that_was_killed_goes_on_with_its_id_and_sends_no_step_twice(
+def test_a_killed_run_resumes_under_its_id_and_sends_no_step_twice(
     wandb: FakeWandb, tmp_path: Path, checkpoint: int, offline: bool
 ) -> None:
     wandb.offline = offline
@@ -192,24 +194,21 @@ def test_the_id_outlives_a_run_to_which_wandb_never_answered(wandb: FakeWandb, t
 
 
 @pytest.mark.parametrize("offline", [False, True], ids=["server", "offline"])
-def test_evaluations_made_up_for_come_with_the_next_step(wandb: FakeWandb, tmp_path: Path, offline: bool) -> None:
-    """A run stopped while it validated: its last step is over for wandb, and the validation is missing."""
+@pytest.mark.parametrize("sent", [[], [validated(2)]], ids=["cut short", "complete"])
+def test_repeated_evaluations_come_with_the_next_step(
+    wandb: FakeWandb, tmp_path: Path, sent: list[dict[str, Any]], offline: bool
+) -> None:
+    """A run that ended before its checkpoint was complete repeats the evaluations of its last step, with the same result."""
     wandb.offline = offline
-    write(sink(tmp_path), trained(1), trained(2))
+    write(sink(tmp_path), trained(1), trained(2), *sent)
     write(sink(tmp_path), validated(2), trained(3))
     (rows,) = wandb.rows.values()
     assert rows[3]["valid_loss"] == 5.98
+    assert rows[3]["tokens"] == 30
     assert steps_of(wandb, "loss") == [1, 2, 3]
 
 
-def test_evaluations_that_wandb_has_do_not_come_again(wandb: FakeWandb, tmp_path: Path) -> None:
-    """Killed between validation and checkpoint: a resumed run does both anew."""
-    write(sink(tmp_path), trained(1), trained(2), validated(2))
-    write(sink(tmp_path), validated(2), trained(3))
-    assert steps_of(wandb, "valid_loss") == [2]
-
-
-def test_whose_id_counts(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_which_id_is_used(wandb: FakeWandb, tmp_path: Path) -> None:
     write(sink(tmp_path, "of-the-checkpoint"), trained(1))
     write(sink(tmp_path, "of-the-checkpoint", wandb_resume_id="asked"), trained(2))
     write(sink(tmp_path, "of-the-checkpoint"), trained(3))
@@ -219,7 +218,7 @@ def test_whose_id_counts(wandb: FakeWandb, tmp_path: Path) -> None:
     assert wandb.started[-1]["resume"] is None
 
 
-def test_a_test_is_a_run_of_its_own(wandb: FakeWandb, tmp_path: Path) -> None:
+def test_a_test_is_a_separate_run(wandb: FakeWandb, tmp_path: Path) -> None:
     write(sink(tmp_path), trained(1), trained(2))
     kept = (tmp_path / WANDB_FILE).read_text()
     write(sink(tmp_path, do_test=True), validated(2))
@@ -230,7 +229,7 @@ def test_a_test_is_a_run_of_its_own(wandb: FakeWandb, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[", "[]", '{"id": 5, "step": 2}', '{"id": "x", "step": "2"}', "[" * 100_000, "\0"]
 )
-def test_a_damaged_note_of_the_id_counts_as_none(wandb: FakeWandb, tmp_path: Path, text: str) -> None:
+def test_a_damaged_record_of_the_id_counts_as_none(wandb: FakeWandb, tmp_path: Path, text: str) -> None:
     (tmp_path / WANDB_FILE).write_text(text)
     write(sink(tmp_path, "of-the-checkpoint"), trained(1))
     assert json.loads((tmp_path / WANDB_FILE).read_text()) == {"id": "of-the-checkpoint", "step": 1}

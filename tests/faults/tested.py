@@ -13,9 +13,9 @@ from tests.faults.cases import Row, Setting
 from tests.faults.runs import ROOT
 
 _FILES = {
-    "test_hostile.py": ("hostile data, checkpoint and option files", "one line names the file, exit code 2, no half files"),
+    "hostile": ("hostile data, checkpoint and option files", "one line names the file, exit code 2, no half files"),
     "test_fuzz.py": ("command lines and files made at random, 1000 in all", "exit code 0 or 2, one line, no traceback"),
-    "test_wandb.py": ("Weights & Biases failing in every call", "the run goes on and ends with the same numbers"),
+    "test_wandb.py": ("Weights & Biases failing in every call", "the run continues and ends with the same numbers"),
 }  # fmt: skip
 
 

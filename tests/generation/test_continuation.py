@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError
-from gpt2xla.generation.continuation import Continuation, TextStream, continue_texts, prompt_ids
+from gpt2xla.generation.continuation import Continuation, continue_texts, prompt_ids
 from gpt2xla.generation.sampling import SamplingConfig
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
@@ -73,16 +73,16 @@ def test_characters_come_whole() -> None:
     assert growing.rest() == "\ufffd", "what never became a character is shown at the end"
 
 
-def test_a_stream_never_breaks_a_character() -> None:
+def test_a_text_never_breaks_a_character() -> None:
     text = "a é 北 🙂 end"
     ids = BYTES.encode(text)
-    stream = TextStream(BYTES, ids[:1])
-    parts = [stream.text] + [stream.add(token) for token in ids[1:]]
+    growing = Continuation(BYTES, ids[:1])
+    parts = [growing.prompt] + [growing.add(token) for token in ids[1:]]
     assert "".join(parts) == text
     assert not any("\ufffd" in part for part in parts)
-    stream = TextStream(BYTES, [])
-    assert stream.add(0xE5) == ""
-    assert stream.rest() == "\ufffd"
+    growing = Continuation(BYTES, [])
+    assert growing.add(0xE5) == ""
+    assert growing.rest() == "\ufffd"
 
 
 @pytest.fixture(scope="module")

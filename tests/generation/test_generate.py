@@ -22,7 +22,7 @@ from gpt2xla.model.gpt2 import GPT2
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model over bytes, in Hugging Face's layout, with its tokenizer; it never ends a text of its own."""
+    """An untrained model over bytes, in Hugging Face's layout, with its tokenizer; it never ends a text itself."""
     folder = tmp_path_factory.mktemp("bytes-model")
     config = ModelConfig(vocab_size=320, seq_length=64, d_model=32, num_layers=2, num_heads=2)
     gpt2 = GPT2(config)
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_text_goes_on_and_the_seed_decides(model: Path) -> None:
+def test_text_continues_and_the_seed_decides(model: Path) -> None:
     arguments = ["--model", model, "--prompt", "Hello 🙂", "--max-new-tokens", 100, "--top-k", 30, "--top-p", 0.9]
     first = succeed(run("generate.py", *arguments, "--seed", 1))  # another process
     assert first.startswith("Hello 🙂")
@@ -55,7 +55,7 @@ def test_prompts_are_asked_for_until_the_end_of_input(model: Path) -> None:
     assert ">> two" in result.stdout
 
 
-def test_ctrl_c_stops_a_text_and_asks_anew(model: Path) -> None:
+def test_ctrl_c_stops_a_text_and_asks_again(model: Path) -> None:
     terminal, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "generate.py", "--model", str(model), "--max-new-tokens", "1000000"],

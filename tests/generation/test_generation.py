@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from conftest import run_xla, succeed
+from hf_state import from_hf_state
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2xla.checkpoint.formats.hugging_face import from_hf_state, to_hf_config
+from gpt2xla.checkpoint.formats.hf_config import to_hf_config
 from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.packed_linear import pack_linears
@@ -25,7 +26,7 @@ SMALL = ModelConfig(vocab_size=61, seq_length=48, d_model=32, num_layers=2, num_
 def pair(config: ModelConfig, noise: float = 0.3) -> Pair:
     """Hugging Face's GPT-2 with random weights, biases and norms included, and ours with the same."""
     torch.manual_seed(3)
-    theirs = GPT2LMHeadModel(GPT2Config.from_dict(to_hf_config(config, None))).eval()
+    theirs = GPT2LMHeadModel(GPT2Config.from_dict(to_hf_config(config))).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * noise)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gpt2xla.checkpoint.convert import convert
 from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.checkpoint.start import build_model, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import load_tokenizer, match_tokenizer

@@ -239,5 +239,5 @@ def test_attention_that_does_not_fit_is_refused() -> None:
     assert choose(attention="sdpa").attention is None
     with pytest.raises(InputError, match="--attention flash does not work on this device"):
         choose(attention="flash")
-    with pytest.raises(InputError, match="--attention chunked knows no --dropout"):
+    with pytest.raises(InputError, match="--attention chunked does not support --dropout"):
         choose(attention="chunked", dropout=0.1)

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
+from hf_state import from_hf_state
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2xla.checkpoint.formats.hugging_face import from_hf_state, to_hf_config
+from gpt2xla.checkpoint.formats.hf_config import to_hf_config
 from gpt2xla.config import ModelConfig
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.loss import IGNORED_LABEL
@@ -19,7 +20,7 @@ SMALL = ModelConfig(vocab_size=61, seq_length=24, d_model=32, num_layers=3, num_
 def pair(config: ModelConfig) -> tuple[GPT2, GPT2LMHeadModel]:
     """Hugging Face's GPT-2 with random weights, all biases and norms included, and ours with the same."""
     torch.manual_seed(0)
-    theirs = GPT2LMHeadModel(GPT2Config.from_dict(to_hf_config(config, None))).eval()
+    theirs = GPT2LMHeadModel(GPT2Config.from_dict(to_hf_config(config))).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -80,7 +80,7 @@ def test_xla_equals_torch_in_two_graphs(torch_run: Path, xla_run: Path) -> None:
         pytest.param(4, ["--spmd", "--use-syncfree-optim"], marks=pytest.mark.slow),
     ],
 )
-def test_torchs_run_goes_on_on_xla(
+def test_torchs_run_resumes_on_xla(
     devices: int, layout: list[str], torch_run: Path, flags: list[str], tmp_path: Path
 ) -> None:
     """And the state that is saved there is torch's at the same step."""
@@ -101,7 +101,7 @@ def optimizer_state(root: Path) -> dict:
     return training["optimizer"]
 
 
-def test_xlas_run_goes_on_in_torch(torch_run: Path, xla_run: Path, flags: list[str], tmp_path: Path) -> None:
+def test_xlas_run_resumes_in_torch(torch_run: Path, xla_run: Path, flags: list[str], tmp_path: Path) -> None:
     succeed(run_here("run_pretrain.py", *flags, tmp_path, "--from-checkpoint", xla_run / "step-00000010"))
     assert training_losses(tmp_path) == pytest.approx(training_losses(torch_run)[10:], rel=RELATIVE)
 
@@ -112,7 +112,7 @@ def test_another_optimizers_state_is_refused_in_one_line(torch_run: Path, traine
         result = run_here("run_pretrain.py", *flags, source, "--optim-type", asked)
         assert result.returncode == 2
         (line,) = result.stderr.splitlines()
-        assert f"--optim-type {asked} cannot go on with the state of {trained_with}" in line
+        assert f"--optim-type {asked} cannot use the state of {trained_with}" in line
         start = find_start(
             parse_run(TorchConfig, [*map(str, flags), str(source), "--optim-type", asked, "--resume", "never"])[0]
         )

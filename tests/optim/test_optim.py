@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim import optimizer as optim
 from gpt2xla.optim.muon import orthogonalized
+from gpt2xla.optim.optimizer import clip_gradients, parameter_groups
+from gpt2xla.optim.schedule import learning_rate
+from gpt2xla.optim.state import export_state
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 SMALL = ModelConfig(vocab_size=31, seq_length=8, d_model=16, num_layers=2, num_heads=2)
@@ -19,7 +21,7 @@ SMALL = ModelConfig(vocab_size=31, seq_length=8, d_model=16, num_layers=2, num_h
 
 def test_cosine_schedule() -> None:
     config = OptimConfig(learning_rate=0.1, min_lr=0.01, warmup_steps=10, decay_steps=110)
-    rates = [optim.learning_rate(config, 768, step) for step in range(200)]
+    rates = [learning_rate(config, 768, step) for step in range(200)]
     assert rates[:10] == pytest.approx([0.01 * (step + 1) for step in range(10)])
     assert rates[10] == pytest.approx(0.1)
     assert rates[60] == pytest.approx(0.055), "half way down"
@@ -33,13 +35,13 @@ def test_noam_schedule() -> None:
     for step in (0, 5, 98, 99, 100, 5000):
         n = step + 1
         expected = 0.5 * 512**-0.5 * min(n**-0.5, n * 100**-1.5)
-        assert optim.learning_rate(config, 512, step) == pytest.approx(expected)
+        assert learning_rate(config, 512, step) == pytest.approx(expected)
 
 
 def test_schedules_without_warm_up_are_finite() -> None:
     for method in ("cosine", "noam"):
         config = OptimConfig(decay_method=method, warmup_steps=0)  # type: ignore[arg-type]
-        assert 0 < optim.learning_rate(config, 768, 0) <= config.learning_rate
+        assert 0 < learning_rate(config, 768, 0) <= config.learning_rate
 
 
 def test_clipping_equals_float64() -> None:
@@ -48,18 +50,18 @@ def test_clipping_equals_float64() -> None:
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     exact = [parameter.grad.double() for parameter in model.parameters()]
     norm = torch.sqrt(sum((g**2).sum() for g in exact))
-    assert optim.clip_gradients(model, 0.0).item() == pytest.approx(norm.item(), rel=1e-6)
+    assert clip_gradients(model, 0.0).item() == pytest.approx(norm.item(), rel=1e-6)
     assert all(torch.equal(p.grad.double(), g) for p, g in zip(model.parameters(), exact, strict=True)), (
         "0 does not clip"
     )
-    optim.clip_gradients(model, 0.25)
+    clip_gradients(model, 0.25)
     for parameter, gradient in zip(model.parameters(), exact, strict=True):
         torch.testing.assert_close(parameter.grad.double(), gradient * 0.25 / norm, rtol=1e-5, atol=1e-9)
 
 
 def test_only_matrices_and_embeddings_decay() -> None:
     model = GPT2(SMALL)
-    decayed, kept = optim.parameter_groups(model.parameters(), 0.1)
+    decayed, kept = parameter_groups(model.parameters(), 0.1)
     names = {id(p): name for name, p in model.named_parameters()}
     assert decayed["weight_decay"] == 0.1
     assert kept["weight_decay"] == 0.0
@@ -78,7 +80,7 @@ def test_updates_equal_torchs_and_the_state_survives_its_export(optim_type: str,
     truth = GPT2(SMALL).double()
     truth.load_state_dict(model.state_dict())
     plain = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optim_type](
-        optim.parameter_groups(truth.parameters(), 0.1), lr=0.01, betas=config.betas
+        parameter_groups(truth.parameters(), 0.1), lr=0.01, betas=config.betas
     )
 
     def step(optimizer: torch.optim.Optimizer) -> None:
@@ -91,7 +93,7 @@ def test_updates_equal_torchs_and_the_state_survives_its_export(optim_type: str,
     optimizer = runtime.build_optimizer(model, config, None)
     for _ in range(3):
         step(optimizer)
-    state = optim.export_state(model, optimizer)
+    state = export_state(model, optimizer)
     torch.save(state, tmp_path / "state.pt")
     optimizer = runtime.build_optimizer(model, config, torch.load(tmp_path / "state.pt", weights_only=True))
     for _ in range(3):
@@ -129,7 +131,7 @@ def test_muons_updates_equal_torchs_and_the_state_survives_its_export(
     for step in range(6):
         if step % 3 == 0:
             if optimizer:
-                torch.save(optim.export_state(model, optimizer), tmp_path / "state.pt")
+                torch.save(export_state(model, optimizer), tmp_path / "state.pt")
             saved = torch.load(tmp_path / "state.pt", weights_only=True) if optimizer else None
             optimizer = runtime.build_optimizer(model, config, saved)
         for name, p in model.named_parameters():

@@ -109,7 +109,7 @@ def test_programs_end_with_their_reader(
 ) -> None:
     from gpt2xla.cli import parse_run
     from gpt2xla.runtime.torch.runtime import TorchRuntime
-    from gpt2xla.training.trainer import pretrain
+    from gpt2xla.training.pretrain import pretrain
 
     data = prepare_documents(tmp_path / "data")
     broken(*streams)

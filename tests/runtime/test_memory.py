@@ -64,7 +64,7 @@ Program hbm requirement 39.25G:
 # `run_pretrain.py` in a process that may map some GiB more than torch itself does.
 LIMITED = """
 import resource, runpy, sys
-import gpt2xla.runtime.torch.runtime, gpt2xla.training.trainer
+import gpt2xla.runtime.torch.runtime, gpt2xla.training.pretrain
 mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = mapped + int(float(sys.argv[1]) * 2**30)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

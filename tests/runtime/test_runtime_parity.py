@@ -14,11 +14,12 @@ from conftest import SMALL_RUN, metrics, run, run_here, run_xla, succeed, torchr
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from gpt2xla.checkpoint.formats.hugging_face import to_hf_config, to_hf_state
-from gpt2xla.checkpoint.start import build_model, load_weights
+from gpt2xla.checkpoint.formats.hf_config import to_hf_config
+from gpt2xla.checkpoint.formats.parameter_names import to_hf_state
+from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import ModelConfig, OptimConfig
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim.optimizer import learning_rate
+from gpt2xla.optim.schedule import learning_rate
 
 RELATIVE = 1e-5
 
@@ -44,7 +45,7 @@ def test_losses_equal_hugging_face_and_adamw_in_float64(trained: Path, data: Pat
     tokens = np.concatenate([np.load(file) for file in sorted((data / "train").glob("*.npy"))]).astype(np.int64)
     start = GPT2(ModelConfig(97, 16, 32, 2, 2))
     start.init_weights(torch.Generator().manual_seed(1061109567))
-    model = GPT2LMHeadModel(GPT2Config.from_dict(to_hf_config(start.config, None))).double()
+    model = GPT2LMHeadModel(GPT2Config.from_dict(to_hf_config(start.config))).double()
     model.load_state_dict(to_hf_state(start.config, start.state_dict()), strict=False)
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(

@@ -13,7 +13,7 @@ from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.runtime.xla import compiles as xla_compiles
 from gpt2xla.runtime.xla import device as xla_device
 from gpt2xla.runtime.xla.runtime import XlaRuntime
-from gpt2xla.training.trainer import pretrain
+from gpt2xla.training.pretrain import pretrain
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:

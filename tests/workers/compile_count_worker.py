@@ -6,6 +6,7 @@ Prints one JSON object. Arguments: those of run_pretrain_xla.py.
 import json
 import sys
 import threading
+from typing import Any
 
 import torch_xla
 import torch_xla.debug.metrics as met
@@ -13,8 +14,9 @@ import torch_xla.debug.metrics as met
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.runtime.xla.runtime import XlaRuntime
-from gpt2xla.training.train_step import TrainStep
-from gpt2xla.training.trainer import Trainer, pretrain
+from gpt2xla.training.pretrain import pretrain
+from gpt2xla.training.run_log import RunLog
+from gpt2xla.training.trainer import Trainer
 
 
 def counters() -> dict[str, int]:
@@ -30,21 +32,21 @@ def counters() -> dict[str, int]:
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
     steps: list[dict[str, int]] = []
     readers: set[str] = set()
-    original = TrainStep.__call__
+    original = Trainer._update
 
-    def counted(self: TrainStep, *args: object) -> None:
+    def counted(self: Trainer, *args: Any) -> None:
         original(self, *args)
         steps.append(counters())
 
-    log = Trainer._log
+    write = RunLog._write
 
-    def logged(self: Trainer, line: dict) -> None:
-        if "loss" in line:
+    def written(self: RunLog, step: int, values: dict) -> None:
+        if "loss" in values:
             readers.add("loop" if threading.current_thread() is loop else "reader")
-        log(self, line)
+        write(self, step, values)
 
     loop = threading.current_thread()
-    TrainStep.__call__, Trainer._log = counted, logged
+    Trainer._update, RunLog._write = counted, written
     pretrain(config, lambda train: XlaRuntime(options, train))
     print(json.dumps({"steps": steps, "end": counters(), "readers": sorted(readers)}))
 

@@ -12,10 +12,10 @@ from gpt2xla.training import trainer
 whole = trainer.Trainer._loop
 
 
-def limited(self: Any) -> int:
+def limited(self: Any, *args: Any) -> int:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**29,) * 2)
-    return whole(self)
+    return whole(self, *args)
 
 
 if os.environ["RANK"] in os.environ["LIMITED"].split(","):

@@ -10,7 +10,7 @@ import torch
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, TorchConfig, XlaConfig
 from gpt2xla.runtime.torch.runtime import TorchRuntime
-from gpt2xla.training.trainer import pretrain
+from gpt2xla.training.pretrain import pretrain
 
 FIRST_SCALE, GROWTH_INTERVAL = 2.0**30, 3
 

@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator
 
 import torch_xla
+from torch import Tensor
 
+from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.data.windows import Batch, TrainingOrder
 from gpt2xla.runtime.xla.runtime import XlaRuntime
+from gpt2xla.training.pretrain import pretrain
 from gpt2xla.training.train_step import TrainStep
-from gpt2xla.training.trainer import Trainer, pretrain
 
 SHORT_BATCHES = {4: 2, 5: 3}  # rows, by step
 HOST_READS = (7, 8)
@@ -22,30 +24,31 @@ SAVES = (10, 15)
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
-    batches, step, save = TrainingOrder.batches, TrainStep.__call__, Trainer._save
+    batches, step, save = TrainingOrder.batches, TrainStep.__call__, Saver.save
 
     def shortened(self: TrainingOrder, first_step: int) -> Iterator[Batch]:
         for number, batch in enumerate(batches(self, first_step)):
             rows = SHORT_BATCHES.get(number // self.accum + 1)
             yield Batch(*(tensor[:rows] for tensor in batch))
 
-    def disturbed(self: TrainStep, source: Iterator[Batch], number: int) -> None:
+    def disturbed(self: TrainStep, source: Iterator[Batch], number: int) -> tuple[Tensor, Tensor, float]:
         tokens = self.tokens
         if number + 1 in HOST_READS:
             (self.model.wte.weight[number].sum() * 3).item()
         if number + 1 in CONSTANTS:
             self.tokens = CONSTANTS[number + 1]
-        step(self, source, number)
+        results = step(self, source, number)
         self.tokens = tokens
+        return results
 
-    def computing(self: Trainer, number: int, is_evaluated: bool) -> None:
+    def computing(self: Saver, number: int, is_evaluated: bool) -> None:
         if number in SAVES:
             rows = self.model.wte.weight.detach()[:number] + 1
             torch_xla.sync()
             assert rows.shape[0] == number
         save(self, number, is_evaluated)
 
-    TrainingOrder.batches, TrainStep.__call__, Trainer._save = shortened, disturbed, computing
+    TrainingOrder.batches, TrainStep.__call__, Saver.save = shortened, disturbed, computing
     pretrain(config, lambda train: XlaRuntime(options, train))
 
 

@@ -13,10 +13,10 @@ import torch_xla.distributed.spmd as xs
 
 from gpt2xla.cli import parse_run
 from gpt2xla.config import XlaConfig
-from gpt2xla.optim.optimizer import MOMENTS
+from gpt2xla.optim.state import MOMENTS
 from gpt2xla.runtime.xla.spmd import SpmdRuntime
+from gpt2xla.training.pretrain import pretrain
 from gpt2xla.training.train_step import TrainStep
-from gpt2xla.training.trainer import pretrain
 
 
 def main() -> None:

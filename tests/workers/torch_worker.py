@@ -17,10 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
-from gpt2xla.optim.optimizer import ADAM_MOMENTS
+from gpt2xla.optim.state import ADAM_MOMENTS
 from gpt2xla.runtime.torch.runtime import TorchRuntime
+from gpt2xla.training.pretrain import pretrain
 from gpt2xla.training.train_step import TrainStep
-from gpt2xla.training.trainer import pretrain
 
 reduced: list[int] = []  # elements of each reduction of gradients
 updates: list[list[int]] = []  # the same by update
@@ -43,10 +43,11 @@ def main() -> None:
         if isinstance(self.parallel_model, DistributedDataParallel):
             self.parallel_model.register_comm_hook(None, count_bucket)
 
-    def counted(self: TrainStep, *args: Any) -> None:
+    def counted(self: TrainStep, *args: Any) -> tuple[Tensor, Tensor, float]:
         reduced.clear()
-        original_call(self, *args)
+        results = original_call(self, *args)
         updates.append(list(reduced))
+        return results
 
     def count_reduce_scatter(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         reduced.append(input.numel())

@@ -1,1 +1,1 @@
-"""The files that hold a GPT-2: Hugging Face folders, torch.save files and llm.c's."""
+"""File formats that hold a GPT-2: Hugging Face folders, and files of torch.save and llm.c."""

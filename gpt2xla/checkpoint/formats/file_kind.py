@@ -1,4 +1,4 @@
-"""What a model file or folder is, by its contents: one of those that are read here, or refused by its name."""
+"""Recognises model files and folders by their contents. Formats that are not supported are refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = Literal["safetensors", "torch", "llm.c"]
 _TENSORFLOW = "load it with transformers 4 (from_pretrained with from_tf=True) and save it with save_pretrained"
 _FLAX = "load it with transformers 4 (from_pretrained with from_flax=True) and save it with save_pretrained"
 _CHOOSE = "choose another file"
-# What helps with formats that are not read here.
+# Fixes for formats that are not supported.
 _FIXES = {
     "gguf": "give the model that it was made from",
     "hdf5": f"if it is TensorFlow's tf_model.h5, {_TENSORFLOW}",
@@ -32,11 +32,11 @@ _LLMC = {
     20240803: "is llm.c's Llama 3, not a GPT-2",
 }
 _FILES = ("*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.bin")
-# Of folders in which no model was found: what gives them away, and what they are.
+# Folders without a model that is supported: the files that identify them, and what they are.
 _FOLDERS = (
     (
         ("*.distcp", "*/*.distcp"),
-        "a checkpoint in parts, of torch.distributed; `python -m torch.distributed.checkpoint.format_utils dcp_to_torch` "
+        "a checkpoint of torch.distributed in parts; `python -m torch.distributed.checkpoint.format_utils dcp_to_torch` "
         "makes one file of it",
     ),
     (
@@ -45,8 +45,8 @@ _FOLDERS = (
     ),
     (
         ("*.ckpt.index", "*.ckpt-*.index", "*.ckpt.meta", "*.ckpt.data-*"),
-        "a TensorFlow checkpoint, as OpenAI published; for OpenAI's own weights give gpt2 ... gpt2-xl, else convert it with "
-        "transformers 4 (load_tf_weights_in_gpt2)",
+        "a TensorFlow checkpoint, as OpenAI published; for OpenAI's own weights give gpt2 ... gpt2-xl, otherwise convert it "
+        "with transformers 4 (load_tf_weights_in_gpt2)",
     ),
     (("tf_model*.h5",), f"a TensorFlow model; {_TENSORFLOW}"),
     (("flax_model*.msgpack",), f"a Flax model; {_FLAX}"),
@@ -55,7 +55,7 @@ _FOLDERS = (
 
 
 def kind_of(file: Path) -> Kind:
-    """Which reader a file needs. Raises InputError, naming what it is, if none here reads it."""
+    """Return which reader a file needs. Raises InputError, with the format's name, if it is not supported."""
     with user_error(str(file)), file.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     if not head:
@@ -68,13 +68,13 @@ def kind_of(file: Path) -> Kind:
     first = int.from_bytes(head[:4], "little")
     if (meaning := _LLMC.get(first)) == "llm.c":
         return "llm.c"
-    if meaning is None and head[6:9] == b"\0\0{":  # after the length of the header, in eight bytes
+    if meaning is None and head[6:9] == b"\0\0{":  # after eight bytes with the header's length
         return "safetensors"
     raise InputError(f"{file} {meaning or _foreign(head, file.name)}")
 
 
 def describe_folder(folder: Path, missing: str) -> str:
-    """What a folder is in which `missing` was looked for and not found, and what to do."""
+    """Say what a folder without the expected file `missing` is, and what to do."""
     for patterns, sentence in _FOLDERS:
         if any(found for pattern in patterns for found in folder.glob(pattern)):
             return f"{folder} is {sentence}"
@@ -89,6 +89,7 @@ def describe_folder(folder: Path, missing: str) -> str:
 
 
 def refuse_adapter(folder: Path) -> None:
+    """Raise InputError if the folder holds an adapter instead of a whole model."""
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder} is a LoRA or other PEFT adapter, not a whole model; merge it into its base model with peft "
@@ -123,5 +124,5 @@ def _foreign(head: bytes, name: str) -> str:
     if ".ckpt." in name or name.endswith((".index", ".meta")) or ".data-0" in name:
         return f"is a part of a TensorFlow checkpoint; {_TENSORFLOW}"
     if not any(head):
-        return "begins with nothing but zeros, as a file does that was not copied whole; copy it again"
-    return "is no model file known here (safetensors, torch.save, llm.c); choose another, or copy it again"
+        return "begins with nothing but zeros, like a file that was not copied completely; copy it again"
+    return "is not a known model file (safetensors, torch.save, llm.c); choose another, or copy it again"

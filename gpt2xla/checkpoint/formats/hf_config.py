@@ -1,4 +1,4 @@
-"""A Hugging Face GPT-2's `config.json` as a ModelConfig, read as transformers' GPT2Config reads it, or refused by name."""
+"""Converts between ModelConfig and a Hugging Face GPT-2's `config.json`, read as transformers' GPT2Config reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.files import read_json
 
-# GPT2Config.attribute_map: transformers takes these where both names are given.
+# GPT2Config.attribute_map: if both names are given, transformers takes these.
 _OTHER_NAMES = {
     "hidden_size": "n_embd",
     "max_position_embeddings": "n_positions",
@@ -27,7 +27,8 @@ _ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu-exact"),
     "relu": "relu",
 }
-# Keys that make it another function than ours, and the values under which they do not.
+_THEIR_ACTIVATIONS = {"gelu-tanh": "gelu_new", "gelu-exact": "gelu", "relu": "relu"}
+# Keys that may change the model's function, and the values that do not.
 _OTHER_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -38,10 +39,10 @@ _OTHER_FUNCTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The configuration in the folder's `config.json`, and lines for the user about what it says differently.
+    """Return the configuration in the folder's `config.json`, and lines for the user about differences to it.
 
     Raises:
-        InputError: there is none, or its model is not GPT-2, or a variant of it that `model.py` does not have.
+        InputError: there is no `config.json`, or its model is not a GPT-2 that `gpt2.py` supports.
     """
     file = folder / "config.json"
     try:
@@ -56,7 +57,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, tuple[str, ...]]:
 
 
 def from_hf_config(values: dict[str, Any]) -> ModelConfig:
-    """Raises ValueError for a model that is not GPT-2, or a variant of it that `model.py` does not have."""
+    """Return the configuration that these values describe. Raises ValueError unless `gpt2.py` supports such a model."""
     if not isinstance(values, dict):
         raise ValueError("it holds no options")
     _refuse_other_models(values)
@@ -88,10 +89,36 @@ def from_hf_config(values: dict[str, Any]) -> ModelConfig:
     return config
 
 
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the contents of `config.json`, without ids of special tokens. Hugging Face keeps keys that it does not know."""
+    own: dict[str, Any] = {"gpt2xla_bias": config.bias}
+    if config.vocab_padding:
+        own["gpt2xla_vocab_size"] = config.vocab_size
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.real_vocab_size,
+        "n_positions": config.seq_length,
+        "n_ctx": config.seq_length,
+        "n_embd": config.d_model,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.d_ff,
+        "activation_function": _THEIR_ACTIVATIONS[config.activation],
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "tie_word_embeddings": config.tie_weights,
+        "torch_dtype": "float32",
+        **own,
+    }
+
+
 def _refuse_other_models(values: dict[str, Any]) -> None:
     kind, architectures = values.get("model_type"), values.get("architectures") or []
     if not isinstance(architectures, list):
-        raise ValueError("architectures is no list")
+        raise ValueError("architectures is not a list")
     names = [str(name).removeprefix("TF").removeprefix("Flax") for name in architectures]
     if kind is None and not any(name.startswith("GPT2") for name in names):
         raise ValueError('model_type is missing; if it is a GPT-2, add "model_type": "gpt2"')
@@ -99,11 +126,11 @@ def _refuse_other_models(values: dict[str, Any]) -> None:
         raise ValueError(f"model_type is {kind!r}, not 'gpt2'")
     if names and not {"GPT2LMHeadModel", "GPT2Model"} & set(names):
         raise ValueError(
-            f"its architecture is {', '.join(names)}, not GPT2LMHeadModel; if its language model is what you want, load it "
-            "with GPT2LMHeadModel.from_pretrained and save it with save_pretrained"
+            f"its architecture is {', '.join(names)}, not GPT2LMHeadModel; to use its language model, load it with "
+            "GPT2LMHeadModel.from_pretrained and save it with save_pretrained"
         )
     if values.get("quantization_config") is not None:
-        raise ValueError("its weights are quantized (quantization_config); use the model that it was made from")
+        raise ValueError("its weights are quantized (quantization_config); use the original model")
     for key, harmless in _OTHER_FUNCTIONS.items():
         if key in values and values[key] not in harmless:
             raise ValueError(f"{key} = {values[key]} is not supported")

@@ -1,7 +1,7 @@
-"""llm.c's model files, such as gpt2_124M.bin (github.com/karpathy/llm.c, `write_model` in train_gpt2.py).
+"""Reads llm.c's model files, such as gpt2_124M.bin (github.com/karpathy/llm.c, `write_model` in train_gpt2.py).
 
-256 int32 (magic, version, positions, ids, layers, heads, width, ids with padding), then the parameters, each with all layers
-in a row, matrices as nn.Linear has them. The activation is GPT-2's, the head is the token embedding.
+A file begins with 256 int32: magic, version, positions, ids, layers, heads, width, ids with padding. The parameters follow,
+each for all layers in a row, matrices as in nn.Linear. The activation is GPT-2's; the head is the token embedding.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from gpt2xla.checkpoint.formats.stored_weights import StoredTensor, StoredWeight
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError, user_error
 
-MAGIC = 20240326
 _HEADER_BYTES = 1024
 _DTYPES = {3: torch.float32, 5: torch.bfloat16}
 
 
 def load_llmc_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Configuration and weights, without the rows that pad the vocabulary. Raises InputError."""
+    """Return the configuration and the weights, without the rows that pad the vocabulary.
+
+    Raises:
+        InputError: the file is damaged, or of another version.
+    """
     with user_error(str(file)):
         header = np.fromfile(file, "<i4", 8).tolist()
         size = file.stat().st_size
-    if len(header) < 8 or header[0] != MAGIC or header[1] not in _DTYPES:
+    if len(header) < 8 or header[1] not in _DTYPES:
         version = header[1] if len(header) > 1 else "none"
         raise InputError(
-            f"{file}: version {version} of llm.c's model files is not read; write it again with llm.c of today"
+            f"{file}: version {version} of llm.c's model files is not supported; write it again with today's llm.c"
         )
     version, positions, ids, layers, heads, width, rows = header[1:]
     dtype = _DTYPES[version]
@@ -57,7 +60,7 @@ def load_llmc_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
 
 
 def _parameters(width: int, rows: int, positions: int) -> list[tuple[str, list[int]]]:
-    """In the file's order."""
+    """Return names and shapes in the file's order."""
     return [
         ("wte.weight", [rows, width]),
         ("wpe.weight", [positions, width]),
@@ -79,7 +82,7 @@ def _parameters(width: int, rows: int, positions: int) -> list[tuple[str, list[i
 
 
 def _read(file: Path, dtype: torch.dtype, offset: int, shape: torch.Size) -> Tensor:
-    # Mapped for each tensor, so that its pages of the file leave memory with it.
+    # Mapped again for each tensor, so that the file's pages leave memory together with the tensor.
     with user_error(str(file)):
         numbers = np.memmap(file, np.uint8, "c", offset * dtype.itemsize, shape.numel() * dtype.itemsize)
     return torch.frombuffer(numbers, dtype=dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Any GPT-2's tensors under our parameter names and in our layout: what wraps them is taken off, ties are followed."""
+"""Converts between our parameter names and layout and those of other GPT-2s, whatever the model was wrapped in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from gpt2xla.checkpoint.formats.stored_weights import StoredTensor
+from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 
-# Hugging Face's GPT-2 keeps these as Conv1D: (in, out) where nn.Linear has (out, in).
+# Hugging Face's GPT-2 stores these as Conv1D: (in, out), while nn.Linear has (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 # The names in github.com/minhnguyent546/pre-training-gpt2.
@@ -30,22 +31,22 @@ _RENAMED = {
     "layer_norm.": "ln_f.",
 }
 _THEIRS = re.compile("|".join(rf"(?<![^.]){re.escape(name)}" for name in _RENAMED))
-# One of our names behind whatever the model was wrapped in: "_orig_mod." of torch.compile, "module." of DDP, "model." of
-# Lightning, "transformer." of Hugging Face and nanoGPT, ...
+# One of our names after the prefix of any wrapper: "_orig_mod." of torch.compile, "module." of DDP, "model." of Lightning,
+# "transformer." of Hugging Face and nanoGPT, ...
 _WRAPPED = re.compile(r"(?P<prefix>(?:[^.]+\.)*?)(?P<name>(?:wte|wpe|ln_f|lm_head)\.[^.]+|h\.\d+\..+)")
-# What may also wrap a single block.
+# These may also wrap a single block.
 _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def in_our_names(tensors: Mapping[str, StoredTensor], source: Path) -> dict[str, StoredTensor]:
-    """The tensors by our names, matrices as nn.Linear has them, without causal masks, which are no parameters.
+    """Return the tensors by our names, matrices in the layout of nn.Linear, without causal masks. Unknown names stay.
 
-    Other names stay as they are. Raises InputError where tensors are wrapped differently: they are not
-    plainly one model's.
+    Raises:
+        InputError: the tensors have different prefixes, so they may not belong to one model.
     """
     out: dict[str, StoredTensor] = {}
-    bodies: dict[str, str] = {}  # what stands before our names, and a tensor of each
-    heads: dict[str, str] = {}  # likewise: Hugging Face has lm_head beside "transformer.", not in it
+    bodies: dict[str, str] = {}  # each prefix, and a tensor that has it
+    heads: dict[str, str] = {}  # the same for lm_head, which Hugging Face has beside "transformer.", not in it
     for their_name, tensor in tensors.items():
         match = _WRAPPED.fullmatch(_THEIRS.sub(lambda found: _RENAMED[found[0]], their_name))
         if match is None:
@@ -62,14 +63,14 @@ def in_our_names(tensors: Mapping[str, StoredTensor], source: Path) -> dict[str,
     strangers = list(bodies.values())[1:] + [name for prefix, name in heads.items() if prefix not in fitting]
     if bodies and strangers:
         raise InputError(
-            f"{source} holds {next(iter(bodies.values()))} and {strangers[0]}, whose names begin differently, so that they "
-            "are not plainly one model's; keep one model's tensors, under names that begin alike"
+            f"{source} holds {next(iter(bodies.values()))} and {strangers[0]}: their names begin differently, so they may "
+            "belong to different models; keep the tensors of one model, with one prefix"
         )
     return _as_linear(out)
 
 
 def _as_linear(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Which layout it is shows in c_attn, (D, 3 D) as Conv1D: other matrices may be square."""
+    """Transpose Conv1D's matrices. c_attn shows the layout, being (D, 3 D) in Conv1D; other matrices may be square."""
     shapes = [tensor.shape for name, tensor in tensors.items() if name.endswith("attn.c_attn.weight")]
     if not any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in shapes):
         return tensors
@@ -77,18 +78,17 @@ def _as_linear(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def with_tied_head(tensors: dict[str, StoredTensor], source: Path, fix: str) -> dict[str, StoredTensor]:
-    """Without lm_head, for a model whose head is its token embedding. A file may hold either name or both.
+    """Return the tensors without lm_head, for a model whose head is its token embedding. A file may have either or both.
 
     Raises:
-        InputError: both are there and differ; `fix` says what to do.
+        InputError: both are present and differ. `fix` says what to do.
     """
     head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight")
     if head is None:
         return tensors
     if embedding is not None and not _same(head.read(), embedding.read()):
         raise InputError(
-            f"{source}: {head.name} is not the token embedding {embedding.name}, though by its configuration they are one; "
-            f"{fix}"
+            f"{source}: {head.name} is not the token embedding {embedding.name}, although its configuration ties them; {fix}"
         )
     others = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     return {"wte.weight": head} | others
@@ -101,9 +101,26 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b) or torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
+def to_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return our weights in Hugging Face's names and layouts, without the padding of the vocabulary. Missing biases become
+    zeros, which compute the same."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        their_name = name if name.startswith("lm_head") else f"transformer.{name}"
+        if name in ("wte.weight", "lm_head.weight"):
+            tensor = tensor[: config.real_vocab_size]
+        out[their_name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor.contiguous()
+        module = name.removesuffix(".weight")
+        if not config.bias and module.rsplit(".")[-1] not in ("wte", "wpe", "lm_head"):
+            out[f"transformer.{module}.bias"] = tensor.new_zeros(tensor.shape[0])
+    return out
+
+
 def is_mask(name: str) -> bool:
+    """Tell whether a tensor is a causal mask, which some versions store beside the parameters."""
     return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def is_bias(name: str) -> bool:
+    """Tell whether a tensor is a bias; a mask may have the same ending."""
     return name.endswith(".bias") and not is_mask(name)

@@ -1,8 +1,8 @@
-"""Models in files of torch.save, without unpickling objects.
+"""Reads models from files of torch.save, without unpickling objects.
 
-{model, optimizer, lr_scheduler, config, global_step} is common among GPT-2 reproductions; the parameter names read here are
-those of github.com/minhnguyent546/pre-training-gpt2, and ours. {model, optimizer, model_args, iter_num, best_val_loss,
-config} is nanoGPT's `ckpt.pt` (github.com/karpathy/nanoGPT); {model, config, step, val_loss} is build-nanogpt's
+Layouts: {model, optimizer, lr_scheduler, config, global_step} is common among GPT-2 reproductions; parameters have our names
+or those of github.com/minhnguyent546/pre-training-gpt2. {model, optimizer, model_args, iter_num, best_val_loss, config} is
+nanoGPT's `ckpt.pt` (github.com/karpathy/nanoGPT). {model, config, step, val_loss} is build-nanogpt's
 (github.com/karpathy/build-nanogpt), whose config is a pickled `GPTConfig`. Weights alone need a `config.json` beside them.
 """
 
@@ -24,10 +24,10 @@ _GPT_CONFIG = {
     "n_head": "num_heads", "dropout": "dropout", "bias": "bias",
 }  # fmt: skip
 _NANOGPT_NOTE = (
-    "activation: gelu-exact, as nanoGPT has it since 2023-05-17; a model from before has gelu-tanh: convert it with "
+    "activation: gelu-exact, which nanoGPT uses since 2023-05-17; an older model has gelu-tanh: convert it with "
     'scripts/convert_checkpoint.py and write "activation_function": "gelu_new" into its config.json'
 )
-# Keys that give away a trainer, and what its file is.
+# Keys that identify a file that is not a model, and what it is.
 _FOREIGN: tuple[tuple[set[str], str], ...] = (
     ({"step", "code", "model", "optimizers"}, "is modded-nanogpt's, whose model is not a GPT-2"),
     ({"module", "ds_version"}, "is a part of a DeepSpeed checkpoint; its own zero_to_fp32.py makes one file of it"),
@@ -37,14 +37,14 @@ _FOREIGN: tuple[tuple[set[str], str], ...] = (
 
 
 def load_pt_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Configuration and weights; tensors are mapped, and read when they are asked for.
+    """Return the configuration and the weights, which stay on disk until they are used.
 
     Raises:
         InputError: the file is damaged, holds objects other than tensors and plain values, or has another layout.
     """
     saved = load_plain(file, mapped=True)
     if not isinstance(saved, dict):
-        raise InputError(f"{file} holds no model but a {type(saved).__name__}; choose another file")
+        raise InputError(f"{file} holds a {type(saved).__name__}, not a model; choose another file")
     for keys, sentence in _FOREIGN:
         if keys <= saved.keys():
             raise InputError(f"{file} {sentence}")
@@ -63,8 +63,8 @@ def _state(file: Path, saved: dict[str, Any]) -> Any:
     if saved and all(map(is_plain, saved.values())):
         return saved
     raise InputError(
-        f"{file} is neither in the layout {{model, optimizer, lr_scheduler, config, global_step}} nor in nanoGPT's {{model, "
-        "optimizer, model_args, iter_num, best_val_loss, config}, and is no state_dict either; choose another file"
+        f"{file} has neither the layout {{model, optimizer, lr_scheduler, config, global_step}} nor nanoGPT's {{model, "
+        "optimizer, model_args, iter_num, best_val_loss, config}, and is not a state_dict; choose another file"
     )
 
 
@@ -76,28 +76,28 @@ def _configuration(file: Path, saved: dict[str, Any]) -> tuple[ModelConfig, tupl
         return _of_gpt_config(file, config.state)
     if isinstance(config, dict) and "model" in saved:
         values = {"layer_norm_eps" if key == "eps" else str(key): value for key, value in config.items()}
-        if values.get("activation") == "gelu":  # there, gelu means the tanh form
+        if values.get("activation") == "gelu":  # in this layout, gelu means the tanh form
             values["activation"] = "gelu-tanh"
         return _our_config(file, values), ()
     if (file.parent / "config.json").is_file():
         return read_config(file.parent)
-    what = "is a Lightning checkpoint, which" if "pytorch-lightning_version" in saved else "holds weights alone, and"
+    what = "is a Lightning checkpoint, which" if "pytorch-lightning_version" in saved else "holds only weights, and"
     raise InputError(
-        f"{file} {what} does not say what its model is: the number of heads and the activation cannot be told from weights; "
-        "put the model's config.json, in Hugging Face's form, beside it"
+        f"{file} {what} does not describe its model: weights do not show the number of heads or the activation; put the "
+        "model's config.json, in Hugging Face's form, beside it"
     )
 
 
 def _of_gpt_config(file: Path, values: Any) -> tuple[ModelConfig, tuple[str, ...]]:
-    """By the fields of nanoGPT's GPTConfig, or build-nanogpt's and llm.c's, which have neither dropout nor bias.
+    """Read the fields of nanoGPT's GPTConfig, or build-nanogpt's and llm.c's, which have neither dropout nor bias.
 
-    nanoGPT took the exact GELU some months after it made biases an option; all others have GPT-2's.
+    With biases as an option it is nanoGPT, which soon after switched to the exact GELU. All others have GPT-2's.
     """
     is_plain_config = isinstance(values, dict) and all(
         isinstance(value, bool | int | float) for value in values.values()
     )
     if not is_plain_config or (strange := [str(key) for key in values if key not in _GPT_CONFIG]):
-        what = f"{strange[0][:80]}, which is not GPT-2's" if is_plain_config else "other than plain numbers"
+        what = f"{strange[0][:80]}, which is not GPT-2's" if is_plain_config else "something other than plain numbers"
         raise InputError(f"{file}: its GPTConfig holds {what}; choose another file")
     options = {"bias": True} | {_GPT_CONFIG[key]: value for key, value in values.items()}
     is_exact = "bias" in values
@@ -113,5 +113,5 @@ def _our_config(file: Path, values: dict[str, Any]) -> ModelConfig:
         config = ModelConfig(**values)
         config.check()
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{file}: its config does not describe a GPT-2 of ours ({error})") from None
+        raise InputError(f"{file}: its config does not describe a supported GPT-2 ({error})") from None
     return config

@@ -1,4 +1,4 @@
-"""Weights that stay on disk until they are asked for, one tensor at a time: a large model has no second copy in memory."""
+"""Weights that stay on disk and are read one tensor at a time, so that a large model has no second copy in memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of a tensor.
+    """A tensor by its file's header.
 
     Attributes:
-        name: in the file.
-        shape: as `read` returns it.
-        dtype: the file's own name for it where torch has no such type.
-        read: the tensor, perhaps as a view of the mapped file.
+        name: the name in the file.
+        shape: the shape that `read` returns.
+        dtype: the file's name for the type if torch has no such type.
+        read: returns the tensor, possibly as a view of the mapped file.
     """
 
     name: str
@@ -38,17 +38,17 @@ class StoredTensor:
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """A model's weights by our parameter names: each is read, as fp32 on the CPU, whenever it is asked for.
+    """A model's weights by our parameter names. Each access reads the tensor, in fp32 on the CPU.
 
-    Of a vocabulary that the model pads, the real rows alone are stored.
+    If the model pads its vocabulary, only the real rows are stored.
 
     Args:
         tensors: by our parameter names, in our layout.
         source: the file or folder, for messages.
-        notes: lines for the user about how they are read.
+        notes: lines for the user about how the weights are read.
 
     Raises:
-        InputError: these are not the tensors of such a model; the first that is wrong is named.
+        InputError: these are not the tensors of such a model. The message names the first one that is wrong.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class StoredWeights(Mapping[str, Tensor]):
         for name, tensor in tensors.items():
             if name not in expected:
                 raise InputError(
-                    f"{source} holds {tensor.name}, which no GPT-2 of its configuration has; choose another"
+                    f"{source} holds {tensor.name}, which a GPT-2 of its configuration does not have; choose another"
                 )
             if tensor.shape != expected[name]:
                 raise InputError(
                     f"{source}: {tensor.name} is {_sizes(tensor.shape)} where its configuration says "
-                    f"{_sizes(expected[name])} (as nn.Linear lays it out); fix the configuration or choose another"
+                    f"{_sizes(expected[name])} (in the layout of nn.Linear); fix the configuration, or choose another"
                 )
             if tensor.dtype not in FLOATS:
                 raise InputError(
@@ -89,6 +89,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shape of each parameter by its name."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in GPT2(config).named_parameters()}
 

@@ -1,4 +1,4 @@
-"""Files of torch.save, read as tensors and plain values: nothing in them is run."""
+"""Reads files of torch.save as tensors and plain values. Nothing in them is run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gpt2xla.errors import InputError
 
 
 class PlainConfig:
-    """Stands in for a pickled `GPTConfig`, a dataclass of numbers that build-nanogpt and others save with a model. It keeps
-    what the file says of one, and does nothing with it.
+    """Stands in for a pickled `GPTConfig`, a dataclass of numbers that build-nanogpt and others save with a model. It only
+    keeps the state that the file gives it.
     """
 
     state: Any = None
@@ -28,14 +28,15 @@ class PlainConfig:
 
 
 def load_plain(file: Path, mapped: bool = False) -> Any:
-    """Tensors, plain values and PlainConfigs; with `mapped`, tensors stay on disk until they are used, where the format
-    allows.
+    """Return the file's contents: tensors, plain values and PlainConfigs.
+
+    With `mapped`, tensors stay on disk until they are used, if the format allows it.
 
     Raises:
-        InputError: the file is damaged, or would make objects of another kind: none is made.
+        InputError: the file is damaged, or holds other objects. None of them is created.
     """
     try:
-        is_zip = zipfile.is_zipfile(file)  # torch's older format is none, and has to be read whole
+        is_zip = zipfile.is_zipfile(file)  # torch's older format is not, and must be read whole
         stand_ins = _stand_ins(file) if is_zip else []
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on formats
@@ -47,17 +48,19 @@ def load_plain(file: Path, mapped: bool = False) -> Any:
 
 
 def stored_tensors(state: Any, file: Path) -> dict[str, StoredTensor]:
-    """A state dict's tensors by name. Raises InputError if it holds anything else."""
+    """Return the tensors of a state dict by name. Raises InputError if it holds anything else."""
     if not isinstance(state, dict):
         raise InputError(f"{file} holds no tensors by name; choose another file")
     for name, tensor in state.items():
         if not isinstance(name, str) or not is_plain(tensor):
-            raise InputError(f"{file}: {str(name)[:80]!r} among the model's weights is no tensor; choose another file")
+            raise InputError(
+                f"{file}: {str(name)[:80]!r} among the model's weights is not a tensor; choose another file"
+            )
     return {name: StoredTensor(name, tensor.shape, tensor.dtype, tensor.detach) for name, tensor in state.items()}
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor whose numbers are there: not sparse, not quantized, not a shape without numbers."""
+    """Tell whether it is a dense tensor with its numbers: not sparse, not quantized, not on the meta device."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout == torch.strided
@@ -72,7 +75,7 @@ def _stand_ins(file: Path) -> list[Any]:
 
 
 def _why(file: Path, error: Exception) -> str:
-    """In our words: torch's own advise to run what is in the file."""
+    """Say in our words what is wrong. torch's own messages advise running what the file holds."""
     if isinstance(error, OSError):
         return f"cannot be read: {error.strerror or type(error).__name__}"
     what = "a Lightning checkpoint, " if _is_lightnings(file) else ""

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from tqdm import tqdm
 
-from gpt2xla.config import option
+from gpt2xla.config import option, require_at_least
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.preparation.round_trip import first_loss
@@ -68,10 +68,7 @@ class PrepareConfig:
             raise InputError("--output-dir is empty; name a folder")
         if not 0 <= self.test_fraction < 1:
             raise InputError(f"--test-fraction {self.test_fraction}: choose a share of at least 0 and below 1")
-        for name in ("test_tokens", "max_tokens", "shard_size", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value}: choose a number of at least 1")
+        require_at_least(1, self, "test_tokens", "max_tokens", "shard_size", "num_workers")
         if self.shard_size > _MOST_TOKENS:
             raise InputError(f"--shard-size {self.shard_size}: choose at most {_MOST_TOKENS:,}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gpt2xla.model.attention import kept_numbers
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels, choose_kernels
 from gpt2xla.model.loss import in_place_cross_entropy
-from gpt2xla.optim.optimizer import init_state
+from gpt2xla.optim.state import init_state
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import OneDevice, adam, prefetch
 from gpt2xla.runtime.precision import choose
@@ -125,15 +125,11 @@ class TorchRuntime(OneDevice):
         return prefetch(batches, to_device)
 
     def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
-        model = self._sharded
-        if model is None:
-            return step
-
-        def with_parameters(*args: P.args, **kwargs: P.kwargs) -> T:
-            with parallel.gathered(model):
+        def executed(*args: P.args, **kwargs: P.kwargs) -> T:
+            with parallel.gathered(self._sharded) if self._sharded else nullcontext():
                 return step(*args, **kwargs)
 
-        return with_parameters
+        return executed
 
     def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
         return parallel.accumulated(model, sync=sync)

@@ -34,7 +34,7 @@ from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.model.loss import LOGITS_AT_ONCE, chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
-from gpt2xla.optim.optimizer import init_state
+from gpt2xla.optim.state import init_state
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import adam, prefetch, set_matmul_precision
 from gpt2xla.runtime.precision import DevicePrecision, choose, of_xla

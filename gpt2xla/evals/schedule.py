@@ -1,0 +1,100 @@
+"""What is evaluated between training steps: validation, HellaSwag and samples, each at its own interval."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gpt2xla.config import RunConfig, TrainConfig
+from gpt2xla.data.opening import TrainingData
+from gpt2xla.errors import InputError
+from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
+from gpt2xla.evals.samples import Sampler
+from gpt2xla.evals.validation import Validation, Validator
+from gpt2xla.generation.settings import GenerationSettings
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime import memory
+from gpt2xla.runtime.base import Runtime
+from gpt2xla.runtime.stop import Stop, Stopped
+
+
+class _Evaluation(NamedTuple):
+    name: str
+    interval: int
+    run: Callable[[], dict[str, Any]]
+
+
+class Evaluations:
+    """The evaluations of a run. They are opened before it writes anything, so that wrong input shows at once.
+
+    Attributes:
+        validation: the last result of validation; None before the first.
+
+    Raises:
+        InputError: HellaSwag's items or the sample prompt cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        model: GPT2,
+        data: TrainingData,
+        settings: GenerationSettings,
+        stop: Stop,
+    ) -> None:
+        self.config, self.runtime = config.train, runtime
+        self.validation: Validation | None = None
+        validator = Validator(config, data.validation, model, runtime, stop=stop)
+
+        def validate() -> dict[str, Any]:
+            self.validation = validator.run()
+            return self.validation.line()
+
+        self._evaluations = [_Evaluation("validation", config.train.valid_interval, validate)]
+        if interval := config.train.hellaswag_interval:
+            hellaswag = _open_hellaswag(config, runtime, model, data, stop)
+            self._evaluations.append(_Evaluation("HellaSwag", interval, lambda: hellaswag.run().line()))
+        if interval := config.train.sample_interval:
+            sampler = Sampler(config, model, data.tokenizer, settings, runtime)
+            self._evaluations.append(_Evaluation("sampling", interval, lambda: {"sample": sampler.run()}))
+
+    def run(self, step: int, log: Callable[[int, dict[str, Any]], None]) -> bool:
+        """Make the evaluations that are due after `step`, and give `log` the step and each result.
+
+        Return False if all processes agreed to stop meanwhile.
+        """
+        for name, interval, evaluate in self._evaluations:
+            if is_due(interval, step, self.config.train_steps):
+                self.runtime.wait()
+                try:
+                    with self.runtime.watch.part(name), explain_evaluation(self.runtime, self.config, name):
+                        log(step, evaluate())
+                except Stopped:
+                    return False
+        return True
+
+
+def is_due(interval: int, step: int, last_step: int) -> bool:
+    """Whether what is done every `interval` steps is due after `step`. After the last step it always is."""
+    return step == last_step or bool(interval and step % interval == 0)
+
+
+def explain_evaluation(runtime: Runtime, train: TrainConfig, name: str) -> contextlib.AbstractContextManager[None]:
+    """Turn running out of memory in the evaluation `name` into one line with advice."""
+    return memory.explain_out_of_memory(
+        runtime, f"in {name}", lambda _: memory.eval_advice(train, runtime.devices, name)
+    )
+
+
+def _open_hellaswag(config: RunConfig, runtime: Runtime, model: GPT2, data: TrainingData, stop: Stop) -> HellaSwag:
+    train = config.train
+    if data.tokenizer is None:
+        raise InputError(
+            f"--hellaswag-interval {train.hellaswag_interval} needs a tokenizer, and the shards have none beside them; name "
+            "theirs with --tokenizer"
+        )
+    items = read_items(train.hellaswag_data, "--hellaswag-data")
+    questions = encode_items(items, data.tokenizer, config.model.seq_length)
+    return HellaSwag(questions, model, runtime, train.eval_batch_size, stop)

@@ -1,0 +1,132 @@
+"""From a run's options to its end: find the start, open what the run needs, own its folder, then train or validate."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from gpt2xla.checkpoint.folder import prepare_folder, write_run_config
+from gpt2xla.checkpoint.saver import Saver
+from gpt2xla.checkpoint.start import Start, find_start
+from gpt2xla.config import RunConfig, TrainConfig
+from gpt2xla.data.opening import TrainingData
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.evals.schedule import Evaluations
+from gpt2xla.generation.settings import settings_of
+from gpt2xla.processes.locks import locked, refuse_if_locked
+from gpt2xla.processes.signals import StopSignals
+from gpt2xla.runtime import memory
+from gpt2xla.runtime.base import Runtime
+from gpt2xla.runtime.leaving import leaving_together
+from gpt2xla.runtime.precision import PRECISIONS
+from gpt2xla.runtime.stop import Stop
+from gpt2xla.training.run_log import RunLog
+from gpt2xla.training.summary import print_end, print_start
+from gpt2xla.training.train_step import TrainStep
+from gpt2xla.training.trainer import Trainer
+from gpt2xla.training.validate import validate
+
+
+def pretrain(
+    config: RunConfig, make_runtime: Callable[[TrainConfig], Runtime], signals: StopSignals | None = None
+) -> None:
+    """Train, or with --do-test only validate, as `config` says. Every process calls it.
+
+    Args:
+        make_runtime: called once the run's options are complete: a resumed run brings its own.
+        signals: if given, SIGTERM and SIGINT end training with a checkpoint.
+
+    Raises:
+        InputError: data, checkpoint and options do not fit together. Nothing has been written.
+        RunFailed: the loss is no longer a number, memory ran out, or a checkpoint cannot be written.
+    """
+    if not config.general.do_test:
+        with user_error(_flag(config)):
+            refuse_if_locked(*_lock(config))  # by a run that is changing what is read now
+    start = find_start(config)
+    is_chosen_here = start.config.train.mixed_precision == "auto"
+    runtime = make_runtime(start.config.train)
+    start = start.in_precision(runtime.precision.name)
+    with leaving_together(runtime):
+        _check_agreement(runtime, start, is_chosen_here)
+        if config.general.do_test:
+            validate(start, runtime)
+        elif start.is_finished:
+            if runtime.is_main:
+                print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to continue it")
+        else:
+            with contextlib.ExitStack() as holding:
+                run = _open(start, runtime, signals, holding)
+                del start  # its copies of weights and optimizer state on the host would stay for the whole run
+                run()
+
+
+def _check_agreement(runtime: Runtime, start: Start, is_chosen_here: bool) -> None:
+    """Check that all processes chose the same precision and found the same checkpoint."""
+    if is_chosen_here and len(set(runtime.gather(float(PRECISIONS.index(runtime.precision.name))))) > 1:
+        raise InputError(
+            "--mixed-precision auto: the processes' devices differ, and so do their choices; name one, such as none"
+        )
+    if len(set(runtime.gather(start.step))) > 1:
+        raise InputError(
+            f"{_flag(start.config)}: processes see different checkpoints; on several hosts it must be one shared folder"
+        )
+
+
+def _open(
+    start: Start, runtime: Runtime, signals: StopSignals | None, holding: contextlib.ExitStack
+) -> Callable[[], None]:
+    """Open all that training needs, and return the function that trains.
+
+    The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right.
+    """
+    config, folder = start.config, Path(start.config.general.checkpoints_dir)
+    data = TrainingData.open(config, start.source, runtime.rank, runtime.world_size, runtime.devices)
+    _check_continues(start, data)
+    settings = settings_of(start.source, data.tokenizer)
+    model = start.build_model()
+    stop = Stop(runtime, signals, config.train.max_hours)
+    evaluations = Evaluations(config, runtime, model, data, settings, stop)
+    if runtime.is_main:
+        with user_error(_flag(config)):
+            folder.mkdir(parents=True, exist_ok=True)
+            holding.enter_context(locked(*_lock(config)))
+    with memory.explain_out_of_memory(runtime, "before the first step", lambda _: memory.SMALLER_MODEL):
+        train_step = TrainStep(config, runtime, model, start.training)
+    if runtime.is_main:
+        print_start(start, runtime, data, model)
+        for note in prepare_folder(folder, start.step):
+            print(note)
+        write_run_config(folder, config)
+    log = RunLog.open(start, runtime, data, model.flops_per_token())
+    saver = Saver(
+        config, runtime, model, train_step.optimizer, data.tokenizer, settings,
+        lambda: {"data": data.position(), **log.state()}, stop,
+    )  # fmt: skip
+    trainer = Trainer(config.train, runtime, data.order, train_step, evaluations, saver, log, stop)
+    first_step, is_evaluated = start.step, start.is_evaluated
+
+    def run() -> None:
+        step = trainer.run(first_step, is_evaluated)
+        if runtime.is_main:
+            print_end(config, step, stop.reason, evaluations.validation)
+
+    return run
+
+
+def _check_continues(start: Start, data: TrainingData) -> None:
+    if start.training and start.source:
+        data.check_continues(start.training["data"], start.source)
+    if start.step > start.config.train.train_steps:
+        raise InputError(
+            f"--train-steps {start.config.train.train_steps}: {start.source} is already at step {start.step}; raise it"
+        )
+
+
+def _lock(config: RunConfig) -> tuple[Path, str]:
+    return Path(config.general.checkpoints_dir) / ".lock", _flag(config)
+
+
+def _flag(config: RunConfig) -> str:
+    return f"--checkpoints-dir {config.general.checkpoints_dir}"
