@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from gpt2xla.config import PRECISION_ALIASES, Precision, TorchConfig, TrainConfig, XlaConfig, option, require_at_least
-from gpt2xla.errors import InputError
 
 if TYPE_CHECKING:
     from gpt2xla.runtime.base import Runtime

@@ -26,19 +26,14 @@ GIB = 2**30
 
 
 class Shortage(NamedTuple):
-    """Memory that has run out.
+    """Memory that has run out."""
 
-    Attributes:
-        place: where, in words.
-        memory: bytes that one program may use; None if unknown.
-        needed: bytes that the refused program takes besides its arguments; None if it failed while running.
-        state_split: over how many devices weights, gradients and the optimizer's state are divided.
-    """
-
-    place: str
-    memory: int | None = None
-    needed: int | None = None
-    state_split: int = 1
+    place: str  # where, in words
+    memory: int | None = None  # bytes that one program may use; None if unknown
+    needed: int | None = (
+        None  # bytes that the refused program takes besides its arguments; None if it failed while running
+    )
+    state_split: int = 1  # over how many devices weights, gradients and the optimizer's state are divided
 
 
 class Memory:
@@ -64,17 +59,11 @@ class CompileWatch:
     """Knows what is compiled when. This one is for runtimes that compile nothing."""
 
     def part(self, name: str) -> AbstractContextManager[None]:
-        """Wrap what is done between steps now and then, such as saving.
-
-        Where programs are compiled, each compile after the first pass through a part prints a warning with the cause.
-        """
+        """Wrap what is done between steps now and then, such as saving. A compile in a later pass prints a warning."""
         return nullcontext()
 
     def trace_ms(self) -> float | None:
-        """Return, inside a step, the milliseconds of host time since it began; None where steps are not traced.
-
-        They went into tracing the step and into waiting for data.
-        """
+        """Return, inside a step, the milliseconds of tracing and of waiting for data so far; None where nothing is traced."""
         return None
 
     def programs(self) -> int:
@@ -83,92 +72,64 @@ class CompileWatch:
 
 
 class Device(Protocol):
-    """Where a model lives and how work reaches it: all that generation needs.
-
-    Attributes:
-        device: where this process's model lives.
-    """
+    """Where a model lives and how work reaches it: all that generation needs."""
 
     device: torch.device
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Return a host tensor on the device, as data: never as a constant of a compiled program."""
-        ...
 
     def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
         """Return `step` as one unit of device work.
 
         On XLA it is one graph, executed once per call. The first call compiles it and says so on the console, by `name`.
         """
-        ...
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which products compute in the run's precision."""
-        ...
 
 
 class Processes(Protocol):
-    """The processes of a run: all that evaluations and endings need.
+    """The processes of a run: all that evaluations and endings need."""
 
-    Attributes:
-        rank: the index of this data-feeding process, from 0.
-        world_size: the number of such processes.
-        devices: how many devices all of them have together; a batch is split evenly over these.
-        is_main: whether this is the one process that prints, logs and writes.
-        description: the devices in words, for the summary at start.
-    """
-
-    rank: int
-    world_size: int
-    devices: int
-    is_main: bool
-    description: str
+    rank: int  # the index of this data-feeding process, from 0
+    world_size: int  # the number of such processes
+    devices: int  # how many devices all of them have together; a batch is split evenly over these
+    is_main: bool  # whether this is the one process that prints, logs and writes
+    description: str  # the devices in words, for the summary at start
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of `value` over all processes, on the device. Collective."""
-        ...
 
     def flag(self, value: bool) -> Tensor:
         """Return 1.0 or 0.0 on the device, as data. Its `sum` is the number of processes with a True."""
-        ...
 
     def gather_rows(self, values: Tensor) -> Tensor:
-        """Return all processes' `values` (1-d, of one length) in the order of ranks, as one tensor that each can read.
+        """Return all processes' `values` (1-d, of one length), in the order of ranks, as one tensor that each can read.
 
         Called inside a compiled step. Collective.
         """
-        ...
 
     def gather(self, value: float) -> list[float]:
         """Return every process's value, by rank, on the host; the host waits for the other processes. Collective.
 
         Values travel in float64, so integers up to 2^53 are exact.
         """
-        ...
 
     def barrier(self, name: str) -> None:
         """Return when every process has called this. Collective."""
-        ...
 
     def ended_ranks(self) -> list[int]:
         """Return the other processes that are known to have exited."""
-        ...
 
     def close(self) -> None:
         """Release threads and connections at the end of a run."""
-        ...
 
 
 class Runtime(Device, Processes, Protocol):
-    """One process's view of the devices it trains on.
+    """One process's view of the devices it trains on."""
 
-    Attributes:
-        precision: what the model computes in, after --mixed-precision auto is decided.
-        memory: what is known about the devices' memory.
-        watch: what is known about compiles.
-    """
-
-    precision: ChosenPrecision
+    precision: ChosenPrecision  # what the model computes in, after --mixed-precision auto is decided
 
     @property
     def memory(self) -> Memory: ...
@@ -181,53 +142,36 @@ class Runtime(Device, Processes, Protocol):
 
         A resumed run therefore needs no stored generator state.
         """
-        ...
 
     def setup_model(self, model: GPT2) -> nn.Module:
-        """Choose how `model` computes (`kernels.py`), move it to the device and return the module to train. Collective.
-
-        Build the optimizer after this.
-        """
-        ...
+        """Choose how `model` computes (`kernels.py`), move it to the device and return the module to train. Collective."""
 
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
-        """Return the device's best optimizer for --optim-type, with its state from the start.
+        """Return the device's best optimizer for --optim-type, with its state from the start. Call `setup_model` first.
 
-        Args:
-            saved: what `snapshot` returned as training state, on any runtime; the runtime takes its own state from it,
-                too. None starts from zeros.
+        `saved` is the training state that `snapshot` returned on any runtime; the runtime takes its own state from it, too.
+        None starts from zeros.
         """
-        ...
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the same batches on the device; the next one is copied while the device works on this one."""
-        ...
 
     def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
         """Wrap forward and backward of a micro-step; gradients may be reduced over processes only with `sync`."""
-        ...
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, this process's part of the whole loss. `optimizer_step` adds up the processes."""
-        ...
 
     def optimizer_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, *, rate: float, max_grad_norm: float
     ) -> tuple[Tensor, Tensor]:
         """Reduce, unscale, clip, update, zero: one method, so that the order cannot be wrong. Collective.
 
-        If the loss or the gradient is not finite on any process, no process updates anything.
-
-        Args:
-            rate: the learning rate of this update.
-            max_grad_norm: gradients of a larger norm are scaled down to it; 0 leaves them alone.
-
-        Returns:
-            `loss` summed over processes, and the norm of the gradient before clipping.
+        If the loss or the gradient is not finite on any process, no process updates anything. `rate` is the learning rate;
+        a `max_grad_norm` of 0 clips nothing. Return `loss` summed over processes, and the gradient's norm before clipping.
         """
-        ...
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         """Call `callback(*values)`, the 1-d tensor's values as floats, once the device has them; the loop does not wait.
@@ -235,29 +179,22 @@ class Runtime(Device, Processes, Protocol):
         Called inside a compiled step. Callbacks run one at a time, in order. What one raises is raised by a later call
         of this method or of `wait`.
         """
-        ...
 
     def wait(self, behind: int = 0) -> None:
         """Return when every callback has run, except perhaps those of the last `behind` calls of `when_ready`."""
-        ...
 
     def snapshot(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copy weights and training state to the host, after all work on the device is done. Collective.
 
-        A runtime whose optimizer state is split over devices may write it to `folder` in parts (`sharded_state`). Then
-        the returned state lacks what lies there.
-
-        Returns:
-            On the main process, whole weights by parameter name, and {"optimizer": state by parameter name, "runtime":
-            the runtime's own, as plain values}; empty dictionaries on the others.
+        Return, on the main process, whole weights by parameter name, and {"optimizer": state by parameter name, "runtime":
+        the runtime's own}, as plain values; empty dictionaries on the others. A runtime whose moments are split over
+        devices may write them to `folder` in parts instead (`sharded_state`).
         """
-        ...
 
     def peak_flops(self) -> float | None:
         """Return the peak floating-point operations per second of all devices together; None if unknown.
 
         A CPU's rate is measured in the run's precision; other devices' is the published one in bf16 (or fp16).
         """
-        ...

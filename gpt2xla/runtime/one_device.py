@@ -31,22 +31,18 @@ class OneDevice:
     Attributes:
         scaler: keeps fp16's gradients in range; None in other precisions. Its state belongs to a checkpoint.
         random_rank: whose random numbers this process draws.
+        state_options: of `init_state`, by what this runtime's Adam expects.
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        precision: ChosenPrecision = FP32,
-        rank: int = 0,
-        world_size: int = 1,
-        devices: int | None = None,
+        self, device: torch.device, precision: ChosenPrecision = FP32, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.device, self.precision = device, precision
-        self.rank, self.world_size, self.devices = rank, world_size, devices or world_size
+        self.device, self.precision, self.description = device, precision, str(device)
+        self.rank, self.world_size, self.devices = rank, world_size, world_size
         self.is_main, self.random_rank = rank == 0, rank
-        self.description = str(device)
         self.memory, self.watch = Memory(), CompileWatch()
         self.scaler: Any = None
+        self.state_options: dict[str, Any] = {"count_on_device": False}
 
     # Device
 
@@ -98,7 +94,8 @@ class OneDevice:
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
         optimizer = build_optimizer(model, config, self.precision.dtype, self._adam(config))
-        self._init_state(model, config, optimizer, saved["optimizer"] if saved else None)
+        own, state = own_part(optimizer), saved["optimizer"] if saved else None
+        init_state(model, config, own, state, self._place_state, **self.state_options)
         if self.scaler and saved and "scaler" in saved["runtime"]:
             self.scaler.load_state_dict(saved["runtime"]["scaler"])
         return optimizer
@@ -155,10 +152,8 @@ class OneDevice:
     def _adam(self, config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
         return adam(config)
 
-    def _init_state(
-        self, model: nn.Module, config: OptimConfig, optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None
-    ) -> None:
-        init_state(model, config, optimizer, saved, self.to_device, count_on_device=False)
+    def _place_state(self, tensor: Tensor) -> Tensor:
+        return self.to_device(tensor)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss
@@ -168,7 +163,7 @@ class OneDevice:
             group["lr"] = rate
 
     def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add up the gradients of all processes, if the backward pass has not."""
+        """Add up the gradients of all processes, unless the backward pass did."""
 
     def _unscale(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Undo `_scaled` in the gradients."""
@@ -193,6 +188,11 @@ def adam(config: OptimConfig, library: Any = torch.optim, **options: Any) -> par
     """Return what makes `library`'s Adam or AdamW, as --optim-type says, of parameter groups."""
     adam_class = library.Adam if config.optim_type == "adam" else library.AdamW
     return partial(adam_class, **adam_arguments(config), **options)
+
+
+def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that computes: inside one that is split over processes, this process's part."""
+    return getattr(optimizer, "optim", optimizer)
 
 
 def set_matmul_precision(precision: str) -> None:

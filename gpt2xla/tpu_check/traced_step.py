@@ -74,12 +74,16 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
         loss, grad_norm, _ = step(batches, number)
         results = torch.stack([loss, grad_norm])  # alive until the graph is caught, as its results
         seconds.append(time.perf_counter() - start)
-    return runtime, (step, results), {
-        "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
-        "parameters": model.num_parameters(),
-        "kernels": model.kernels.description,
-        "precision": label(runtime.precision.name),
-    }
+    return (
+        runtime,
+        (step, results),
+        {
+            "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
+            "parameters": model.num_parameters(),
+            "kernels": model.kernels.description,
+            "precision": label(runtime.precision.name),
+        },
+    )
 
 
 def leave_with_graph(output: Path) -> None:

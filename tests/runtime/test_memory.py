@@ -28,7 +28,7 @@ from gpt2xla.runtime.memory import (
     same_update,
     train_advice,
 )
-from gpt2xla.runtime.torch.accelerators import Cuda, TorchMemory
+from gpt2xla.runtime.torch.accelerators import Cuda
 from gpt2xla.runtime.torch.host_memory import free_host_memory
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 from gpt2xla.runtime.xla.compiler_messages import compiler_figures
@@ -167,7 +167,7 @@ def test_a_tpu_is_named_with_its_figures() -> None:
 def test_a_gpu_is_named_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140 * GIB))
-    memory = TorchMemory(Cuda(0))
+    memory = Cuda(0)
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB."),
         RuntimeError("CUDA error: out of memory"),

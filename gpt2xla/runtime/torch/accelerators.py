@@ -28,8 +28,8 @@ from gpt2xla.runtime.torch.process_group import Place
 _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 
 
-class Accelerator:
-    """One device of a kind, and how that kind differs from others. This class holds what most kinds have.
+class Accelerator(Memory):
+    """One device of a kind, its memory, and how that kind differs from others. This class holds what most kinds have.
 
     Attributes:
         kind: torch's name of the kind.
@@ -40,8 +40,11 @@ class Accelerator:
         reads_behind: for how many steps the values of a step are left unread, so that the device never waits for work.
         attention: by the names of --attention, what it can compute besides sdpa.
         kept_bytes: up to how many bytes attention keeps for the backward pass unasked; 0 never.
+        logits_at_once: bytes of logits that are made at a time; None makes all of them.
+        ddp_ids: this process's devices, as DistributedDataParallel wants to know them.
         averages: whether FSDP's reduction gives the mean of gradients; gloo in torch 2.8 gives the sum instead.
-        compile_pays_from: a run of at least so many FLOPs on this device makes up for the compile, unasked.
+        compile_pays_from: FLOPs of a run on this device that make up for a compile that nobody asked for.
+        can_try: whether `has_room_for` can do work on this process alone.
     """
 
     kind: str
@@ -51,8 +54,11 @@ class Accelerator:
     reads_behind = 0
     attention: dict[str, Attention] = {"chunked": chunked_attention}  # noqa: RUF012  nobody changes it
     kept_bytes = 0
+    logits_at_once: int | None = None
+    ddp_ids: list[torch.device] | None = None
     averages = True
     compile_pays_from = float("inf")
+    can_try = True
 
     def __init__(self, index: int | None = None) -> None:
         self.device = torch.device(self.kind if index is None else f"{self.kind}:{index}")
@@ -70,16 +76,6 @@ class Accelerator:
         """Return the devices of all `processes` in words."""
         return f"{processes} x {self.name}"
 
-    @property
-    def logits_at_once(self) -> int | None:
-        """Bytes of logits that are made at a time; None makes all of them."""
-        return LOGITS_AT_ONCE.get(self.kind)
-
-    @property
-    def ddp_ids(self) -> list[torch.device] | None:
-        """The devices of this process, as DistributedDataParallel wants to know them."""
-        return None
-
     def read_later(self, values: Tensor) -> Callable[[], list[float]]:
         """Return what reads the 1-d tensor's values, once the device has them."""
         return values.tolist
@@ -88,16 +84,27 @@ class Accelerator:
         """Return the peak floating-point operations per second; None if unknown."""
         return named_peak_flops(self.name)
 
+    def shortage(self, error: Exception) -> Shortage | None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _DEVICE_IS_FULL):
+            return self.when_full()
+        return super().shortage(error)
+
     def when_full(self) -> Shortage:
         """Return what is known when the device's own memory has run out."""
         return Shortage(self.name)
 
-    def free_memory(self) -> int | None:
-        """Return the bytes left, where using more may kill the process without an error; else None."""
-        return None
-
-    def release_cache(self) -> None:
-        """Give memory that the allocator keeps for later back to the device."""
+    def has_room_for(self, work: Callable[[], None]) -> bool | None:
+        if not self.can_try:
+            return None
+        try:
+            with torch.compiler.set_stance("force_eager"):  # which takes more memory than compiled code, but no minutes
+                work()
+        except Exception as error:
+            if self.shortage(error) is None:
+                raise
+            traceback.clear_frames(error.__traceback__)
+            return False
+        return True
 
     def why_not_compiled(self) -> str | None:
         """Return what torch.compile lacks on this machine, or None if it has all."""
@@ -118,6 +125,7 @@ class Cpu(Accelerator):
     fused = True
     attention = {"chunked": chunked_attention, "kept": kept_attention}  # noqa: RUF012
     kept_bytes = 2**31
+    logits_at_once = LOGITS_AT_ONCE["cpu"]
     averages = False
     compile_pays_from = 2e14  # a quarter of an hour of two cores, where a compile saves a twentieth of the time
 
@@ -137,7 +145,7 @@ class Cpu(Accelerator):
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         return measured_cpu_flops(dtype)
 
-    def free_memory(self) -> int | None:
+    def free(self) -> int | None:
         free = free_host_memory()
         return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -150,19 +158,17 @@ class Cuda(Accelerator):
     fused = True
     pins = True
     reads_behind = 1
+    logits_at_once = LOGITS_AT_ONCE["cuda"]
     compile_pays_from = 1e15  # a few minutes of a slow GPU, where a compile saves a third of the time
 
     def __init__(self, index: int | None = 0) -> None:
         super().__init__(index)
         self.name = torch.cuda.get_device_name(self.device)
+        self.ddp_ids = [self.device]
 
     def precision(self) -> DevicePrecision:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # also on all of AMD's
         return of_cuda(self.name, has_bf16, torch.cuda.get_device_capability(self.device))
-
-    @property
-    def ddp_ids(self) -> list[torch.device] | None:
-        return [self.device]
 
     def read_later(self, values: Tensor) -> Callable[[], list[float]]:
         on_host = values.to("cpu", non_blocking=True)
@@ -179,8 +185,9 @@ class Cuda(Accelerator):
         memory = torch.cuda.get_device_properties(self.device).total_memory
         return Shortage(f"{self.device} ({self.name}, {memory / GIB:.0f} GiB)", memory)
 
-    def release_cache(self) -> None:
+    def has_room_for(self, work: Callable[[], None]) -> bool | None:
         torch.cuda.empty_cache()
+        return super().has_room_for(work)
 
     def why_not_compiled(self) -> str | None:
         from torch.utils._triton import has_triton
@@ -192,39 +199,6 @@ class Mps(Accelerator):
     """Apple's GPU. No backend of torch.distributed reduces over it, so it works in single processes only."""
 
     kind = "mps"
-
-
-class TorchMemory(Memory):
-    """Knows when `accelerator` is out of memory, and tries what fits.
-
-    Args:
-        can_try: False where work needs other processes, which may not have failed.
-    """
-
-    def __init__(self, accelerator: Accelerator, can_try: bool = True) -> None:
-        self.accelerator, self.can_try = accelerator, can_try
-
-    def shortage(self, error: Exception) -> Shortage | None:
-        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _DEVICE_IS_FULL):
-            return self.accelerator.when_full()
-        return super().shortage(error)
-
-    def has_room_for(self, work: Callable[[], None]) -> bool | None:
-        if not self.can_try:
-            return None
-        self.accelerator.release_cache()
-        try:
-            with torch.compiler.set_stance("force_eager"):  # which takes more memory than compiled code, but no minutes
-                work()
-        except Exception as error:
-            if self.shortage(error) is None:
-                raise
-            traceback.clear_frames(error.__traceback__)
-            return False
-        return True
-
-    def free(self) -> int | None:
-        return self.accelerator.free_memory()
 
 
 def pick_accelerator(place: Place | None) -> Accelerator:

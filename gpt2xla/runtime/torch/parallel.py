@@ -140,11 +140,6 @@ def split_optimizer(adam: partial[torch.optim.Optimizer], groups: list[dict[str,
     return optimizer
 
 
-def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that computes: inside `split_optimizer`'s, the one that has this process's parameters."""
-    return getattr(optimizer, "optim", optimizer)
-
-
 def collect(held: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Return what all processes hold, each under other names, on the main one's host; nothing on others. Collective."""
     places: list[dict[str, torch.Size]] = [{}] * dist.get_world_size()

@@ -23,12 +23,11 @@ from gpt2xla.model.attention import kept_numbers
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels, choose_kernels
 from gpt2xla.model.loss import in_place_cross_entropy
-from gpt2xla.optim.state import init_state
 from gpt2xla.runtime.base import P, T
-from gpt2xla.runtime.one_device import OneDevice, adam, prefetch
+from gpt2xla.runtime.one_device import OneDevice, adam, own_part, prefetch
 from gpt2xla.runtime.precision import choose
 from gpt2xla.runtime.torch import parallel
-from gpt2xla.runtime.torch.accelerators import TorchMemory, choose_backend, pick_accelerator
+from gpt2xla.runtime.torch.accelerators import choose_backend, pick_accelerator
 from gpt2xla.runtime.torch.compile import CompiledBlock, open_compile_cache
 from gpt2xla.runtime.torch.peers import Peers
 from gpt2xla.runtime.torch.process_group import find_place, join
@@ -53,7 +52,8 @@ class TorchRuntime(OneDevice):
         rank, world_size = (place.rank, place.world_size) if place else (0, 1)
         super().__init__(accelerator.device, precision, rank, world_size)
         self.mesh = init_device_mesh(accelerator.kind, (world_size,)) if options.fsdp else None
-        self.memory = TorchMemory(accelerator, can_try=self.mesh is None)
+        accelerator.can_try = self.mesh is None  # else the other processes, which may not have failed, would take part
+        self.memory, self.state_options = accelerator, {"count_on_device": accelerator.fused}
         self._peers = Peers() if self.distributed else None
         if precision.name == "fp16":
             self.scaler = torch.amp.GradScaler(accelerator.kind, enabled=True)
@@ -109,12 +109,8 @@ class TorchRuntime(OneDevice):
         plain = adam(config, fused=self.accelerator.fused)
         return partial(parallel.split_optimizer, plain) if self.options.zero1 else plain
 
-    def _init_state(
-        self, model: nn.Module, config: OptimConfig, optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None
-    ) -> None:
-        place = partial(parallel.split, mesh=self.mesh, device=self.device) if self.mesh else self.to_device
-        own, fused = parallel.own_part(optimizer), self.accelerator.fused
-        init_state(model, config, own, saved, place, count_on_device=fused)
+    def _place_state(self, tensor: Tensor) -> Tensor:
+        return parallel.split(tensor, self.mesh, self.device) if self.mesh else self.to_device(tensor)
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         pins = self.accelerator.pins
@@ -150,7 +146,7 @@ class TorchRuntime(OneDevice):
             self.scaler.update()
         elif self.accelerator.fused:
             # Fused kernels decide on the device, as torch.amp.GradScaler makes them.
-            own, finite = parallel.own_part(optimizer), torch.isfinite(loss) & torch.isfinite(grad_norm)
+            own, finite = own_part(optimizer), torch.isfinite(loss) & torch.isfinite(grad_norm)
             own.grad_scale, own.found_inf = None, (~finite).to(torch.float32)  # type: ignore[attr-defined]
             optimizer.step()
         else:

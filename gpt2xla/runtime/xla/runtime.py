@@ -34,7 +34,6 @@ from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.model.loss import LOGITS_AT_ONCE, chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
-from gpt2xla.optim.state import init_state
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import adam, prefetch, set_matmul_precision
 from gpt2xla.runtime.precision import DevicePrecision, choose, of_xla
@@ -62,6 +61,7 @@ class XlaRuntime(XlaDevice):
         self.is_main, self.random_rank = self.rank == 0, self.rank
         self.precision = choose(config.mixed_precision, self._device_precision())
         self.scaler = LossScaler(self.to_device) if self.precision.name == "fp16" else None
+        self.state_options = {"max_exp_avg_sq": torch.empty(0)} if options.use_syncfree_optim else {}
         set_matmul_precision(config.matmul_precision)
         self.description = f"{self.devices} x XLA:{xr.device_type()}{self._layout()}"
         self.memory = XlaMemory(self.device_kind)
@@ -153,12 +153,6 @@ class XlaRuntime(XlaDevice):
         # capturable keeps the step count on the device. On the host its bias corrections would be scalars that at some step
         # round to exactly 1.0, which XLA would compile again.
         return adam(config, capturable=True, foreach=False)
-
-    def _init_state(
-        self, model: nn.Module, config: OptimConfig, optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None
-    ) -> None:
-        extra: dict[str, Any] = {"max_exp_avg_sq": torch.empty(0)} if self.options.use_syncfree_optim else {}
-        init_state(model, config, optimizer, saved, self.to_device, **extra)
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         on_device = prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
