@@ -1,8 +1,7 @@
 """The seam between the program and the devices it runs on: one protocol for each kind of client.
 
 `one_device.OneDevice` is the plainest runtime; reading it is reading the contract. The others inherit it.
-Methods marked *collective* are called by all processes alike.
-"""
+Methods marked *collective* are called by all processes alike."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class Memory:
     def has_room_for(self, work: Callable[[], None]) -> bool | None:
         """Do `work`, in which no other process takes part, and return whether memory was enough for it.
 
-        Return None, and do nothing, where that would compile `work` or is otherwise impossible.
-        """
+        Return None, and do nothing, where that would compile `work` or is otherwise impossible."""
         return None
 
     def free(self) -> int | None:
@@ -63,7 +61,7 @@ class CompileWatch:
         return nullcontext()
 
     def trace_ms(self) -> float | None:
-        """Return, inside a step, the milliseconds of tracing and of waiting for data so far; None where nothing is traced."""
+        """Return, inside a step, the milliseconds of tracing and waiting for data so far; None where nothing is traced."""
         return None
 
     def programs(self) -> int:
@@ -107,14 +105,12 @@ class Processes(Protocol):
     def gather_rows(self, values: Tensor) -> Tensor:
         """Return all processes' `values` (1-d, of one length), in the order of ranks, as one tensor that each can read.
 
-        Called inside a compiled step. Collective.
-        """
+        Called inside a compiled step. Collective."""
 
     def gather(self, value: float) -> list[float]:
         """Return every process's value, by rank, on the host; the host waits for the other processes. Collective.
 
-        Values travel in float64, so integers up to 2^53 are exact.
-        """
+        Values travel in float64, so integers up to 2^53 are exact."""
 
     def barrier(self, name: str) -> None:
         """Return when every process has called this. Collective."""
@@ -140,8 +136,7 @@ class Runtime(Device, Processes, Protocol):
     def seed(self, seed: int, step: int) -> None:
         """Seed all random numbers of one step, dropout's included, by seed, step and process.
 
-        A resumed run therefore needs no stored generator state.
-        """
+        A resumed run therefore needs no stored generator state."""
 
     def setup_model(self, model: GPT2) -> nn.Module:
         """Choose how `model` computes (`kernels.py`), move it to the device and return the module to train. Collective."""
@@ -152,8 +147,7 @@ class Runtime(Device, Processes, Protocol):
         """Return the device's best optimizer for --optim-type, with its state from the start. Call `setup_model` first.
 
         `saved` is the training state that `snapshot` returned on any runtime; the runtime takes its own state from it, too.
-        None starts from zeros.
-        """
+        None starts from zeros."""
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the same batches on the device; the next one is copied while the device works on this one."""
@@ -177,8 +171,7 @@ class Runtime(Device, Processes, Protocol):
         """Call `callback(*values)`, the 1-d tensor's values as floats, once the device has them; the loop does not wait.
 
         Called inside a compiled step. Callbacks run one at a time, in order. What one raises is raised by a later call
-        of this method or of `wait`.
-        """
+        of this method or of `wait`."""
 
     def wait(self, behind: int = 0) -> None:
         """Return when every callback has run, except perhaps those of the last `behind` calls of `when_ready`."""
@@ -190,11 +183,9 @@ class Runtime(Device, Processes, Protocol):
 
         Return, on the main process, whole weights by parameter name, and {"optimizer": state by parameter name, "runtime":
         the runtime's own}, as plain values; empty dictionaries on the others. A runtime whose moments are split over
-        devices may write them to `folder` in parts instead (`sharded_state`).
-        """
+        devices may write them to `folder` in parts instead (`sharded_state`)."""
 
     def peak_flops(self) -> float | None:
         """Return the peak floating-point operations per second of all devices together; None if unknown.
 
-        A CPU's rate is measured in the run's precision; other devices' is the published one in bf16 (or fp16).
-        """
+        A CPU's rate is measured in the run's precision; other devices' is the published one in bf16 (or fp16)."""

@@ -45,8 +45,7 @@ def explain_out_of_memory(runtime: Runtime, doing: str, advice: Callable[[Shorta
 def same_update(share: int, accum: int) -> list[tuple[int, int]]:
     """Return smaller micro-batches whose update sees as many sequences.
 
-    Each is (sequences per device, micro-steps), the largest first.
-    """
+    Each is (sequences per device, micro-steps), the largest first."""
     return [(fewer, share * accum // fewer) for fewer in range(share - 1, 0, -1) if share * accum % fewer == 0]
 
 
@@ -60,8 +59,7 @@ def estimated(shortage: Shortage, share: int, parameters: int) -> int:
     """Return about how many sequences per device fit where `share` did not.
 
     The compiler counts a program without its arguments: weights and the optimizer's state, and gradients between
-    micro-steps, take memory besides.
-    """
+    micro-steps, take memory besides."""
     assert shortage.memory is not None
     assert shortage.needed is not None
     state = STATE_BYTES * parameters // shortage.state_split
@@ -110,8 +108,7 @@ def eval_advice(train: TrainConfig, devices: int, name: str) -> str:
 def host_warning(model: ModelConfig, train: TrainConfig, parameters: int, free: int | None, devices: int) -> str | None:
     """Return a warning for before the first step on a CPU if `free` memory seems too small, else None.
 
-    Most systems promise more memory than they have, and kill the process that uses it without a message.
-    """
+    Most systems promise more memory than they have, and kill the process that uses it without a message."""
     share = train.train_batch_size // devices
     needed = host_step_bytes(model, train, parameters, share)
     if free is None or needed <= free:
@@ -129,8 +126,7 @@ def host_step_bytes(model: ModelConfig, train: TrainConfig, parameters: int, sha
     """Return at least what a step on the CPU holds at its peak, besides weights and optimizer state.
 
     That is the gradients, and what `share` sequences keep for the backward pass, of which the loss holds the logits of one
-    piece. How far the allocator stays above that depends on it.
-    """
+    piece. How far the allocator stays above that depends on it."""
     width = 2 if train.mixed_precision in ("bf16", "fp16") else 4
     tokens = share * model.seq_length
     block, checkpointed = (tokens * size for size in kept_by_block(model, width))
@@ -146,8 +142,7 @@ def kept_by_block(model: ModelConfig, width: int, *, fused: bool = False) -> tup
 
     A block keeps its two inputs in the fp32 residual stream and, in numbers of `width` bytes, the two layer norms' outputs,
     q, k, v, attention's output and, before and after the activation function, d_ff. A checkpointed block keeps its input.
-    With `fused`, as XLA compiles them, they keep about 10 and 2 d_model numbers.
-    """
+    With `fused`, as XLA compiles them, they keep about 10 and 2 d_model numbers."""
     if fused:
         return 10 * model.d_model * width, 2 * model.d_model * width
     return 8 * model.d_model + width * (6 * model.d_model + 2 * model.d_ff), 4 * model.d_model

@@ -70,8 +70,9 @@ class OneDevice:
         return values
 
     def gather(self, value: float) -> list[float]:
-        assert self.world_size == 1
-        return [value]
+        values = torch.zeros(self.world_size, dtype=torch.float64)
+        values[self.rank] = value
+        return self._sum_on_host(values).tolist()
 
     def barrier(self, name: str) -> None:
         assert self.world_size == 1
@@ -101,7 +102,7 @@ class OneDevice:
         return optimizer
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        return prefetch(batches, lambda batch: Batch(*map(self.to_device, batch)))
+        return prefetch(batches, self._send)
 
     def accumulate(self, model: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -145,6 +146,13 @@ class OneDevice:
         return None
 
     # The parts of the above that devices do differently
+
+    def _sum_on_host(self, values: Tensor) -> Tensor:
+        assert self.world_size == 1
+        return values
+
+    def _send(self, batch: Batch) -> Batch:
+        return Batch(*map(self.to_device, batch))
 
     def _seed_of(self, seed: int, step: int) -> int:
         return int(np.random.SeedSequence([seed, step, self.random_rank]).generate_state(1)[0])

@@ -64,8 +64,7 @@ def of_cuda(name: str, has_bf16: bool, capability: tuple[int, int]) -> DevicePre
     """Return what a GPU can compute in, by its compute capability.
 
     By "CUDA C++ Programming Guide", table "Throughput of Native Arithmetic Instructions": fp16 is faster than fp32 from 7.0
-    on, by tensor cores, and twice as fast on 6.0 (P100). On other Pascal and Maxwell cards it is no faster.
-    """
+    on, by tensor cores, and twice as fast on 6.0 (P100). On other Pascal and Maxwell cards it is no faster."""
     if has_bf16:
         return DevicePrecision(name, "bf16", "has bf16", "bf16")
     if capability >= (7, 0) or capability == (6, 0):

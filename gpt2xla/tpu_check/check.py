@@ -63,8 +63,7 @@ def find_batch(
     """Return the report of the most sequences per device and micro-step that fit, or that of one if not even one fits.
 
     The report also holds `too_many`, the fewest that did not fit. The search stops when the two differ by no more than
-    `tolerance`, as a share of the first.
-    """
+    `tolerance`, as a share of the first."""
     devices = TOPOLOGIES[topology].devices
     tried: dict[int, dict[str, Any]] = {}
     best, too_many = 0, _MOST_SEQUENCES + 1
@@ -94,8 +93,7 @@ def _next_try(config: RunConfig, last: dict[str, Any], best: int, too_many: int)
     """Return the batch half way between one that fits and one that does not.
 
     Before both are known, return the batch that would fill the memory, but at least a quarter more than one that fits: near
-    the limit the compiler computes things twice, and memory hardly grows any more.
-    """
+    the limit the compiler computes things twice, and memory hardly grows any more."""
     if best and too_many <= _MOST_SEQUENCES:
         return (best + too_many) // 2
     room = (last["memory_gib"] - last["peak_gib"]) * 2**30

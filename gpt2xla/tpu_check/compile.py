@@ -1,7 +1,6 @@
 """Compiles a traced step with libtpu. Run it as a program: `python -m gpt2xla.tpu_check.compile REQUEST.json`.
 
-It needs no TPU: JAX's ahead-of-time topologies reach the same compiler that a TPU machine runs.
-"""
+It needs no TPU: JAX's ahead-of-time topologies reach the same compiler that a TPU machine runs."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ def main(request: dict[str, Any]) -> None:
     """Answer `request` in a file.
 
     It holds topology and output (the file), and either graph (a file), replicas and spmd, or kernels: the sizes (B, T, H,
-    K) of flash attention.
-    """
+    K) of flash attention."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     topology = TOPOLOGIES[request["topology"]]
@@ -41,8 +39,7 @@ def main(request: dict[str, Any]) -> None:
 def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -> dict[str, Any]:
     """Return what the compiler says about `graph`, an HloProto as XLA dumps it.
 
-    Sizes are in GiB and of one device. Cycles leave out custom calls, for which the compiler has no estimate.
-    """
+    Sizes are in GiB and of one device. Cycles leave out custom calls, for which the compiler has no estimate."""
     import numpy as np
     from jax._src.lib import xla_client
     from jax.experimental import topologies
@@ -96,8 +93,7 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
 def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
     """Return the cycles of one call of each flash attention kernel, without waiting for memory.
 
-    They are the bundles of its final schedule, one a cycle, and its stalls, times the steps of its grid.
-    """
+    They are the bundles of its final schedule, one a cycle, and its stalls, times the steps of its grid."""
     cycles = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -158,32 +154,17 @@ def _to_stablehlo(graph: bytes) -> tuple[bytes, int]:
 
 
 def _module_of(proto: bytes) -> bytes:
-    """Return the HloModuleProto inside an HloProto: its field 1."""
-
-    def varint(place: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            byte = proto[place]
-            value |= (byte & 127) << shift
-            place, shift = place + 1, shift + 7
-            if byte < 128:
-                return value, place
-
-    place = 0
-    while place < len(proto):
-        key, place = varint(place)
-        size, place = varint(place)
-        if key == 1 << 3 | 2:
-            return proto[place : place + size]
-        place += size
-    raise AssertionError("no module in XLA's dump")
+    """Return the HloModuleProto inside an HloProto, its first field: a tag, the size as a varint, and the contents."""
+    assert proto[0] == 1 << 3 | 2, "no module in XLA's dump"
+    start = next(place for place in range(1, len(proto)) if proto[place] < 128) + 1
+    size = sum((byte & 127) << 7 * number for number, byte in enumerate(proto[1:start]))
+    return proto[start : start + size]
 
 
 def _does_not_fit(message: str) -> dict[str, Any] | None:
     """Return the report of a program that is too large, by the compiler's message, or None for any other message.
 
-    Either the whole program needs too much, or a single array does; then the message has only that array's size.
-    """
+    Either the whole program needs too much, or a single array does; then the message has only that array's size."""
     figures = compiler_figures(message)
     if figures is None:
         return None

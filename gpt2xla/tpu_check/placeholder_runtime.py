@@ -71,8 +71,7 @@ class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):
     """The same for SPMD.
 
     Real tensors are divided in memory. These are annotated in the graph instead, at the start of each step, and the compiler
-    applies the annotation to the arguments.
-    """
+    applies the annotation to the arguments."""
 
     def batches(self, sequences: int, length: int) -> Iterator[Batch]:
         for batch in super().batches(sequences, length):

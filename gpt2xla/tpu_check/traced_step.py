@@ -1,8 +1,7 @@
 """Traces the training step into the graph that a TPU's compiler gets, on a machine without a TPU. Nothing is executed.
 
 Run it as a program, `python -m gpt2xla.tpu_check.traced_step REQUEST.json`: it sets the process's environment, and exits
-when the graph has been written, before a CPU compiles it.
-"""
+when the graph has been written, before a CPU compiles it."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ _TIMED_STEPS = 5
 def main(request: dict[str, Any]) -> None:
     """Write the graph and trace.json to the folder that `request` names as output, and exit.
 
-    It also holds config (flat options), options (the runner's), device_kind and replicas.
-    """
+    It also holds config (flat options), options (the runner's), device_kind and replicas."""
     output = Path(request["output"])
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["CPU_NUM_DEVICES"] = str(request["replicas"])
@@ -47,8 +45,7 @@ def dump_flags(output: Path) -> str:
 def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, Any, dict[str, Any]]:
     """Trace some steps, and leave the last one pending.
 
-    Return the runtime, what must stay alive until the graph is caught, and the report of what tracing cost the host.
-    """
+    Return the runtime, what must stay alive until the graph is caught, and the report of what tracing cost the host."""
     import torch
 
     from gpt2xla.model.gpt2 import GPT2

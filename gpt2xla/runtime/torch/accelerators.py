@@ -1,7 +1,6 @@
 """The kinds of devices that torch drives, one class each: every question of the kind of a device is answered here.
 
-Another kind is one more class, and one more line in `pick_accelerator`.
-"""
+Another kind is one more class, and one more line in `pick_accelerator`."""
 
 from __future__ import annotations
 
@@ -29,36 +28,21 @@ _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "M
 
 
 class Accelerator(Memory):
-    """One device of a kind, its memory, and how that kind differs from others. This class holds what most kinds have.
+    """One device of a kind, its memory, and how that kind differs from others. This class holds what most kinds have."""
 
-    Attributes:
-        kind: torch's name of the kind.
-        name: the device's own name.
-        backend: what torch.distributed reduces with on such devices.
-        fused: whether torch has a fused Adam for it.
-        pins: whether batches are copied to it from pinned memory, while it works.
-        reads_behind: for how many steps the values of a step are left unread, so that the device never waits for work.
-        attention: by the names of --attention, what it can compute besides sdpa.
-        kept_bytes: up to how many bytes attention keeps for the backward pass unasked; 0 never.
-        logits_at_once: bytes of logits that are made at a time; None makes all of them.
-        ddp_ids: this process's devices, as DistributedDataParallel wants to know them.
-        averages: whether FSDP's reduction gives the mean of gradients; gloo in torch 2.8 gives the sum instead.
-        compile_pays_from: FLOPs of a run on this device that make up for a compile that nobody asked for.
-        can_try: whether `has_room_for` can do work on this process alone.
-    """
-
-    kind: str
-    backend = "gloo"
-    fused = False
-    pins = False
-    reads_behind = 0
-    attention: dict[str, Attention] = {"chunked": chunked_attention}  # noqa: RUF012  nobody changes it
-    kept_bytes = 0
-    logits_at_once: int | None = None
-    ddp_ids: list[torch.device] | None = None
-    averages = True
-    compile_pays_from = float("inf")
-    can_try = True
+    kind: str  # torch's name of the kind
+    name: str  # the device's own name
+    backend = "gloo"  # what torch.distributed reduces with
+    fused = False  # whether torch has a fused Adam for it
+    pins = False  # whether batches are copied from pinned memory, while the device works
+    reads_behind = 0  # for how many steps the values of a step are left unread, so that the device never waits for work
+    attention: dict[str, Attention] = {"chunked": chunked_attention}  # noqa: RUF012  by --attention, besides sdpa
+    kept_bytes = 0  # up to which attention keeps what its backward pass needs, unasked
+    logits_at_once: int | None = None  # bytes of logits that are made at a time; None makes all of them
+    ddp_ids: list[torch.device] | None = None  # for DistributedDataParallel
+    averages = True  # whether FSDP's reduction gives the mean of gradients
+    compile_pays_from = float("inf")  # FLOPs of a run that make up for the compile, unasked
+    can_try = True  # whether `has_room_for` can do work on this process alone
 
     def __init__(self, index: int | None = None) -> None:
         self.device = torch.device(self.kind if index is None else f"{self.kind}:{index}")
@@ -126,7 +110,7 @@ class Cpu(Accelerator):
     attention = {"chunked": chunked_attention, "kept": kept_attention}  # noqa: RUF012
     kept_bytes = 2**31
     logits_at_once = LOGITS_AT_ONCE["cpu"]
-    averages = False
+    averages = False  # gloo in torch 2.8 gives the sum where it is asked for the mean
     compile_pays_from = 2e14  # a quarter of an hour of two cores, where a compile saves a twentieth of the time
 
     def prepare(self, matmul_precision: str) -> None:

@@ -14,8 +14,7 @@ def choose_products(precision: str) -> None:
     """Set --matmul-precision, and have oneDNN compute "highest" too where it is as exact.
 
     On AMD's processors MKL, torch's choice for fp32, takes twice as long. On processors without matrix units for bf16,
-    oneDNN computes in fp32 whatever it is allowed.
-    """
+    oneDNN computes in fp32 whatever it is allowed."""
     set_matmul_precision("medium" if precision == "highest" else precision)
     if precision == "highest" and not _is_exact():
         set_matmul_precision(precision)
@@ -31,8 +30,7 @@ def _is_exact() -> bool:
 def share_cores() -> None:
     """Let torch use this process's part of the host's cores, unless the user has set OMP_NUM_THREADS.
 
-    torchrun's own choice is one thread for each of several processes, whatever the host.
-    """
+    torchrun's own choice is one thread for each of several processes, whatever the host."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1 and _torchrun_chose():
         torch.set_num_threads(max(1, _cores() // processes))

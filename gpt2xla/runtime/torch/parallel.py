@@ -2,8 +2,7 @@
 
 Either each process holds the whole model (DistributedDataParallel), or Adam's state is split (--zero1), or weights,
 gradients and Adam's state are split (--fsdp). The latter two are ZeRO stages 1 and 3 of
-Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
-"""
+Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"."""
 
 from __future__ import annotations
 
@@ -69,8 +68,7 @@ def shard_fully(model: GPT2, mesh: DeviceMesh, accelerator: Accelerator) -> GPT2
 
     Blocks are gathered where they compute. The root's own parameters, embeddings and final layer norm, stay gathered from
     forward to backward. Parameters stay fp32, and autocast rounds them as it does in DDP: FSDP's own mixed precision would
-    also run layer norms and the residual stream in 16 bits.
-    """
+    also run layer norms and the residual stream in 16 bits."""
     from torch.distributed.fsdp import fully_shard  # takes a third of a second
 
     for part in (*model.h, model):
@@ -131,8 +129,7 @@ def joined(tensor: Tensor) -> Tensor:
 def split_optimizer(adam: partial[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return `adam(groups)`, of which each process updates some parameters and sends them to the others.
 
-    A process has `state` only of the parameters that it updates.
-    """
+    A process has `state` only of the parameters that it updates."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # takes half a second
 
     optimizer = ZeroRedundancyOptimizer(groups, adam.func, parameters_as_bucket_view=True, **adam.keywords)  # type: ignore[arg-type]

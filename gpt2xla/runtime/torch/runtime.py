@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels, choose_kernels
 from gpt2xla.model.loss import in_place_cross_entropy
 from gpt2xla.runtime.base import P, T
-from gpt2xla.runtime.one_device import OneDevice, adam, own_part, prefetch
+from gpt2xla.runtime.one_device import OneDevice, adam, own_part
 from gpt2xla.runtime.precision import choose
 from gpt2xla.runtime.torch import parallel
 from gpt2xla.runtime.torch.accelerators import choose_backend, pick_accelerator
@@ -112,13 +112,9 @@ class TorchRuntime(OneDevice):
     def _place_state(self, tensor: Tensor) -> Tensor:
         return parallel.split(tensor, self.mesh, self.device) if self.mesh else self.to_device(tensor)
 
-    def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _send(self, batch: Batch) -> Batch:
         pins = self.accelerator.pins
-
-        def to_device(batch: Batch) -> Batch:
-            return Batch(*((t.pin_memory() if pins else t).to(self.device, non_blocking=pins) for t in batch))
-
-        return prefetch(batches, to_device)
+        return Batch(*((t.pin_memory() if pins else t).to(self.device, non_blocking=pins) for t in batch))
 
     def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
         def executed(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -165,12 +161,8 @@ class TorchRuntime(OneDevice):
         dist.all_gather(parts, values)
         return torch.cat(parts)
 
-    def gather(self, value: float) -> list[float]:
-        if not self.distributed:
-            return [value]
-        values = torch.zeros(self.world_size, dtype=torch.float64, device=self.device)
-        values[self.rank] = value
-        return self.sum(values).tolist()
+    def _sum_on_host(self, values: Tensor) -> Tensor:
+        return self.sum(values.to(self.device))
 
     def barrier(self, name: str) -> None:
         if self.distributed:

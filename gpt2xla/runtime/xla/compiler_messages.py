@@ -16,8 +16,7 @@ def compiler_figures(message: str) -> tuple[int, int] | None:
     """Return (needed, memory) in bytes, from the message with which the compiler refuses a program.
 
     Return None for any other message. Either the whole program needs too much, or a single array does; then the message
-    has only that array's size.
-    """
+    has only that array's size."""
     if single := re.search(r"Allocation \(size=(\d+)\) would exceed memory \(size=(\d+)\)", message):
         return int(single[1]), int(single[2])
     if used := re.search(r"Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm", message):

@@ -24,8 +24,7 @@ _BETWEEN = "between the steps"
 def open_compile_cache(folder: str) -> None:
     """Let the next start find the programs that this process compiles for a TPU; "" keeps none.
 
-    Call it before anything is computed. Nothing is kept on a CPU: XLA:CPU cannot load what it stored.
-    """
+    Call it before anything is computed. Nothing is kept on a CPU: XLA:CPU cannot load what it stored."""
     if folder and xr.device_type() == "TPU" and not torch_xla._XLAC._xla_computation_cache_is_initialized():
         path = Path(folder).expanduser() / torch_xla.__version__ / f"process-{xr.process_index()}"
         with user_error(f"--compile-cache {folder}"):

@@ -1,8 +1,7 @@
 """Several replicas of PyTorch/XLA on a machine without a TPU: each is a process with one XLA:CPU device.
 
 XLA:CPU's own collectives hang between devices, so replicas exchange data through the host, by gloo. The gradients must be
-there in the middle of a step. A step is therefore two graphs, micro-steps and optimizer, where a TPU has one.
-"""
+there in the middle of a step. A step is therefore two graphs, micro-steps and optimizer, where a TPU has one."""
 
 from __future__ import annotations
 
@@ -165,10 +164,8 @@ class XlaCpuRuntime(XlaRuntime):
             on_host[self.rank] = values.cpu()
             return self.to_device(_sum_over_replicas(on_host).flatten())
 
-    def gather(self, value: float) -> list[float]:
-        values = torch.zeros(self.world_size, dtype=torch.float64)
-        values[self.rank] = value
-        return _sum_over_replicas(values).tolist()
+    def _sum_on_host(self, values: Tensor) -> Tensor:
+        return _sum_over_replicas(values)
 
     def barrier(self, name: str) -> None:
         _sum_over_replicas(torch.zeros(1))

@@ -2,8 +2,7 @@
 
 torch_xla 2.9 has no CUDA plugin of its own any more. `pyproject.toml` names this class as the plugin "GPU" (entry points
 `torch_xla.plugins`), so every process that imports torch_xla knows it, spawned workers too. Nothing of CUDA is loaded until
-the plugin is used.
-"""
+the plugin is used."""
 
 from __future__ import annotations
 

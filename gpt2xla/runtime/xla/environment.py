@@ -1,8 +1,7 @@
 """Checks the environment that torch_xla reads while it is imported, and fixes what notebook hosts set wrongly.
 
 Imports no torch_xla. Devices are counted by what the kernel and the drivers list, which occupies no device: otherwise worker
-processes could not have it.
-"""
+processes could not have it."""
 
 from __future__ import annotations
 

@@ -18,8 +18,7 @@ def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attent
     """Return causal attention in bf16, on tensors (B, T, D) of a shape that is `supported`.
 
     With a mesh of one axis, for SPMD, each device takes its part of the batch: the partitioner cannot look into the kernel
-    to divide it.
-    """
+    to divide it."""
     bf16 = not device_kind.startswith("TPU v3")
 
     def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:

@@ -1,12 +1,10 @@
 """PyTorch/XLA through PJRT: TPUs, and `PJRT_DEVICE=CPU`, which takes the same path on any machine.
 
 Nothing here runs before the caller is inside a launched process; importing this file loads torch_xla.
-The loop never reads the device: one graph per step, executed by one sync, metrics through step closures.
-"""
+The loop never reads the device: one graph per step, executed by one sync, metrics through step closures."""
 
 from __future__ import annotations
 
-import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +33,7 @@ from gpt2xla.model.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.model.loss import LOGITS_AT_ONCE, chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
 from gpt2xla.runtime.base import P, T
-from gpt2xla.runtime.one_device import adam, prefetch, set_matmul_precision
+from gpt2xla.runtime.one_device import adam, set_matmul_precision
 from gpt2xla.runtime.precision import DevicePrecision, choose, of_xla
 from gpt2xla.runtime.torch.parallel import accumulated
 from gpt2xla.runtime.xla.compiles import XlaCompileWatch
@@ -155,8 +153,10 @@ class XlaRuntime(XlaDevice):
         return adam(config, capturable=True, foreach=False)
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        on_device = prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device)))
-        return self.watch.batches(on_device)
+        return self.watch.batches(super().device_batches(batches))
+
+    def _send(self, batch: Batch) -> Batch:
+        return Batch(*xm.send_cpu_data_to_device(list(batch), self.device))
 
     def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
         executed = super().compile_step(step, name)
@@ -210,11 +210,12 @@ class XlaRuntime(XlaDevice):
     def gather_rows(self, values: Tensor) -> Tensor:
         return xm.all_gather(values) if self.world_size > 1 else values
 
-    def gather(self, value: float) -> list[float]:
+    def _sum_on_host(self, values: Tensor) -> Tensor:
         if self.world_size == 1:
-            return [value]
-        # Always 8 bytes: payloads of another length would be another graph.
-        return [struct.unpack("<d", payload)[0] for payload in xm.rendezvous("gather", struct.pack("<d", value))]
+            return values
+        # Always of one length: payloads of another would be another graph.
+        sent = xm.rendezvous("sum", values.numpy().tobytes())
+        return torch.stack([torch.frombuffer(bytearray(part), dtype=values.dtype) for part in sent]).sum(0)
 
     def barrier(self, name: str) -> None:
         if self.world_size > 1:

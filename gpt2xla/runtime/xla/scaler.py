@@ -1,8 +1,7 @@
 """Loss scaling for fp16 on XLA: torch.amp.GradScaler's rule, with its state on the device and no branch on the host.
 
 GradScaler reads on the host whether a gradient overflowed. Here that stays a tensor, and an update to be skipped is computed
-but not applied.
-"""
+but not applied."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class LossScaler:
         """Return whether the update must be skipped, 1 or 0 (fp32, 0-d), and adapt the scale.
 
         A skip lowers the scale; `growth_interval` updates in a row raise it, but not beyond fp32. `grad_norm` is that of
-        all processes' unscaled gradients. It is finite only if they are, so all processes agree.
-        """
+        all processes' unscaled gradients. It is finite only if they are, so all processes agree."""
         skipped = ~torch.isfinite(grad_norm)
         counted = self.growth_tracker + 1
         due = counted == self.growth_interval

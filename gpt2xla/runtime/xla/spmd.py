@@ -2,12 +2,11 @@
 
 XLA's partitioner (GSPMD, Xu et al. 2021) divides it over them and adds the communication. Batches are split over
 their first dimension. Weights, gradients and Adam's state are whole on every device or, with --fsdp, split as
-`split_dimension` says.
-"""
+`split_dimension` says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.model.kernels import Attention
 from gpt2xla.runtime import sharded_state
-from gpt2xla.runtime.one_device import prefetch
 from gpt2xla.runtime.xla.flash import flash_attention_for
 from gpt2xla.runtime.xla.memory import XlaMemory
 from gpt2xla.runtime.xla.runtime import XlaRuntime
@@ -41,8 +39,7 @@ def split_dimension(shape: Sequence[int], devices: int) -> int | None:
     """Return which dimension of a tensor --fsdp splits over the devices; None if the tensor is whole everywhere.
 
     It is the largest dimension that divides evenly, and the first of equal ones. Biases and layer norms stay whole, as
-    they are not worth sending.
-    """
+    they are not worth sending."""
     if devices == 1 or len(shape) < 2:
         return None
     divisible = [dimension for dimension, size in enumerate(shape) if size % devices == 0]
@@ -99,10 +96,10 @@ class SpmdRuntime(XlaRuntime):
     def flash_attention(self) -> Attention:
         return flash_attention_for(self.device_kind, self.mesh)
 
-    def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _send(self, batch: Batch) -> Batch:
         # With several hosts, each one's batch is its part of the whole.
         by_rows = xs.ShardingSpec(self.mesh, (_AXIS, None), minibatch=self.world_size > 1)
-        return prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device, by_rows)))
+        return Batch(*xm.send_cpu_data_to_device(list(batch), self.device, by_rows))
 
     def backward(self, loss: Tensor) -> None:
         self._scaled(loss).backward()
@@ -125,12 +122,10 @@ class SpmdRuntime(XlaRuntime):
         xs.mark_sharding(values, self.mesh, (None,))
         return values
 
-    def gather(self, value: float) -> list[float]:
-        values = torch.zeros(self.world_size, dtype=torch.float64)
-        values[self.rank] = value
+    def _sum_on_host(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
             dist.all_reduce(values)
-        return values.tolist()
+        return values
 
     def barrier(self, name: str) -> None:
         if self.world_size > 1:
