@@ -1,8 +1,8 @@
-"""State that is split over devices, through torch.distributed.checkpoint: each device's part goes to disk as it is, and any
-number of devices, on any runtime, reads the whole.
+"""Stores state that is split over devices, through torch.distributed.checkpoint (DCP).
 
-DCP's usual storage keeps its index as a pickle, which must not be loaded from a stranger's folder. Its safetensors storage
-has none: offsets stand in the header of each file."""
+Each device's part goes to disk as it is. Any number of devices, on any runtime, reads the whole. DCP's usual storage keeps
+its index as a pickle, which must not be loaded from a stranger's folder. Its safetensors storage has no pickle: the header
+of each file holds the offsets."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def save(folder: Path, state: State, planner: SavePlanner, *, devices: int, dist
 
 
 def load(folder: Path, shapes: dict[str, dict[str, torch.Size]]) -> State:
-    """The whole tensors, fp32, on the CPU. Raises ValueError if the folder does not hold exactly those of `shapes`."""
-    # What no part fills stays NaN, which a trained state never is: DCP does not check that the parts make a whole.
+    """Return the whole tensors, fp32, on the CPU. Raise ValueError if the folder does not hold exactly those of `shapes`."""
+    # What no part fills stays NaN, which a trained state never holds: DCP does not check that the parts make a whole.
     state = {key: {name: torch.full(shape, math.nan) for name, shape in part.items()} for key, part in shapes.items()}
     try:
         with _quiet():
@@ -52,19 +52,19 @@ def load(folder: Path, shapes: dict[str, dict[str, torch.Size]]) -> State:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings that are not for the user: of a single process, which is meant, and of torch_xla's planner's ways."""
+    """Hide warnings that mean nothing to the user: of a single process, which is intended, and of torch_xla's planner."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 class _FilePerDevice(HuggingFaceStorageWriter):
-    """The writer knows one part of a tensor per file, as of one process per device; here a process has several."""
+    """Writes a file for each device of a process; DCP's own writer expects one device per process."""
 
     def __init__(self, folder: Path, devices: int) -> None:
         names = inspect.signature(HuggingFaceStorageWriter.__init__).parameters
         in_parts = "save_distributed" if "save_distributed" in names else "save_sharded"  # torch 2.8's name for it
-        # Of the mapping only its largest number matters here: it is in the files' names.
+        # Only the largest number of the mapping matters here: it is in the files' names.
         super().__init__(str(folder), fqn_to_index_mapping={"": devices}, **{in_parts: True})
         # No copies ahead in a CUDA stream: tensors are not on a GPU, and torchax, which torch_xla imports where flax is
         # installed, makes the writer take JAX for a device that has streams.

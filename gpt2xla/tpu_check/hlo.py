@@ -48,7 +48,7 @@ class Program:
         return program
 
     def cycles(self) -> Counter[str]:
-        """Estimated cycles by kind of instruction (matmul, vector, copy, other), loops times their trips."""
+        """Return the estimated cycles by kind of instruction (matmul, vector, copy, other), loops times their trips."""
         total: Counter[str] = Counter()
         for rest, times in self._executed(self.entry, 1):
             if estimate := re.search(r'"estimated_cycles":"(\d+)"', rest):
@@ -56,7 +56,7 @@ class Program:
         return total
 
     def kernel_calls(self) -> dict[str, int]:
-        """How often flash attention's two kernels are called; the compiler estimates no cycles for them."""
+        """Return how often flash attention's two kernels are called; the compiler estimates no cycles for them."""
         calls = Counter(
             "forward" if "f32[" in rest[: rest.index("custom-call(")] else "backward"
             for rest, times in self._executed(self.entry, 1)
@@ -66,7 +66,7 @@ class Program:
         return dict(calls)
 
     def largest_at_peak(self) -> list[Allocation]:
-        """The arrays in main memory, arguments left out, when the entry computation holds most; the largest first."""
+        """Return the arrays in main memory, except arguments, when the entry computation holds most; the largest first."""
         owners: dict[str, list[str]] = {}  # value -> the buffers it stands for
         sizes: dict[str, Allocation] = {}
         first, last = {}, {}
@@ -132,8 +132,9 @@ class Program:
 
 
 def module_of(op_name: str) -> str:
-    """`h.0.659/h.0.mlp.15/h.0.mlp.c_fc.1/aten__mm` -> `h.0.mlp.c_fc`: scopes carry a counter each. Without a scope, the
-    operation: backward passes and optimizers have none."""
+    """Return the module of an operation: `h.0.659/h.0.mlp.15/h.0.mlp.c_fc.1/aten__mm` -> `h.0.mlp.c_fc`.
+
+    Each scope carries a counter. Backward passes and optimizers have no scope; theirs is the operation's own name."""
     *scopes, operation = op_name.split("/")
     return scopes[-1].rsplit(".", 1)[0] if scopes else f"{operation.removeprefix('aten__')} (backward or optimizer)"
 
@@ -154,7 +155,7 @@ def _operands(rest: str) -> list[str]:
 
 
 def _arrays(rest: str, opcode: str) -> Iterator[tuple[int, str]]:
-    """Bytes and shape of each array an instruction makes; those outside of main memory count 0."""
+    """Yield bytes and shape of each array that an instruction makes; those outside main memory count 0 bytes."""
     for kind, sizes, layout in _ARRAY.findall(rest[: rest.find(f" {opcode}(")]):
         numbers = math.prod(int(size) for size in sizes.split(",") if size)
         bits = int(found[1]) if (found := _BITS.search(kind)) else 8

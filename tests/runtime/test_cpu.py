@@ -48,7 +48,7 @@ def test_freed_memory_is_not_fetched_again_page_by_page() -> None:
 
 def test_memory_is_not_kept_where_the_address_space_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (2**40, 2**40))
-    monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("malloc was told"))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("malloc was changed"))
     keep_freed_memory()
 
 
@@ -74,7 +74,7 @@ def test_long_runs_alone_are_compiled_unasked() -> None:
         assert runtime._compile(model) is None
 
 
-def test_without_a_compiler_nothing_is_compiled_and_who_asks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_nothing_is_compiled_and_asking_for_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.cpp_builder as cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -36,7 +36,7 @@ from gpt2xla.runtime.xla.memory import XlaMemory
 
 TRAIN = TrainConfig(train_batch_size=64, gradient_accum_step=8, eval_batch_size=64)
 
-# libtpu 0.0.21 for a v5e, of 1024 sequences per device of one layer of GPT-2; its list of arrays goes on.
+# libtpu 0.0.21 for a v5e, of 1024 sequences per device of one layer of GPT-2; its list of arrays is longer.
 TPU_REFUSES = """\
 RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
 Used 39.25G of 15.75G hbm. Exceeded hbm capacity by 23.50G.
@@ -128,7 +128,7 @@ def test_a_device_that_says_nothing_gets_half() -> None:
     assert "--train-batch-size 32 --gradient-accum-step 16 is the same 512 sequences" in advice
 
 
-def test_an_evaluation_is_told_its_own_flag() -> None:
+def test_advice_for_an_evaluation_names_its_own_flag() -> None:
     assert "--eval-batch-size 64 does not fit; with 32, or fewer" in eval_advice(TRAIN, 8, "validation")
     assert "with 24, or fewer" in eval_advice(dataclasses.replace(TRAIN, eval_batch_size=56), 8, "HellaSwag")
     assert "not even one" in eval_advice(dataclasses.replace(TRAIN, eval_batch_size=8), 8, "validation")

@@ -185,7 +185,7 @@ def test_a_resumed_xla_run_is_bit_identical(xla_run: Path, data_flags: list[str]
 def test_a_run_moves_between_runtimes(
     first: str, trained: Path, xla_run: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
-    """Step 10 of one runtime's run is continued by the other, optimizer included, which the sync-free one lays out anew."""
+    """The other runtime continues a run from step 10. The sync-free optimizer lays the same state out differently."""
     source = (trained if first == "torch" else xla_run) / "step-00000010"
     flags = [*data_flags, *SMALL_RUN, "--from-checkpoint", source, "--checkpoints-dir", tmp_path]
     succeed(run_xla(*flags, "--use-syncfree-optim") if first == "torch" else run("run_pretrain.py", *flags))

@@ -1,4 +1,4 @@
-"""What is mended before torch_xla is imported, in environments as users have them."""
+"""What is fixed before torch_xla is imported, in environments as users have them."""
 
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def test_hidden_gpus_do_not_count(visible: str | None, left: int) -> None:
     assert shown(4, visible) == left
 
 
-def test_a_kernel_that_uses_the_device_already_is_told_so(data_flags: list[str], tmp_path: Path) -> None:
+def test_a_kernel_that_uses_the_device_already_gets_an_error(data_flags: list[str], tmp_path: Path) -> None:
     require_xla()
     flags = [*data_flags, *SMALL_RUN, "--mp-start-method", "fork", "--checkpoints-dir", str(tmp_path)]
     program = f"""

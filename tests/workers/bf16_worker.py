@@ -1,4 +1,4 @@
-"""Run by test_kernels.py in a process of its own: how far bf16 gradients are from those in float64, on XLA and on the CPU.
+"""Run by test_kernels.py in its own process: how far bf16 gradients are from those in float64, on XLA and on the CPU.
 
 Prints one JSON object: by device the distances, one per batch, of the plain formulas and of what the runtime chooses in
 their place.

@@ -1,4 +1,4 @@
-"""Run by test_compile_count.py in a process of its own: a training run on a CPU that opens the compile cache as a TPU does.
+"""Run by test_compile_count.py in its own process: a training run on a CPU that opens the compile cache as a TPU does.
 
 Arguments: those of run_pretrain_xla.py.
 """

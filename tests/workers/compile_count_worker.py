@@ -1,4 +1,4 @@
-"""Run by test_compile_count.py in a process of its own: a training run on XLA that counts what reaches the host.
+"""Run by test_compile_count.py in its own process: a training run on XLA that counts what reaches the host.
 
 Prints one JSON object. Arguments: those of run_pretrain_xla.py.
 """

@@ -1,4 +1,4 @@
-"""Run by test_generation.py in a process of its own: greedy texts on XLA and on plain torch, and programs compiled.
+"""Run by test_generation.py in its own process: greedy texts on XLA and on plain torch, and programs compiled.
 
 Prints one JSON object.
 """

@@ -1,4 +1,4 @@
-"""Run by test_compile_count.py in a process of its own: a training run in which XLA has reason to compile again.
+"""Run by test_compile_count.py in its own process: a training run in which XLA has reason to compile again.
 
 Arguments: those of run_pretrain_xla.py.
 """

@@ -1,4 +1,4 @@
-"""Run by test_spmd.py in a process of its own: a training run in SPMD mode that counts graphs and bytes per device.
+"""Run by test_spmd.py in its own process: a training run in SPMD mode that counts graphs and bytes per device.
 
 Prints one JSON object. Arguments: those of run_pretrain_xla.py.
 """

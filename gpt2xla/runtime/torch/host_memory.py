@@ -1,4 +1,4 @@
-"""How much memory this machine, or the container around this process, has left, and how this process keeps its own."""
+"""Tells how much memory this machine or container has left, and makes this process keep memory that it frees."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
-# Files with a control group's limit and what it uses, and the line of memory.stat that counts what it has read of files,
-# which is let go of where memory runs short: cgroups version 2, then 1.
+# The files with a control group's limit and usage, and the line of memory.stat that counts cached files, which the kernel
+# drops when memory runs short: cgroups version 2, then 1.
 _FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -16,27 +16,29 @@ _FILES = {
 
 
 def free_host_memory(root: Path = Path("/")) -> int | None:
-    """Bytes; None where the operating system does not tell. By the least of what the machine has available and the limits
-    of the control groups around this process."""
+    """Return the bytes left, or None if the operating system does not say.
+
+    That is the least of what the machine has available and what the control groups around this process allow."""
     free = [*_of_machine(root), *_of_groups(root)]
     return min(free) if free else None
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for what is asked for next, where it is glibc. It gives large pieces back to the
-    system, which hands each one out again page by page, all zeroed: on CPUs that takes up to half of a training step.
+    """Make glibc keep freed memory for later requests.
 
-    Not where the process's address space is limited, of which pieces too small for what comes next would take a part."""
+    By default it gives large pieces back to the system, which hands them out again page by page, zeroed: on CPUs that takes
+    up to half of a training step. If the process's address space is limited, nothing is changed: pieces too small for later
+    requests would use up part of it."""
     if sys.platform != "linux":
         return
     import resource  # which Windows does not have
 
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return
-    no_piece_of_its_own, never_shrink = (-4, 0), (-1, -1)  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    no_own_mapping, never_shrink = (-4, 0), (-1, -1)  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(*no_piece_of_its_own)
+        mallopt(*no_own_mapping)
         mallopt(*never_shrink)
 
 
@@ -59,7 +61,7 @@ def _of_groups(root: Path) -> list[int]:
         if controllers in _FILES or "memory" in controllers.split(","):
             version = _FILES["memory" if controllers else ""]
             top = root / str(_CGROUPS / ("memory" if controllers else "")).lstrip("/")
-            # In a container the path may be the host's, and the container's own group stands at the top.
+            # In a container the path may be the host's, while the container's own group is at the top.
             for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
                 free += _of_group(folder, version)
                 if folder == top:

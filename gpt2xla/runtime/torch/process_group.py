@@ -1,4 +1,4 @@
-"""The processes of a run under torchrun: which one this is, by the variables it sets, and how they find each other."""
+"""The processes of a run under torchrun: which one this is, by torchrun's variables, and how they meet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FIX = "start the processes with torchrun, which sets them all, or unset them fo
 
 
 class Place(NamedTuple):
-    """Where this process is among all of a run. `local_rank` is None where the launcher did not say."""
+    """Where this process is among those of a run. `local_rank` is None if the launcher did not set it."""
 
     rank: int
     world_size: int
@@ -38,12 +38,12 @@ class Place(NamedTuple):
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:
-    """None for a process on its own. Raises InputError where variables are missing or contradict each other."""
+    """Return this process's place, or None if it is alone. Raise InputError if variables are missing or contradictory."""
     numbers = {}
     for name in _NUMBERS:
         if text := environment.get(name):
             if not (text.isascii() and text.isdecimal()):
-                raise InputError(f"{name}={text}: no whole number; {_FIX}")
+                raise InputError(f"{name}={text}: not a whole number; {_FIX}")
             numbers[name] = int(text)
     if "RANK" not in numbers:
         for name, alone in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
@@ -62,11 +62,11 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 
 
 def join(place: Place, backend: str) -> None:
-    """Make the default process group of all processes. What takes longer than a moment is announced.
+    """Make the default process group of all processes. Waits of more than a moment are announced.
 
     Raises:
         InputError: MASTER_PORT is taken, or nobody answers at MASTER_ADDR.
-        RunFailed: others did not come.
+        RunFailed: other processes did not join.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if (
@@ -80,7 +80,7 @@ def join(place: Place, backend: str) -> None:
         if store is None:
             raise RunFailed(
                 f"rank {place.rank}: the {place.world_size} processes have not all met at MASTER_ADDR={host} "
-                f"MASTER_PORT={port} within {MINUTES_TO_MEET} minutes; look at the others' messages, and whether another "
+                f"MASTER_PORT={port} within {MINUTES_TO_MEET} minutes; read the others' messages, and check whether another "
                 "program listens there"
             )
         store.set_timeout(COLLECTIVE_TIMEOUT)
@@ -94,8 +94,10 @@ def join(place: Place, backend: str) -> None:
 
 
 def _meet(announce: Callable[[], object]) -> Any:
-    """The store through which all processes know each other; None where they do not meet. In a thread, since torch has no
-    time limit for a program that takes the connection and does not answer; signals are heard meanwhile."""
+    """Return the store through which all processes know each other, or None if they do not meet.
+
+    It is opened in a thread: torch has no time limit for a program that takes the connection and does not answer. Signals
+    are handled meanwhile."""
     met: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def meet() -> None:
@@ -128,7 +130,7 @@ def _refuse_a_taken_port(port: int) -> None:
 
 
 def _wait_for_first(place: Place, host: str, port: int) -> None:
-    start, is_told = time.monotonic(), False
+    start, is_announced = time.monotonic(), False
     while True:
         try:
             return socket.create_connection((host, port), timeout=5).close()
@@ -142,15 +144,15 @@ def _wait_for_first(place: Place, host: str, port: int) -> None:
                 f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 has not answered for {MINUTES_TO_MEET} minutes ({why}); "
                 "correct them, or start rank 0"
             )
-        if waited > SECONDS_OF_SILENCE and not is_told:
+        if waited > SECONDS_OF_SILENCE and not is_announced:
             say(f"rank {place.rank}: waiting for rank 0 at {host}:{port} ({why}) ...", error=True)
-            is_told = True
+            is_announced = True
         time.sleep(min(1, 60 * MINUTES_TO_MEET))
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[Callable[[str], object]]:
-    """Standard error leads nowhere, as torch prints the frames of its own C++ there at each try; what is given prints."""
+    """Silence standard error, where torch prints C++ stack frames at each try; give a function that still prints there."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:

@@ -1,7 +1,7 @@
-"""NVIDIA GPUs under PyTorch/XLA: JAX's CUDA plugin, which speaks the version of PJRT that torch_xla 2.9 does.
+"""NVIDIA GPUs under PyTorch/XLA, through JAX's CUDA plugin: it has torch_xla 2.9's version of PJRT.
 
-torch_xla 2.9 has no CUDA plugin of its own any more. `pyproject.toml` names this class as the plugin "GPU" (entry points
-`torch_xla.plugins`), so every process that imports torch_xla knows it, spawned workers too. Nothing of CUDA is loaded until
+torch_xla 2.9 no longer has its own CUDA plugin. `pyproject.toml` names this class as the plugin "GPU" (entry points
+`torch_xla.plugins`), so every process that imports torch_xla knows it, including spawned workers. CUDA is not loaded before
 the plugin is used."""
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class CudaPlugin(plugins.DevicePlugin):
         pass
 
     def client_create_options(self) -> dict[str, Any]:
-        # torch_xla.launch has set both by the time that the client is made.
+        # torch_xla.launch sets both before the client is made.
         rank, processes = int(os.environ.get("PJRT_LOCAL_PROCESS_RANK", "0")), _processes()
         several = {"node_id": rank, "num_nodes": processes} if processes > 1 else {}
         return {"platform_name": "gpu", "visible_devices": [rank], **several}
 
     def requires_xla_coordinator(self) -> bool:
-        """Several processes find each other, and NCCL its ids, through the first one's coordinator."""
+        """Several processes find each other, and NCCL's ids, through the first one's coordinator."""
         return _processes() > 1
 
 

@@ -1,7 +1,7 @@
 """The releases of torch_xla that this program runs on, and the torch, libtpu and jax that go with each.
 
-Every release of torch_xla is built for one torch and one libtpu. Imports none of them. pyproject.toml's extras hold the same
-versions, so that pip keeps what a host brings where it is among these: Colab's TPU image has the first, Kaggle's the second.
+Every release of torch_xla is built for one torch and one libtpu. This file imports none of them. pyproject.toml's extras
+hold the same versions, so that pip keeps what a host brings: Colab's TPU image has the first release, Kaggle's the second.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Release(NamedTuple):
     Attributes:
         torch: of torch and of torch_xla.
         libtpu: the one it was built with.
-        jax: those that write flash attention's kernels for this libtpu; None if its compiler takes no such kernel.
+        jax: the versions that write flash attention's kernels for this libtpu; None if its compiler takes no such kernel.
         pins: what pip installs for it, by package.
     """
 
@@ -46,27 +46,27 @@ NEWEST = RELEASES[0]
 
 
 def is_of(version: str, prefix: str) -> bool:
-    """Whether 2.9.0+cpu is of 2.9."""
+    """Tell whether `version`, such as 2.9.0+cpu, belongs to `prefix`, such as 2.9."""
     return re.match(rf"{re.escape(prefix)}(?![\d])", version) is not None
 
 
 def release_of(version: str | None) -> Release | None:
-    """The release that a torch or a torch_xla of this version belongs to."""
+    """Return the release that a torch or a torch_xla of this version belongs to; None if there is none."""
     return next((release for release in RELEASES if version and is_of(version, release.torch)), None)
 
 
 def release_for(versions: Mapping[str, str]) -> Release:
-    """The release to which to complete what is installed. It keeps torch if it can, the largest download of them."""
+    """Return the release that completes what is installed. It keeps torch, the largest download, if it can."""
     return release_of(versions.get("torch")) or release_of(versions.get("torch_xla")) or NEWEST
 
 
 def install(release: Release, *packages: str) -> str:
-    """The command that installs `packages`, all that are needed without any."""
+    """Return the command that installs `packages`; without any, all that the release needs."""
     return "pip install " + " ".join(f"{name}=={release.pins[name]}" for name in packages or release.pins)
 
 
 def misfits(versions: Mapping[str, str], uses_tpu: bool) -> Iterator[str]:
-    """One line, with its fix, for each package that is missing or does not run with the others."""
+    """Yield one line, with its fix, for each package that is missing or does not run with the others."""
     release, torch, torch_xla = release_for(versions), versions.get("torch"), versions.get("torch_xla")
     for name, version in (("torch", torch), ("torch_xla", torch_xla)):
         if version is None:
@@ -89,7 +89,7 @@ def misfits(versions: Mapping[str, str], uses_tpu: bool) -> Iterator[str]:
 
 
 def why_no_kernels(release: Release, jax: str | None) -> str | None:
-    """What keeps flash attention's kernels from running on TPUs; None if nothing does."""
+    """Return what keeps flash attention's kernels from running on TPUs, or None if nothing does."""
     if release.jax is None:
         return f"it needs torch_xla {NEWEST.torch}, as the libtpu of {release.torch} does not compile its kernels"
     if jax is None or not is_of(jax, release.jax):
@@ -98,7 +98,7 @@ def why_no_kernels(release: Release, jax: str | None) -> str | None:
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those that are installed, by name of the distribution."""
+    """Return the version of each package that is installed, by the name of its distribution."""
     versions = {}
     for name in packages:
         try:

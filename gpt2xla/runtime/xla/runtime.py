@@ -109,7 +109,7 @@ class XlaRuntime(XlaDevice):
         on_host = [parameter.detach() for parameter in model.parameters()]
         model.to(self.device)
         # A parameter that was never written in place is traced differently from one that was: without this second copy the
-        # first step would be a graph of its own, and the whole step would be compiled twice.
+        # first step would be another graph, and the whole step would be compiled twice.
         with torch.no_grad():
             for parameter, value in zip(model.parameters(), on_host, strict=True):
                 parameter.copy_(value)
