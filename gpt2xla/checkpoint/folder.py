@@ -128,12 +128,15 @@ def shards_folder(root: Path, step: int) -> Path:
 def prepare_folder(root: Path, step: int) -> list[str]:
     """Make `root` ready for a run that continues after `step`, and return lines for the user.
 
-    Leftovers of interrupted saves are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so that
+    Leftovers of interrupted writes are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so that
     no later start takes them for this run's.
     """
-    for partial in root.glob(".step-*.partial"):
-        shutil.rmtree(partial)
-    later = sorted(folder for folder in root.glob("step-*") if folder.name > f"step-{step:08d}")
+    for partial in root.glob(".*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+    later = sorted(folder for folder in root.glob("step-*") if folder > step_folder(root, step))
     if later and (root / METRICS_FILE).exists():
         shutil.copy(root / METRICS_FILE, _abandoned_name(root / METRICS_FILE))
     return [f"set aside: {folder.name} is now {_set_aside(folder).name}" for folder in later]
