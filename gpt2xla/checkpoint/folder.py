@@ -128,8 +128,8 @@ def shards_folder(root: Path, step: int) -> Path:
 def prepare_folder(root: Path, step: int) -> list[str]:
     """Make `root` ready for a run that continues after `step`, and return lines for the user.
 
-    Leftovers of interrupted writes are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so that
-    no later start takes them for this run's.
+    Leftovers of interrupted writes are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so
+    that no later start takes them for this run's.
     """
     for partial in root.glob(".*.partial"):
         if partial.is_dir():

@@ -121,8 +121,8 @@ class Run:
 
 @contextlib.contextmanager
 def started(flags: Sequence[object], folder: Path, world: int = 1, prepare: Prepare | None = None) -> Iterator[Run]:
-    """Run `run_pretrain.py` in forks of this process: one, or `world` of them joined by gloo. Each calls `prepare(rank)` before
-    it begins, and records what it reads and updates beside `folder`, the run's checkpoints."""
+    """Run `run_pretrain.py` in forks of this process: one, or `world` of them joined by gloo. Each calls `prepare(rank)`
+    before it begins, and records what it reads and updates beside `folder`, the run's checkpoints."""
     argv = [*map(str, flags), "--checkpoints-dir", str(folder)]
     shared: dict[str, str] = {}
     if world > 1:

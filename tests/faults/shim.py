@@ -1,4 +1,4 @@
-"""Builds the C shim `shim.c` and loads it before this program. It lets writes fail on command, in Python, C++ and Rust alike."""
+"""Builds the C shim `shim.c` and loads it before this program. It lets writes fail, in Python, C++ and Rust alike."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def is_loaded() -> bool:
 
 
 def arm(part: str, call: int, mode: int, error: int, unless: str = "") -> None:
-    """From now on, in this process, let call number `call` (from 0) that writes to a path with `part` in it fail with `error`.
-    With -1 no call fails; they are only counted."""
+    """Let call number `call` (from 0) of this process that writes to a path with `part` in it fail with `error`. With -1 no
+    call fails; they are only counted."""
     _library().fault_arm(part.encode(), unless.encode(), call, mode, error)
 
 
