@@ -16,6 +16,7 @@ import torch
 from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.logs import sinks as metrics
+from gpt2xla.training import pretrain
 from tests.faults import comparing, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 
@@ -159,8 +160,8 @@ POINTS: dict[str, Callable[[int], None]] = {
 }
 # Points of the resuming start, at which the same command is killed once more.
 RESUME_POINTS: dict[str, Callable[[], None]] = {
-    "before what was interrupted is cleared": lambda: _at(checkpoint, "prepare_folder", 0),
-    "after it is cleared": lambda: _at(checkpoint, "prepare_folder", 0, before=False),
+    "before what was interrupted is cleared": lambda: _at(pretrain, "prepare_folder", 0),
+    "after it is cleared": lambda: _at(pretrain, "prepare_folder", 0, before=False),
     "before the metrics are cut": lambda: _at(os, "replace", 1),
     "after the metrics are cut": lambda: _at(os, "replace", 1, before=False),
 }
