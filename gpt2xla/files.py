@@ -1,12 +1,15 @@
-"""Files read and written whole."""
+"""Files that are read or written whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
+
+from gpt2xla.errors import InputError
 
 
 def read_json(file: Path) -> Any:
@@ -24,17 +27,38 @@ def read_json(file: Path) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_json_object(file: Path) -> dict[str, Any] | None:
+    """Return the options in a model's or tokenizer's JSON file; None if there is no such file.
+
+    Raises:
+        InputError: it cannot be read, or does not hold a JSON object.
+    """
+    try:
+        values = read_json(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); copy it again, or remove it") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{file} holds no options; copy it again, or remove it")
+    return values
+
+
 def write_whole(file: Path, content: bytes | str) -> None:
     """Write `file` so that a reader, or a crash, finds the old content or the new one, never a part.
 
-    Several processes may write the same file at once; one of them wins.
+    Several threads or processes may write the same file at once; one of them wins.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def file_sha256(file: Path) -> str:

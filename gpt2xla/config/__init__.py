@@ -1,10 +1,12 @@
-"""What a user may set: every option of a run, and how options are written and read."""
+"""What a user may set: every option of a run, and how options are written, read and checked."""
 
-from gpt2xla.config.options import flag, option, options_of
+from gpt2xla.config.options import flag, option, options_of, require_at_least
 from gpt2xla.config.run import (
     GROUPS,
+    MODEL_HELP,
     PRECISION_ALIASES,
     PRESETS,
+    TOKENIZER_HELP,
     DataConfig,
     GeneralConfig,
     ModelConfig,
@@ -20,8 +22,10 @@ from gpt2xla.config.run import (
 
 __all__ = [
     "GROUPS",
+    "MODEL_HELP",
     "PRECISION_ALIASES",
     "PRESETS",
+    "TOKENIZER_HELP",
     "DataConfig",
     "GeneralConfig",
     "ModelConfig",
@@ -36,4 +40,5 @@ __all__ = [
     "flag",
     "option",
     "options_of",
+    "require_at_least",
 ]

@@ -1,5 +1,7 @@
-"""Options from a YAML or JSON file. A value's words are read as the command line reads them: what YAML 1.1 makes of unquoted
-words (6e-4 is text to it, no is false, 1:30 is 90) decides nothing.
+"""Options from a YAML or JSON file.
+
+The words of a value are read as the command line reads them. What YAML 1.1 makes of unquoted words does not count: to YAML
+6e-4 is text, no is false, and 1:30 is 90.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from gpt2xla.config.options import Option
 from gpt2xla.config.suggestions import unknown
 from gpt2xla.errors import InputError
 
-# What every run_config.json holds, of the first ones too, and hardly a file of someone's own.
+# Every run_config.json holds these, even the oldest; a file that a user wrote hardly holds all of them.
 _IN_EVERY_RUN = {"checkpoints_dir", "seed", "do_test", "drop_last", "layer_norm_eps", "max_hours", "wandb_notes"}
 _EXAMPLE = "write lines such as 'seq_length: 1024'"
 _TAG = "tag:yaml.org,2002:"
@@ -24,15 +26,15 @@ _TAGS = {_TAG + kind for kind in "str int float bool null timestamp merge value 
 
 
 class _Truth(str):
-    """An unquoted word that YAML or JSON reads as true or false, as it is written."""
+    """An unquoted word that YAML or JSON reads as true or false, as it was written."""
 
 
 class _Tilde(str):
-    """An unquoted ~, which is YAML's null, and everyone else's home folder."""
+    """An unquoted ~, which is null in YAML, and a home folder everywhere else."""
 
 
 class _Pairs(list[tuple[str, Any]]):
-    """What a mapping holds, double keys included."""
+    """The keys and values of a mapping, including keys that occur twice."""
 
 
 # Text, an unquoted true or false, null, a list of these, or a mapping.
@@ -40,10 +42,10 @@ _Value = str | None | list[Any]
 
 
 def read_config_file(file: Path, options: Mapping[str, Option]) -> dict[str, Any]:
-    """The values of the options that `file` sets. Keys may be spelled with dashes; null leaves the default.
+    """Return the values of the options that `file` sets. Keys may be spelled with dashes; null leaves the default.
 
     Raises:
-        InputError: the file cannot be read, or a key or value in it is wrong; the message names the key.
+        InputError: the file cannot be read, or one of its keys or values is wrong; the message names the key.
     """
     try:
         pairs = _parse(file.read_bytes())
@@ -65,12 +67,12 @@ def read_config_file(file: Path, options: Mapping[str, Option]) -> dict[str, Any
 
 
 def is_run_config(names: Iterable[str]) -> bool:
-    """Whether a file with these options is a run_config.json, by its contents."""
+    """Tell whether a file that sets these options is a run_config.json."""
     return set(names) >= _IN_EVERY_RUN
 
 
 def in_todays_words(saved: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run_config.json of any age. In older ones null is fp32 throughout, and gelu the exact form."""
+    """Return the options of a run_config.json of any age: in older ones null means fp32, and gelu means gelu-exact."""
     renamed = {"mixed_precision": "none"} if saved.get("mixed_precision", "none") is None else {}
     if saved.get("activation") == "gelu":
         renamed["activation"] = "gelu-exact"
@@ -109,7 +111,7 @@ def _read(key: str, value: _Value, options: Mapping[str, Option]) -> Any:
 
 
 def _flat(pairs: _Pairs, option: Option | None) -> str:
-    """The fix for keys below a key."""
+    """Return the fix for a key that has keys below it."""
     if option and option.kind == tuple[str, ...]:
         return f"write a list: [{', '.join(f'{name}={part}' for name, part in pairs)}]"
     example = next((f", such as '{name}: {part}'" for name, part in pairs if isinstance(part, str)), "")
@@ -122,7 +124,7 @@ def _words(key: str, value: str | list[Any], option: Option) -> list[str]:
     if not value:
         raise InputError(f"{key}: the list is empty; remove the line for the default")
     if not all(isinstance(part, str) for part in value):
-        raise InputError(f"{key}: a part of the list is empty, a list or has keys below it; write {option.takes}")
+        raise InputError(f"{key}: a part of the list is empty, is a list or has keys below it; write {option.takes}")
     if option.joins:
         if odd := next((part for part in value if "," in part or isinstance(part, _Truth)), None):
             raise InputError(
@@ -146,7 +148,8 @@ def _parse(contents: bytes) -> _Pairs:
 
 
 def _parse_json(contents: bytes) -> Any:
-    """None if it is not JSON: only its own reader knows its characters past U+FFFF, and its tabs."""
+    """Return what the JSON holds, or None if it is not JSON. YAML's reader would refuse JSON's tabs, and its escapes of
+    characters past U+FFFF."""
     try:
         found = json.loads(contents, object_pairs_hook=_Pairs, parse_int=str, parse_float=str, parse_constant=str)
     except ValueError:
@@ -172,8 +175,8 @@ def _parse_yaml(contents: bytes) -> Any:
     except (yaml.YAMLError, ValueError):  # bytes that are not text
         raise InputError("is not a text file in UTF-8; save it as one") from None
     if len(documents) > 1:
-        raise InputError("holds several documents, one after each ---; keep one")
-    if not documents or documents[0] is None:  # all of it is commented out
+        raise InputError("holds several documents, separated by ---; keep one")
+    if not documents or documents[0] is None:  # every line is a comment
         return _Pairs()
     top = documents[0]
     if not isinstance(top, yaml.MappingNode):
@@ -184,13 +187,15 @@ def _parse_yaml(contents: bytes) -> Any:
 def _pairs(mapping: yaml.MappingNode) -> Iterator[tuple[str, _Value]]:
     for key, value in mapping.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise InputError(f"is not YAML of options: line {key.start_mark.line + 1} begins with no name; {_EXAMPLE}")
+            raise InputError(
+                f"is not YAML that holds options: line {key.start_mark.line + 1} begins with no name; {_EXAMPLE}"
+            )
         yield key.value, _from_yaml(key.value, value, depth=0)
 
 
 def _from_yaml(key: str, node: yaml.Node, depth: int) -> _Value:
     if node.tag not in _TAGS:
-        raise InputError(f"is not YAML of options: {key} has the tag {node.tag}; write its value without it")
+        raise InputError(f"is not YAML that holds options: {key} has the tag {node.tag}; write the value without it")
     if isinstance(node, yaml.ScalarNode):
         if node.tag == f"{_TAG}null":
             return _Tilde("~") if node.value == "~" else None

@@ -1,13 +1,14 @@
 """What an option is: a field of a dataclass, which is a flag of a command line and a key of a config file.
 
-However an option is given, it arrives as words, and `Option.read` makes the value of them: here paths get their home folder,
-other names of a choice are understood, and wrong words are refused.
+However an option is given, it arrives as words, and `Option.read` turns them into its value: it expands ~ in paths,
+understands other names of a choice, and refuses wrong words.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import decimal
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -24,29 +25,48 @@ _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 def option(
     default: Any, help: str, *, is_path: bool = False, aliases: Mapping[str, str] | None = None, joins: bool = False
 ) -> Any:
-    """A field that is a flag.
+    """Return a dataclass field that is a flag.
 
     Args:
-        default: MISSING makes it a required one.
+        default: MISSING makes the flag a required one.
         is_path: whether a leading ~ is the user's home folder.
         aliases: other words for some of the values.
-        joins: whether a list in a config file means its parts with commas between them.
+        joins: whether a list in a config file stands for its parts with commas between them.
     """
-    return field(default=default, metadata={"help": help, "path": is_path, "aliases": aliases or {}, "joins": joins})
+    metadata = {"help": help, "is_path": is_path, "aliases": aliases or {}, "joins": joins}
+    return field(default=default, metadata=metadata)
 
 
 def options_of(group: Any) -> list[dataclasses.Field]:
-    """The fields of a dataclass that are flags."""
+    """Return the fields of a dataclass that are flags."""
     return [f for f in dataclasses.fields(group) if "help" in f.metadata]
 
 
 def flag(name: str) -> str:
-    """`train_dir` -> `--train-dir`."""
+    """Return the flag of an option: `train_dir` -> `--train-dir`."""
     return "--" + name.replace("_", "-")
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def require_at_least(least: int, group: Any, *names: str) -> None:
+    """Raise InputError if one of these options of `group` is below `least`, infinite or NaN; None is allowed."""
+    for name in names:
+        value = getattr(group, name)
+        in_range = value is None or least <= value < math.inf
+        require(in_range, f"{flag(name)} {value}: choose a number of at least {least}")
+
+
 def expanded(path: str) -> str:
-    """`path`, in which a leading ~ is a home folder; URLs stay as they are. Raises ValueError if there is no such folder."""
+    """Return `path` with a leading ~ replaced by the home folder; URLs stay as they are.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
         raise ValueError(f"{path[:80]!r}: ~ is not the home folder of anyone here; write ./~ for a folder of that name")
@@ -58,7 +78,8 @@ class Option:
     """One option of a dataclass.
 
     Attributes:
-        kind: the type of its value, but for None, which only defaults are.
+        kind: the type of its value, without the None that a default may be.
+        is_path, aliases, joins: see `option`.
     """
 
     name: str
@@ -71,20 +92,9 @@ class Option:
 
     @classmethod
     def all_of(cls, group: Any) -> dict[str, Option]:
-        """By name, in the order of the fields."""
+        """Return the options of a dataclass by name, in the order of its fields."""
         kinds = typing.get_type_hints(group)
-        return {
-            f.name: cls(
-                f.name,
-                _without_none(kinds[f.name]),
-                f.default,
-                f.metadata["help"],
-                f.metadata["path"],
-                f.metadata["aliases"],
-                f.metadata["joins"],
-            )
-            for f in options_of(group)
-        }
+        return {f.name: cls(f.name, _without_none(kinds[f.name]), f.default, **f.metadata) for f in options_of(group)}
 
     @property
     def is_switch(self) -> bool:
@@ -92,7 +102,7 @@ class Option:
 
     @property
     def count(self) -> int | None:
-        """How many words make a value; None: one or more."""
+        """How many words make a value; None means one or more."""
         if typing.get_origin(self.kind) is not tuple:
             return 1
         parts = typing.get_args(self.kind)
@@ -100,19 +110,17 @@ class Option:
 
     @property
     def takes(self) -> str:
-        """What a word may be, for the user."""
+        """What a word may be, in words for the user."""
         return _described(self._kind_of_word)
 
     def read(self, words: Sequence[str]) -> Any:
-        """The value. Raises ValueError, whose message says what is wrong and what to write."""
+        """Return the value that `words` stand for.
+
+        Raises:
+            ValueError: the message says what is wrong and what to write.
+        """
         if self.count not in (None, len(words)) or not words:
-            number = (
-                "one value or more"
-                if self.count is None
-                else "one value"
-                if self.count == 1
-                else f"{self.count} values"
-            )
+            number = {None: "one value or more", 1: "one value"}.get(self.count, f"{self.count} values")
             raise ValueError(f"takes {number}, not {len(words)}")
         values = tuple(self._read_word(word) for word in words)
         return values if typing.get_origin(self.kind) is tuple else values[0]
@@ -129,7 +137,7 @@ class Option:
 
     @property
     def metavar(self) -> str:
-        """What stands for a word of its value in --help."""
+        """What stands for one word of the value in --help."""
         kind = self._kind_of_word
         if typing.get_origin(kind) is Literal:
             return f"{{{','.join(typing.get_args(kind))}}}"
@@ -144,7 +152,7 @@ class Option:
 
 
 def check_types(group: Any) -> None:
-    """Words are read by type, but options may also come from a checkpoint. Raises InputError."""
+    """Raise InputError if an option's value is not of its type: those that come from a checkpoint were not read as words."""
     kinds = typing.get_type_hints(type(group))
     for f in options_of(group):
         value = getattr(group, f.name)
@@ -167,7 +175,7 @@ def _read(kind: Any, word: str) -> Any:
 
 
 def _whole_number(word: str) -> int:
-    """Also 1e3, which is one; float() would round large ones."""
+    """Read a whole number, which 1e3 is too; float() would round large ones."""
     try:
         return int(word)
     except ValueError:
@@ -190,7 +198,7 @@ def _without_none(kind: Any) -> Any:
     if not _is_union(kind):
         return kind
     parts = [part for part in typing.get_args(kind) if part is not NoneType]
-    return typing.Union[tuple(parts)]  # noqa: UP007  made of as many as there are
+    return typing.Union[tuple(parts)]  # noqa: UP007  the number of parts varies
 
 
 def _is_union(kind: Any) -> bool:

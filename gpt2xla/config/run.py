@@ -1,7 +1,8 @@
-"""Every option of a run, as frozen dataclasses. `cli.py` turns them into flags; nothing else lists options.
+"""Every option of a run, as frozen dataclasses. `cli.py` turns them into flags; options are listed nowhere else.
 
-One dataclass is one group of `--help`, one field made by `option` is one flag: `train_dir` is `--train-dir`. Field names are
-unique over all groups, so a run is also a flat dictionary, which is what YAML files and `run_config.json` hold.
+One dataclass is one group of `--help`, and one field made by `option` is one flag: `train_dir` is `--train-dir`. RunConfig,
+at the end, puts the groups together. Field names are unique over all groups, so a run is also a flat dictionary, which is
+what YAML files and `run_config.json` hold.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gpt2xla.config.options import check_types, flag, option, options_of
-from gpt2xla.errors import InputError
+from gpt2xla.config.options import check_types, flag, option, options_of, require, require_at_least
 
-# Beyond these a number is a slip: no machine holds so much, and finding that out could take it hours.
+# A larger number is a slip: no machine holds so much, and it could take hours to find that out.
 _MOST_PARAMETERS = 2**40
 _MOST_LAYERS = 10_000
 _MOST_SEQUENCES = 2**20
@@ -25,7 +25,14 @@ Precision = Literal["auto", "none", "bf16", "fp16"]
 _OFF = ("no", "off", "false")  # YAML 1.1 reads the first two as the third
 PRECISION_ALIASES = dict.fromkeys(("fp32", *_OFF), "none")
 
-# The four sizes OpenAI published: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
+# Help texts of programs that take a trained model and its tokenizer.
+MODEL_HELP = "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file"
+TOKENIZER_HELP = (
+    "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
+    "hub id"
+)
+
+# The four sizes that OpenAI published: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
 PRESETS: dict[str, dict[str, Any]] = {
     name: {
         "vocab_size": 50257, "seq_length": 1024, "d_model": d_model, "num_layers": num_layers, "num_heads": num_heads,
@@ -50,23 +57,23 @@ class GeneralConfig:
     seed: int = option(1061109567, "seed of the initial weights, of dropout and of --shuffle")
     from_checkpoint: str | None = option(
         None,
-        "start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a .safetensors, .pt "
-        "or llm.c file, or our own checkpoint folder (which continues where it stopped, unless --resume never)",
+        "model to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a "
+        ".safetensors, .pt or llm.c file, or our own checkpoint folder, which resumes unless --resume is never",
         is_path=True,
     )
     resume: str = option(
         "auto",
-        "auto: continue from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of one",
+        "auto: resume from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of a checkpoint",
         is_path=True,
         aliases=dict.fromkeys(_OFF, "never"),
     )
-    do_test: bool = option(False, "only validate on --valid-dir, then stop")
+    do_test: bool = option(False, "validate on --valid-dir and exit, without training")
 
     def check(self) -> None:
-        _require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
-        _require(self.from_checkpoint != "", "--from-checkpoint is empty; name a model, or leave it out")
-        _require(self.resume != "", "--resume is empty; choose auto, never or the path of a checkpoint")
-        _require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
+        require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
+        require(self.from_checkpoint != "", "--from-checkpoint is empty; name a model, or leave it out")
+        require(self.resume != "", "--resume is empty; choose auto, never or the path of a checkpoint")
+        require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -88,27 +95,24 @@ class DataConfig:
     )
     shuffle: bool = option(False, "read the windows of each epoch in an order drawn from --seed")
     drop_last: bool = option(
-        False, "end each epoch before its last incomplete batch; else that batch runs into the next"
+        False, "end each epoch before its last incomplete batch; otherwise that batch continues into the next epoch"
     )
-
     verify_data: bool = option(False, "before training, compare every shard with the sha256 in its manifest")
-    data_cache: str = option(
-        "~/.cache/gpt2xla/data", "folder where shards behind URLs are kept once fetched", is_path=True
-    )
+    data_cache: str = option("~/.cache/gpt2xla/data", "folder that keeps the shards fetched from URLs", is_path=True)
     data_cache_gb: float = option(
-        0.0, "GB that --data-cache may take; beyond it the shards longest unread are removed; 0 means no limit"
+        0.0, "size limit of --data-cache in GB; the shards unread for longest are removed first; 0 means no limit"
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.train_dir, str):  # as checkpoints say that were written when one folder was all there was
+        if isinstance(self.train_dir, str):  # as in older checkpoints
             object.__setattr__(self, "train_dir", (self.train_dir,))
 
     def check(self) -> None:
         for name, folders in (("train_dir", self.train_dir), ("valid_dir", (self.valid_dir,))):
-            _require(all(folders) and folders != (), f"{flag(name)} is empty; name a folder of token shards")
-        _require(self.data_cache != "", "--data-cache is empty; name a folder")
-        _require(self.tokenizer != "", "--tokenizer is empty; name one, or leave it out")
-        _require(0 <= self.data_cache_gb <= 1e9, f"--data-cache-gb {self.data_cache_gb}: choose a number from 0 to 1e9")
+            require(all(folders) and folders != (), f"{flag(name)} is empty; name a folder of token shards")
+        require(self.data_cache != "", "--data-cache is empty; name a folder")
+        require(self.tokenizer != "", "--tokenizer is empty; name one, or leave it out")
+        require(0 <= self.data_cache_gb <= 1e9, f"--data-cache-gb {self.data_cache_gb}: choose a number from 0 to 1e9")
 
 
 @dataclass(frozen=True)
@@ -117,24 +121,26 @@ class ModelConfig:
 
     vocab_size: int = option(
         50304,
-        "number of token ids; 50304 is GPT-2's 50257 rounded up to a multiple of 128, and pads a checkpoint that has 50257",
+        "number of token ids; 50304 is GPT-2's 50257 rounded up to a multiple of 128, and pads a checkpoint with 50257",
     )
-    seq_length: int = option(1024, "longest sequence, in tokens; less than a checkpoint's cuts its position embeddings")
+    seq_length: int = option(
+        1024, "longest sequence, in tokens; a smaller one than a checkpoint's cuts its position embeddings"
+    )
     d_model: int = option(768, "width of the residual stream")
     num_layers: int = option(12, "number of transformer blocks")
-    num_heads: int = option(12, "attention heads per block; divides --d-model")
+    num_heads: int = option(12, "attention heads per block; must divide --d-model")
     d_ff: int = option(0, "width of the feed-forward layers; 0 means 4 x --d-model")
-    dropout: float = option(0.0, "probability, for embeddings, attention and residual branches")
+    dropout: float = option(0.0, "dropout probability of embeddings, attention and residual branches")
     activation: Literal["gelu-tanh", "gelu-exact", "relu"] = option(
         "gelu-tanh",
-        "gelu and gelu-tanh are GPT-2's, by tanh; gelu-exact is the one by erf",
+        "gelu and gelu-tanh are GPT-2's tanh approximation; gelu-exact uses erf",
         aliases={"gelu": "gelu-tanh"},
     )
     tie_weights: bool = option(True, "use the token embedding as the output head, as GPT-2 does")
-    bias: bool = option(True, "biases in linear layers and layer norms, as GPT-2 has")
+    bias: bool = option(True, "use biases in linear layers and layer norms, as GPT-2 does")
     layer_norm_eps: float = option(1e-5, "epsilon inside layer norms")
-    # No flag: the last ids of `vocab_size` that round a checkpoint's vocabulary up. They have no tokens, zero embeddings and
-    # no probability. Of a model trained here from its beginning all ids count.
+    # Not a flag: how many of the last ids only round a checkpoint's vocabulary up. They have no tokens, zero embeddings and
+    # no probability. In a model trained here from scratch all ids count.
     vocab_padding: int = 0
 
     def __post_init__(self) -> None:
@@ -143,33 +149,34 @@ class ModelConfig:
 
     @property
     def real_vocab_size(self) -> int:
-        """Number of ids that may occur in data and be predicted."""
+        """The number of ids that may occur in data and be predicted."""
         return self.vocab_size - self.vocab_padding
 
     @property
     def matrix_elements(self) -> int:
-        """How many numbers its embeddings and blocks hold in matrices; biases and layer norms add next to nothing."""
+        """How many numbers the matrices of embeddings and blocks hold. It estimates the parameters before there is a model;
+        biases and layer norms add next to nothing."""
         return self.d_model * (self.vocab_size + self.seq_length + self.num_layers * (4 * self.d_model + 2 * self.d_ff))
 
     def check(self) -> None:
         check_types(self)
-        _require_positive(self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
-        _require(0 <= self.vocab_padding < self.vocab_size, f"--vocab-size {self.vocab_size} is all padding")
-        _require(
+        require_at_least(1, self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
+        require(0 <= self.vocab_padding < self.vocab_size, f"--vocab-size {self.vocab_size} is all padding")
+        require(
             self.num_layers <= _MOST_LAYERS,
             f"--num-layers {self.num_layers}: choose a number of at most {_MOST_LAYERS}",
         )
-        _require(
+        require(
             self.matrix_elements <= _MOST_PARAMETERS,
             f"--d-model {self.d_model}, --d-ff {self.d_ff}, --vocab-size {self.vocab_size}, --seq-length {self.seq_length}: "
             f"that is a model of {self.matrix_elements:.1e} parameters; choose a smaller one",
         )
-        _require(
+        require(
             self.d_model % self.num_heads == 0,
             f"--num-heads {self.num_heads} does not divide --d-model {self.d_model}; choose one that does",
         )
-        _require(0 <= self.dropout < 1, f"--dropout {self.dropout}: choose a probability from 0 up to, but not, 1")
-        _require(0 < self.layer_norm_eps < 1, f"--layer-norm-eps {self.layer_norm_eps}: choose a small number above 0")
+        require(0 <= self.dropout < 1, f"--dropout {self.dropout}: choose a probability of at least 0 and below 1")
+        require(0 < self.layer_norm_eps < 1, f"--layer-norm-eps {self.layer_norm_eps}: choose a small number above 0")
 
 
 @dataclass(frozen=True)
@@ -178,31 +185,28 @@ class OptimConfig:
 
     optim_type: Literal["adam", "adamw", "muon"] = option(
         "adamw",
-        "adam adds --weight-decay to the gradient, adamw decays weights; muon makes the updates of the blocks' matrices "
-        "orthogonal, and is adamw for the rest",
+        "adam adds --weight-decay to the gradient; adamw decays the weights; muon makes the updates of the blocks' matrices "
+        "orthogonal and uses adamw for the rest",
     )
     learning_rate: float = option(6e-4, "peak learning rate (noam: the factor of the formula)")
     betas: tuple[float, float] = option((0.9, 0.95), "decay rates of Adam's two averages")
-    weight_decay: float = option(0.1, "for matrices and embeddings; biases and layer norms have none")
+    weight_decay: float = option(0.1, "weight decay of matrices and embeddings; biases and layer norms have none")
     decay_method: Literal["cosine", "noam"] = option("cosine", "shape of the schedule after the warm-up")
     warmup_steps: int = option(750, "steps of linear warm-up")
-    min_lr: float = option(6e-5, "cosine: the learning rate from --decay-steps on")
+    min_lr: float = option(6e-5, "cosine: the final learning rate, from --decay-steps on")
     decay_steps: int = option(20_000, "cosine: the step at which --min-lr is reached, warm-up included")
     max_grad_norm: float = option(1.0, "clip the norm of the whole gradient to this; 0 means no clipping")
 
     def check(self) -> None:
-        for name in ("learning_rate", "weight_decay", "min_lr", "max_grad_norm"):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
+        require_at_least(0, self, "learning_rate", "weight_decay", "min_lr", "max_grad_norm", "warmup_steps")
         for beta in self.betas:
-            _require(0 <= beta < 1, f"--betas {self.betas[0]} {self.betas[1]}: each lies from 0 up to, but not, 1")
-        _require(self.warmup_steps >= 0, f"--warmup-steps {self.warmup_steps}: choose a number of at least 0")
+            require(0 <= beta < 1, f"--betas {self.betas[0]} {self.betas[1]}: each must be at least 0 and below 1")
         if self.decay_method == "cosine":
-            _require(
+            require(
                 self.decay_steps > self.warmup_steps,
-                f"--decay-steps {self.decay_steps} must lie beyond --warmup-steps {self.warmup_steps}",
+                f"--decay-steps {self.decay_steps} must be above --warmup-steps {self.warmup_steps}",
             )
-            _require(
+            require(
                 self.min_lr <= self.learning_rate,
                 f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}; lower it",
             )
@@ -217,105 +221,105 @@ class TrainConfig:
     gradient_accum_step: int = option(8, "micro-steps per optimizer update")
     mixed_precision: Precision = option(
         "auto",
-        "compute type over fp32 weights: bf16; fp16, which scales the loss; none: fp32 throughout; auto: a continued run's "
-        "own, else bf16 on TPUs and GPUs that have it, fp16 on other GPUs with fast fp16, none on CPUs, MPS and for "
-        "--do-test, so that losses compare",
+        "compute type over fp32 weights: bf16; fp16, which scales the loss; none: fp32 throughout; auto: a resumed run's "
+        "own, otherwise bf16 on TPUs and GPUs that have it, fp16 on other GPUs with fast fp16, and none on CPUs, on MPS and "
+        "for --do-test, so that losses are comparable",
         aliases=PRECISION_ALIASES,
     )
     matmul_precision: Literal["highest", "high", "medium"] = option(
-        "highest", "fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
+        "highest", "precision of fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
     )
     deterministic: bool = option(
         False,
-        "CUDA: only kernels that add in a fixed order, so that the same command gives the same numbers to the last bit; "
-        "slower. CPUs and TPUs do so anyway",
+        "CUDA: use only kernels that add in a fixed order, so that the same command gives the same numbers to the last bit; "
+        "slower; CPUs and TPUs always do so",
     )
     attention: Literal["auto", "sdpa", "chunked", "kept", "flash"] = option(
         "auto",
-        "auto: the device's best; sdpa: torch's own; chunked: scores computed twice and never kept; kept: weights kept, on "
-        "CPUs; flash: a kernel of its own, on TPU v3 and later",
+        "auto: the device's best; sdpa: torch's own; chunked: computes scores twice and never keeps them; kept: keeps the "
+        "attention weights, on CPUs; flash: our own kernel, on TPU v3 and later",
     )
-    loss_chunks: int = option(
-        0, "compute logits and loss in this many pieces, to save memory; 0 lets the device choose"
-    )
+    loss_chunks: int = option(0, "compute logits and loss in this many pieces to save memory; 0 lets the device choose")
     activation_checkpointing: Literal["none", "block"] = option(
         "none",
-        "block: keep only each block's input for the backward pass, and compute the rest again",
+        "block: keep only each block's input for the backward pass, and compute the rest again; none: keep everything",
         aliases=dict.fromkeys(_OFF, "none"),
     )
     compile: bool | None = option(
         None,
-        "torch.compile the blocks (default: where the run is long enough to pay); XLA always compiles, without this flag",
+        "torch.compile the blocks (default: if the run is long enough to pay off); XLA always compiles, without this flag",
     )
-    eval_batch_size: int = option(32, "sequences per validation step, over all devices together")
+    eval_batch_size: int = option(32, "sequences per validation batch, over all devices together")
     valid_steps: int | Literal["all"] = option(
-        100, "validation batches; stops early where the split ends; all: each token of the split once"
+        100, "validation batches, or fewer if the split ends first; all: each token of the split once"
     )
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
-    hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, one more at the end; 0 means none")
+    hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, with one more at the end; 0 means none")
     hellaswag_data: str | None = option(
-        None, "HellaSwag's items as JSON lines (default: 10,042 from the hub)", is_path=True
+        None, "HellaSwag's items as JSON lines (default: the 10,042 on the hub)", is_path=True
     )
-    sample_interval: int = option(0, "updates between texts that the model writes, to look at; 0 means none")
-    sample_prompt: str = option("", "text that these continue (default: they begin after an end of text)")
+    sample_interval: int = option(0, "updates between sample texts that the model writes; 0 means none")
+    sample_prompt: str = option("", "text that the samples continue (default: they begin after an end-of-text token)")
     special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
         "as-text",
-        "special tokens that --sample-prompt spells: as-text takes the letters, as-ids the tokens, refuse stops",
+        "how to read special tokens spelled in --sample-prompt: as-text takes the letters, as-ids takes the tokens, refuse "
+        "stops the run",
     )
     save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
-    saved_checkpoint_limit: int = option(6, "newest checkpoints to keep; 0 keeps all")
+    saved_checkpoint_limit: int = option(6, "how many of the newest checkpoints to keep; 0 keeps all")
     on_save_error: Literal["stop", "go-on"] = option(
-        "stop", "when a checkpoint cannot be written: stop: try once more and end the run; go-on: train on"
+        "stop", "if a checkpoint cannot be written: stop: try once more, then end the run; go-on: continue training"
     )
     skip_nonfinite: int = option(
         0,
-        "updates to leave out because loss or gradient is NaN or infinite before the run fails; fp16's own are not counted",
+        "updates that may be skipped for a NaN or infinite loss or gradient before the run fails; those that fp16's scaling "
+        "of the loss skips do not count",
     )
     max_hours: float | None = option(
         None, "stop with a checkpoint after this many hours, for sessions with a time limit"
     )
 
     def check(self) -> None:
-        _require_positive(self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
-        _require(
+        require_at_least(1, self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
+        require(
             self.valid_steps == "all" or self.valid_steps > 0,
             f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
         )
         for name in ("train_batch_size", "eval_batch_size"):
             value = getattr(self, name)
-            _require(value <= _MOST_SEQUENCES, f"{flag(name)} {value}: choose a number of at most {_MOST_SEQUENCES}")
+            require(value <= _MOST_SEQUENCES, f"{flag(name)} {value}: choose a number of at most {_MOST_SEQUENCES}")
         intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
-        for name in (*intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite"):
-            value = getattr(self, name)
-            _require(value >= 0, f"{flag(name)} {value}: choose a number of at least 0")
+        require_at_least(0, self, *intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
         if self.max_hours is not None:
-            _require(0 < self.max_hours < math.inf, f"--max-hours {self.max_hours}: choose a number above 0")
+            require(0 < self.max_hours < math.inf, f"--max-hours {self.max_hours}: choose a number above 0")
 
 
 @dataclass(frozen=True)
 class WandbConfig:
     """Weights & Biases"""
 
-    wandb_logging: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
+    wandb_logging: bool = option(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
     wandb_project: str = option("gpt2xla", "project name")
     wandb_name: str | None = option(None, "run name")
-    wandb_logging_interval: int = option(100, "updates between uploads; every update is in each upload")
-    wandb_resume_id: str | None = option(None, "id of the run to continue (default: the one in the checkpoint)")
+    wandb_logging_interval: int = option(100, "updates between uploads, which leave no update out")
+    wandb_resume_id: str | None = option(None, "id of the run to resume (default: the one in the checkpoint)")
     wandb_notes: str | None = option(None, "notes")
     wandb_tags: str | None = option(None, "tags, separated by commas", joins=True)
 
     def check(self) -> None:
-        _require_positive(self, "wandb_logging_interval")
+        require_at_least(1, self, "wandb_logging_interval")
 
 
 @dataclass(frozen=True)
 class TorchConfig:
     """Torch runner (run_pretrain.py)"""
 
-    ddp_backend: Literal["nccl", "gloo"] | None = option(None, "under torchrun (default: nccl on CUDA, else gloo)")
+    ddp_backend: Literal["nccl", "gloo"] | None = option(
+        None, "how processes under torchrun communicate (default: nccl on CUDA, else gloo)"
+    )
     compile_cache: str = option(
         "~/.cache/gpt2xla",
-        "folder where torch.compile's programs wait for the next start; '' leaves it to torch",
+        "folder that keeps torch.compile's programs for the next start; '' leaves it to torch",
         is_path=True,
     )
     zero1: bool = option(False, "under torchrun: split the optimizer's state over processes")
@@ -331,10 +335,10 @@ class XlaConfig:
     mp_start_method: Literal["spawn", "fork"] = option("spawn", "how worker processes start; notebooks need fork")
     ddp: bool = option(
         False,
-        "reduce gradients by DistributedDataParallel instead of one all-reduce after backward; compiles more graphs",
+        "reduce gradients with DistributedDataParallel instead of one all-reduce after backward; compiles more graphs",
     )
     spmd: bool = option(
-        False, "one process per host for all its devices, each with its part of the batch; XLA adds the communication"
+        False, "run one process per host, split each batch over its devices, and let XLA add the communication"
     )
     fsdp: bool = option(
         False, "with --spmd: split weights, gradients and optimizer state over the devices too, for large models"
@@ -342,14 +346,18 @@ class XlaConfig:
     use_syncfree_optim: bool = option(False, "torch_xla's sync-free optimizer: less host time per step")
     compile_cache: str = option(
         "~/.cache/gpt2xla",
-        "folder where a TPU's compiled programs wait for the next start; '' keeps none",
+        "folder that keeps a TPU's compiled programs for the next start; '' keeps none",
         is_path=True,
     )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run, whole. `given` names the options that the user set, by flag, preset or file: a checkpoint fills the rest."""
+    """All options of one run.
+
+    Attributes:
+        given: names of the options that the user set by flag, preset or file; a checkpoint fills in the rest.
+    """
 
     general: GeneralConfig = field(default_factory=GeneralConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -361,7 +369,11 @@ class RunConfig:
 
     @classmethod
     def from_flat(cls, options: dict[str, Any]) -> RunConfig:
-        """The run in which `options` are set and all others have their defaults. Raises InputError if it cannot work."""
+        """Return the run in which `options` are set and all others have their defaults.
+
+        Raises:
+            InputError: such a run cannot work.
+        """
         groups = {
             name: group(**{f.name: options[f.name] for f in options_of(group) if f.name in options})
             for name, group in GROUPS.items()
@@ -371,17 +383,20 @@ class RunConfig:
         return config
 
     def to_flat(self) -> dict[str, Any]:
-        """Every option by name: what `run_config.json` holds and `--config` reads back."""
+        """Return every option by name, as `run_config.json` holds them and `--config` reads them back."""
         groups = [getattr(self, name) for name in GROUPS]
         return {f.name: getattr(group, f.name) for group in groups for f in options_of(group)}
 
     def in_precision(self, name: Precision) -> RunConfig:
-        """The same run, computed in `name`."""
+        """Return the same run, computed in `name`."""
         return dataclasses.replace(self, train=dataclasses.replace(self.train, mixed_precision=name))
 
     def check(self) -> None:
-        """Raises InputError for values that no run could work with. The model is checked when its checkpoint, if there is
-        one, has filled in what was not given; what needs data or devices is checked where they are."""
+        """Raise InputError for values with which no run can work.
+
+        The model is checked later, after its checkpoint, if there is one, has filled in what was not given. Whatever needs
+        data or devices is checked where they are opened.
+        """
         groups = (self.general, self.data, self.optim, self.train, self.wandb)
         for group in (*groups, self.model):
             check_types(group)
@@ -397,14 +412,3 @@ GROUPS: dict[str, type] = {
     "train": TrainConfig,
     "wandb": WandbConfig,
 }
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _require_positive(group: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(group, name)
-        _require(value > 0, f"{flag(name)} {value}: choose a number of at least 1")

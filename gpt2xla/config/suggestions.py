@@ -1,4 +1,4 @@
-"""What a user may have meant by an option that there is not."""
+"""What a user may have meant by an unknown option."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from gpt2xla.config.options import options_of
 from gpt2xla.config.run import TorchConfig, XlaConfig
 
-# Names in other trainers (nanoGPT, transformers) and programs -> ours.
+# Names that other trainers (nanoGPT, transformers) and our other programs use -> the option that is meant.
 _ELSEWHERE = {
     "batch_size": "train_batch_size", "lr": "learning_rate", "max_lr": "learning_rate", "epochs": "train_steps",
     "num_train_epochs": "train_steps", "max_iters": "train_steps", "max_steps": "train_steps",
@@ -24,18 +24,18 @@ _RUNNERS = {"run_pretrain.py": TorchConfig, "run_pretrain_xla.py": XlaConfig}
 
 
 def unknown(spelled: str, options: Mapping[str, str]) -> str:
-    """The message for an option `spelled` that is none of `options`: how each is spelled, by name."""
+    """Return the message for `spelled`, which is none of the options. `options` maps each name to how it is spelled."""
     name = spelled.lstrip("-").replace("-", "_").lower()
     if found := _meant(name, options):
         return f"{spelled} is unknown; did you mean {options[found]}?"
     for runner, group in _RUNNERS.items():
         if name in {f.name for f in options_of(group)}:
-            return f"{spelled} is an option of {runner} alone; leave it out here"
+            return f"{spelled} is an option of {runner} only; leave it out here"
     return f"{spelled} is unknown (--help lists the flags)"
 
 
 def _meant(name: str, options: Mapping[str, str]) -> str | None:
-    if name in options:  # spelled with other dashes
+    if name in options:  # spelled with the wrong dashes
         return name
     if _ELSEWHERE.get(name) in options:
         return _ELSEWHERE[name]

@@ -6,6 +6,7 @@ their names.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -199,7 +200,9 @@ class TokenStream:
 
         def check(number_and_shard: tuple[int, ShardEntry]) -> None:
             number, shard = number_and_shard
-            if file_sha256(self._local_file(number)) != shard.sha256:
+            with self._local_file(number) as file:
+                found = file_sha256(file)
+            if found != shard.sha256:
                 raise InputError(
                     f"{self.files[number]} is not what {MANIFEST} says (sha256 differs): it is damaged; "
                     f"{'remove' if self._remote else 'copy or prepare'} it {'and start' if self._remote else ''} again"
@@ -224,17 +227,17 @@ class TokenStream:
         shards = self.manifest.shards
         if self._remote.cache.limit:  # what is mapped takes room on the disk even when it is deleted
             self._shards = [None] * len(self.files)
-        self._remote.use(shards[number].file, shards[number].sha256)
-        shard = self._shards[number] = self._open(number).tokens
+        with self._remote.at_hand(shards[number].file, shards[number].sha256):
+            shard = self._shards[number] = self._open(number).tokens
         following = shards[(number + 1) % len(shards)]
         self._remote.fetch_ahead(following.file, following.sha256)
         return shard
 
-    def _local_file(self, number: int) -> Path:
+    def _local_file(self, number: int) -> contextlib.AbstractContextManager[Path]:
         if self._remote and self.manifest:
             shard = self.manifest.shards[number]
-            return self._remote.fetch(shard.file, shard.sha256)
-        return self.files[number]
+            return self._remote.at_hand(shard.file, shard.sha256)
+        return contextlib.nullcontext(self.files[number])
 
     def _open(self, number: int) -> Shard:
         file, manifest = self.files[number], self.manifest

@@ -9,7 +9,6 @@ import copy
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from gpt2xla import hub
 from gpt2xla.data import tokenizer_folder
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError, user_error
 
 END_OF_TEXT = "<|endoftext|>"
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class Tokenizer:
@@ -155,7 +154,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             raise InputError(
                 f"tokenizer {name!r}: the folder holds neither tokenizer.json nor vocab.json and merges.txt"
             ) from None
-        if _HUB_ID.fullmatch(name):
+        if "/" in name and hub.is_id(name):
             return _from_hub(name)
         raise InputError(
             f"tokenizer {name!r}: neither a file, nor a folder with a tokenizer, nor owner/name on the hub, nor one of "
@@ -275,15 +274,10 @@ def _load_folder(folder: Path, name: str | None = None) -> Tokenizer:
 
 
 def _from_hub(name: str) -> Tokenizer:
-    from huggingface_hub import snapshot_download
-
-    try:  # config.json says of which class a tokenizer is that does not say so itself
-        folder = Path(snapshot_download(name, allow_patterns=[*tokenizer_folder.FILES, "config.json"]))
-    except Exception as error:  # the hub client lets errors of several HTTP libraries through
-        raise InputError(
-            f"tokenizer {name!r}: no such file or folder here, and the hub did not give it ({type(error).__name__}); check "
-            "the name, go online once (logged in, if the model is gated), or give the path of a downloaded tokenizer.json"
-        ) from None
+    with hub.explained(
+        f"tokenizer {name!r}: no such file or folder here", name, "give the path of a downloaded tokenizer.json"
+    ):  # config.json names the class of a tokenizer that does not name it
+        folder = hub.snapshot(name, [*tokenizer_folder.FILES, "config.json"])
     if not has_tokenizer(folder):
         raise InputError(f"tokenizer {name!r}: that model has no tokenizer on the hub; choose another that has one")
     return _load_folder(folder, name)

@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from gpt2xla.errors import InputError, user_error
-from gpt2xla.files import read_json
+from gpt2xla.errors import InputError, in_one_line, user_error
+from gpt2xla.files import read_json_object
 
 _CONFIG, _DEFINITION, _MAP, _ADDED = (
     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
@@ -136,7 +136,7 @@ def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str
         backend = theirs.backend_tokenizer
         has_words = backend.get_vocab_size(with_added_tokens=False) > 0
     except Exception as error:  # of any type, by the class that reads it
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".;:")
+        reason = in_one_line(error).rstrip(".;:")
         needs_library = any(name.endswith(".model") for name in files) and find_spec("sentencepiece") is None
         fix = "pip install sentencepiece and try again, or " if needs_library else ""
         raise InputError(
@@ -175,13 +175,7 @@ def _is_gpt2s(vocabulary: bytes) -> bool:
 def _json(folder: Path, name: str, files: dict[str, bytes]) -> dict[str, Any]:
     if name not in files:
         return {}
-    try:
-        values = read_json(folder / name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / name} cannot be read ({error}); copy it again, or remove it") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{folder / name} holds no options; copy it again, or remove it")
-    return values
+    return read_json_object(folder / name) or {}
 
 
 def _further(config: dict[str, Any]) -> Iterator[Any]:
