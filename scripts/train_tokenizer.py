@@ -26,7 +26,7 @@ from gpt2xla.processes.exits import exit_code
 
 if TYPE_CHECKING:  # --help must not wait for pyarrow
     from gpt2xla.data.documents.corpus import Part
-    from gpt2xla.data.preparation.held_out import HeldOut
+    from gpt2xla.data.preparation.tokenizer_quality import HeldOut
     from gpt2xla.data.tokenizer import Tokenizer
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     options = parse_options(TokenizerConfig, "Train a byte-level byte-pair tokenizer, as GPT-2's is.")
     options.check()
     from gpt2xla.data.documents.corpus import documents_of
-    from gpt2xla.data.preparation.held_out import HeldOut
+    from gpt2xla.data.preparation.tokenizer_quality import HeldOut
     from gpt2xla.data.tokenizer import train_bpe
 
     output_dir, held_out = Path(options.output_dir), HeldOut()

@@ -397,7 +397,7 @@ def outcome(suffix: str, content: bytes) -> list[str] | None:
         except InputError as error:
             message = str(error)
     assert "\n" not in message
-    if "came out empty" in message:
+    if "split is empty" in message:
         return []
     assert f"x{suffix}" in message
     return None

@@ -25,7 +25,7 @@ from gpt2xla.data.documents import corpus
 from gpt2xla.data.documents.corpus import Position, blocks, documents_of, local_parts
 from gpt2xla.data.preparation.encoder import Encoder
 from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare, uniform
-from gpt2xla.data.preparation.round_trip import first_loss
+from gpt2xla.data.preparation.tokenizer_quality import first_loss
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.tokenizer import load_tokenizer, train_bpe
 from gpt2xla.errors import InputError
@@ -163,7 +163,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(
             subprocess.run(["rm", "-r", output], check=True)
             continue
         killed += 1
-        went_on += "going on after" in text
+        went_on += "resuming after" in text
     succeed(run(*prepare_command(parquet, tokenizer_folder, output, 3)))
     assert hashes(output) == hashes(tmp_path / "unbroken")
     assert went_on >= kills // 3
@@ -191,7 +191,7 @@ def test_test_gets_the_last_document_where_none_was_drawn(
         ids = ids[: int(np.searchsorted(np.cumsum([len(one) for one in ids]), 300)) + 1]
     assert ids_of(tmp_path / "out" / "train") == list(itertools.chain(*ids[:-1]))
     assert ids_of(tmp_path / "out" / "test") == ids[-1]
-    assert said == [f"note: of {len(ids)} documents none was drawn for test/ within --test-tokens; the last goes there"]
+    assert said == [f"note: none of {len(ids)} documents was drawn for test/ within --test-tokens; the last goes there"]
 
 
 def test_a_tokenizer_that_loses_text_is_told_of(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_a_full_disk_keeps_what_is_there(parquet: Path, tokenizer_folder: Path, 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "FULL_AFTER_BLOCKS": "3"}
     full = subprocess.run(worker, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
     assert full.returncode == 1
-    assert "no space left on the disk. What is prepared is kept" in full.stderr
+    assert "no space left on the disk; free some and give the same command again" in full.stderr
     assert "Traceback" not in full.stderr
     succeed(run(*command))
     succeed(run(*prepare_command(parquet, tokenizer_folder, tmp_path / "unbroken", 1)))
@@ -395,8 +395,8 @@ def test_what_is_prepared_is_only_called_so_if_it_is(change: str, finished: tupl
     result = run(*command)
     assert result.returncode == 2, result.stdout + result.stderr
     assert len(result.stderr.splitlines()) == 1
-    says = {"split by": "split by blank-lines, where there is now", "new file": "from nothing, where there is now"}
-    assert says.get(change, "to prepare it again remove what is left") in result.stderr
+    says = {"split by": "split by blank-lines, but now there is", "new file": "from nothing, but now there is"}
+    assert says.get(change, "to prepare it again, remove what is left") in result.stderr
 
 
 @pytest.mark.parametrize("harm", ["pipe", "numbers", "name"])
