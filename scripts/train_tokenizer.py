@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import option
+from gpt2xla.config import option, require_at_least
 from gpt2xla.data.documents.reading import (
     COLUMN_HELP,
     EXCLUDE_HELP,
@@ -42,7 +42,7 @@ class TokenizerConfig:
     config: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split of the data set")
     text_column: str = option("text", COLUMN_HELP)
-    streaming: bool = option(False, "remove each file of the data set once it has been read")
+    streaming: bool = option(False, "remove each file of the data set after it was read")
     max_documents: int | None = option(None, "stop after this many documents (default: take all)")
     vocab_size: int = option(32_000, "number of ids, special tokens included")
     min_frequency: int = option(2, "how often a pair must occur to be merged")
@@ -55,7 +55,7 @@ class TokenizerConfig:
     format: Format = option("auto", FORMAT_HELP)
 
     def check(self) -> None:
-        """Raises InputError."""
+        """Raise InputError if options do not fit together or are out of range."""
         if not self.output_dir:
             raise InputError("--output-dir is empty; name a folder")
         if bool(self.input) == bool(self.dataset):
@@ -63,8 +63,7 @@ class TokenizerConfig:
         least = 257 + len(self.special_tokens)
         if self.vocab_size < least:
             raise InputError(f"--vocab-size {self.vocab_size}: 256 bytes and the special tokens need at least {least}")
-        if self.max_documents is not None and self.max_documents < 1:
-            raise InputError(f"--max-documents {self.max_documents}: choose a number of at least 1")
+        require_at_least(1, self, "max_documents")
         if Path(self.output_dir, "tokenizer.json").exists():
             raise InputError(
                 f"--output-dir {self.output_dir}: holds a tokenizer already; remove it or choose another folder"
@@ -81,13 +80,13 @@ def main() -> None:
     output_dir, held_out = Path(options.output_dir), HeldOut()
     documents = held_out.others(itertools.islice(documents_of(corpus(options)), options.max_documents))
     if (first := next(documents, None)) is None:
-        raise InputError(f"{'--dataset' if options.dataset else '--input'}: there is no text in it; give other files")
+        raise InputError(f"{'--dataset' if options.dataset else '--input'}: it holds no text; give other files")
     documents = itertools.chain([first], documents)
     tokenizer = train_bpe(documents, output_dir.name, options.vocab_size, options.min_frequency, options.special_tokens)
     with user_error(f"--output-dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(output_dir)
-    fewer = " (fewer than asked: the text has no more pairs that occur often enough)"
+    fewer = " (fewer than requested: no more pairs of the text occur often enough)"
     print(f"{output_dir}: {tokenizer.vocab_size:,} ids{fewer if tokenizer.vocab_size < options.vocab_size else ''}")
     report_compression(tokenizer, held_out)
 
@@ -113,14 +112,16 @@ def report_compression(tokenizer: Tokenizer, held_out: HeldOut) -> None:
     from gpt2xla.data.tokenizer import load_tokenizer
 
     if not held_out.documents:
-        print("no held-out text to measure it on: each 100th document would be (--split-by line makes more of them)")
+        print(
+            "not measured: only each 100th document is held out, and there are fewer (--split-by line makes more of them)"
+        )
         return
     size = f"{len(held_out.documents):,} held-out documents, {held_out.bytes / 1e6:.2f} MB"
     print(f"bytes per token on {size}: {held_out.bytes_per_token(tokenizer):.3f}")
     try:
         print(f"the same by gpt2: {held_out.bytes_per_token(load_tokenizer('gpt2')):.3f}")
     except InputError:
-        print("not compared with gpt2: its encoding is neither cached (TIKTOKEN_CACHE_DIR) nor reachable")
+        print("not compared with gpt2: its encoding is neither in TIKTOKEN_CACHE_DIR nor can it be downloaded")
 
 
 if __name__ == "__main__":

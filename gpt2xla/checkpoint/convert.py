@@ -9,7 +9,7 @@ from pathlib import Path
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.start import load_weights, locate
 from gpt2xla.config import ModelConfig
-from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
+from gpt2xla.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.generation.settings import settings_of
@@ -51,11 +51,7 @@ def _choose_tokenizer(config: ModelConfig, source: Path, asked: str | None) -> t
     """The tokenizer, if there is one, and a line that says which and why."""
     if asked:
         tokenizer = load_tokenizer(asked)
-        if tokenizer.vocab_size > config.real_vocab_size:
-            raise InputError(
-                f"--tokenizer {asked} has {tokenizer.vocab_size} ids, and {source} only {config.real_vocab_size}; name the "
-                "one that the model was trained with"
-            )
+        check_ids(tokenizer, tokenizer.vocab_size, config.real_vocab_size, source)
         return tokenizer, f"{tokenizer.name}, as asked for"
     if has_tokenizer(folder := model_folder(source)):
         return load_tokenizer(str(folder)), "the one beside the model"

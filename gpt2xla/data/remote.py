@@ -1,8 +1,8 @@
 """Token shards behind a URL (`gs://`, `s3://`, `hf://datasets/...`, whatever fsspec knows), read through a folder on disk.
 
-A shard is fetched when it is first read, and the next one meanwhile in a thread. Files appear under their names only when
-they are whole, and a lock file per shard lets one of several processes on a host fetch while the others wait: whenever a
-process is killed, what lies there is good, and its locks are gone.
+A shard is fetched when it is first read, and the next one in a thread meanwhile. Files appear under their names only when
+they are whole. A lock per shard lets one of several processes on a host fetch it while the others wait. A killed process
+leaves neither a damaged shard nor a lock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpt2xla.processes.locks import in_turn
 
 T = TypeVar("T")
 
-# Fetched too where there are some.
+# Fetched together with the manifest, as far as they exist.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
@@ -37,7 +37,7 @@ _BLOCK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Cache:
-    """Where fetched files are kept. Beyond `limit` bytes the shards longest unread are removed; 0 keeps all."""
+    """Where fetched files are kept. Beyond `limit` bytes the shards longest unread are removed; 0 means no limit."""
 
     folder: Path
     limit: int = 0
@@ -54,10 +54,10 @@ class RemoteFolder:
     """A folder behind a URL.
 
     Attributes:
-        folder: where its files appear on this machine. Another manifest at the same URL gets another folder.
+        folder: where its files appear on this machine. Each manifest at a URL has its own folder.
 
     Raises:
-        InputError: the URL cannot be read, or holds no manifest.
+        InputError: the URL cannot be read, or has no manifest.
     """
 
     def __init__(self, url: str, option: str, cache: Cache, manifest: str) -> None:
@@ -98,7 +98,7 @@ class RemoteFolder:
         self._make_room(keep=shard)
 
     def fetch_ahead(self, file: str, sha256: str) -> None:
-        """Begin to fetch the shard in a thread, unless it still has another one to fetch."""
+        """Begin to fetch the shard in a thread, unless it is here or the thread is still busy with another one."""
         if (self.folder / file).exists() or (self._ahead and self._ahead.is_alive()):
             return
 
@@ -106,7 +106,7 @@ class RemoteFolder:
             with contextlib.suppress(Exception), self.at_hand(file, sha256):  # reading the shard reports errors
                 pass
 
-        # A daemon: the end of a run does not wait for data that it will not read.
+        # A daemon thread: the end of a run does not wait for data that it will not read.
         self._ahead = threading.Thread(target=fetch, daemon=True, name="fetch-ahead")
         self._ahead.start()
 
@@ -116,11 +116,11 @@ class RemoteFolder:
         except ImportError as error:
             package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
             raise InputError(f"{self.option} {self.url} needs another package: pip install {package}") from None
-        except Exception as error:  # each storage has errors of its own, credentials' among them
+        except Exception as error:  # each storage has its own errors, also for credentials
             raise InputError(f"{self.option} {self.url} cannot be opened: {in_one_line(error)}") from None
 
     def _read_small(self, file: str) -> bytes | None:
-        """The file's bytes, None where there is no such file."""
+        """Return the file's bytes, or None if there is no such file."""
         try:
             return _with_retries(lambda: self._files.cat_file(f"{self._path}/{file}"))
         except FileNotFoundError:
@@ -145,7 +145,7 @@ class RemoteFolder:
         os.rename(partial, self.folder / file)
 
     def _download(self, source: str, target: Path) -> str:
-        """The sha256 of what was written to `target`."""
+        """Write the file to `target` and return its SHA-256. Raises OSError, also if it ends early."""
         digest, size, promised = hashlib.sha256(), 0, self._files.size(source)
         with self._files.open(source, "rb", cache_type="none") as stream, target.open("wb") as out:
             while block := stream.read(_BLOCK_BYTES):
@@ -159,12 +159,13 @@ class RemoteFolder:
         return digest.hexdigest()
 
     def _make_room(self, keep: Path) -> None:
+        """Remove the shards longest unread, except `keep`, until the rest fits the limit."""
         if not self.cache.limit:
             return
         shards = [file for file in self.cache.folder.expanduser().glob("*/[!.]*") if file.suffix in SUFFIXES]
         found = []
         for file in shards:
-            with contextlib.suppress(FileNotFoundError):  # another process makes room, too
+            with contextlib.suppress(FileNotFoundError):  # another process may remove it
                 found.append((file.stat().st_mtime, file.stat().st_size, file))
         total = sum(size for _, size, _ in found)
         for _, size, file in sorted(found):
@@ -181,6 +182,7 @@ def _lock_file(shard: Path) -> Path:
 
 
 def _with_retries(fetch: Callable[[], T]) -> T:
+    """Return what `fetch` returns, tried again after errors of the network."""
     for wait in RETRY_WAITS:
         try:
             return fetch()

@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "error.csv": (b"<HTML>\n", "holds an HTML page, perhaps of an error, not CSV"),
     "prose.jsonl": (b"Once upon a time", "holds text, not JSON lines"),
     "prose.parquet": (b"Once upon a time", "holds text, not parquet"),
-    "prose.txt.gz": (b"Once upon a time", "holds plain text, though its name says compressed"),
+    "prose.txt.gz": (b"Once upon a time", "holds plain text, although its name says compressed"),
     "prose.bin": (b"Once upon a time", "is text under a name that ends in .bin"),
     "empty.parquet": (b"", "holds nothing, not parquet"),
     "empty.txt.gz": (b"", "is empty, though"),
@@ -241,7 +241,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "open.txt": (b'{"text": "abc', "or keep all of it as text with --format text"),
     "table.txt": (delimited(","), "looks like CSV with a column 'text'; give --format csv or --format text"),
     "tabs.txt": (delimited("\t"), "looks like TSV"),
-    "ragged.csv": (b"id,text\n1,a\n2,b,c\n", "line 3: 3 columns, where the header has 2"),
+    "ragged.csv": (b"id,text\n1,a\n2,b,c\n", "line 3: 3 columns, but the header has 2"),
     "quote.csv": (b'id,text\n1,"a\n', "line 2: unexpected end of data"),
     "quotes.tsv": (b'id\ttext\n1\t"a" b\n', "line 2: "),
     "header.csv": (b"id,body\n1,a\n", "its first line, the header, holds id, body; choose with --text-column"),
@@ -342,8 +342,8 @@ def test_separators_of_documents_are_borders_if_asked_and_named_if_not(split_by:
     found = prepared(for_train(file, tmp_path, said, split_by=split_by), tmp_path / "out")
     assert found == ([STORY.split("\n<")[0]] * 30 if split_by == "endoftext" else [STORY * 30])
     assert [line.replace(str(file), "FILE") for line in said] == ([] if split_by == "endoftext" else [
-        "warning: FILE holds <|endoftext|> as text; --split-by endoftext makes it the border of documents",
-        "warning: FILE: <|endoftext|> was read as text, 30 times (--split-by endoftext: as borders)",
+        "warning: FILE holds <|endoftext|> as text; --split-by endoftext splits documents there",
+        "warning: FILE: <|endoftext|> was read as text, 30 times (--split-by endoftext splits there)",
     ])  # fmt: skip
 
 

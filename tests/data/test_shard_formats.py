@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[str, dict[str, bytes]]] = {
     "Megatron index of zeros": ("version 0, dtype code 0", megatron(IDS) | {"a.idx": b"MMIDIDX" + bytes(52)}),
     "Megatron, negative": ("holds -1 to 49 as ids", megatron(np.arange(-1, 50), "<i4")),
     "Megatron, old": ("TNTIDX|old format", megatron(IDS) | {"a.idx": b"TNTIDX\0\0" + bytes(99)}),
-    "another .idx": ("no Megatron index", megatron(IDS) | {"a.idx": bytes(99)}),
+    "another .idx": ("not a Megatron index", megatron(IDS) | {"a.idx": bytes(99)}),
     "datatrove alone": ("type that nothing tells", {"a.ds": raw(IDS)}),
     "datatrove cut short": ("is not what .metadata", datatrove(IDS) | {"a.ds": raw(IDS[:-1])}),
     "datatrove at odds": ("6000 and 5990 ids", datatrove(IDS) | {"a.ds.index": raw(np.array([5990]), "<u8")}),

@@ -1,4 +1,7 @@
-"""Corpora on the Hugging Face hub: their files in order, each fetched when its turn comes, the next one while it is read."""
+"""Data sets on the Hugging Face hub, or in a local folder: their files in order.
+
+Files on the hub are fetched one after another, each while the previous one is read.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from gpt2xla.errors import InputError, RunFailed, user_error
 T = TypeVar("T")
 _LONGEST_WAIT = 60.0
 _NAMES_PER_REQUEST = 500
-_CARD = "README.md"  # a data set's description, and perhaps the list of its files
+_CARD = "README.md"  # describes a data set, and may list its files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +54,16 @@ class HubConfig:
     text_column: str = option("text", COLUMN_HELP)
     split_by: SplitBy | None = option(None, f"{SPLIT_HELP} (default: file; line on the hub, as datasets reads it)")
     format: Format = option("auto", FORMAT_HELP)
-    streaming: bool = option(False, "remove each file once it has been read, instead of keeping it in the hub's cache")
+    streaming: bool = option(False, "remove each file after it was read, instead of keeping it in the hub's cache")
     cache_dir: str | None = option(None, "where files are kept (default: the hub's cache)", is_path=True)
     retries: int = option(8, "how often to try again when the hub fails, after 1, 2, 4, ... seconds, at most 60")
 
 
 def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> list[Part]:
-    """The files of a data set, at its newest revision.
+    """Return the files of a data set, at its newest revision.
 
     Raises:
-        InputError: no such data set, configuration or split, or none that consists of files we read.
+        InputError: there is no such data set, configuration or split, or its files are not supported.
         RunFailed: the hub does not answer.
     """
     if not options.dataset:
@@ -98,8 +101,11 @@ def _named_split(by_split: dict[str, list[Path]], folder: Path, split: str) -> l
 
 
 def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by split, as its README.md lists them or datasets tells them by their names; {} where nothing
-    tells. Raises InputError, also for configurations of which none is chosen."""
+    """Return the files of a folder by split, as its README.md lists them or `datasets` finds them by name; {} if neither.
+
+    Raises:
+        InputError: `datasets` cannot read the folder, or one of several configurations must be chosen.
+    """
     if saved_dataset.is_one(folder):
         return {}
     import datasets
@@ -109,11 +115,11 @@ def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
     card, is_listed = folder / _CARD, False
     try:
         is_listed = card.exists() and bool((huggingface_hub.metadata_load(card) or {}).get("configs"))
-        with tempfile.TemporaryDirectory() as cache:  # datasets makes a folder there, which nobody needs
+        with tempfile.TemporaryDirectory() as cache:  # datasets makes a folder there, which is not needed
             config = options.config if is_listed else None
             builder = datasets.load_dataset_builder(str(folder.absolute()), name=config, cache_dir=cache)
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
-        if isinstance(error, FileNotFoundError) and not is_listed:  # none of a format that datasets reads
+        if isinstance(error, FileNotFoundError) and not is_listed:  # no format that datasets reads
             return {}
         raise InputError(f"--dataset {folder}: {_told(error)}; choose with --config, or name a part of it") from None
     found = {str(split): list(map(Path, files)) for split, files in (builder.config.data_files or {}).items()}
@@ -122,15 +128,17 @@ def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
 
 @dataclass(frozen=True)
 class _File:
+    """A file on the hub. `content` is the hub's hash of it."""
+
     repo: str
     revision: str
     name: str
     size: int
-    content: str  # the hub's hash of it
+    content: str
 
 
 class _Hub:
-    """One data set on the hub. Fetches its files, one ahead of the reader."""
+    """One data set on the hub. Fetches its files, each while the previous one is read."""
 
     def __init__(self, options: HubConfig, say: Callable[[str], None]) -> None:
         self._options, self._say = options, say

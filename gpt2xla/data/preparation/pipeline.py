@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from gpt2xla.config import option, require_at_least
+from gpt2xla.config import TOKENIZER_HELP, option, require_at_least
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.preparation.record import RECORD, SPLITS, Record
@@ -47,9 +47,7 @@ class PrepareConfig:
     """Preparation"""
 
     output_dir: str = option("./data", "folder to make train/ and test/ in", is_path=True)
-    tokenizer: str = option(
-        "gpt2", "a tiktoken name, 'bytes', a hub id, or a tokenizer.json or its folder", is_path=True
-    )
+    tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True)
     test_fraction: float = option(0.01, "share of the documents that goes to test/, at least one document")
     test_tokens: int | None = option(None, "largest number of tokens in test/ (default: one shard)")
     max_tokens: int | None = option(None, "stop after the document that reaches this many (default: take all)")
@@ -268,7 +266,7 @@ class _Preparation:
 
 
 def uniform(seed: int, first: int, count: int) -> np.ndarray:
-    """Return numbers in [0, 1) for the documents `first` .. `first + count - 1`, each a function of the seed and the document's
+    """Return numbers in [0, 1) for the documents `first` .. `first + count - 1`, functions of the seed and each document's
     number: SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
     start = np.frombuffer(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), dtype="<u8")
     x = start + np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
