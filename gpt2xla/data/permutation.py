@@ -15,8 +15,8 @@ _HALF = np.uint64(32)
 
 
 def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:
-    """Return the entries at `positions` (int64, all below `size`) of the permutation of range(size) that `key` names, each in
-    O(1) time and memory.
+    """Return the entries at `positions` (int64, all below `size`) of the permutation of range(size) that `key` names, each
+    in O(1) time and memory.
 
     A Feistel network over pairs (a, b), a < A and b < B, with A * B equal to `size` or a little more; results from `size` on
     go through it again (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").

@@ -407,7 +407,7 @@ def test_odd_input_is_refused(harm: str, tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "x.parquet")
     else:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_text("x")
-    with pytest.raises(InputError, match=r"no regular file|holds int64, not text|not UTF-8"):
+    with pytest.raises(InputError, match=r"not a regular file|holds int64, not text|not UTF-8"):
         prepare(local_parts([tmp_path]), load_tokenizer("bytes"), PrepareConfig(output_dir=str(tmp_path / "out")))
 
 
