@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, run, succeed
+from data.documents import documents, hashes
 from data.hub_server import CLOSED, CUT, SLOW, Hub
-from data.test_prepare import documents, hashes
 
 CARD = """---
 configs:

@@ -175,13 +175,13 @@ def test_without_a_manifest_it_is_refused(source: Path, cache: Cache) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "mend"),
+    ("url", "fix"),
     [("gs://bucket/x", "pip install gcsfs"), ("s3://bucket/x", "pip install s3fs"), ("nosuch://x", "cannot be opened")],
 )
-def test_a_missing_package_is_named(url: str, mend: str, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(url: str, fix: str, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"--train-dir {url} .*{mend}") as error:
+    with pytest.raises(InputError, match=rf"--train-dir {url} .*{fix}") as error:
         TokenStream(url, cache=cache)
     assert "\n" not in str(error.value)
 

@@ -131,7 +131,7 @@ def test_prompts(folder: Path) -> None:
         PromptReader(tokenizer, "refuse").checked("a<|user|>")
 
 
-def test_generate_reads_prompts_as_it_is_told(tmp_path: Path) -> None:
+def test_generate_follows_special_tokens_in_text(tmp_path: Path) -> None:
     from generation.test_generation_settings import TURN, chat_model
 
     model = chat_model(tmp_path / "model", {"eos_token_id": TURN}, None, always=65)

@@ -121,7 +121,7 @@ def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
         if isinstance(error, FileNotFoundError) and not is_listed:  # no format that datasets reads
             return {}
-        raise InputError(f"--dataset {folder}: {_told(error)}; choose with --config, or name a part of it") from None
+        raise InputError(f"--dataset {folder}: {_in_words(error)}; choose with --config, or name a part of it") from None
     found = {str(split): list(map(Path, files)) for split, files in (builder.config.data_files or {}).items()}
     return {} if found.keys() == {"train"} and not is_listed else found
 
@@ -207,7 +207,7 @@ class _Hub:
         except (ValueError, OSError, RuntimeError) as error:
             if hub.is_temporary(error):
                 raise
-            raise InputError(f"{self._what}: {_told(error)}; check the name, --config and --split") from None
+            raise InputError(f"{self._what}: {_in_words(error)}; check the name, --config and --split") from None
         return result
 
     def _start_fetching(self, number: int) -> None:
@@ -278,6 +278,6 @@ def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
-def _told(error: BaseException) -> str:
+def _in_words(error: BaseException) -> str:
     """Return in one line what `datasets` says, without its example."""
     return " ".join(str(error).split("\nExample")[0].split()).rstrip(".") or type(error).__name__
