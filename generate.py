@@ -7,16 +7,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.errors import InputError
 from gpt2xla.processes.exits import exit_code
-
-if TYPE_CHECKING:  # it imports torch, for which --help must not wait
-    from gpt2xla.generation.decoding import Device
-    from gpt2xla.model.gpt2 import GPT2
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class GenerateConfig:
         "hub id (default: the model's own)",
         is_path=True,
     )
-    prompt: str | None = option(None, "text to continue (default: ask for one again and again)")
+    prompt: str | None = option(None, "text to continue (default: ask for prompts until end of input)")
     prompts_file: str | None = option(None, "file of prompts to continue, one a line; writes JSON lines", is_path=True)
     output: str | None = option(
         None, "with --prompts-file: file for the JSON lines (default: standard output)", is_path=True
@@ -87,6 +83,7 @@ def main() -> None:
     from gpt2xla.data.tokenizer import find_tokenizer
     from gpt2xla.data.tokenizer_folder import model_folder
     from gpt2xla.generation.continuation import Continuation, continue_texts, prompt_ids
+    from gpt2xla.generation.devices import move
     from gpt2xla.generation.prompt_file import PromptReader, json_lines, read_prompts, record
     from gpt2xla.generation.sampling import SamplingConfig
     from gpt2xla.generation.settings import GenerationSettings
@@ -141,40 +138,8 @@ def main() -> None:
         ask(lambda prompt: show_continued(reader.checked(prompt)))
 
 
-def move(model: GPT2, name: str, dtype: str) -> Device:
-    """Bring `model` to the device called `name`, laid out as it generates fastest. Raises InputError if it is not there."""
-    import torch
-
-    from gpt2xla.generation.decoding import TorchDevice
-
-    if dtype == "bf16":
-        model.to(torch.bfloat16)
-    if name == "xla":
-        try:
-            from gpt2xla.runtime.xla.generation import XlaDevice
-        except ImportError as error:
-            raise InputError(
-                f"--device xla: torch_xla is missing or broken ({error}); see requirements-*.txt"
-            ) from None
-        xla = XlaDevice()
-        xla.place(model)
-        return xla
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there[name]:
-        raise InputError(f"--device {name}: torch finds none here; use --device auto")
-    model.to(name)
-    if name == "cpu":
-        from gpt2xla.generation.packed_linear import pack_linears
-
-        if reason := pack_linears(model):
-            print(f"note: generating with torch's own matrix products, half as fast: {reason}", file=sys.stderr)
-    return TorchDevice(torch.device(name))
-
-
 def ask(continue_text: Callable[[str], None]) -> None:
-    """Read prompts until end of input; Ctrl-C stops the text or line at hand and asks anew."""
+    """Read prompts until end of input. Ctrl-C stops the current text or line and asks again."""
     while True:
         try:
             prompt = input(">> ")

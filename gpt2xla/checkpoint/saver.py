@@ -17,7 +17,6 @@ from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.logs.console import say
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim.state import MOMENTS, export_state
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop
 
@@ -52,22 +51,11 @@ class Saver:
         Args:
             is_evaluated: whether the evaluations due after `step` are done; if not, a resumed run makes up for them.
         """
-        runtime = self.runtime
-        runtime.wait()
-        optimizer = export_state(self.model, self.optimizer)
         shards = checkpoint.shards_folder(self.folder, step)
-        weights = runtime.to_host(self.model.state_dict())
-        moments = runtime.save_shards({key: optimizer[key] for key in MOMENTS if key in optimizer}, shards)
-        updates = runtime.to_host({"step": optimizer["step"]})
-        runtime.barrier("shards are written")
-        if runtime.is_main:
-            training = {
-                "step": step,
-                "is_evaluated": is_evaluated,
-                "optimizer": {"step": int(updates["step"].item()), **moments},
-                "runtime": runtime.state_dict(),
-            }
-            self._writes.start(partial(self._write, weights, training | self.run_state(), shards))
+        weights, state = self.runtime.snapshot(self.model, self.optimizer, shards)
+        if self.runtime.is_main:
+            training = {"step": step, "is_evaluated": is_evaluated, **state, **self.run_state()}
+            self._writes.start(partial(self._write, weights, training, shards))
 
     def wait(self) -> bool:
         """Wait until nothing is being written. Return whether the last checkpoint is on the disk."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from gpt2xla.config import PRECISION_ALIASES, Precision, TorchConfig, TrainConfig, XlaConfig, option, require_at_least
-from gpt2xla.errors import InputError
 
 if TYPE_CHECKING:
     from gpt2xla.runtime.base import Runtime
@@ -43,13 +42,9 @@ def open_runtime(device: str, train: TrainConfig) -> Runtime:
         from gpt2xla.runtime.torch.runtime import TorchRuntime
 
         return TorchRuntime(TorchConfig(), train)
-    from gpt2xla.runtime.xla import environment as xla_environment
+    from gpt2xla.runtime.xla.environment import importing_torch_xla, prepare
 
-    xla_environment.prepare(os.environ)
-    try:
+    prepare(os.environ)
+    with importing_torch_xla():
         from gpt2xla.runtime.xla.spmd import SpmdRuntime
-    except ImportError as error:
-        raise InputError(
-            f"--device xla: torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt"
-        ) from None
     return SpmdRuntime(XlaConfig(spmd=True), train)

@@ -69,7 +69,7 @@ class Evaluations:
             if is_due(interval, step, self.config.train_steps):
                 self.runtime.wait()
                 try:
-                    with self.runtime.part(name), explain_evaluation(self.runtime, self.config, name):
+                    with self.runtime.watch.part(name), explain_evaluation(self.runtime, self.config, name):
                         log(step, evaluate())
                 except Stopped:
                     return False

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError
-from gpt2xla.generation.decoding import Device, generate
+from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.sampling import SamplingConfig
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.base import Device
 
 
 class Continuation:

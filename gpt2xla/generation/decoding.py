@@ -6,9 +6,7 @@ Shape suffixes: B texts, T new tokens of each text with padding, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,34 +16,10 @@ from gpt2xla.generation.sampling import GREEDY, SamplingConfig, pick
 from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kv_cache import KVCache
+from gpt2xla.runtime.base import Device
+from gpt2xla.runtime.one_device import OneDevice
 
 _SMALLEST_BUCKET = 32  # tokens; buckets double from there
-
-
-class Device(Protocol):
-    """How work reaches the model's device. Every `runtime.base.Runtime` is one."""
-
-    def to_device(self, tensor: Tensor) -> Tensor: ...
-
-    def compile_step(self, step: Callable[..., Tensor], name: str) -> Callable[..., Tensor]: ...
-
-    def autocast(self) -> AbstractContextManager[Any]: ...
-
-
-@dataclass(frozen=True)
-class TorchDevice:
-    """CUDA, MPS or the CPU, as torch has them."""
-
-    device: torch.device
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device)
-
-    def compile_step(self, step: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-        return step
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
 
 @dataclass
@@ -91,7 +65,7 @@ def generate(
         RunFailed: the model computes NaN.
     """
     model.eval()
-    device = device or TorchDevice(model.wte.weight.device)
+    device = device or OneDevice(model.wte.weight.device)
     seeds = [seeds] * len(prompts) if isinstance(seeds, int) else seeds
     seq_length = model.config.seq_length
     texts = [
@@ -155,7 +129,8 @@ class _Reader:
                 ids_BT[number, : len(row.unread)] = torch.tensor(row.unread, dtype=torch.int64)
             starts_B[number], counts_B[number] = row.start, len(row.unread)
         read = self._read_token if new == 1 else self._read_prompts
-        return read(*map(self.device.to_device, (ids_BT, starts_B, counts_B)), span).cpu()
+        ids_BT, starts_B, counts_B = map(self.device.to_device, (ids_BT, starts_B, counts_B))
+        return read(ids_BT, starts_B, counts_B, span).cpu()
 
     def _read(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, span: int) -> Tensor:
         with self.device.autocast():

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 import time
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the table must not wait for torch
+    import torch
 
 # By the device's name according to the CUDA driver, or its kind according to torch_xla.
 DEVICE_PEAK_FLOPS = {
@@ -89,6 +91,8 @@ def named_peak_flops(device_name: str) -> float | None:
 def measured_cpu_flops(dtype: torch.dtype) -> float:
     """Measure this process's rate of a large matrix product on the CPU, in FLOP/s: the best of several short runs, which
     take about a tenth of a second together."""
+    import torch
+
     a = torch.ones(768, 768, dtype=dtype)
     a @ a
     seconds: list[float] = []

@@ -19,8 +19,7 @@ _SECONDS_TO_END = 1
 def leaving_together(runtime: Runtime) -> Iterator[None]:
     """Wrap one process's part of a run. If it fails, report and exit at once, so that the launcher ends the others.
 
-    Joining threads or collectives first could wait for ever.
-    """
+    Joining threads or collectives first could wait for ever."""
     try:
         yield
     except BaseException as error:
@@ -43,8 +42,7 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
 def _wait_for_an_end(runtime: Runtime, seconds: float) -> list[int]:
     """Return the ranks that have exited, as soon as there are any.
 
-    A process's connections close a moment before it has exited, so the error that they cause may come too early.
-    """
+    A process's connections close a moment before it has exited, so the error that they cause may come too early."""
     until = time.monotonic() + seconds
     while not (ended := runtime.ended_ranks()) and time.monotonic() < until:
         time.sleep(0.05)

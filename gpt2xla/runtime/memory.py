@@ -1,4 +1,4 @@
-"""When memory runs out: how errors say so, how much a step needs, and which smaller batches make the same update."""
+"""Explains out-of-memory errors, estimates what a step needs, and finds smaller batches that make the same update."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpt2xla.processes.exits import exit_now_on_signal
 from gpt2xla.runtime.base import GIB, Runtime, Shortage
 
 SMALLER_MODEL = "add --activation-checkpointing block, shorten --seq-length, or choose a smaller model"
-_STATE_BYTES = 16  # per parameter: its weight, its gradient and Adam's two moments, in fp32
+STATE_BYTES = 16  # per parameter: its weight, its gradient and Adam's two moments, in fp32
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def explain_out_of_memory(runtime: Runtime, doing: str, advice: Callable[[Shorta
     try:
         yield
     except Exception as error:
-        shortage = runtime.shortage(error)
+        shortage = runtime.memory.shortage(error)
         if shortage is None:
             raise
         # The traceback's local variables hold the activations.
@@ -43,33 +43,37 @@ def explain_out_of_memory(runtime: Runtime, doing: str, advice: Callable[[Shorta
 
 
 def same_update(share: int, accum: int) -> list[tuple[int, int]]:
-    """Smaller micro-batches whose update sees as many sequences: (sequences per device, micro-steps), the largest first."""
+    """Return smaller micro-batches whose update sees as many sequences.
+
+    Each is (sequences per device, micro-steps), the largest first."""
     return [(fewer, share * accum // fewer) for fewer in range(share - 1, 0, -1) if share * accum % fewer == 0]
 
 
 def first_that_fits(batches: list[tuple[int, int]], fits: Callable[[int], bool]) -> tuple[int, int] | None:
-    """The first of `batches`, as `same_update` gives them, that fits, by as few tries as can be; None if none does."""
+    """Return the first of `same_update`'s batches that fits, with as few tries as possible; None if none does."""
     first = bisect.bisect_left(batches, True, key=lambda batch: fits(batch[0]))
     return batches[first] if first < len(batches) else None
 
 
 def estimated(shortage: Shortage, share: int, parameters: int) -> int:
-    """How many sequences per device may fit where `share` did not. The compiler counts a program without its arguments:
-    weights and the optimizer's state are there beside it, and gradients between micro-steps."""
+    """Return about how many sequences per device fit where `share` did not.
+
+    The compiler counts a program without its arguments: weights and the optimizer's state, and gradients between
+    micro-steps, take memory besides."""
     assert shortage.memory is not None
     assert shortage.needed is not None
-    state = _STATE_BYTES * parameters // shortage.state_split
+    state = STATE_BYTES * parameters // shortage.state_split
     return max(0, int(share * (shortage.memory - state) / shortage.needed))
 
 
 def train_advice(
     shortage: Shortage, train: TrainConfig, devices: int, parameters: int, fits: Callable[[int], bool | None]
 ) -> str:
-    """What to do about a training step that does not fit.
+    """Return what to do about a training step that does not fit.
 
     Args:
-        parameters: of the model.
-        fits: tries out a number of sequences per device; None where that would take a compile.
+        parameters: the number of the model's parameters.
+        fits: tries a number of sequences per device; returns None where that would take a compile.
     """
     share, accum = train.train_batch_size // devices, train.gradient_accum_step
     batches = same_update(share, accum)
@@ -92,7 +96,7 @@ def train_advice(
 
 
 def eval_advice(train: TrainConfig, devices: int, name: str) -> str:
-    """What to do about an evaluation that does not fit: its results do not depend on how many rows are computed at once."""
+    """Return what to do about an evaluation that does not fit. How many rows it takes at once does not change results."""
     if name == "sampling":
         return "leave --sample-interval out, or choose a smaller model"
     if train.eval_batch_size <= devices:
@@ -102,37 +106,46 @@ def eval_advice(train: TrainConfig, devices: int, name: str) -> str:
 
 
 def host_warning(model: ModelConfig, train: TrainConfig, parameters: int, free: int | None, devices: int) -> str | None:
-    """A line to be printed before the first step on a CPU, if it looks as if there were not `free` memory enough: most
-    systems promise more than they have, and end the process that takes it, without a word."""
+    """Return a warning for before the first step on a CPU if `free` memory seems too small, else None.
+
+    Most systems promise more memory than they have, and kill the process that uses it without a message."""
     share = train.train_batch_size // devices
     needed = host_step_bytes(model, train, parameters, share)
     if free is None or needed <= free:
         return None
     smaller = same_update(share, train.gradient_accum_step)
     fitting = [batch for batch in smaller if host_step_bytes(model, train, parameters, batch[0]) <= free]
-    mend = _flags(fitting[0], devices) if fitting else SMALLER_MODEL
+    fix = _flags(fitting[0], devices) if fitting else SMALLER_MODEL
     return (
         f"warning: a step takes {needed / GIB:.1f} GiB or more per process, and {free / GIB:.1f} are free: the system may "
-        f"end the run without a word; {mend}"
+        f"kill the run without a message; {fix}"
     )
 
 
 def host_step_bytes(model: ModelConfig, train: TrainConfig, parameters: int, share: int) -> int:
-    """What a step on the CPU holds at its peak, at least, beside weights and optimizer state: gradients, and what `share`
-    sequences keep for the backward pass. How far the allocator stays above that depends on it.
+    """Return at least what a step on the CPU holds at its peak, besides weights and optimizer state.
 
-    Of each token a block keeps its two inputs in the residual stream, the two layer norms' outputs, q, k, v, attention's
-    output and, before and after the activation function, d_ff: 8 d_model + 2 d_ff numbers, of 2 bytes under autocast but for
-    the residual stream's. A checkpointed block keeps its input. The loss holds the logits of one piece.
-    """
+    That is the gradients, and what `share` sequences keep for the backward pass, of which the loss holds the logits of one
+    piece. How far the allocator stays above that depends on it."""
     width = 2 if train.mixed_precision in ("bf16", "fp16") else 4
     tokens = share * model.seq_length
-    block = tokens * (2 * 4 * model.d_model + width * (6 * model.d_model + 2 * model.d_ff))
+    block, checkpointed = (tokens * size for size in kept_by_block(model, width))
     logits = min(width * tokens * model.vocab_size // max(1, train.loss_chunks), LOGITS_AT_ONCE["cpu"])
     kept = model.num_layers * block + logits
     if train.activation_checkpointing == "block":
-        kept = model.num_layers * tokens * 4 * model.d_model + max(block, logits)
+        kept = model.num_layers * checkpointed + max(block, logits)
     return 4 * parameters + kept
+
+
+def kept_by_block(model: ModelConfig, width: int, *, fused: bool = False) -> tuple[int, int]:
+    """Return how many bytes of each token a block keeps for the backward pass, and how many a checkpointed block keeps.
+
+    A block keeps its two inputs in the fp32 residual stream and, in numbers of `width` bytes, the two layer norms' outputs,
+    q, k, v, attention's output and, before and after the activation function, d_ff. A checkpointed block keeps its input.
+    With `fused`, as XLA compiles them, they keep about 10 and 2 d_model numbers."""
+    if fused:
+        return 10 * model.d_model * width, 2 * model.d_model * width
+    return 8 * model.d_model + width * (6 * model.d_model + 2 * model.d_ff), 4 * model.d_model
 
 
 def _sequences(count: int) -> str:

@@ -2,8 +2,7 @@
 number of devices, on any runtime, reads the whole.
 
 DCP's usual storage keeps its index as a pickle, which must not be loaded from a stranger's folder. Its safetensors storage
-has none: offsets stand in the header of each file.
-"""
+has none: offsets stand in the header of each file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Will a training step fit a TPU, and what does the TPU's own compiler make of it? Answered on any machine.
+"""Tells on any machine whether a training step fits a TPU, and what the TPU's own compiler makes of it.
 
-The step is traced by PyTorch/XLA on a CPU, with the collectives of all replicas in it, and compiled by libtpu ahead of time.
-`check.py` asks, `compile.py` and `runtime/xla_trace.py` answer, each in a process of its own.
-"""
+PyTorch/XLA traces the step on a CPU, with the collectives of all replicas in it, and libtpu compiles it ahead of time.
+`check.py` asks; `traced_step.py` and `compile.py` answer, each in its own process."""

@@ -25,12 +25,12 @@ _SKIPPED_VARIABLES = ("PJRT_DEVICE", "TPU_", "XLA_", "LIBTPU", "CPU_NUM", "JAX_"
 def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Compile the step of `config` for the devices of one host of `topology`.
 
-    Returns what the README describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles, roofline_seconds,
+    Return what the README describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles, roofline_seconds,
     compile_seconds, trace_ms and others; sizes and costs are of one device and one update.
 
     Raises:
         InputError: the batch does not divide over the devices, or the topology is unknown.
-        RunFailed: tracing or compiling broke off; the message says with which error.
+        RunFailed: tracing or compiling failed; the message names the error.
     """
     found = TOPOLOGIES[topology]
     share, rest = divmod(config.train.train_batch_size, found.devices)
@@ -60,9 +60,10 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
 def find_batch(
     config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None], tolerance: float = 0.0
 ) -> dict[str, Any]:
-    """The report of the most sequences per device and micro-step that fit, or that of one sequence if not even that does,
-    and `too_many`, the fewest that were seen not to fit. It stops where these two are within `tolerance`, a share.
-    """
+    """Return the report of the most sequences per device and micro-step that fit, or that of one if not even one fits.
+
+    The report also holds `too_many`, the fewest that did not fit. The search stops when the two differ by no more than
+    `tolerance`, as a share of the first."""
     devices = TOPOLOGIES[topology].devices
     tried: dict[int, dict[str, Any]] = {}
     best, too_many = 0, _MOST_SEQUENCES + 1
@@ -81,14 +82,18 @@ def find_batch(
 
 
 def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int:
-    state = 16 * _parameters(config) / (topology.devices if options.fsdp else 1)  # weights, gradients, two moments
+    from gpt2xla.runtime.memory import STATE_BYTES  # it imports torch, for which --help must not wait
+
+    state = STATE_BYTES * config.model.matrix_elements / (topology.devices if options.fsdp else 1)
     room = int((topology.memory * 2**30 - state) / _bytes_per_sequence(config))
     return min(max(1, room), _MOST_SEQUENCES)
 
 
 def _next_try(config: RunConfig, last: dict[str, Any], best: int, too_many: int) -> int:
-    """Half way between a batch that fits and one that does not. Before both are known, where memory would meet the limit,
-    but upwards by a quarter at least: near it the compiler computes things twice, and memory hardly grows any more."""
+    """Return the batch half way between one that fits and one that does not.
+
+    Before both are known, return the batch that would fill the memory, but at least a quarter more than one that fits: near
+    the limit the compiler computes things twice, and memory hardly grows any more."""
     if best and too_many <= _MOST_SEQUENCES:
         return (best + too_many) // 2
     room = (last["memory_gib"] - last["peak_gib"]) * 2**30
@@ -97,16 +102,14 @@ def _next_try(config: RunConfig, last: dict[str, Any], best: int, too_many: int)
     return min(max(guess, least), too_many - 1)
 
 
-def _parameters(config: RunConfig) -> int:
-    model = config.model
-    return 12 * model.num_layers * model.d_model**2 + model.vocab_size * model.d_model
+def _bytes_per_sequence(config: RunConfig) -> int:
+    """Return about what all blocks keep for the backward pass."""
+    from gpt2xla.runtime.memory import kept_by_block
 
-
-def _bytes_per_sequence(config: RunConfig) -> float:
-    """About what a block keeps for the backward pass: 10 D numbers per token or, of a checkpointed one, 2 D."""
-    model, kept = config.model, 10 if config.train.activation_checkpointing == "none" else 2
     width = 4 if config.train.mixed_precision == "none" else 2  # auto is bf16 on TPUs
-    return model.seq_length * model.d_model * model.num_layers * kept * width
+    block, checkpointed = kept_by_block(config.model, width, fused=True)
+    kept = block if config.train.activation_checkpointing == "none" else checkpointed
+    return config.model.seq_length * config.model.num_layers * kept
 
 
 def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def _trace(folder: Path, config: RunConfig, options: XlaConfig, topology: Topolo
     process = _run("gpt2xla.tpu_check.traced_step", folder, request)
     graph = graph_in(folder)
     if graph is None:
-        raise _broke_off("tracing", process)
+        raise _failed("tracing", process)
     return str(graph), json.loads((folder / "trace.json").read_text())
 
 
@@ -139,19 +142,19 @@ def _compile(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     answer = folder / "compiled.json"
     process = _run("gpt2xla.tpu_check.compile", folder, request | {"output": str(answer)})
     if process.returncode:
-        raise _broke_off("compiling", process)
+        raise _failed("compiling", process)
     return json.loads(answer.read_text())
 
 
 def _run(module: str, folder: Path, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """`module` on `request` in a process of its own: each wants its own environment, and one XLA."""
+    """Run `module` on `request` in its own process: each needs its own environment and its own XLA."""
     file = folder / "request.json"
     file.write_text(json.dumps(request))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_SKIPPED_VARIABLES)}
-    environment["TMPDIR"] = str(folder)  # if it is killed, what it left goes with the folder
+    environment["TMPDIR"] = str(folder)  # if it is killed, what it leaves is removed with the folder
     command = [sys.executable, "-m", module, str(file)]
     ends = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the midst of Popen they would leave a process that nobody knows
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # inside Popen they would leave a process behind
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ends)
@@ -162,6 +165,6 @@ def _run(module: str, folder: Path, request: dict[str, Any]) -> subprocess.Compl
     return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
-def _broke_off(what: str, process: subprocess.CompletedProcess[str]) -> RunFailed:
+def _failed(what: str, process: subprocess.CompletedProcess[str]) -> RunFailed:
     lines = [line for line in process.stderr.strip().split("\n") if line]
-    return RunFailed(f"{what} broke off: {lines[-1] if lines else f'exit code {process.returncode}'}")
+    return RunFailed(f"{what} failed: {lines[-1] if lines else f'exit code {process.returncode}'}")

@@ -1,7 +1,6 @@
-"""libtpu's compiler on a traced step. Run as a program of its own: `python -m gpt2xla.tpu_check.compile REQUEST.json`.
+"""Compiles a traced step with libtpu. Run it as a program: `python -m gpt2xla.tpu_check.compile REQUEST.json`.
 
-It needs no TPU: JAX's ahead-of-time topologies reach the compiler, which is the one that a TPU machine runs.
-"""
+It needs no TPU: JAX's ahead-of-time topologies reach the same compiler that a TPU machine runs."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from gpt2xla.runtime.xla.compiler_messages import compiler_figures
+from gpt2xla.runtime.xla.compiler_messages import compiler_figures, to_bytes
 from gpt2xla.tpu_check.hlo import Allocation, Program, module_of
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
 
@@ -23,8 +22,10 @@ GIB = 2**30
 
 
 def main(request: dict[str, Any]) -> None:
-    """`request` holds topology and output (a file for the answer), and either graph (a file), replicas and spmd, or
-    kernels: the sizes (B, T, H, K) of flash attention."""
+    """Answer `request` in a file.
+
+    It holds topology and output (the file), and either graph (a file), replicas and spmd, or kernels: the sizes (B, T, H,
+    K) of flash attention."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     topology = TOPOLOGIES[request["topology"]]
@@ -36,10 +37,9 @@ def main(request: dict[str, Any]) -> None:
 
 
 def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -> dict[str, Any]:
-    """What the compiler says of `graph`, an HloModuleProto as torch_xla hands it over.
+    """Return what the compiler says about `graph`, an HloProto as XLA dumps it.
 
-    Sizes are in GiB and of one device; cycles leave out custom calls, for which the compiler has no estimate.
-    """
+    Sizes are in GiB and of one device. Cycles leave out custom calls, for which the compiler has no estimate."""
     import numpy as np
     from jax._src.lib import xla_client
     from jax.experimental import topologies
@@ -91,8 +91,9 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
 
 
 def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
-    """Cycles of one call of each flash attention kernel: the bundles of its final schedule, one a cycle, and its stalls,
-    times the steps of its grid. Waiting for memory is not in it."""
+    """Return the cycles of one call of each flash attention kernel, without waiting for memory.
+
+    They are the bundles of its final schedule, one a cycle, and its stalls, times the steps of its grid."""
     cycles = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -126,7 +127,7 @@ def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
 
 
 def _to_stablehlo(graph: bytes) -> tuple[bytes, int]:
-    """The module as the compiler takes it, and how many of its arguments give their memory to results."""
+    """Return the module as the compiler takes it, and how many of its arguments give their memory to results."""
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
     from jaxlib.mlir import ir
@@ -153,30 +154,17 @@ def _to_stablehlo(graph: bytes) -> tuple[bytes, int]:
 
 
 def _module_of(proto: bytes) -> bytes:
-    """The HloModuleProto inside an HloProto, its field 1, as XLA's dumps wrap it."""
-
-    def varint(place: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            byte = proto[place]
-            value |= (byte & 127) << shift
-            place, shift = place + 1, shift + 7
-            if byte < 128:
-                return value, place
-
-    place = 0
-    while place < len(proto):
-        key, place = varint(place)
-        size, place = varint(place)
-        if key == 1 << 3 | 2:
-            return proto[place : place + size]
-        place += size
-    raise AssertionError("no module in XLA's dump")
+    """Return the HloModuleProto inside an HloProto, its first field: a tag, the size as a varint, and the contents."""
+    assert proto[0] == 1 << 3 | 2, "no module in XLA's dump"
+    start = next(place for place in range(1, len(proto)) if proto[place] < 128) + 1
+    size = sum((byte & 127) << 7 * number for number, byte in enumerate(proto[1:start]))
+    return proto[start : start + size]
 
 
 def _does_not_fit(message: str) -> dict[str, Any] | None:
-    """The compiler's two ways to say so, or None if it says something else: the whole program needs too much, or a single
-    array does, of which it then tells the size alone."""
+    """Return the report of a program that is too large, by the compiler's message, or None for any other message.
+
+    Either the whole program needs too much, or a single array does; then the message has only that array's size."""
     figures = compiler_figures(message)
     if figures is None:
         return None
@@ -185,17 +173,16 @@ def _does_not_fit(message: str) -> dict[str, Any] | None:
     if shape := re.search(r"would exceed memory \(size=\d+\).*?shape = '([^{']*)", message):
         alone = {"gib": round(needed / GIB, 3), "count": 1, "shape": shape[1], "origin": "this array alone"}
         return refused | {"largest": [alone]}
-    scale = {"K": 2**10, "M": 2**20, "G": GIB}
     operator = r'(?:\s+Operator: (?:op_type="[^"]*" )?op_name="([^"]*)"[^\n]*\n)?'
     largest = [
-        Allocation(int(float(size) * scale[unit]), shape.split("{")[0], module_of(name) if name else "unnamed")
+        Allocation(to_bytes(size, unit), shape.split("{")[0], module_of(name) if name else "unnamed")
         for size, unit, name, shape in re.findall(rf"Size: ([\d.]+)([KMG])\n{operator}\s+Shape: (\S+)", message)
     ]
     return refused | {"largest": _by_origin(largest, 8)}
 
 
 def _by_origin(allocations: list[Allocation], count: int) -> list[dict[str, Any]]:
-    """The same of every layer as one entry, the largest first."""
+    """Merge equal arrays of all layers into one entry each; return the largest first."""
     groups: Counter[tuple[str, str]] = Counter()
     numbers: Counter[tuple[str, str]] = Counter()
     for allocation in allocations:

@@ -1,8 +1,7 @@
-"""Reading the text of a compiled XLA program: what the compiler expects it to cost, and what fills the memory.
+"""Reads the text of a compiled XLA program: what the compiler expects it to cost, and what fills the memory.
 
-Both are the compiler's opinion. Cycles are the `estimated_cycles` it writes beside each instruction, which rank variants of
-a program well, and say little about seconds.
-"""
+Both are the compiler's opinion. Cycles are the `estimated_cycles` that it writes beside each instruction. They rank variants
+of a program well, but do not predict time."""
 
 from __future__ import annotations
 
@@ -107,9 +106,7 @@ class Program:
                 assert body
                 yield from self._executed(body[1], times * self._trips(rest))
             elif opcode in ("call", "conditional"):
-                for callee in re.findall(
-                    r"(?:to_apply|calls|branch_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)", rest
-                ):
+                for callee in _CALLEE.findall(rest):
                     yield from self._executed(callee, times)
             else:
                 yield rest, times

@@ -20,7 +20,7 @@ from gpt2xla.training.train_step import TrainStep
 
 
 class TracingRuntime(XlaRuntime):
-    """Graphs are the ones of `XlaRuntime`; nothing is allocated and nothing can be read."""
+    """Makes the graphs of `XlaRuntime`, but allocates nothing; nothing can be read."""
 
     def __init__(self, options: XlaConfig, config: TrainConfig, device_kind: str, replicas: int) -> None:
         self._traced_kind = device_kind
@@ -41,8 +41,16 @@ class TracingRuntime(XlaRuntime):
         while True:
             yield Batch(*(xb.create_placeholder_tensor(shape, torch.int64) for _ in range(2)))
 
+    def forget_pending(self) -> None:
+        """Drop what was traced so far, which a real device would have executed."""
+        torch_xla._XLAC._clear_pending_irs(str(self.device))
+
     def begin_step(self, step: TrainStep) -> None:
-        """What a real device still knows of its tensors from the step before."""
+        """Restore what a real device still knows about its tensors from the step before."""
+
+    def compile_pending(self) -> None:
+        """Compile what was traced since `forget_pending`. XLA dumps the graph first, if XLA_FLAGS say so."""
+        torch_xla.sync()
 
     def place_parameters(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -60,8 +68,10 @@ class TracingRuntime(XlaRuntime):
 
 
 class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):
-    """The same for SPMD. Where real tensors lie divided in memory, these are annotated in the graph, at the start of each
-    step, and the compiler carries the annotation over to the arguments."""
+    """The same for SPMD.
+
+    Real tensors are divided in memory. These are annotated in the graph instead, at the start of each step, and the compiler
+    applies the annotation to the arguments."""
 
     def batches(self, sequences: int, length: int) -> Iterator[Batch]:
         for batch in super().batches(sequences, length):
@@ -80,7 +90,7 @@ class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):
 
 
 def name_operations(model: nn.Module) -> None:
-    """From here on operations carry the name of the module whose forward pass they belong to."""
+    """Let operations carry the name of the module whose forward pass they belong to."""
     torch_xla._XLAC._set_ir_debug(True)
     scopes = []
 

@@ -1,8 +1,7 @@
-"""The training step as the graph that a TPU's compiler gets, on a machine without a TPU: traced, never run.
+"""Traces the training step into the graph that a TPU's compiler gets, on a machine without a TPU. Nothing is executed.
 
-Run it as a program, `python -m gpt2xla.tpu_check.traced_step REQUEST.json`: it sets the process's environment, and ends the
-process when torch_xla has handed over the graph, before a CPU compiles it.
-"""
+Run it as a program, `python -m gpt2xla.tpu_check.traced_step REQUEST.json`: it sets the process's environment, and exits
+when the graph has been written, before a CPU compiles it."""
 
 from __future__ import annotations
 
@@ -19,35 +18,35 @@ _TIMED_STEPS = 5
 
 
 def main(request: dict[str, Any]) -> None:
-    """`request` holds config (flat options), options (the runner's), device_kind, replicas, and output: a folder for
-    the graph and trace.json."""
+    """Write the graph and trace.json to the folder that `request` names as output, and exit.
+
+    It also holds config (flat options), options (the runner's), device_kind and replicas."""
     output = Path(request["output"])
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["CPU_NUM_DEVICES"] = str(request["replicas"])
     os.environ["XLA_FLAGS"] = dump_flags(output)
 
-    import torch_xla
-
     from gpt2xla.config import RunConfig, XlaConfig
 
     config = RunConfig.from_flat({k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()})
     options = XlaConfig(**request["options"])
-    step, report = trace(config, options, request["device_kind"], request["replicas"])
+    runtime, _alive, report = trace(config, options, request["device_kind"], request["replicas"])
     (output / "trace.json").write_text(json.dumps(report))
     threading.Thread(target=leave_with_graph, args=(output,), daemon=True).start()
-    torch_xla.sync()
-    raise AssertionError(f"{step} was compiled before its graph could be caught")
+    runtime.compile_pending()
+    raise AssertionError("the step was compiled before its graph could be caught")
 
 
 def dump_flags(output: Path) -> str:
-    """XLA_FLAGS by which the graph of a sync is written below `output`, buffer donors included, before it is compiled."""
+    """Return XLA_FLAGS that write a graph below `output` before it is compiled, buffer donors included."""
     return f"--xla_dump_to={output} --xla_dump_hlo_as_proto --xla_dump_hlo_module_re=.*SyncTensorsGraph.*"
 
 
-def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, dict[str, Any]]:
-    """Return the step and its results, whose last update is still pending, and what tracing cost the host."""
+def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Trace some steps, and leave the last one pending.
+
+    Return the runtime, what must stay alive until the graph is caught, and the report of what tracing cost the host."""
     import torch
-    import torch_xla
 
     from gpt2xla.model.gpt2 import GPT2
     from gpt2xla.runtime.precision import label
@@ -66,23 +65,29 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
         if number > _TIMED_STEPS:
             os.environ["XLA_HLO_DEBUG"] = "1"  # names in the graph; they take time, so not before
             name_operations(model)
-        torch_xla._XLAC._clear_pending_irs(str(runtime.device))
+        runtime.forget_pending()
         start = time.perf_counter()
         runtime.begin_step(step)
         loss, grad_norm, _ = step(batches, number)
         results = torch.stack([loss, grad_norm])  # alive until the graph is caught, as its results
         seconds.append(time.perf_counter() - start)
-    return (step, results), {
-        "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
-        "parameters": model.num_parameters(),
-        "kernels": model.kernels.description,
-        "precision": label(runtime.precision.name),
-    }
+    return (
+        runtime,
+        (step, results),
+        {
+            "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
+            "parameters": model.num_parameters(),
+            "kernels": model.kernels.description,
+            "precision": label(runtime.precision.name),
+        },
+    )
 
 
 def leave_with_graph(output: Path) -> None:
-    """End this process when the graph is there. A CPU's compiler goes on meanwhile, to break off, with the whole process, at
-    a kernel made for TPUs; that is no fault either."""
+    """Exit when the graph has been written.
+
+    Meanwhile a CPU's compiler is at work. At a kernel made for TPUs it would abort the process, which is no fault either.
+    """
     while True:
         time.sleep(0.1)
         if graph := graph_in(output):
@@ -93,7 +98,7 @@ def leave_with_graph(output: Path) -> None:
 
 
 def graph_in(output: Path) -> Path | None:
-    """The graph that was written there, an HloProto."""
+    """Return the file of the graph that was written there, an HloProto; None if there is none yet."""
     return next((f for f in output.glob("*before_optimizations*.pb") if f.stat().st_size), None)
 
 

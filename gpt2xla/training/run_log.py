@@ -56,7 +56,7 @@ class RunLog:
 
     def training_line(self, step: int, lr: float) -> Callable[[float, float], None]:
         """Return, inside step number `step` (from 1), what receives its loss and gradient norm once the device has them."""
-        trace_ms = self.runtime.trace_ms()
+        trace_ms = self.runtime.watch.trace_ms()
 
         def log(loss: float, grad_norm: float) -> None:
             self._count_skipped(step, loss, grad_norm)
@@ -65,7 +65,7 @@ class RunLog:
                 {"loss": loss, "lr": lr, "grad_norm": grad_norm}
                 | self.throughput.step()
                 | {
-                    "compiles": self.runtime.compiles(),
+                    "compiles": self.runtime.watch.programs(),
                     "trace_ms": trace_ms,
                     "skipped": self.skipped,
                     "time": time.time(),

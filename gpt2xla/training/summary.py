@@ -29,7 +29,7 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
     for name, text in _summary(start.config, start.step, runtime, data, model).items():
         print(f"{name:>10}: {text}", flush=True)
     train, parameters = start.config.train, model.num_parameters()
-    if warning := memory.host_warning(model.config, train, parameters, runtime.free_memory(), runtime.devices):
+    if warning := memory.host_warning(model.config, train, parameters, runtime.memory.free(), runtime.devices):
         say(warning, error=True)
 
 

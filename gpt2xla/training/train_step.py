@@ -26,8 +26,7 @@ class TrainStep:
     def __init__(self, config: RunConfig, runtime: Runtime, model: GPT2, saved: dict[str, Any] | None) -> None:
         self.config, self.runtime, self.model = config, runtime, model
         self.parallel_model = runtime.setup_model(model)
-        self.optimizer = runtime.build_optimizer(model, config.optim, saved["optimizer"] if saved else None)
-        runtime.load_state_dict(saved["runtime"] if saved else {})
+        self.optimizer = runtime.build_optimizer(model, config.optim, saved)
         self.accum = config.train.gradient_accum_step
         self.tokens = config.train.train_batch_size * self.accum * config.model.seq_length
 
@@ -41,7 +40,6 @@ class TrainStep:
         runtime = self.runtime
         runtime.seed(self.config.general.seed, step)
         lr = learning_rate(self.config.optim, self.config.model.d_model, step)
-        runtime.set_learning_rate(self.optimizer, lr)
         loss_sum = None
         for micro_step in range(self.accum):
             with runtime.accumulate(self.parallel_model, sync=micro_step == self.accum - 1):
@@ -51,7 +49,7 @@ class TrainStep:
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         assert loss_sum is not None
         loss, grad_norm = runtime.optimizer_step(
-            self.model, self.optimizer, loss_sum, max_grad_norm=self.config.optim.max_grad_norm
+            self.model, self.optimizer, loss_sum, rate=lr, max_grad_norm=self.config.optim.max_grad_norm
         )
         return loss / self.tokens, grad_norm, lr
 

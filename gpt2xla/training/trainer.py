@@ -95,7 +95,7 @@ class Trainer:
         return self.evaluations.run(step, self.log.evaluation_line)
 
     def _save(self, step: int, is_evaluated: bool) -> None:
-        with self.runtime.part("saving"):
+        with self.runtime.watch.part("saving"):
             self.saver.save(step, is_evaluated)
         self.log.restart_clock()
 
@@ -107,5 +107,5 @@ class Trainer:
             self.config,
             runtime.devices,
             train_step.model.num_parameters(),
-            lambda sequences: runtime.has_memory_for(partial(train_step.rehearse, sequences)),
+            lambda sequences: runtime.memory.has_room_for(partial(train_step.rehearse, sequences)),
         )

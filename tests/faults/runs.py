@@ -158,7 +158,7 @@ def _become_run(
         os.dup2(descriptor, 2)
         os.environ.update(environment)
         sys.argv = ["run_pretrain.py", *argv]
-        gpt2xla.runtime.torch.runtime.measured_cpu_flops = lambda dtype: (
+        gpt2xla.runtime.torch.accelerators.measured_cpu_flops = lambda dtype: (
             None
         )  # a fifth of a second that changes nothing
         recording.record(folder.with_name(f"{folder.name}.steps-{rank}"))

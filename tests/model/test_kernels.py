@@ -187,7 +187,7 @@ def test_compiled_blocks_are_one_program_for_all_layers_and_the_same_function() 
     loss_and_gradients(model, seed=1)
     with torch.no_grad():
         model.hidden(batch()[0][:, :5])  # not of full length: not compiled
-    assert compiled.programs == 1
+    assert compiled.programs() == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -6,17 +6,16 @@ import sys
 
 import pytest
 import torch
-from test_kernels import CONFIG
 
-from gpt2xla.config import TorchConfig, TrainConfig
+from gpt2xla.config import ModelConfig, TorchConfig, TrainConfig
 from gpt2xla.errors import InputError
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.runtime.torch import compile as torch_compile
-from gpt2xla.runtime.torch.cpu_products import choose_products
+from gpt2xla.runtime.torch.accelerators import Cpu
+from gpt2xla.runtime.torch.cpu import choose_products
 from gpt2xla.runtime.torch.host_memory import keep_freed_memory
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
-CPU = torch.device("cpu")
+CONFIG = ModelConfig(vocab_size=61, seq_length=64, d_model=32, num_layers=2, num_heads=4)
 
 FAULTS = """
 import resource, sys, torch
@@ -83,7 +82,8 @@ def test_without_a_compiler_nothing_is_compiled_and_who_asks_is_told(monkeypatch
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    assert not torch_compile.pays(CPU, 1e20)
+    assert "C++ compiler" in (Cpu().why_not_compiled() or "")
+    assert TorchRuntime(TorchConfig(), TrainConfig(train_steps=10**9))._compile(GPT2(CONFIG)) is None
     runtime = TorchRuntime(TorchConfig(), TrainConfig(compile=True))
     with pytest.raises(InputError, match=r"^--compile: it needs a C\+\+ compiler, such as g\+\+; leave it out$"):
         runtime.setup_model(GPT2(CONFIG))

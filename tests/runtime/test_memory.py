@@ -10,11 +10,10 @@ import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, require_xla, succeed, torchrun
+from conftest import ROOT, SMALL_RUN, succeed, torchrun
 
 from gpt2xla.config import ModelConfig, TorchConfig, TrainConfig
 from gpt2xla.errors import RunFailed, is_out_of_memory
@@ -29,9 +28,11 @@ from gpt2xla.runtime.memory import (
     same_update,
     train_advice,
 )
+from gpt2xla.runtime.torch.accelerators import Cuda
 from gpt2xla.runtime.torch.host_memory import free_host_memory
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 from gpt2xla.runtime.xla.compiler_messages import compiler_figures
+from gpt2xla.runtime.xla.memory import XlaMemory
 
 TRAIN = TrainConfig(train_batch_size=64, gradient_accum_step=8, eval_batch_size=64)
 
@@ -148,12 +149,9 @@ def test_a_tpus_compiler_gives_figures(message: str, figures: tuple[float, float
 
 
 def test_a_tpu_is_named_with_its_figures() -> None:
-    require_xla()
-    from gpt2xla.runtime.xla.runtime import XlaRuntime
-
-    runtime: Any = SimpleNamespace(device_kind="TPU v5 lite")
-    # torch_xla puts words of its own before.
-    found = XlaRuntime.shortage(runtime, RuntimeError(f"Error preparing computation: {TPU_REFUSES}"))
+    memory = XlaMemory("TPU v5 lite")
+    # torch_xla puts its own words before the compiler's.
+    found = memory.shortage(RuntimeError(f"Error preparing computation: {TPU_REFUSES}"))
     assert found is not None
     assert found.place == "TPU v5 lite (15.75 GiB, of which the program needs 39.25)"
     advice = train_advice(found, dataclasses.replace(TRAIN, train_batch_size=8192), 8, 46_000_000, lambda n: None)
@@ -162,23 +160,24 @@ def test_a_tpu_is_named_with_its_figures() -> None:
     full = RuntimeError(
         "Error dispatching computation: Error preparing computation: Out of memory allocating 4000000000 bytes."
     )
-    assert XlaRuntime.shortage(runtime, full) == Shortage("TPU v5 lite")
-    assert XlaRuntime.shortage(runtime, RuntimeError("INVALID_ARGUMENT: shapes")) is None
+    assert memory.shortage(full) == Shortage("TPU v5 lite")
+    assert memory.shortage(RuntimeError("INVALID_ARGUMENT: shapes")) is None
 
 
 def test_a_gpu_is_named_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime: Any = SimpleNamespace(device=torch.device("cuda:0"), name="NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=140 * GIB))
+    memory = Cuda(0)
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB."),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ):
-        found = TorchRuntime.shortage(runtime, error)
+        found = memory.shortage(error)
         assert found is not None
         assert found.place == "cuda:0 (NVIDIA H200, 140 GiB)"
         assert found.needed is None
-    assert TorchRuntime.shortage(runtime, RuntimeError("CUDA error: an illegal memory access was encountered")) is None
+    assert memory.shortage(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
 
 
 class OutOfMemoryError(RuntimeError):

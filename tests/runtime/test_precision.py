@@ -13,7 +13,8 @@ from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig, XlaConfig
 from gpt2xla.errors import InputError
 from gpt2xla.evals.options import EvalConfig
-from gpt2xla.runtime.precision import choose, label, of_torch, of_xla
+from gpt2xla.runtime.precision import DevicePrecision, choose, label, of_xla
+from gpt2xla.runtime.torch.accelerators import Cpu, Cuda, Mps
 
 # A card -> its compute capability, and what auto takes.
 CARDS = {
@@ -30,27 +31,27 @@ CARDS = {
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.device]:
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DevicePrecision]:
     """Makes torch see a card."""
 
-    def see(name: str, capability: tuple[int, int], hip: str | None = None) -> torch.device:
+    def see(name: str, capability: tuple[int, int], hip: str | None = None) -> DevicePrecision:
         def has_bf16(including_emulation: bool = True) -> bool:
             return including_emulation or hip is not None or capability >= (8, 0)
 
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", has_bf16)
-        return torch.device("cuda", 0)
+        return Cuda(0).precision()
 
     return see
 
 
 @pytest.mark.parametrize(("name", "capability", "auto"), [(n, *c) for n, c in CARDS.items()], ids=CARDS)
 def test_a_card_gets_the_type_that_it_has(
-    cuda: Callable[..., torch.device], name: str, capability: tuple[int, int], auto: str
+    cuda: Callable[..., DevicePrecision], name: str, capability: tuple[int, int], auto: str
 ) -> None:
     on_xla = of_xla(name, f"{capability[0]}.{capability[1]}")
-    for there in (of_torch(cuda(name, capability)), on_xla):
+    for there in (cuda(name, capability), on_xla):
         chosen = choose("auto", there)
         assert chosen.name == auto
         assert chosen.note.startswith(f"auto: {name} has")
@@ -64,9 +65,9 @@ def test_a_card_gets_the_type_that_it_has(
                 choose("bf16", there)
 
 
-def test_other_devices(cuda: Callable[..., torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert of_torch(cuda("AMD Instinct MI250X", (9, 0), hip="6.4")).auto == "bf16"
-    assert of_torch(torch.device("mps")).auto == "none"
+def test_other_devices(cuda: Callable[..., DevicePrecision], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda("AMD Instinct MI250X", (9, 0), hip="6.4").auto == "bf16"
+    assert Mps().precision().auto == "none"
     assert [of_xla(kind, None).auto for kind in ("TPU v2", "TPU v3", "TPU v5 lite", "TPU", "cpu")] == ["bf16"] * 4 + [
         "none"
     ]
@@ -74,7 +75,7 @@ def test_other_devices(cuda: Callable[..., torch.device], monkeypatch: pytest.Mo
     for has, note in ((True, "; --mixed-precision bf16 is usually faster here"), (False, "")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        chosen = choose("auto", of_torch(torch.device("cpu")))
+        chosen = choose("auto", Cpu().precision())
         assert chosen == ("none", f"auto: a CPU is trained in fp32{note}")
         assert chosen.dtype == torch.float32
         assert label(chosen.name) == "fp32"

@@ -32,7 +32,6 @@ from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim.state import export_state
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 LAYOUTS: dict[str, list[str]] = {"ddp": [], "zero1": ["--zero1"], "fsdp": ["--fsdp"]}
@@ -217,7 +216,7 @@ def launched_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("launched_alone")
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_an_update_is_made_with_a_finite_loss_and_at_the_rate_that_was_set(name: str) -> None:
+def test_an_update_is_made_with_a_finite_loss_and_at_the_given_rate(name: str, tmp_path: Path) -> None:
     """And else changes neither weights nor Adam's state."""
     runtime = TorchRuntime(TorchConfig(zero1=name == "zero1", fsdp=name == "fsdp"), TrainConfig())
     model = GPT2(ModelConfig(vocab_size=31, seq_length=8, d_model=16, num_layers=2, num_heads=2))
@@ -228,12 +227,11 @@ def test_an_update_is_made_with_a_finite_loss_and_at_the_rate_that_was_set(name:
 
     def change(loss: float, rate: float) -> tuple[float, float]:
         """Of all weights, and how many updates Adam has counted."""
-        before = runtime.to_host(model.state_dict())
-        runtime.set_learning_rate(optimizer, rate)
+        before, _ = runtime.snapshot(model, optimizer, tmp_path)
         runtime.backward(trained(ids, ids)[0])
-        runtime.optimizer_step(model, optimizer, torch.tensor(loss), max_grad_norm=1.0)
-        after = runtime.to_host(model.state_dict())
-        return max((after[n] - before[n]).abs().max().item() for n in before), export_state(model, optimizer)["step"]
+        runtime.optimizer_step(model, optimizer, torch.tensor(loss), rate=rate, max_grad_norm=1.0)
+        after, state = runtime.snapshot(model, optimizer, tmp_path)
+        return max((after[n] - before[n]).abs().max().item() for n in before), state["optimizer"]["step"]
 
     try:
         assert change(math.nan, 0.01) == (0, 0)
@@ -316,7 +314,7 @@ def test_what_cannot_work_is_one_line(
 
 def threads_of(processes: int, **environment: str) -> int:
     """What torch uses in the first of `processes` that torchrun starts, with OMP_NUM_THREADS as given or not at all."""
-    program = ROOT / "tests" / "threads_worker.py"
+    program = ROOT / "tests" / "workers" / "threads_worker.py"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", program]
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(words, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=True)

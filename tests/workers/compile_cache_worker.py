@@ -11,7 +11,8 @@ import torch_xla.runtime as xr
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.runtime.xla import compiles as xla_compiles
-from gpt2xla.runtime.xla import runtime as xla
+from gpt2xla.runtime.xla import device as xla_device
+from gpt2xla.runtime.xla.runtime import XlaRuntime
 from gpt2xla.training.pretrain import pretrain
 
 
@@ -21,8 +22,8 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
         xla_compiles.open_compile_cache(folder)
         xr.device_type = device_type
 
-    xla.open_compile_cache = open_compile_cache
-    pretrain(config, lambda train: xla.XlaRuntime(options, train))
+    xla_device.open_compile_cache = open_compile_cache
+    pretrain(config, lambda train: XlaRuntime(options, train))
 
 
 if __name__ == "__main__":

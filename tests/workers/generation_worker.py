@@ -11,7 +11,7 @@ from gpt2xla.config import ModelConfig
 from gpt2xla.generation.decoding import generate
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.xla.compiles import count_compiles
-from gpt2xla.runtime.xla.generation import XlaDevice
+from gpt2xla.runtime.xla.device import XlaDevice
 
 CASES = {
     "20 tokens": ([3, 1, 4], 20),
@@ -30,7 +30,7 @@ def main() -> None:
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     on_xla.load_state_dict(plain.state_dict())
     device = XlaDevice()
-    device.place(on_xla)
+    device.setup_model(on_xla)
     compiles, texts = {}, {"torch": {}, "xla": {}}
     for name, (prompt, count) in CASES.items():
         texts["torch"][name] = [token for (token,) in generate(plain, [prompt], count)]

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from gpt2xla.runtime.torch.cpu_threads import share_cores
+from gpt2xla.runtime.torch.cpu import share_cores
 
 if __name__ == "__main__":
     os.sched_getaffinity = lambda pid: set(range(6))  # type: ignore[assignment]

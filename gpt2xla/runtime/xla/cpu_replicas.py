@@ -1,8 +1,7 @@
-"""Several replicas of PyTorch/XLA on a machine without a TPU: a process with one XLA:CPU device each.
+"""Several replicas of PyTorch/XLA on a machine without a TPU: each is a process with one XLA:CPU device.
 
-XLA:CPU's own collectives hang between devices, so what replicas exchange goes through the host, by gloo. That needs the
-gradients there in the middle of a step: a step is two graphs, micro-steps and optimizer, where a TPU has one.
-"""
+XLA:CPU's own collectives hang between devices, so replicas exchange data through the host, by gloo. The gradients must be
+there in the middle of a step. A step is therefore two graphs, micro-steps and optimizer, where a TPU has one."""
 
 from __future__ import annotations
 
@@ -31,7 +30,6 @@ from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.processes.exits import REPORT_ONCE, exit_code, exit_now_on_signal
 from gpt2xla.runtime.torch.process_group import find_place
-from gpt2xla.runtime.xla.compiles import CompileWatch
 from gpt2xla.runtime.xla.runtime import XlaRuntime
 
 _TIMEOUT = timedelta(hours=1)  # others wait while the main process saves
@@ -41,12 +39,12 @@ _SECONDS_FOR_LAUNCHER = 10
 def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: str) -> None:
     """Call `run(*arguments)`, which makes an `XlaCpuRuntime`, in CPU_NUM_DEVICES processes; return when all are done.
 
-    Under torchrun this process is one of the replicas already.
+    Under torchrun this process already is one of the replicas.
 
     Raises:
         InputError: CPU_NUM_DEVICES and torchrun contradict each other, or variables of several processes are set without it.
-        SystemExit: a replica has failed, with its exit code; it has told why, and the others are ended.
-        RunFailed: a replica was ended by a signal.
+        SystemExit: a replica has failed, with its exit code. It has printed why, and the others are killed.
+        RunFailed: a replica was killed by a signal.
     """
     replicas = _count_replicas()
     if dist.is_torchelastic_launched():
@@ -81,7 +79,7 @@ def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: s
 
 def _count_replicas() -> int:
     replicas = int(os.environ.get("CPU_NUM_DEVICES", "1"))
-    os.environ["CPU_NUM_DEVICES"] = "1"  # what each of them has
+    os.environ["CPU_NUM_DEVICES"] = "1"  # each replica has one device
     return replicas
 
 
@@ -94,18 +92,20 @@ def _wait_for_all(processes: list[Any]) -> None:
             code = processes[rank].exitcode
             if code < 0:
                 cause = f"{signal.Signals(-code).name}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
-                raise RunFailed(f"replica {rank} was ended by {cause}, and with it the run; start it again to go on")
+                raise RunFailed(
+                    f"replica {rank} was ended by {cause}, which stopped the run; rerun the same command to resume"
+                )
             if code > 0:
                 raise SystemExit(code)
 
 
 def _replica(rank: int, replicas: int, meeting: Path, run: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_launcher, daemon=True).start()
-    # Its own is a semaphore of multiprocessing's too, which speaks up when a replica is ended before it is removed.
+    # tqdm's default lock is a multiprocessing semaphore, which warns at exit if the replica was killed.
     tqdm.set_lock(threading.RLock())
     os.environ["LOCAL_RANK"] = str(rank)
     os.environ[REPORT_ONCE] = str(meeting.with_name("reported"))
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to, the others are on it
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the others are on this machine, whatever its name resolves to
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=replicas, timeout=_TIMEOUT)
     sys.exit(exit_now_on_signal(exit_code(lambda: run(*arguments))))
 
@@ -118,7 +118,7 @@ def _end_with_launcher() -> None:
 
 
 class XlaCpuRuntime(XlaRuntime):
-    """Implements `runtime.base.Runtime` for one replica: one XLA:CPU device, and a gloo process group to others."""
+    """Implements `base.Runtime` for one replica: one XLA:CPU device, and a gloo process group with the others."""
 
     def __init__(self, options: XlaConfig, config: TrainConfig) -> None:
         if options.ddp:
@@ -126,11 +126,12 @@ class XlaCpuRuntime(XlaRuntime):
                 "--ddp reduces gradients on the devices, which hangs between replicas on a CPU; leave it out"
             )
         super().__init__(options, config)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.devices = self.world_size
-        self.is_main = self.rank == 0
-        self._watch = CompileWatch(prints=self.is_main)
-        self.description = f"{self.world_size} x {self.name}, joined by gloo (torch_xla {torch_xla.__version__})"
+
+    def _count(self) -> tuple[int, int, int]:
+        return dist.get_rank(), dist.get_world_size(), dist.get_world_size()
+
+    def _layout(self) -> str:
+        return f", joined by gloo{super()._layout()}"
 
     def place_parameters(self, model: nn.Module) -> None:
         with _others_may_leave():
@@ -139,49 +140,35 @@ class XlaCpuRuntime(XlaRuntime):
         super().place_parameters(model)
 
     def backward(self, loss: Tensor) -> None:
-        self.scaled(loss).backward()
+        self._scaled(loss).backward()
 
-    def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        with self._not_tracing():
-            self._reduce([p for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
-
-    def _reduce(self, parameters: list[Tensor]) -> None:
-        # Execute all micro-steps, their loss too: reading single tensors would compute what they share once for each.
-        torch_xla.sync()
-        gradients = torch_xla._XLAC._xla_get_cpu_tensors([p.grad for p in parameters])
-        flat = _sum_over_replicas(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = flat.split([p.numel() for p in parameters])
-        reduced = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
-        for parameter, gradient in zip(parameters, xm.send_cpu_data_to_device(reduced, self.device), strict=True):
-            parameter.grad = gradient
+    def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        with self.watch.not_tracing():
+            # Execute all micro-steps and their loss: reading single tensors would compute what they share once for each.
+            torch_xla.sync()
+            gradients = torch_xla._XLAC._xla_get_cpu_tensors([p.grad for p in parameters])
+            flat = _sum_over_replicas(torch.cat([gradient.flatten() for gradient in gradients]))
+            parts = flat.split([p.numel() for p in parameters])
+            reduced = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+            for parameter, gradient in zip(parameters, xm.send_cpu_data_to_device(reduced, self.device), strict=True):
+                parameter.grad = gradient
 
     def sum(self, value: Tensor) -> Tensor:
-        with self._not_tracing():
+        with self.watch.not_tracing():
             return self.to_device(_sum_over_replicas(value.cpu()))
 
     def gather_rows(self, values: Tensor) -> Tensor:
-        with self._not_tracing():
+        with self.watch.not_tracing():
             on_host = torch.zeros(self.world_size, len(values))
             on_host[self.rank] = values.cpu()
             return self.to_device(_sum_over_replicas(on_host).flatten())
 
-    @contextlib.contextmanager
-    def _not_tracing(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._step_began += time.perf_counter() - start
-
-    def gather(self, value: float) -> list[float]:
-        values = torch.zeros(self.world_size, dtype=torch.float64)
-        values[self.rank] = value
-        return _sum_over_replicas(values).tolist()
+    def _sum_on_host(self, values: Tensor) -> Tensor:
+        return _sum_over_replicas(values)
 
     def barrier(self, name: str) -> None:
         _sum_over_replicas(torch.zeros(1))
-
-    def peak_flops(self) -> float | None:
-        peak = super().peak_flops()
-        return None if peak is None else peak * self.world_size
 
 
 def _sum_over_replicas(on_host: Tensor) -> Tensor:
@@ -192,7 +179,7 @@ def _sum_over_replicas(on_host: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _others_may_leave() -> Iterator[None]:
-    """A replica that has failed has told why, and the launcher is about to end this one, without another word."""
+    """Wait when a collective breaks: another replica has printed why, and the launcher is about to kill this one."""
     try:
         yield
     except RuntimeError as error:

@@ -2,8 +2,7 @@
 
 torch_xla 2.9 has no CUDA plugin of its own any more. `pyproject.toml` names this class as the plugin "GPU" (entry points
 `torch_xla.plugins`), so every process that imports torch_xla knows it, spawned workers too. Nothing of CUDA is loaded until
-the plugin is used.
-"""
+the plugin is used."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ class CudaPlugin(plugins.DevicePlugin):
 
     def library_path(self) -> str:
         spec = importlib.util.find_spec(CUDA_PLUGIN)
-        assert spec is not None, "xla_environment.prepare has seen it"
+        assert spec is not None, "environment.prepare has seen it"
         assert spec.submodule_search_locations
         return str(Path(spec.submodule_search_locations[0]) / "xla_cuda_plugin.so")
 

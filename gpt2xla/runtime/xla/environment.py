@@ -1,23 +1,23 @@
-"""The environment that torch_xla reads while it is imported: checked before that, and mended where a host sets it wrongly.
+"""Checks the environment that torch_xla reads while it is imported, and fixes what notebook hosts set wrongly.
 
-Imports no torch_xla. Devices are counted by what the kernel and the drivers list, so the count takes no device: worker
-processes could not have it then.
-"""
+Imports no torch_xla. Devices are counted by what the kernel and the drivers list, which occupies no device: otherwise worker
+processes could not have it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from gpt2xla.errors import InputError
 
-# torch_xla's processes each choose these for themselves, but keep what they find: set for a whole machine, every process
-# takes itself for the same one ("Expected 4 worker addresses, got 1").
+# Each of torch_xla's processes chooses these for itself, unless they are set. Set for a whole machine, they make every
+# process believe that it is the same one ("Expected 4 worker addresses, got 1").
 SET_FOR_ONE_PROCESS = ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID")
 
-# Notebook hosts that set those two for the kernel's own process, by a variable that only they have.
+# Notebook hosts that set those two for the kernel's own process, by a variable that only that host has.
 NOTEBOOK_HOSTS = {"KAGGLE_KERNEL_RUN_TYPE": "Kaggle", "COLAB_RELEASE_TAG": "Colab"}
 
 # PCI vendor (Google's) and device ids of TPU chips: v2 and v3, v4, v5p, v5e, v6e, 7x. The vendor also makes network cards.
@@ -30,11 +30,11 @@ CUDA_PLUGIN = "jax_plugins.xla_cuda12"
 def prepare(environment: MutableMapping[str, str]) -> None:
     """Make `environment` one in which torch_xla starts; call it before the import.
 
-    On Kaggle and Colab two variables are removed. PJRT_DEVICE=CUDA becomes GPU, under which JAX's CUDA plugin is known here
-    (`runtime/xla_cuda.py`): torch_xla 2.9 aborts on its own name for it.
+    On Kaggle and Colab two variables are removed. PJRT_DEVICE=CUDA becomes GPU, our name of JAX's CUDA plugin
+    (`cuda_plugin.py`): torch_xla 2.9 aborts on its own name for it.
 
     Raises:
-        InputError: PJRT_DEVICE is missing or unknown, or names devices that are not there.
+        InputError: PJRT_DEVICE is missing or unknown, or names devices that do not exist.
     """
     device = environment.get("PJRT_DEVICE")
     if not device:
@@ -65,13 +65,22 @@ def prepare(environment: MutableMapping[str, str]) -> None:
             environment.pop(name, None)
 
 
+@contextlib.contextmanager
+def importing_torch_xla() -> Iterator[None]:
+    """Turn an ImportError inside the block, which imports torch_xla, into an InputError."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"torch_xla is missing or broken ({error}); pip install -r requirements-xla_tpu.txt") from None
+
+
 def notebook_host(environment: Mapping[str, str]) -> str | None:
-    """Kaggle, Colab, or None elsewhere."""
+    """Return Kaggle, Colab, or None elsewhere."""
     return next((name for variable, name in NOTEBOOK_HOSTS.items() if variable in environment), None)
 
 
 def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> int:
-    """TPU chips attached to this host, 0 to 8."""
+    """Return how many TPU chips are attached to this host, 0 to 8."""
 
     def reads(file: Path) -> str:
         return file.read_text().strip() if file.exists() else ""
@@ -83,7 +92,7 @@ def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> int:
 
 
 def gpus(environment: Mapping[str, str]) -> int:
-    """NVIDIA GPUs that CUDA would see: counted by NVML, which starts no CUDA, less what CUDA_VISIBLE_DEVICES hides."""
+    """Return how many NVIDIA GPUs CUDA would see, less those that CUDA_VISIBLE_DEVICES hides. NVML counts without CUDA."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:  # no driver
@@ -95,7 +104,7 @@ def gpus(environment: Mapping[str, str]) -> int:
 
 
 def shown(devices: int, visible: str | None) -> int:
-    """How many of `devices` GPUs CUDA_VISIBLE_DEVICES leaves: as many as it lists before the first -1 or empty entry."""
+    """Return how many of `devices` GPUs CUDA_VISIBLE_DEVICES leaves: those it lists before the first -1 or empty entry."""
     if visible is None:
         return devices
     entries = [entry.strip() for entry in visible.split(",")]

@@ -1,4 +1,4 @@
-"""The flash attention kernels as a PyTorch/XLA operation: two nodes of the graph, one in each direction."""
+"""Flash attention as a PyTorch/XLA operation: two nodes of the graph, forward and backward."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from gpt2xla.runtime.xla.releases import installed, release_for, why_no_kernels
 
 
 def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attention:
-    """Causal attention in bf16, (B, T, D) each; the shape must be `supported`. With a mesh of one axis, for SPMD, each
-    device takes its part of the batch: the partitioner cannot look into the kernel to divide it."""
+    """Return causal attention in bf16, on tensors (B, T, D) of a shape that is `supported`.
+
+    With a mesh of one axis, for SPMD, each device takes its part of the batch: the partitioner cannot look into the kernel
+    to divide it."""
     bf16 = not device_kind.startswith("TPU v3")
 
     def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
@@ -26,7 +28,7 @@ def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attent
 
 
 def why_no_flash_attention(device_kind: str, num_heads: int, head_size: int, length: int) -> str | None:
-    """What keeps the kernels from running; None if nothing does."""
+    """Return what keeps the kernels from running, or None if nothing does."""
     if not device_kind.startswith("TPU") or device_kind.startswith("TPU v2"):
         return "it needs a TPU v3 or later"
     versions = installed(("torch_xla", "jax"))
@@ -36,7 +38,7 @@ def why_no_flash_attention(device_kind: str, num_heads: int, head_size: int, len
 
     if not Shape(1, length, num_heads, head_size, bf16=not device_kind.startswith("TPU v3")).supported:
         return (
-            f"heads of {head_size} columns and --seq-length {length} do not suit it (heads of 32, 64 or 128 do, and "
+            f"heads of {head_size} columns and --seq-length {length} do not suit it (it takes heads of 32, 64 or 128, and "
             "multiples of 128 tokens, up to 1024 or, with 64 columns and from v4 on, 2048)"
         )
     return None

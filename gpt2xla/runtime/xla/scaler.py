@@ -1,8 +1,7 @@
 """Loss scaling for fp16 on XLA: torch.amp.GradScaler's rule, with its state on the device and no branch on the host.
 
-GradScaler reads on the host whether a gradient overflowed; here that stays a tensor, and an update to be skipped is computed
-and not made.
-"""
+GradScaler reads on the host whether a gradient overflowed. Here that stays a tensor, and an update to be skipped is computed
+but not applied."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ INIT_SCALE, GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL = 65536.0, 2.0, 0.5, 
 
 
 class LossScaler:
-    """Scale the loss up, the gradients down, and follow overflows.
+    """Scales the loss up and the gradients down, and adapts the scale to overflows.
 
     Args:
         to_device: puts a host tensor on the device as data, not as a constant of the graph.
@@ -40,11 +39,10 @@ class LossScaler:
                 parameter.grad.mul_(inverse)
 
     def follow(self, grad_norm: Tensor) -> Tensor:
-        """Whether an update must be skipped, 1 or 0 (fp32, 0-d), and the scale that follows from it.
+        """Return whether the update must be skipped, 1 or 0 (fp32, 0-d), and adapt the scale.
 
-        The scale is lowered by a skip and raised after `growth_interval` updates in a row, but not beyond fp32.
-        `grad_norm`, unscaled and of all processes' gradients, is finite only if they are, so all processes agree.
-        """
+        A skip lowers the scale; `growth_interval` updates in a row raise it, but not beyond fp32. `grad_norm` is that of
+        all processes' unscaled gradients. It is finite only if they are, so all processes agree."""
         skipped = ~torch.isfinite(grad_norm)
         counted = self.growth_tracker + 1
         due = counted == self.growth_interval
@@ -55,7 +53,7 @@ class LossScaler:
         return skipped.to(torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
-        """In the layout of torch.amp.GradScaler, so that a run moves between runtimes. Reads the device."""
+        """Return the state in torch.amp.GradScaler's layout, so that a run moves between runtimes. Reads the device."""
         return {
             "scale": self.scale.item(),
             "growth_factor": self.growth_factor,
@@ -71,7 +69,7 @@ class LossScaler:
 
 
 def step_unless(found_inf: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """`optimizer.step()`, undone on the device where `found_inf` is not 0: weights and state keep their values."""
+    """Call `optimizer.step()`, and undo it on the device if `found_inf` is not 0: weights and state keep their values."""
     state = [value for values in optimizer.state.values() for value in values.values()]
     tensors = [*(p for group in optimizer.param_groups for p in group["params"]), *state]
     with torch.no_grad():

@@ -1,13 +1,12 @@
-"""PyTorch/XLA in SPMD mode: one process per host traces the program of all devices, and XLA's partitioner (GSPMD, Xu et al.
-2021) divides it over them and adds the communication.
+"""PyTorch/XLA in SPMD mode: one process per host traces the program of all devices.
 
-Batches are split over their first dimension. Weights, gradients and Adam's state are whole on every device or, with --fsdp,
-split as `split_dimension` says.
-"""
+XLA's partitioner (GSPMD, Xu et al. 2021) divides it over them and adds the communication. Batches are split over
+their first dimension. Weights, gradients and Adam's state are whole on every device or, with --fsdp, split as
+`split_dimension` says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,18 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.model.kernels import Attention
 from gpt2xla.runtime import sharded_state
-from gpt2xla.runtime.base import Shortage, prefetch, random_seed
 from gpt2xla.runtime.xla.flash import flash_attention_for
+from gpt2xla.runtime.xla.memory import XlaMemory
 from gpt2xla.runtime.xla.runtime import XlaRuntime
 
 _AXIS = "devices"
 
 
 def split_dimension(shape: Sequence[int], devices: int) -> int | None:
-    """Which dimension of a tensor --fsdp splits over the devices: of matrices the largest that divides evenly, of equal ones
-    the first. None, and the tensor is whole everywhere, if there is none, on a single device, and for biases and layer
-    norms, which are not worth sending."""
+    """Return which dimension of a tensor --fsdp splits over the devices; None if the tensor is whole everywhere.
+
+    It is the largest dimension that divides evenly, and the first of equal ones. Biases and layer norms stay whole, as
+    they are not worth sending."""
     if devices == 1 or len(shape) < 2:
         return None
     divisible = [dimension for dimension, size in enumerate(shape) if size % devices == 0]
@@ -47,7 +47,7 @@ def split_dimension(shape: Sequence[int], devices: int) -> int | None:
 
 
 def _kind_of_host() -> str:
-    """What the devices would call themselves, by the type of this host, such as v5litepod-8; "TPU" if unknown."""
+    """Return what the devices would call themselves, by the type of this host, such as v5litepod-8; "TPU" if unknown."""
     try:
         name = str(tpu.get_tpu_env()[xenv.ACCELERATOR_TYPE]).split("-")[0]
     except (OSError, KeyError, ValueError):
@@ -58,7 +58,7 @@ def _kind_of_host() -> str:
 
 
 class SpmdRuntime(XlaRuntime):
-    """Implements `runtime.base.Runtime` for one host's process; `rank` and `world_size` count hosts."""
+    """Implements `base.Runtime` for one host's process; `rank` and `world_size` count hosts."""
 
     def __init__(self, options: XlaConfig, config: TrainConfig) -> None:
         if options.ddp:
@@ -67,17 +67,18 @@ class SpmdRuntime(XlaRuntime):
         count = xr.global_runtime_device_count()
         self.mesh = xs.Mesh(np.arange(count), (count,), (_AXIS,))
         super().__init__(options, config)
-        self.rank, self.world_size, self.devices = xr.process_index(), xr.process_count(), count
-        self.is_main = self.rank == 0
-        layout = "SPMD, weights and optimizer sharded" if options.fsdp else "SPMD"
-        self.description = f"{count} x {self.name} (torch_xla {torch_xla.__version__}, {layout})"
+        self.random_rank = 0  # all hosts trace one program, which draws for the whole batch
+        if options.fsdp:
+            self.memory = XlaMemory(self.device_kind, state_split=count)
         if self.world_size > 1:
             dist.init_process_group("gloo", init_method="xla://")
 
-    def seed(self, seed: int, step: int) -> None:
-        # All hosts trace one program, which draws for the whole batch.
-        torch.manual_seed(random_seed(seed, step, 0))
-        torch_xla.manual_seed(random_seed(seed, step, 0), self.device)
+    def _count(self) -> tuple[int, int, int]:
+        return xr.process_index(), xr.process_count(), xr.global_runtime_device_count()
+
+    def _layout(self) -> str:
+        sharded = ", weights and optimizer sharded" if self.options.fsdp else ""
+        return f" (torch_xla {torch_xla.__version__}, SPMD{sharded})"
 
     def place_parameters(self, model: nn.Module) -> None:
         model._apply(self.to_device)
@@ -88,32 +89,31 @@ class SpmdRuntime(XlaRuntime):
 
     @property
     def device_kind(self) -> str:
-        # In SPMD mode there is one virtual device, which torch_xla cannot ask what it is; the host's environment says so.
+        # SPMD mode has one virtual device, whose kind torch_xla cannot tell; the host's environment can.
         return _kind_of_host() if xr.device_type() == "TPU" else "cpu"
 
     @property
     def flash_attention(self) -> Attention:
         return flash_attention_for(self.device_kind, self.mesh)
 
-    def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _send(self, batch: Batch) -> Batch:
         # With several hosts, each one's batch is its part of the whole.
         by_rows = xs.ShardingSpec(self.mesh, (_AXIS, None), minibatch=self.world_size > 1)
-        return prefetch(batches, lambda batch: Batch(*xm.send_cpu_data_to_device(list(batch), self.device, by_rows)))
+        return Batch(*xm.send_cpu_data_to_device(list(batch), self.device, by_rows))
 
     def backward(self, loss: Tensor) -> None:
-        self.scaled(loss).backward()
+        self._scaled(loss).backward()
 
-    def reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        pass  # they are those of the whole batch
+    def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        pass  # they are already those of the whole batch
 
     def sum(self, value: Tensor) -> Tensor:
         return value
 
     def flag(self, value: bool) -> Tensor:
-        # Each host's devices hold its own: a whole tensor would have to be the same everywhere.
-        flags = torch.full(
-            (xr.addressable_runtime_device_count(),), float(value) / xr.addressable_runtime_device_count()
-        )
+        # Split, so that each host's devices hold its own value: a whole tensor would have to be the same everywhere.
+        devices = xr.addressable_runtime_device_count()
+        flags = torch.full((devices,), float(value) / devices)
         spec = xs.ShardingSpec(self.mesh, (_AXIS,), minibatch=self.world_size > 1)
         return xm.send_cpu_data_to_device([flags], self.device, spec)[0].sum()
 
@@ -122,12 +122,10 @@ class SpmdRuntime(XlaRuntime):
         xs.mark_sharding(values, self.mesh, (None,))
         return values
 
-    def gather(self, value: float) -> list[float]:
-        values = torch.zeros(self.world_size, dtype=torch.float64)
-        values[self.rank] = value
+    def _sum_on_host(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
             dist.all_reduce(values)
-        return values.tolist()
+        return values
 
     def barrier(self, name: str) -> None:
         if self.world_size > 1:
@@ -137,25 +135,21 @@ class SpmdRuntime(XlaRuntime):
         spec = xs.ShardingSpec(self.mesh, self._placement(tensor.shape))
         return xm.send_cpu_data_to_device([tensor.detach()], self.device, spec)[0]
 
-    def to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _to_host(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         # Reading a split tensor as if it were whole would compile a program for each shape.
         split = {name: self._gather_parts(t) for name, t in tensors.items() if _AXIS in self._placement(t.shape)}
-        whole = super().to_host({name: tensor for name, tensor in tensors.items() if name not in split})
+        whole = super()._to_host({name: tensor for name, tensor in tensors.items() if name not in split})
         return {name: split[name] if name in split else whole[name] for name in tensors} if self.is_main else {}
 
-    def save_shards(self, state: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+    def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
         if not self.options.fsdp:
-            return super().save_shards(state, folder)
+            return super()._moments(moments, folder)
         devices = xr.addressable_runtime_device_count()
-        sharded_state.save(folder, state, SPMDSavePlanner(), devices=devices, distributed=self.world_size > 1)
+        sharded_state.save(folder, moments, SPMDSavePlanner(), devices=devices, distributed=self.world_size > 1)
         return {}
 
-    def shortage(self, error: Exception) -> Shortage | None:
-        shortage = super().shortage(error)
-        return shortage._replace(state_split=self.devices) if shortage and self.options.fsdp else shortage
-
     def _gather_parts(self, tensor: Tensor) -> Tensor:
-        """The whole tensor on the main process's host; on others an empty one of its shape. Collective."""
+        """Return the whole tensor on the main process's host; on others an empty one of its shape. Collective."""
         parts = [(part.indices, part.data) for part in xs.XLAShardedTensor(tensor.detach()).local_shards]
         if self.world_size > 1:
             by_host: list[Any] = [None] * self.world_size
@@ -171,8 +165,10 @@ class SpmdRuntime(XlaRuntime):
         return tuple(_AXIS if dimension == split else None for dimension in range(len(shape)))
 
     def _split_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """Hold activations, and their gradients, to the batch's layout: left alone under --fsdp, the partitioner follows the
-        weights' layout, and sends activations around where it should send weights."""
+        """Keep activations, and their gradients, in the batch's layout.
+
+        Otherwise, under --fsdp, the partitioner would follow the weights' layout, and send activations instead of weights.
+        """
         if isinstance(output, Tensor) and output.dim() == 3:
             self._split_rows(output)
             if output.requires_grad:

@@ -1,0 +1,210 @@
+"""The kinds of devices that torch drives, one class each: every question of the kind of a device is answered here.
+
+Another kind is one more class, and one more line in `pick_accelerator`."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gpt2xla.errors import InputError
+from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
+from gpt2xla.model.attention import chunked_attention, kept_attention
+from gpt2xla.model.kernels import Attention
+from gpt2xla.model.loss import LOGITS_AT_ONCE
+from gpt2xla.runtime.base import GIB, Memory, Shortage
+from gpt2xla.runtime.one_device import set_matmul_precision
+from gpt2xla.runtime.precision import DevicePrecision, of_cuda
+from gpt2xla.runtime.torch.cpu import choose_products, count_threads, share_cores
+from gpt2xla.runtime.torch.host_memory import free_host_memory, keep_freed_memory
+from gpt2xla.runtime.torch.process_group import Place
+
+# Messages for memory that was not requested through torch's own allocator, and those of MPS's allocator.
+_DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+
+
+class Accelerator(Memory):
+    """One device of a kind, its memory, and how that kind differs from others. This class holds what most kinds have."""
+
+    kind: str  # torch's name of the kind
+    name: str  # the device's own name
+    backend = "gloo"  # what torch.distributed reduces with
+    fused = False  # whether torch has a fused Adam for it
+    pins = False  # whether batches are copied from pinned memory, while the device works
+    reads_behind = 0  # for how many steps the values of a step are left unread, so that the device never waits for work
+    attention: dict[str, Attention] = {"chunked": chunked_attention}  # noqa: RUF012  by --attention, besides sdpa
+    kept_bytes = 0  # up to which attention keeps what its backward pass needs, unasked
+    logits_at_once: int | None = None  # bytes of logits that are made at a time; None makes all of them
+    ddp_ids: list[torch.device] | None = None  # for DistributedDataParallel
+    averages = True  # whether FSDP's reduction gives the mean of gradients
+    compile_pays_from = float("inf")  # FLOPs of a run that make up for the compile, unasked
+    can_try = True  # whether `has_room_for` can do work on this process alone
+
+    def __init__(self, index: int | None = None) -> None:
+        self.device = torch.device(self.kind if index is None else f"{self.kind}:{index}")
+        self.name = self.kind.upper()
+
+    def prepare(self, matmul_precision: str) -> None:
+        """Set torch up for this kind of device, once per process."""
+        set_matmul_precision(matmul_precision)
+
+    def precision(self) -> DevicePrecision:
+        """Return which compute types the device likes."""
+        return DevicePrecision(self.name, "none", "is trained in fp32", "none")
+
+    def describe(self, processes: int) -> str:
+        """Return the devices of all `processes` in words."""
+        return f"{processes} x {self.name}"
+
+    def read_later(self, values: Tensor) -> Callable[[], list[float]]:
+        """Return what reads the 1-d tensor's values, once the device has them."""
+        return values.tolist
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Return the peak floating-point operations per second; None if unknown."""
+        return named_peak_flops(self.name)
+
+    def shortage(self, error: Exception) -> Shortage | None:
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _DEVICE_IS_FULL):
+            return self.when_full()
+        return super().shortage(error)
+
+    def when_full(self) -> Shortage:
+        """Return what is known when the device's own memory has run out."""
+        return Shortage(self.name)
+
+    def has_room_for(self, work: Callable[[], None]) -> bool | None:
+        if not self.can_try:
+            return None
+        try:
+            with torch.compiler.set_stance("force_eager"):  # which takes more memory than compiled code, but no minutes
+                work()
+        except Exception as error:
+            if self.shortage(error) is None:
+                raise
+            traceback.clear_frames(error.__traceback__)
+            return False
+        return True
+
+    def why_not_compiled(self) -> str | None:
+        """Return what torch.compile lacks on this machine, or None if it has all."""
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError):
+            return "it needs a C++ compiler, such as g++"
+        return None
+
+
+class Cpu(Accelerator):
+    """The host's processor."""
+
+    kind = "cpu"
+    fused = True
+    attention = {"chunked": chunked_attention, "kept": kept_attention}  # noqa: RUF012
+    kept_bytes = 2**31
+    logits_at_once = LOGITS_AT_ONCE["cpu"]
+    averages = False  # gloo in torch 2.8 gives the sum where it is asked for the mean
+    compile_pays_from = 2e14  # a quarter of an hour of two cores, where a compile saves a twentieth of the time
+
+    def prepare(self, matmul_precision: str) -> None:
+        share_cores()
+        keep_freed_memory()
+        choose_products(matmul_precision)
+
+    def precision(self) -> DevicePrecision:
+        # torch computes with these through oneDNN; other CPUs widen bf16 to fp32 first.
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return DevicePrecision("a CPU", "none", "is trained in fp32", "bf16" if has_bf16 else "none")
+
+    def describe(self, processes: int) -> str:
+        return f"{super().describe(processes)}, {count_threads(processes)}"
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        return measured_cpu_flops(dtype)
+
+    def free(self) -> int | None:
+        free = free_host_memory()
+        return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+class Cuda(Accelerator):
+    """An NVIDIA GPU, or one of AMD's, which torch calls by the same name."""
+
+    kind = "cuda"
+    backend = "nccl"
+    fused = True
+    pins = True
+    reads_behind = 1
+    logits_at_once = LOGITS_AT_ONCE["cuda"]
+    compile_pays_from = 1e15  # a few minutes of a slow GPU, where a compile saves a third of the time
+
+    def __init__(self, index: int | None = 0) -> None:
+        super().__init__(index)
+        self.name = torch.cuda.get_device_name(self.device)
+        self.ddp_ids = [self.device]
+
+    def precision(self) -> DevicePrecision:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # also on all of AMD's
+        return of_cuda(self.name, has_bf16, torch.cuda.get_device_capability(self.device))
+
+    def read_later(self, values: Tensor) -> Callable[[], list[float]]:
+        on_host = values.to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def read() -> list[float]:
+            event.synchronize()
+            return on_host.tolist()
+
+        return read
+
+    def when_full(self) -> Shortage:
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return Shortage(f"{self.device} ({self.name}, {memory / GIB:.0f} GiB)", memory)
+
+    def has_room_for(self, work: Callable[[], None]) -> bool | None:
+        torch.cuda.empty_cache()
+        return super().has_room_for(work)
+
+    def why_not_compiled(self) -> str | None:
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "it needs Triton, and a GPU of compute capability 7.0 or more"
+
+
+class Mps(Accelerator):
+    """Apple's GPU. No backend of torch.distributed reduces over it, so it works in single processes only."""
+
+    kind = "mps"
+
+
+def pick_accelerator(place: Place | None) -> Accelerator:
+    """Return this process's device: a GPU if torch sees one, else the CPU, which also does the work of MPS under torchrun.
+
+    Raises:
+        InputError: there are fewer GPUs than processes, or it is unknown which one is this process's.
+    """
+    if not torch.cuda.is_available():
+        return Mps() if torch.backends.mps.is_available() and not place else Cpu()
+    processes, devices = place.local_world_size if place else 1, torch.cuda.device_count()
+    if processes > devices:
+        raise InputError(f"--nproc_per_node {processes}: there are only {devices} GPUs here; start that many processes")
+    if place and place.world_size > 1 and place.local_rank is None and devices > 1:
+        raise InputError("LOCAL_RANK is not set, which names this process's GPU; start the processes with torchrun")
+    index = place.local_rank or 0 if place else 0
+    torch.cuda.set_device(index)
+    return Cuda(index)
+
+
+def choose_backend(asked: str | None, accelerator: Accelerator) -> str:
+    """Return the backend of torch.distributed. Raises InputError for one that the device does not have."""
+    if asked == "nccl" != accelerator.backend:
+        raise InputError("--ddp-backend nccl needs CUDA devices, and there are none here; use gloo")
+    return asked or accelerator.backend
