@@ -15,7 +15,7 @@ class RunFailed(RuntimeError):
     """The run cannot continue, and the program is not at fault. The message says why and what to do. Exit code 1."""
 
 
-# Messages of torch, of C++, and of oneDNN when it gets no scratch memory.
+# Messages of torch, C++, and oneDNN when it gets no scratch memory.
 _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "could not create a primitive", "could not create a memory")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""GPT-2 checkpoint -> Hugging Face folder: `python scripts/convert_checkpoint.py --input ckpt.pt --output-dir my-gpt2`."""
+"""Converts a GPT-2 to a Hugging Face folder: `python scripts/convert_checkpoint.py --input ckpt.pt --output-dir my-gpt2`."""
 
 import sys
 from dataclasses import MISSING, dataclass
@@ -19,7 +19,7 @@ class ConvertConfig:
         "nanoGPT's ckpt.pt or another .pt, .safetensors or llm.c file, a checkpoint folder, gpt2 ... gpt2-xl or a hub id",
         is_path=True,
     )
-    output_dir: str = option(MISSING, "folder to make, as Hugging Face reads it", is_path=True)
+    output_dir: str = option(MISSING, "folder to make, which Hugging Face can load", is_path=True)
     tokenizer: str | None = option(
         None,
         f"{TOKENIZER_HELP} (default: the model's own, if it has one)",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What is in a folder of token shards, and is it whole: `python scripts/inspect_data.py data/books`."""
+"""Shows what a folder of token shards holds, and checks it: `python scripts/inspect_data.py data/books`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from gpt2xla.cli import OneLineParser, path
+from gpt2xla.config import TOKENIZER_HELP
 from gpt2xla.errors import InputError
 from gpt2xla.processes.exits import exit_code
 
@@ -27,7 +28,7 @@ def main() -> None:
         "--tokenizer",
         type=path,
         metavar="PATH",
-        help="the shards', if none lies beside them: a tiktoken name, 'bytes', a hub id, a tokenizer.json or its folder",
+        help=f"{TOKENIZER_HELP} (default: the one beside the shards)",
     )
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the shards with their hashes"
@@ -67,7 +68,7 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
         )
     print(
         f"unigram entropy {found.unigram_entropy:.4f} nats per token: the loss of a model that ignores context"
-        if found.tokens.any() else "no token is in the vocabulary"
+        if found.tokens.any() else "none of the tokens is in the vocabulary"
     )  # fmt: skip
     if known:
         print(f"tokens that are not in the vocabulary: {found.foreign:,} ({found.foreign / stream.length:.2%})")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Loss against tokens of one or more runs, as PNG: `python scripts/plot_loss.py checkpoints --output loss.png`."""
+"""Plots the loss of one or more runs against tokens: `python scripts/plot_loss.py checkpoints --output loss.png`."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def plot(runs: list[Path], output: Path) -> None:
 
 
 def read_losses(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """(tokens, loss) of the training lines and of the validation lines of a run."""
+    """Return (tokens, loss) of the training lines and of the validation lines of a run."""
     file = run / METRICS_FILE if run.is_dir() else run
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -19,7 +19,7 @@ class FinewebConfig(HubConfig, PrepareConfig):
 
     config: str | None = option("sample-10BT", "configuration: sample-10BT, sample-100BT, CC-MAIN-2024-10, ...")
     fineweb_edu: bool = option(False, "take HuggingFaceFW/fineweb-edu")
-    input: tuple[str, ...] = option((), f"local ones to take instead: {INPUT_HELP}", is_path=True)
+    input: tuple[str, ...] = option((), f"read local ones instead: {INPUT_HELP}", is_path=True)
     output_dir: str = option("./fineweb_10BT", "folder to make train/ and test/ in", is_path=True)
 
 

@@ -26,7 +26,7 @@ from gpt2xla.processes.exits import exit_code
 
 if TYPE_CHECKING:  # --help must not wait for pyarrow
     from gpt2xla.data.documents.corpus import Part
-    from gpt2xla.data.preparation.held_out import HeldOut
+    from gpt2xla.data.preparation.tokenizer_quality import HeldOut
     from gpt2xla.data.tokenizer import Tokenizer
 
 
@@ -42,7 +42,7 @@ class TokenizerConfig:
     config: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split of the data set")
     text_column: str = option("text", COLUMN_HELP)
-    streaming: bool = option(False, "remove each file of the data set once it has been read")
+    streaming: bool = option(False, "remove each file of the data set after it was read")
     max_documents: int | None = option(None, "stop after this many documents (default: take all)")
     vocab_size: int = option(32_000, "number of ids, special tokens included")
     min_frequency: int = option(2, "how often a pair must occur to be merged")
@@ -55,7 +55,7 @@ class TokenizerConfig:
     format: Format = option("auto", FORMAT_HELP)
 
     def check(self) -> None:
-        """Raises InputError."""
+        """Raise InputError if options do not fit together or are out of range."""
         if not self.output_dir:
             raise InputError("--output-dir is empty; name a folder")
         if bool(self.input) == bool(self.dataset):
@@ -74,19 +74,19 @@ def main() -> None:
     options = parse_options(TokenizerConfig, "Train a byte-level byte-pair tokenizer, as GPT-2's is.")
     options.check()
     from gpt2xla.data.documents.corpus import documents_of
-    from gpt2xla.data.preparation.held_out import HeldOut
+    from gpt2xla.data.preparation.tokenizer_quality import HeldOut
     from gpt2xla.data.tokenizer import train_bpe
 
     output_dir, held_out = Path(options.output_dir), HeldOut()
     documents = held_out.others(itertools.islice(documents_of(corpus(options)), options.max_documents))
     if (first := next(documents, None)) is None:
-        raise InputError(f"{'--dataset' if options.dataset else '--input'}: there is no text in it; give other files")
+        raise InputError(f"{'--dataset' if options.dataset else '--input'}: it holds no text; give other files")
     documents = itertools.chain([first], documents)
     tokenizer = train_bpe(documents, output_dir.name, options.vocab_size, options.min_frequency, options.special_tokens)
     with user_error(f"--output-dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(output_dir)
-    fewer = " (fewer than asked: the text has no more pairs that occur often enough)"
+    fewer = " (fewer than requested: no more pairs of the text occur often enough)"
     print(f"{output_dir}: {tokenizer.vocab_size:,} ids{fewer if tokenizer.vocab_size < options.vocab_size else ''}")
     report_compression(tokenizer, held_out)
 
@@ -112,14 +112,16 @@ def report_compression(tokenizer: Tokenizer, held_out: HeldOut) -> None:
     from gpt2xla.data.tokenizer import load_tokenizer
 
     if not held_out.documents:
-        print("no held-out text to measure it on: each 100th document would be (--split-by line makes more of them)")
+        print(
+            "not measured: only each 100th document is held out, and there are fewer (--split-by line makes more of them)"
+        )
         return
     size = f"{len(held_out.documents):,} held-out documents, {held_out.bytes / 1e6:.2f} MB"
     print(f"bytes per token on {size}: {held_out.bytes_per_token(tokenizer):.3f}")
     try:
         print(f"the same by gpt2: {held_out.bytes_per_token(load_tokenizer('gpt2')):.3f}")
     except InputError:
-        print("not compared with gpt2: its encoding is neither cached (TIKTOKEN_CACHE_DIR) nor reachable")
+        print("not compared with gpt2: its encoding is neither in TIKTOKEN_CACHE_DIR nor can it be downloaded")
 
 
 if __name__ == "__main__":

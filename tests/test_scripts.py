@@ -100,9 +100,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(flags: list[str], culprit: s
 def test_a_tokenizer_is_trained_and_found_beside_the_shards(texts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     arguments = ["--input", texts, "--output-dir", folder, "--vocab-size", 300]
-    assert "297 ids (fewer than asked: the text has no more pairs" in succeed(
-        run("scripts/train_tokenizer.py", *arguments)
-    )
+    assert "297 ids (fewer than requested: no more pairs" in succeed(run("scripts/train_tokenizer.py", *arguments))
     assert run("scripts/train_tokenizer.py", *arguments).returncode == 2
     flags = ["--input", texts, "--tokenizer", folder, "--test-fraction", 0.2, "--output-dir", tmp_path / "data"]
     succeed(run("scripts/prepare_text.py", *flags))
@@ -161,7 +159,7 @@ def test_no_tokenizer_is_trained_on_nothing(tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text(" \n")
     result = run_here("scripts/train_tokenizer.py", "--input", tmp_path, "--output-dir", tmp_path / "out")
     assert result.returncode == 2
-    assert "--input: there is no text in it" in result.stderr
+    assert "--input: it holds no text" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

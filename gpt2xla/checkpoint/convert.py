@@ -9,7 +9,7 @@ from pathlib import Path
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.loading import load_weights, locate
 from gpt2xla.config import ModelConfig
-from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
+from gpt2xla.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.generation.settings import settings_of
@@ -53,11 +53,7 @@ def _choose_tokenizer(config: ModelConfig, source: Path, asked: str | None) -> t
     """Return the tokenizer, if there is one, and which one it is, as text for the user."""
     if asked:
         tokenizer = load_tokenizer(asked)
-        if tokenizer.vocab_size > config.real_vocab_size:
-            raise InputError(
-                f"--tokenizer {asked} has {tokenizer.vocab_size} ids, but {source} only {config.real_vocab_size}; name the "
-                "tokenizer that the model was trained with"
-            )
+        check_ids(tokenizer, tokenizer.vocab_size, config.real_vocab_size, source)
         return tokenizer, f"{tokenizer.name}, as requested"
     if has_tokenizer(folder := model_folder(source)):
         return load_tokenizer(str(folder)), "the one beside the model"

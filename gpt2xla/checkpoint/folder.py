@@ -128,12 +128,15 @@ def shards_folder(root: Path, step: int) -> Path:
 def prepare_folder(root: Path, step: int) -> list[str]:
     """Make `root` ready for a run that continues after `step`, and return lines for the user.
 
-    Leftovers of interrupted saves are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so that
-    no later start takes them for this run's.
+    Leftovers of interrupted writes are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so
+    that no later start takes them for this run's.
     """
-    for partial in root.glob(".step-*.partial"):
-        shutil.rmtree(partial)
-    later = sorted(folder for folder in root.glob("step-*") if folder.name > f"step-{step:08d}")
+    for partial in root.glob(".*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+    later = sorted(folder for folder in root.glob("step-*") if folder > step_folder(root, step))
     if later and (root / METRICS_FILE).exists():
         shutil.copy(root / METRICS_FILE, _abandoned_name(root / METRICS_FILE))
     return [f"set aside: {folder.name} is now {_set_aside(folder).name}" for folder in later]
@@ -186,13 +189,9 @@ def find_damage(folder: Path) -> str | None:
         return f"{folder / COMPLETE} is damaged"
     for name, (size, sha256) in expected.items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{folder / COMPLETE} names a file outside its folder"
-        try:
-            is_there = file.is_file()
-        except OSError:
-            return f"{folder / COMPLETE} names an impossible file"
-        if not is_there:
+        if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > 255:
+            return f"{folder / COMPLETE} names a file that cannot be in its folder"
+        if not file.is_file():
             return f"{file} is missing"
         if file.stat().st_size != size or file_sha256(file) != sha256:
             return f"{file} is damaged: its contents have changed since it was saved"

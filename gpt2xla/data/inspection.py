@@ -1,4 +1,4 @@
-"""What a split holds, from one pass over its tokens in chunks: counts, lengths of documents, damage."""
+"""Describes what a split holds, in one pass over its tokens: counts, lengths of documents, damage."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from gpt2xla.data.tokenizer_folder import has_tokenizer
 from gpt2xla.errors import InputError
 
 _CHUNK = 1 << 20
-_MOST_IDS = 1 << 24  # where nothing tells the vocabulary: beyond this an id is taken for damage
-_TOKENS_PER_CHARACTER = 4  # at most: those of a byte each
+_MOST_IDS = 1 << 24  # if the vocabulary is unknown: a larger id is taken for damage
+_TOKENS_PER_CHARACTER = 4  # at most, with a token per byte
 
 
 @dataclass
 class Contents:
-    """Attributes:
-    tokens: how many times each id below the vocabulary's size occurs.
-    lengths: how many documents are of a length in tokens, end-of-text not counted; no empty ones.
-    foreign: number of tokens whose id is not in the vocabulary.
-    first_foreign: the position of the first of these.
+    """What was counted in a split.
+
+    Attributes:
+        tokens: how often each id below the vocabulary's size occurs.
+        lengths: how many documents have each length in tokens, without end-of-text and without empty documents.
+        foreign: number of tokens whose id is not in the vocabulary.
+        first_foreign: the position of the first of these.
     """
 
     tokens: np.ndarray
@@ -42,23 +44,23 @@ class Contents:
         return sum(length * count for length, count in self.lengths.items()) / self.documents
 
     def length_quantile(self, share: float) -> int:
-        """The shortest length that at least `share` of the documents do not exceed."""
+        """Return the shortest length that at least `share` of the documents do not exceed."""
         lengths = sorted(self.lengths)
         up_to = np.cumsum([self.lengths[length] for length in lengths])
         return lengths[int(np.searchsorted(up_to, share * up_to[-1]))]
 
     @property
     def unigram_entropy(self) -> float:
-        """In nats per token: the loss of the best model that ignores context."""
+        """The entropy of the ids in nats per token: the loss of the best model that ignores context."""
         shares = self.tokens[self.tokens > 0] / self.tokens.sum()
         return float(-(shares * np.log(shares)).sum())
 
 
 def contents(stream: TokenStream, vocab_size: int | None, eot_id: int | None) -> Contents:
-    """One pass over all tokens. Memory: a chunk, the vocabulary, and the distinct lengths of documents."""
+    """Count all tokens in one pass. Memory holds a chunk, the vocabulary, and the distinct lengths of documents."""
     limit = vocab_size or _MOST_IDS
     found = Contents(np.zeros(vocab_size or 1, dtype=np.int64))
-    document = 0  # its start
+    document = 0  # the start of the current one
     for start in range(0, stream.length, _CHUNK):
         chunk = stream.read(start, min(_CHUNK, stream.length - start)).astype(np.int64)
         if eot_id is not None:
@@ -80,14 +82,14 @@ def contents(stream: TokenStream, vocab_size: int | None, eot_id: int | None) ->
 
 
 def _count_lengths(lengths: np.ndarray, found: Contents) -> None:
-    # Where end-of-text comes before each document instead (llm.c's shards), the first length is 0.
+    # If end-of-text comes before each document instead (as in llm.c's shards), the first length is 0.
     values, counts = np.unique(lengths[lengths > 0], return_counts=True)
     found.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
 
 def check(stream: TokenStream, found: Contents, verify: bool) -> None:
-    """Raises InputError naming a shard with ids beyond the vocabulary, or (`verify`) with another hash than the
-    manifest's. Sizes and types were checked when the stream was opened."""
+    """Raise InputError naming a shard with ids beyond the vocabulary, or (`verify`) with another hash than in the manifest.
+    Sizes and types were checked when the stream was opened."""
     if found.first_foreign is not None:
         raise InputError(
             f"{stream.file_of(found.first_foreign)} holds ids that are not in the vocabulary ({found.foreign:,} in all "
@@ -98,10 +100,10 @@ def check(stream: TokenStream, found: Contents, verify: bool) -> None:
 
 
 def tokenizer_of(stream: TokenStream, asked: str | None) -> Tokenizer | None:
-    """The one asked for, else the one beside the shards.
+    """Return the requested tokenizer, otherwise the one beside the shards, or None.
 
     Raises:
-        InputError: it is not the one that made them, by the manifest.
+        InputError: by the manifest, the shards were made with another one.
     """
     if not asked and not has_tokenizer(stream.folder):
         return None
@@ -115,10 +117,10 @@ def tokenizer_of(stream: TokenStream, asked: str | None) -> Tokenizer | None:
 
 
 def sample(stream: TokenStream, eot_id: int | None, number: int, characters: int) -> Iterator[tuple[int, list[int]]]:
-    """Beginnings of documents evenly spread from the first to the last: the position of each, and enough ids for that many
-    characters. Without end-of-text, just places."""
+    """Yield positions of documents, evenly spread from the first to the last, each with ids for at least `characters`
+    characters of it. Without an end-of-text id they are any positions."""
     seen = set()
-    # The last token may be the end-of-text of the last document, which is no document of its own.
+    # The last token may be the end-of-text of the last document, and would count as another document.
     for position in np.linspace(0, max(0, stream.length - 2), number, dtype=np.int64).tolist():
         start = position if eot_id is None else _start_of_document(stream, position, eot_id)
         if start in seen:
@@ -126,7 +128,7 @@ def sample(stream: TokenStream, eot_id: int | None, number: int, characters: int
         seen.add(start)
         ids = stream.read(start, min(_TOKENS_PER_CHARACTER * characters, stream.length - start))
         if eot_id is not None:
-            ids = ids[int(ids[0] == eot_id) :]  # it came before the document
+            ids = ids[int(ids[0] == eot_id) :]  # end-of-text before the document
             ids = ids[: int(np.argmax(ids == eot_id)) if (ids == eot_id).any() else None]
         yield start, ids.tolist()
 
@@ -142,11 +144,11 @@ def _start_of_document(stream: TokenStream, position: int, eot_id: int) -> int:
 
 
 def splits(folder: str) -> dict[str, TokenStream]:
-    """What is in a folder, by name: `train/` and `test/` where it has these, else its own shards, which may be of two splits
-    by their names (llm.c, nanoGPT).
+    """Return the splits in a folder by name: `train/` and `test/` if it has them, otherwise its own shards, whose names may
+    be those of two splits (llm.c, nanoGPT).
 
     Raises:
-        InputError: there are no shards, or damaged ones.
+        InputError: there are no shards, or some are damaged.
     """
     if not folder:
         raise InputError("DIR is empty; name a folder, the one you are in as .")

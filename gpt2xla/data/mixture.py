@@ -1,7 +1,7 @@
-"""Several data sets mixed by weight: which of them the n-th sequence of a run comes from, and the how-manieth of it that is.
+"""Several data sets mixed by weight: which data set the n-th sequence of a run comes from, and its index within that one.
 
-A pattern of 10,000 entries, in which each data set occurs by its weight, is repeated for ever. So both follow from n by a
-division and a look-up, and any 10,000 sequences in a row hold each data set in its exact share.
+A pattern of 10,000 entries, in which each data set occurs according to its weight, repeats for ever. Both answers follow
+from n by a division and a look-up, and any 10,000 sequences in a row hold each data set in its exact share.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ PATTERN = 10_000
 
 @dataclass(frozen=True)
 class Mixture:
-    """Attributes:
-    counts: how often each data set occurs in the pattern.
-    pattern: the data set of each entry.
-    ranks: how many entries of the same data set come before it.
+    """The pattern in which data sets take turns.
+
+    Attributes:
+        counts: how often each data set occurs in the pattern.
+        pattern: (PATTERN,), the number of the data set of each entry.
+        ranks: (PATTERN,), how many entries of the same data set come before each entry.
     """
 
     counts: tuple[int, ...]
@@ -34,6 +36,7 @@ class Mixture:
 
     @classmethod
     def of(cls, weights: Sequence[float]) -> Mixture:
+        """Return the mixture of data sets with these weights, which need not add up to 1."""
         counts = _apportion(weights)
         pattern = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(PATTERN), PATTERN, "mixture")]
         ranks = np.empty(PATTERN, dtype=np.int64)
@@ -46,8 +49,8 @@ class Mixture:
         return [count / PATTERN for count in self.counts]
 
     def runs(self, first: int, count: int) -> list[tuple[int, np.ndarray, int]]:
-        """Where sequences first .. first + count - 1 come from, for each data set among them: (its number, which of the
-        `count` they are, the first of them as a number within that data set, whose sequences follow one another)."""
+        """Return where sequences first .. first + count - 1 come from. For each data set among them: its number, which
+        of the `count` sequences are its own, and the index of the first of these within it; the others follow that one."""
         sequences = np.arange(first, first + count)
         entries = sequences % PATTERN
         chosen = self.pattern[entries]
@@ -60,14 +63,14 @@ class Mixture:
 
 
 def parse_weights(option: str, entries: Sequence[str]) -> tuple[list[str], list[float]]:
-    """Folders and weights from `a=0.7 b=0.3`, or from a single folder. Raises InputError."""
+    """Return folders and weights from `a=0.7 b=0.3`, or from a single folder. Raises InputError."""
     folders: list[str] = []
     weights: list[float] = []
     for entry in entries:
         folder, _, text = entry.rpartition("=")
         weight = _as_number(text)
         if not folder or weight is None:
-            if len(entries) == 1:  # a folder may well have = in its name
+            if len(entries) == 1:  # a folder may have = in its name
                 return [entry], [1.0]
             raise InputError(
                 f"{option} {entry} has no weight: with several folders each needs one, such as {entry}=0.5"
@@ -78,7 +81,7 @@ def parse_weights(option: str, entries: Sequence[str]) -> tuple[list[str], list[
         weights.append(weight)
     seen: set[str] = set()
     for folder in folders:
-        place = folder.rstrip("/") if is_url(folder) else os.path.realpath(folder)  # or one under two names
+        place = folder.rstrip("/") if is_url(folder) else os.path.realpath(folder)  # the same one may have two names
         if place in seen:
             raise InputError(f"{option} names {folder} twice; name it once with the sum of its weights")
         seen.add(place)
@@ -95,11 +98,11 @@ def _as_number(text: str) -> float | None:
 
 
 def _apportion(weights: Sequence[float]) -> tuple[int, ...]:
-    """PATTERN entries over the weights by largest remainder, at least one for each."""
+    """Divide PATTERN entries among the weights by largest remainder, with at least one for each."""
     quotas = np.array(weights, dtype=np.float64) / math.fsum(weights) * PATTERN
     counts = np.maximum(1, np.floor(quotas).astype(np.int64))
     while counts.sum() < PATTERN:
         counts[np.argmax(quotas - counts)] += 1
-    while counts.sum() > PATTERN:  # many tiny weights were given one
+    while counts.sum() > PATTERN:  # many tiny weights got one
         counts[np.argmax(np.where(counts > 1, counts - quotas, -np.inf))] -= 1
     return tuple(counts.tolist())

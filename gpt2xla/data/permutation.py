@@ -1,4 +1,4 @@
-"""A pseudo-random order of any number of things, of which each place can be asked for by itself."""
+"""A pseudo-random order of any number of things. Each place of it can be computed without the others."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _HALF = np.uint64(32)
 
 
 def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:
-    """What stands at `positions` (int64, all below `size`) in the permutation of range(size) that `key` names. O(1) in time
-    and memory for each.
+    """Return the entries at `positions` (int64, all below `size`) of the permutation of range(size) that `key` names, each
+    in O(1) time and memory.
 
-    A Feistel network over pairs (a, b), a < A and b < B, where A * B is `size` or a little more; the few that land beyond it
-    are sent through again (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    A Feistel network over pairs (a, b), a < A and b < B, with A * B equal to `size` or a little more; results from `size` on
+    go through it again (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
     small = math.isqrt(size - 1) + 1
     sides = np.uint64(-(-size // small)), np.uint64(small)
@@ -33,7 +33,7 @@ def permute(positions: np.ndarray, size: int, key: str) -> np.ndarray:
 def _encipher(values: np.ndarray, sides: tuple[np.uint64, np.uint64], keys: tuple[np.uint64, ...]) -> np.ndarray:
     high, low = np.divmod(values, sides[1])
     for number, key in enumerate(keys):
-        # The two parts take turns at being changed, each by a hash of the other alone: so each round can be undone.
+        # The two parts change in turn, each by a hash of the other only, so each round can be undone.
         if number % 2 == 0:
             high = (high + _hash(low, key)) % sides[0]
         else:
@@ -42,7 +42,7 @@ def _encipher(values: np.ndarray, sides: tuple[np.uint64, np.uint64], keys: tupl
 
 
 def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The upper 32 bits of a hash: added to a part, it cannot overflow."""
+    """Return the upper 32 bits of a hash, which added to a part cannot overflow."""
     values = (values ^ key) * _MIX[0]
     values ^= values >> _HALF
     values *= _MIX[1]

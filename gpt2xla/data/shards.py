@@ -1,11 +1,11 @@
 """A split on disk: a folder of token shards, read as one stream of tokens without loading it.
 
-Shards are ours, with a `manifest.json`, or of other programs (`shard_formats.py`). They follow one another in the order of
-their names.
+Shards are our own, with a `manifest.json`, or those of other programs (`shard_files/`), in the order of their names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -31,6 +31,8 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class ShardEntry:
+    """One shard in a manifest."""
+
     file: str
     tokens: int
     sha256: str
@@ -38,7 +40,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says of a split: what it was made of and with, to match models and continued runs to it."""
+    """The `manifest.json` of a split: what it was made of and with. Models and resumed runs are matched to it."""
 
     tokenizer: str
     tokenizer_sha256: str
@@ -55,7 +57,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:
-        """The folder's manifest, or None where there is none. Raises InputError for one that is not ours."""
+        """Return the folder's manifest, or None if there is none. Raises InputError if it is not one of ours."""
         file = folder / MANIFEST
         if not file.exists():
             return None
@@ -78,22 +80,23 @@ class Manifest:
 
 
 class TokenStream:
-    """All tokens of a split as one sequence. Shards of a local folder are memory-mapped at once; those behind a URL are
-    fetched when they are first read (`remote.py`).
+    """All tokens of a split as one sequence.
+
+    Shards of a local folder are memory-mapped at once; those behind a URL are fetched when they are first read.
 
     Attributes:
         name: the folder or URL, as the user wrote it.
         folder: where manifest and tokenizer lie on this machine.
         length: number of tokens.
-        dtype: that of what `read` returns.
+        dtype: type of what `read` returns.
         manifest: the split's manifest, or None for a plain folder.
-        fingerprint: changes when the tokens do (by manifest), or at least their number (plain folders).
-        format: that of the shards, by name.
-        notes: what its user should know: which files were chosen, what is odd about them.
+        fingerprint: changes when the tokens change; without a manifest, when names or lengths of shards change.
+        format: name of the shards' format.
+        notes: notes for the user: which files were chosen, what is odd about them.
 
     Raises:
-        InputError: the folder is missing or empty, a shard is damaged, of an unknown format, or does not agree with the
-            manifest or the other shards.
+        InputError: the folder is missing or empty, or a shard is damaged, of an unknown format, or does not fit the manifest
+            or the other shards.
     """
 
     def __init__(self, folder: str | Path, option: str = "--train-dir", cache: Cache = DEFAULT_CACHE) -> None:
@@ -138,7 +141,7 @@ class TokenStream:
         self.fingerprint = self._fingerprint(lengths)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count - 1, across shard borders; where they lie in one shard, no copy."""
+        """Return tokens start .. start + count - 1, across shard borders; no copy if they lie in one shard."""
         assert 0 <= start <= self.length - count, (start, count, self.length)
         number = bisect_right(self._ends, start) if count else 0
         part = self._part(number, start, count)
@@ -159,7 +162,7 @@ class TokenStream:
 
     @property
     def bytes(self) -> int:
-        """What the tokens take on disk."""
+        """How many bytes the tokens take on disk."""
         return self.length * self.dtype.itemsize
 
     @property
@@ -170,8 +173,8 @@ class TokenStream:
         return self.files[bisect_right(self._ends, position)]
 
     def check_ids(self, vocab_size: int) -> None:
-        """Refuse a split whose ids do not fit the model: by the manifest, and by a sample of each shard that is here (all
-        are checked as they are read). Raises InputError."""
+        """Raise InputError if ids do not fit the model: by the manifest, and by a sample of each shard on this machine. All
+        ids are checked when they are read."""
         largest, file = max(
             ((largest_sampled(shard), file) for shard, file in zip(self._shards, self.files, strict=True)
              if shard is not None), default=(0, self.folder),
@@ -186,12 +189,12 @@ class TokenStream:
         if largest >= vocab_size:
             raise InputError(
                 f"--vocab-size {vocab_size} is too small for {file}, which holds ids up to {largest}; "
-                f"use at least {largest + 1}{', or it is no file of uint16 ids' if self.format == RAW else ''}"
+                f"use at least {largest + 1}{', or it is not a file of uint16 ids' if self.format == RAW else ''}"
             )
 
     def verify(self) -> None:
-        """Compare every shard with the hash in its manifest, some at a time. Raises InputError, naming the first that
-        differs, or where there is no manifest."""
+        """Compare every shard with the hash in the manifest, several at a time. Raises InputError, naming the first one that
+        differs, or if there is no manifest."""
         if not self.manifest:
             raise InputError(
                 f"--verify-data: {self.name} has no {MANIFEST} with hashes to check; prepare it again or leave the flag out"
@@ -199,7 +202,9 @@ class TokenStream:
 
         def check(number_and_shard: tuple[int, ShardEntry]) -> None:
             number, shard = number_and_shard
-            if file_sha256(self._local_file(number)) != shard.sha256:
+            with self._local_file(number) as file:
+                found = file_sha256(file)
+            if found != shard.sha256:
                 raise InputError(
                     f"{self.files[number]} is not what {MANIFEST} says (sha256 differs): it is damaged; "
                     f"{'remove' if self._remote else 'copy or prepare'} it {'and start' if self._remote else ''} again"
@@ -222,19 +227,19 @@ class TokenStream:
         assert self._remote is not None
         assert self.manifest is not None
         shards = self.manifest.shards
-        if self._remote.cache.limit:  # what is mapped takes room on the disk even when it is deleted
+        if self._remote.cache.limit:  # a mapped file takes room on the disk even after it is deleted
             self._shards = [None] * len(self.files)
-        self._remote.use(shards[number].file, shards[number].sha256)
-        shard = self._shards[number] = self._open(number).tokens
+        with self._remote.at_hand(shards[number].file, shards[number].sha256):
+            shard = self._shards[number] = self._open(number).tokens
         following = shards[(number + 1) % len(shards)]
         self._remote.fetch_ahead(following.file, following.sha256)
         return shard
 
-    def _local_file(self, number: int) -> Path:
+    def _local_file(self, number: int) -> contextlib.AbstractContextManager[Path]:
         if self._remote and self.manifest:
             shard = self.manifest.shards[number]
-            return self._remote.fetch(shard.file, shard.sha256)
-        return self.files[number]
+            return self._remote.at_hand(shard.file, shard.sha256)
+        return contextlib.nullcontext(self.files[number])
 
     def _open(self, number: int) -> Shard:
         file, manifest = self.files[number], self.manifest
@@ -255,7 +260,7 @@ class TokenStream:
             if name != formats[0]:
                 raise InputError(
                     f"{self.option} {self.name} holds shards of two formats: {self.files[0].name} ({formats[0]}) and "
-                    f"{file.name} ({name}); give each its own folder, or move away what is no shard"
+                    f"{file.name} ({name}); give each its own folder, or move away what is not a shard"
                 )
         return formats[0]
 

@@ -1,6 +1,6 @@
 """Text to token ids and back: a tiktoken encoding, a Hugging Face tokenizer or plain bytes, behind one small class.
 
-Every tokenizer can be written as `tokenizer.json`, so shards and checkpoints carry theirs and transformers loads it.
+Every tokenizer can be written as `tokenizer.json`, so shards and checkpoints carry their own, which transformers loads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import copy
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,31 +18,31 @@ import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from gpt2xla import hub
 from gpt2xla.data import tokenizer_folder
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError, user_error
 
 END_OF_TEXT = "<|endoftext|>"
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class Tokenizer:
-    """Encodes text as transformers does with `add_special_tokens=False`: nothing is put before or after it.
+    """Encodes text as transformers does with `add_special_tokens=False`: nothing is added before or after it.
 
-    Special tokens that are written out in the text are encoded as text, never as the special token, which is transformers'
-    `split_special_tokens=True`; `reading_special_tokens` gives the other reading.
+    Special tokens that a text spells out are encoded as letters, as with transformers' `split_special_tokens=True`;
+    `reading_special_tokens` returns a tokenizer that encodes them as tokens.
 
     Attributes:
-        name: how the user names it: a tiktoken encoding, "bytes", or a path.
+        name: the user's name for it: a tiktoken encoding, "bytes", a path or a hub id.
         vocab_size: one more than the largest id.
-        text_vocab_size: the same without special tokens.
+        text_vocab_size: one more than the largest id that is not a special token.
         special_tokens: their names in `tokenizer_config.json`, such as eos_token.
-        eot_id: id of the token that ends each document: what the tokenizer calls eos_token, else <|endoftext|>. None if it
-            has neither.
+        eot_id: id of the token that ends each document: the tokenizer's eos_token, otherwise <|endoftext|>. None if it has
+            neither.
         sha256: hash of vocabulary and merges: the same for the same tokenizer from another library or file.
         added: tokens that are matched in a text before it is split into words, and whether each is a special one.
-        adds_special_tokens: whether transformers puts tokens before or after a text unless told not to.
+        adds_special_tokens: whether transformers by default adds tokens before or after a text.
     """
 
     def __init__(
@@ -74,17 +73,16 @@ class Tokenizer:
 
     @property
     def dtype(self) -> np.dtype:
-        """What shards hold its ids as: uint16, or uint32 for more than 65,536 of them."""
+        """The type of its ids in shards: uint16, or uint32 for more than 65,536 ids."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def id_of(self, role: str) -> int | None:
-        """The id of a special token by its name in `tokenizer_config.json`, such as "pad_token"; None if there is none."""
+        """Return the id of a special token by its name in `tokenizer_config.json`, such as "pad_token", or None."""
         text = self.special_tokens.get(role)
         return None if text is None else self.backend.token_to_id(text)
 
     def reading_special_tokens(self) -> Tokenizer:
-        """The same tokenizer for text that means special tokens where it spells them: they become their ids, as
-        transformers reads them."""
+        """Return the same tokenizer for text whose spelled special tokens mean these tokens, as transformers reads them."""
         twin = copy.copy(self)
         twin.backend = HFTokenizer.from_str(self.backend.to_str())
         twin.backend.encode_special_tokens = not self._reads_special_tokens
@@ -100,11 +98,11 @@ class Tokenizer:
         return [self._encoding.encode_to_numpy(t, allowed_special=allowed, disallowed_special=()) for t in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are no valid UTF-8 become U+FFFD; ids beyond the vocabulary (padding of the model's) vanish."""
+        """Return the text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids beyond the vocabulary are left out."""
         return self.backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=False)
 
     def save(self, folder: Path) -> None:
-        """Write what `AutoTokenizer.from_pretrained(folder)` reads: the files that it was loaded from, as they were, or
+        """Write what `AutoTokenizer.from_pretrained(folder)` reads: the files that it was loaded from, unchanged, or
         `tokenizer.json` and `tokenizer_config.json`."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -130,11 +128,11 @@ def _hash_of_vocabulary(backend: HFTokenizer) -> str:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tiktoken encoding or model name ("gpt2"), "bytes", the path of a tokenizer.json, or of a folder with a tokenizer in
-    any form that transformers reads, or the id of a model on the Hugging Face hub ("owner/name").
+    """Return a tokenizer by name: a tiktoken encoding or model ("gpt2"), "bytes", the path of a tokenizer.json or of a
+    folder with a tokenizer that transformers reads, or the id of a model on the Hugging Face hub ("owner/name").
 
     Raises:
-        InputError: there is no such tokenizer, or it is not here and cannot be downloaded.
+        InputError: there is no such tokenizer, or it cannot be downloaded.
     """
     if name == "bytes":
         vocab = {char: byte for byte, char in _byte_alphabet().items()}
@@ -155,7 +153,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             raise InputError(
                 f"tokenizer {name!r}: the folder holds neither tokenizer.json nor vocab.json and merges.txt"
             ) from None
-        if _HUB_ID.fullmatch(name):
+        if "/" in name and hub.is_id(name):
             return _from_hub(name)
         raise InputError(
             f"tokenizer {name!r}: neither a file, nor a folder with a tokenizer, nor owner/name on the hub, nor one of "
@@ -172,24 +170,22 @@ def load_tokenizer(name: str) -> Tokenizer:
 def train_bpe(
     documents: Iterable[str], name: str, vocab_size: int, min_frequency: int, special_tokens: Sequence[str] = ()
 ) -> Tokenizer:
-    """A byte-level byte-pair tokenizer with GPT-2's way of splitting words.
+    """Train a byte-level byte-pair tokenizer that splits words as GPT-2's does.
 
-    Its ids: the 256 bytes, the merges, end-of-text, then `special_tokens` in their order; `vocab_size` in all, or fewer
-    where no more pairs occur `min_frequency` times. Documents are read once; memory holds their distinct words.
+    Its ids are the 256 bytes, the merges, end-of-text, then `special_tokens` in their order: `vocab_size` in all, or fewer
+    if no more pairs occur `min_frequency` times. Documents are read once; memory holds their distinct words.
 
     Raises:
-        InputError: a special token is one that merges can make, or is given twice.
+        InputError: a special token could also result from merges, or is given twice.
     """
     special = [END_OF_TEXT, *special_tokens]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for number, token in enumerate(special):
-        # Merges stay within the pieces that text is split into.
+        # Merges never cross the pieces into which text is split.
         if len(byte_level.pre_tokenize_str(token)) < 2 or any(character.isspace() for character in token):
-            raise InputError(
-                f"--special-tokens {token!r} is what ordinary text may hold; choose one such as '<|user|>'"
-            )
+            raise InputError(f"--special-tokens {token!r} may occur in ordinary text; choose one such as '<|user|>'")
         if token in special[:number]:
-            raise InputError(f"--special-tokens {token!r} is there already; leave it out")
+            raise InputError(f"--special-tokens {token!r} exists already; leave it out")
     backend = HFTokenizer(models.BPE())
     backend.pre_tokenizer = byte_level
     backend.decoder = decoders.ByteLevel()
@@ -208,16 +204,16 @@ def train_bpe(
 
 
 def _all_roles() -> dict[str, Any]:
-    """As in GPT-2's tokenizer."""
+    """Return the special tokens of GPT-2's tokenizer by name."""
     return dict.fromkeys(("bos_token", "unk_token", "eos_token"), END_OF_TEXT)
 
 
 def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the model in `source`: the one asked for, else the model's own.
+    """Return the tokenizer of the model in `source`: the requested one, otherwise the model's own.
 
     Raises:
-        InputError: there is no such tokenizer, or text has ids beyond the model's `vocab_size` real ones. Special tokens may
-            lie there: a [PAD] that was added to the tokenizer and not to the model does no harm.
+        InputError: there is no such tokenizer, or ids of text reach beyond the model's `vocab_size`. Those of special tokens
+            may: a [PAD] that was added to the tokenizer but not to the model does no harm.
     """
     folder = model_folder(source)
     if asked is None and not has_tokenizer(folder):
@@ -226,18 +222,28 @@ def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenize
             "folder or a hub id"
         )
     tokenizer = load_tokenizer(asked or str(folder))
-    if tokenizer.text_vocab_size > vocab_size:
-        raise InputError(
-            f"--tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but {source} only {vocab_size}; name the "
-            "tokenizer that the model was trained with"
-        )
+    check_ids(tokenizer, tokenizer.text_vocab_size, vocab_size, source)
     return tokenizer
+
+
+def check_ids(
+    tokenizer: Tokenizer,
+    ids: int,
+    vocab_size: int,
+    source: object,
+    fix: str = "name the tokenizer that the model was trained with",
+) -> None:
+    """Raise InputError if `ids` of the tokenizer are more than the `vocab_size` that `source` has."""
+    if ids > vocab_size:
+        raise InputError(
+            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but {source} only {vocab_size}; {fix}"
+        )
 
 
 def match_tokenizer(
     asked: str | None, folders: Sequence[Path], manifests: Sequence[Manifest], vocab_size: int
 ) -> Tokenizer | None:
-    """The tokenizer of a run: the one asked for, else the one in the first of `folders` that has one, else None.
+    """Return the tokenizer of a run: the requested one, otherwise that of the first of `folders` with one, otherwise None.
 
     Raises:
         InputError: it is not the one that made all the data, or it has ids beyond the model's `vocab_size`.
@@ -257,10 +263,7 @@ def match_tokenizer(
                 f"tokenizer {tokenizer.name}{'' if asked else f' of {found}'} is not the one that all shards were made with "
                 f"({manifest.tokenizer}); {fix} --train-dir and --valid-dir with one"
             )
-    if tokenizer.vocab_size > vocab_size:
-        raise InputError(
-            f"--vocab-size {vocab_size} is too small for tokenizer {tokenizer.name}; use at least {tokenizer.vocab_size}"
-        )
+    check_ids(tokenizer, tokenizer.vocab_size, vocab_size, "--vocab-size", f"use at least {tokenizer.vocab_size}")
     return tokenizer
 
 
@@ -275,22 +278,17 @@ def _load_folder(folder: Path, name: str | None = None) -> Tokenizer:
 
 
 def _from_hub(name: str) -> Tokenizer:
-    from huggingface_hub import snapshot_download
-
-    try:  # config.json says of which class a tokenizer is that does not say so itself
-        folder = Path(snapshot_download(name, allow_patterns=[*tokenizer_folder.FILES, "config.json"]))
-    except Exception as error:  # the hub client lets errors of several HTTP libraries through
-        raise InputError(
-            f"tokenizer {name!r}: no such file or folder here, and the hub did not give it ({type(error).__name__}); check "
-            "the name, go online once (logged in, if the model is gated), or give the path of a downloaded tokenizer.json"
-        ) from None
+    with hub.explained(
+        f"tokenizer {name!r}: no such file or folder here", name, "give the path of a downloaded tokenizer.json"
+    ):  # config.json names the class of a tokenizer that does not name it
+        folder = hub.snapshot(name, [*tokenizer_folder.FILES, "config.json"])
     if not has_tokenizer(folder):
         raise InputError(f"tokenizer {name!r}: that model has no tokenizer on the hub; choose another that has one")
     return _load_folder(folder, name)
 
 
 def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
-    """tiktoken does the encoding; the same vocabulary as byte-level BPE goes into `tokenizer.json`."""
+    """Return a tokenizer that encodes with tiktoken, and saves the same vocabulary as byte-level BPE in `tokenizer.json`."""
     ranks = encoding._mergeable_ranks
     alphabet = _byte_alphabet()
     spell = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
@@ -301,10 +299,10 @@ def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
-    """The two parts whose merge makes `token`: byte-pair encode it with only the merges that came before it."""
+    """Return the two parts whose merge makes `token`: byte-pair encode it with only the merges that came before it."""
     halves = [(token[:i], token[i:]) for i in range(1, len(token))]
     known = [(a, b) for a, b in halves if a in ranks and b in ranks]
-    if len(known) == 1:  # as of most tokens
+    if len(known) == 1:  # true of most tokens
         return known[0]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -315,8 +313,8 @@ def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, which byte-level tokenizers are spelled in: a character of its own where
-    the byte is a printable one, and those from U+0100 on in turn for the others."""
+    """Return GPT-2's printable character for each byte, in which byte-level tokenizers are spelled: the byte's own character
+    if it is printable, otherwise the next one from U+0100 on."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = {ord(character): character for character in characters if ord(character) < 256}
     others = iter(characters[len(printable) :])

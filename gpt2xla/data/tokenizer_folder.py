@@ -1,4 +1,4 @@
-"""A tokenizer's folder, in every form that transformers reads, and with the ids that transformers gives."""
+"""Reads a tokenizer's folder in every form that transformers reads, with the same ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpt2xla.files import read_json_object
 _CONFIG, _DEFINITION, _MAP, _ADDED = (
     "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-# Each holds a vocabulary; in which of them a class of transformers looks, it knows itself.
+# Each holds a vocabulary. Every class of transformers knows which of them it reads.
 _VOCABULARIES = (
     _DEFINITION, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "sentencepiece.model", "spm.model",
@@ -25,18 +25,18 @@ _VOCABULARIES = (
 _TEMPLATES = "additional_chat_templates/*.jinja"
 # Patterns of the files that make up a tokenizer.
 FILES = (*_VOCABULARIES, "merges.txt", _CONFIG, _MAP, _ADDED, "chat_template.jinja", _TEMPLATES)
-# With these classes transformers takes tokenizer.json as it is; others build what they know from its vocabulary.
+# With these classes transformers uses tokenizer.json unchanged; others build their own tokenizer from its vocabulary.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True)
 class StoredTokenizer:
-    """What a folder holds.
+    """The tokenizer in a folder.
 
     Attributes:
-        roles: the special tokens by name, such as eos_token, as transformers has them.
-        files: the folder's own, by name, with a `tokenizer.json` that says the same where there was none.
+        roles: the special tokens by name, such as eos_token, as transformers knows them.
+        files: the folder's files by name, with an equivalent `tokenizer.json` if there was none.
         config: the contents of `tokenizer_config.json`.
     """
 
@@ -47,7 +47,7 @@ class StoredTokenizer:
 
 
 def model_folder(source: Path) -> Path:
-    """Where a model's tokenizer and settings lie: `source` itself, or its folder if it is a file beside a config.json."""
+    """Return the folder of a model's tokenizer and settings: `source`, or of a file beside a config.json, its folder."""
     return source.parent if source.is_file() and (source.parent / "config.json").is_file() else source
 
 
@@ -56,10 +56,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_folder(folder: Path) -> StoredTokenizer:
-    """The tokenizer of a folder that `has_tokenizer`. Code that lies in it is never run.
+    """Return the tokenizer of a folder that `has_tokenizer`. Code in the folder is never run.
 
     Raises:
-        InputError: transformers cannot read it either, or only by running such code.
+        InputError: transformers cannot read it, or only by running such code.
     """
     with user_error(f"tokenizer {folder}"):
         files = {
@@ -71,8 +71,8 @@ def read_folder(folder: Path) -> StoredTokenizer:
     config = _json(folder, _CONFIG, files)
     if config.get("auto_map"):
         raise InputError(
-            f"{folder / _CONFIG} names a program as its tokenizer (auto_map), which is not run here; remove auto_map if the "
-            "files beside it say the same, or save it as tokenizer.json"
+            f"{folder / _CONFIG} names a program as its tokenizer (auto_map), which is never run; remove auto_map if the "
+            "files beside it are enough, or save it as tokenizer.json"
         )
     if _is_plain(folder, config, files):
         backend = read_definition(folder / _DEFINITION)
@@ -82,12 +82,12 @@ def read_folder(folder: Path) -> StoredTokenizer:
             roles["additional_special_tokens"] = further
         return StoredTokenizer(backend, roles, files, config)
     if "vocab.json" in files and not {_DEFINITION, "merges.txt"} & files.keys():
-        raise InputError(f"{folder} has no merges.txt beside its vocab.json, and a tokenizer needs both; copy it too")
+        raise InputError(f"{folder} has vocab.json but no merges.txt, and a tokenizer needs both; copy it too")
     return _as_transformers_reads(folder, config, files)
 
 
 def read_definition(file: Path) -> HFTokenizer:
-    """A `tokenizer.json` by any name. Raises InputError."""
+    """Read a `tokenizer.json` under any name. Raises InputError."""
     try:
         backend = HFTokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception for everything
@@ -98,12 +98,12 @@ def read_definition(file: Path) -> HFTokenizer:
 
 
 def _is_plain(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> bool:
-    """Whether transformers takes tokenizer.json as it is: then it is read at once, without importing transformers."""
+    """Tell whether transformers uses tokenizer.json unchanged, so that it can be read without importing transformers."""
     if _DEFINITION not in files:
         return False
     stated = config.get("tokenizer_class")
     if stated is None and not (folder / "config.json").exists():
-        return True  # nothing tells transformers the class
+        return True  # no file names a class
     if stated not in _PLAIN_CLASSES or _MAP in files or _ADDED in files:
         return False
     try:
@@ -111,17 +111,17 @@ def _is_plain(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> 
         added = {token.pop("id"): token for token in definition["added_tokens"]}
         again = {int(number): token for number, token in config.get("added_tokens_decoder", added).items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return True  # reading it says what is wrong
+        return True  # reading it will report what is wrong
     known = {token.get("content") for token in added.values()}
     named = [value for key, value in config.items() if key.endswith("_token")]
     is_named = all(_text(token) in known for token in [*named, *_further(config)] if _text(token))
-    return again == added and is_named and not definition.get("padding")  # which would say what the pad_token is
+    return again == added and is_named and not definition.get("padding")  # that would name the pad_token
 
 
 def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> StoredTokenizer:
     import transformers
 
-    # By name: without one of these, transformers looks for the class of a model that is not here.
+    # Without a class or a config.json, transformers would look for the class of a model that is not here.
     is_bare = not config.get("tokenizer_class") and not (folder / "config.json").exists()
     if is_bare and not ({"vocab.json", "merges.txt"} <= files.keys() and _is_gpt2s(files["vocab.json"])):
         raise InputError(
@@ -135,7 +135,7 @@ def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str
         theirs = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         backend = theirs.backend_tokenizer
         has_words = backend.get_vocab_size(with_added_tokens=False) > 0
-    except Exception as error:  # of any type, by the class that reads it
+    except Exception as error:  # the classes that read it raise errors of any type
         reason = in_one_line(error).rstrip(".;:")
         needs_library = any(name.endswith(".model") for name in files) and find_spec("sentencepiece") is None
         fix = "pip install sentencepiece and try again, or " if needs_library else ""
@@ -162,13 +162,13 @@ def _as_transformers_reads(folder: Path, config: dict[str, Any], files: dict[str
 
 
 def _is_gpt2s(vocabulary: bytes) -> bool:
-    """Whether a vocab.json is spelled in GPT-2's letters for bytes and has its end of text."""
+    """Tell whether a vocab.json is spelled in GPT-2's characters for bytes and has its end of text."""
     from tokenizers import pre_tokenizers
 
     try:
         words = json.loads(vocabulary)
     except (ValueError, RecursionError):
-        return True  # reading it says what is wrong
+        return True  # reading it will report what is wrong
     return isinstance(words, dict) and {"<|endoftext|>", *pre_tokenizers.ByteLevel.alphabet()} <= words.keys()
 
 
@@ -185,7 +185,7 @@ def _further(config: dict[str, Any]) -> Iterator[Any]:
 
 
 def _text(token: Any) -> str | None:
-    """Of a token as files and transformers spell it: a string, a dictionary of how it is matched, or an AddedToken."""
+    """Return the text of a token in any of its forms: a string, a dictionary with options, or an AddedToken."""
     if isinstance(token, dict):
         token = token.get("content")
     text = None if token is None else getattr(token, "content", token)

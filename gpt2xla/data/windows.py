@@ -1,10 +1,10 @@
 """Which tokens each step reads: a pure function of the step, the same for any number of processes.
 
-A split of N tokens is cut into (N - 1) // seq_length windows; window w predicts tokens w * L + 1 .. w * L + L from those
-before them. What is left at the end is a shorter window, read only to validate on all of a split. Training numbers all
-sequences it will ever see 0, 1, 2, ...: micro-step m of update s takes `batch_size` of them, starting with number
-(s * accum + m) * batch_size, and each process takes its own run of these. Data set (`mixture.py`), epoch and window follow
-from that number by division, so resuming at any step costs nothing and needs no saved state.
+A split of N tokens has (N - 1) // L windows, where L is seq_length: window w predicts tokens w * L + 1 .. w * L + L from the
+tokens before them. The rest at the end is a shorter window, which is read only to validate on the whole split. Training
+numbers all its sequences 0, 1, 2, ...: micro-step m of update s reads `batch_size` of them from number
+(s * accum + m) * batch_size on, and each process reads a contiguous share of these. Data set (`mixture.py`), epoch and
+window follow from that number by division, so resuming at any step costs nothing and needs no saved state.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from gpt2xla.model.loss import IGNORED_LABEL
 
 
 class Batch(NamedTuple):
-    """`labels[b, t]` is the token after `input_ids[b, t]`; both int64 of shape (sequences, seq_length). They may share
-    memory: read only."""
+    """Inputs and labels, int64 of shape (sequences, seq_length): `labels[b, t]` is the token after `input_ids[b, t]`.
+
+    The two may share memory, so neither may be written to.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -55,12 +57,12 @@ class Windows:
 
     @property
     def rest(self) -> int:
-        """How many tokens the window after the last whole one predicts."""
+        """How many tokens the shorter window after the last whole one predicts."""
         return (self.stream.length - 1) % self.seq_length
 
     def batch(self, windows: range | np.ndarray) -> Batch:
-        """The given windows, in that order; an array may name the shorter one after the last, and -1 for a row without
-        labels."""
+        """Return the given windows, in that order. In an array, `count` means the shorter window after the last whole one,
+        and -1 a row without labels."""
         if isinstance(windows, range):
             return self._run(windows)
         length, stream = self.seq_length, self.stream
@@ -78,7 +80,7 @@ class Windows:
         return Batch(torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(labels))
 
     def _run(self, windows: range) -> Batch:
-        """Neighbours are one run of tokens, converted once: inputs and labels are the same numbers, one place apart."""
+        """Return neighbouring windows. They are one run of tokens, converted once: labels are the inputs one place later."""
         count, start = len(windows) * self.seq_length, windows.start * self.seq_length
         tokens = self.stream.read(start, count + 1)
         self._check(tokens, start)
@@ -99,12 +101,12 @@ class Windows:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """In which order the windows of one data set are read, epoch after epoch.
+    """The order in which the windows of one data set are read, epoch after epoch.
 
     Args:
-        count: how many windows it has.
-        per_epoch: how many of them each epoch reads.
-        shuffle_key: permute the windows of each epoch, without replacement; None keeps their order.
+        count: number of windows in the data set.
+        per_epoch: number of windows that each epoch reads.
+        shuffle_key: the key of a permutation per epoch, without replacement; None keeps the order.
     """
 
     count: int
@@ -112,7 +114,7 @@ class EpochOrder:
     shuffle_key: str | None
 
     def windows(self, first: int, count: int) -> range | np.ndarray:
-        """The windows of reads first .. first + count - 1 since the start of the run; a range where they are neighbours."""
+        """Return the windows of reads first .. first + count - 1 of a run; a range if they are neighbours."""
         epoch, position = divmod(first, self.per_epoch)
         if position + count <= self.per_epoch:
             return self._within(epoch, position, count)
@@ -126,7 +128,7 @@ class EpochOrder:
     def _within(self, epoch: int, position: int, count: int) -> range | np.ndarray:
         if self.shuffle_key is None:
             return range(position, position + count)
-        # The permutation runs over all windows, so that with drop_last each epoch drops others.
+        # The permutation covers all windows, so with drop_last each epoch drops different ones.
         return permute(np.arange(position, position + count), self.count, f"{self.shuffle_key}/{epoch}")
 
 
@@ -137,11 +139,11 @@ class TrainingOrder:
     Args:
         sets: the data sets to train on.
         mixture: which of them each sequence comes from.
-        batch_size: sequences per micro-step over all processes.
+        batch_size: sequences per micro-step, over all processes together.
         accum: micro-steps per update.
-        rank, world_size: which process this is, and of how many.
-        drop_last: end each epoch before its last incomplete micro-batch; for a single data set.
-        shuffle_seed: permute the windows of each epoch, without replacement; None keeps their order.
+        rank, world_size: the number of this process, and how many there are.
+        drop_last: end each epoch before its last incomplete micro-batch; only for a single data set.
+        shuffle_seed: the seed of a permutation per epoch, without replacement; None keeps the order.
     """
 
     sets: Sequence[Windows]
@@ -176,14 +178,14 @@ class TrainingOrder:
         ]
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """This process's micro-batches from update `first_step` on, without end."""
+        """Yield this process's share of each micro-batch from update `first_step` on, without end."""
         micro_step = first_step * self.accum
         while True:
             yield self.batch(micro_step)
             micro_step += 1
 
     def batch(self, micro_step: int) -> Batch:
-        """This process's share of micro-batch number `micro_step` since the start of the run."""
+        """Return this process's share of micro-batch number `micro_step`, counted from the start of the run."""
         share = self.batch_size // self.world_size
         first = micro_step * self.batch_size + self.rank * share
         if len(self.sets) == 1:
@@ -195,7 +197,7 @@ class TrainingOrder:
         return Batch(*torch.from_numpy(together))
 
     def describe(self, step: int) -> str:
-        """Which windows update `step` reads, on all processes together."""
+        """Return in words which windows update `step` reads, on all processes together."""
         first, count = step * self.accum * self.batch_size, self.accum * self.batch_size
         parts = []
         for number, rows, start in (
@@ -211,9 +213,11 @@ class TrainingOrder:
 def validation_batches(
     windows: Windows, batch_size: int, steps: int | Literal["all"], rank: int, world_size: int, devices: int
 ) -> Iterator[Batch]:
-    """This process's share of the first `steps` batches, or of all that the split holds, the shorter window at its end
-    included. All are of one shape: where windows do not divide, there are rows without labels, so that each window counts
-    once however many processes and devices there are."""
+    """Yield this process's share of the first `steps` batches, or of the whole split with the shorter window at its end.
+
+    All batches have one shape. Rows without labels fill them up, so that each window counts once, whatever the number of
+    processes and devices.
+    """
     share = padded_share(batch_size, world_size, devices)
     total = validation_windows(windows, batch_size, steps)
     for first in range(0, total, batch_size):
@@ -226,17 +230,17 @@ def validation_batches(
 
 
 def validation_windows(windows: Windows, batch_size: int, steps: int | Literal["all"]) -> int:
-    """How many windows `validation_batches` goes through, on all processes together."""
+    """Return how many windows `validation_batches` reads, on all processes together."""
     return windows.count + (windows.rest > 0) if steps == "all" else min(windows.count, steps * batch_size)
 
 
 def padded_share(batch_size: int, world_size: int, devices: int) -> int:
-    """One process's rows of a batch that is filled up with rows without labels until it divides over all devices."""
+    """Return the rows per process of a batch that rows without labels fill up until all devices get equally many."""
     return -(-batch_size // devices) * (devices // world_size)
 
 
 def share_of(option: str, batch_size: int, world_size: int) -> int:
-    """One process's share of a global batch. Raises InputError if it does not divide."""
+    """Return one process's share of a global batch. Raises InputError if it does not divide evenly."""
     if batch_size % world_size:
         raise InputError(
             f"{option} {batch_size} does not divide over {world_size} devices; use a multiple of {world_size}, such as "

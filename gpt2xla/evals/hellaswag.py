@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from gpt2xla import hub
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.data.windows import Batch, padded_share
 from gpt2xla.errors import InputError
@@ -226,12 +227,8 @@ def _item(values: Any, where: str) -> Item:
 
 
 def _from_hub(option: str) -> list[Any]:
-    import datasets
+    otherwise = f"name its validation set as JSON lines with {option}"
+    with hub.explained("HellaSwag is read from the hub", _HUB_ID, otherwise, kind="data set"):
+        import datasets
 
-    try:
         return list(datasets.load_dataset(_HUB_ID, split=_SPLIT))
-    except Exception as error:  # the hub client lets errors of several HTTP libraries through
-        raise InputError(
-            f"{_HUB_ID} could not be had from the hub ({type(error).__name__}); go online, or name its validation set as "
-            f"JSON lines with {option}"
-        ) from None

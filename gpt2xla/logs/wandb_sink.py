@@ -58,25 +58,22 @@ class WandbSink:
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Queue the line and return at once."""
-        self._put(line)
-
-    def close(self) -> None:
-        """Wait until wandb has received everything, or until the time limit."""
-        self._put(None)
-        if not self._is_dead:
-            self._thread.join(_SECONDS_TO_CLOSE)
-        if self._thread.is_alive():
-            self._fail(f"no answer within {_SECONDS_TO_CLOSE} seconds of the run's end")
-
-    def _put(self, line: dict[str, Any] | None) -> None:
+    def write(self, line: dict[str, Any] | None) -> None:
+        """Queue the line and return at once. None ends the thread."""
         if self._is_dead:
             return
         try:
             self._lines.put_nowait(line)
         except queue.Full:
             self._fail(f"{_MOST_WAITING:,} lines wait for it")
+
+    def close(self) -> None:
+        """Wait until wandb has received everything, or until the time limit."""
+        self.write(None)
+        if not self._is_dead:
+            self._thread.join(_SECONDS_TO_CLOSE)
+        if self._thread.is_alive():
+            self._fail(f"no answer within {_SECONDS_TO_CLOSE} seconds of the run's end")
 
     def _work(self) -> None:
         try:

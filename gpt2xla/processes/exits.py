@@ -40,7 +40,7 @@ def exit_code(main: Callable[[], None]) -> int:
     try:
         try:
             main()
-        except SystemExit as end:  # --help, for one
+        except SystemExit as end:  # such as --help
             ending = end
         print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
@@ -78,7 +78,7 @@ def report(error: BaseException) -> int:
         error = RunFailed("the disk is full, or your quota on it; free some space and start again")
     if isinstance(error, InputError | RunFailed):
         if _is_first_to_report():
-            line = str(error).replace("\n", "\\n")  # a name in it may hold one
+            line = str(error).replace("\n", "\\n")  # a file name in it may hold a line break
             try:
                 print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
             except BrokenPipeError:
@@ -91,12 +91,12 @@ def report(error: BaseException) -> int:
 
 
 def _has_no_reader(error: BaseException) -> bool:
-    """Whether `error` is that of writing to standard output or standard error. Other connections break, too."""
+    """Tell whether `error` comes from standard output or standard error. Other connections can break, too."""
     return isinstance(error, BrokenPipeError) and any(map(_is_broken, (sys.stdout, sys.stderr)))
 
 
 def _is_disk_full(error: BaseException) -> bool:
-    """Also of standard output that goes to a file."""
+    """Tell whether a disk is full. It may be the one that standard output goes to."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -116,17 +116,11 @@ def _open_closed_streams() -> None:
 def _silence() -> None:
     """Redirect broken streams to /dev/null. Otherwise Python would try to flush them at exit and report the failure."""
     for stream in (sys.stdout, sys.stderr):
-        if _is_broken(stream) or not _takes_the_rest(stream):
+        try:
+            stream.flush()
+        except OSError:
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def _takes_the_rest(stream: TextIO) -> bool:
-    try:
-        stream.flush()
-    except OSError:
-        return False
-    return True
 
 
 def _is_broken(stream: TextIO) -> bool:

@@ -1,4 +1,4 @@
-"""File locks: one process at a time in a folder."""
+"""File locks: one process at a time in a folder, or at a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, TextIO
 
 from gpt2xla.errors import InputError
 
@@ -32,19 +32,32 @@ def locked(file: Path, what: str) -> Iterator[None]:
 
 
 def refuse_if_locked(file: Path, what: str) -> None:
-    """Raise InputError if another process holds the lock `file`, without taking it. Any number of processes may ask."""
+    """Raise InputError if another process holds the lock `file`, without taking it. Any number may ask."""
     if file.exists():
         with file.open(encoding="utf-8") as lock:
             _lock(lock, fcntl.LOCK_SH, what)
 
 
+@contextlib.contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Hold the lock `file` alone, after waiting for any other process or thread that holds it."""
+    with file.open("wb") as lock:
+        _flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _lock(lock: TextIO, kind: int, what: str) -> None:
     try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        _flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise InputError(f"{what}: in use by {holder}; wait for it, stop it, or use another folder") from None
+
+
+def _flock(lock: IO[Any], kind: int) -> None:
+    try:
+        fcntl.flock(lock, kind)
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise

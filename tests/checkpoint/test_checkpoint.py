@@ -1,4 +1,4 @@
-"""Checkpoint folders: found, verified, pruned, refused, and never left half-written."""
+"""Checkpoint folders are found, verified, pruned, refused, and never left half-written."""
 
 import json
 import pickle
@@ -55,7 +55,7 @@ def test_auto_takes_the_newest_and_flags_not_given_come_from_it(root: Path) -> N
     "name", ["model.safetensors", "training_state.pt", "config.json", "run_config.json", "COMPLETE"]
 )
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_auto_passes_over_a_damaged_one_and_names_the_file(root: Path, name: str, damage: str) -> None:
+def test_auto_skips_a_damaged_one_and_names_the_file(root: Path, name: str, damage: str) -> None:
     file = root / "step-00000020" / name
     if damage == "flip":
         flip_a_bit(file)
@@ -72,7 +72,7 @@ def test_auto_passes_over_a_damaged_one_and_names_the_file(root: Path, name: str
         assert str(file) in start.notes[0]
 
 
-def test_auto_does_not_start_anew_over_nothing_but_damage(root: Path) -> None:
+def test_auto_does_not_start_from_scratch_if_all_are_damaged(root: Path) -> None:
     for folder in checkpoint.list_checkpoints(root):
         flip_a_bit(folder / "model.safetensors")
     with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
@@ -97,8 +97,8 @@ def test_from_checkpoint_continues_or_with_never_takes_only_weights(root: Path, 
     assert start.step == 20, "a folder of checkpoints means its newest"
 
 
-def test_a_path_with_nothing_there_is_refused_also_where_the_run_goes_on_by_itself(root: Path, tmp_path: Path) -> None:
-    """A name that the hub may know is not looked up then: a run that began with it goes on offline."""
+def test_a_missing_path_is_refused_even_if_the_run_resumes_without_it(root: Path, tmp_path: Path) -> None:
+    """A name that the hub may know is not looked up then, so a run that began with it can resume offline."""
     (tmp_path / "c1" / "step-00000001").mkdir(parents=True)
     wrong = (root / "step-00000030", root / "nope", "./none", "none/of/these", tmp_path / "c1" / "nope", "ckpt.pt")
     for checkpoints in (root, tmp_path / "new"):
@@ -123,7 +123,7 @@ def test_a_contradicting_flag_is_refused_with_both_values(root: Path) -> None:
     assert find_start(options(root, "--d-model", "32", "--dropout", "0.3")).config.model.dropout == 0.3
 
 
-def test_a_continued_run_keeps_its_options_but_for_those_given_anew(root: Path, data_flags: list[str]) -> None:
+def test_a_resumed_run_keeps_its_options_except_those_given_again(root: Path, data_flags: list[str]) -> None:
     start = find_start(options(root, "--learning-rate", "0.5", "--shuffle"))
     config = start.config
     assert config.optim.learning_rate == 0.5
@@ -155,7 +155,7 @@ def test_pruning_keeps_the_newest(root: Path) -> None:
 
 
 def test_a_checkpoint_that_was_tampered_with_to_look_whole_is_refused(root: Path) -> None:
-    """Hashes match, contents do not: what remains is one line, not a traceback."""
+    """The hashes match but the contents do not: the result is one line, not a traceback."""
     folder = root / "step-00000020"
     shutil.rmtree(root / "step-00000010")
     original = torch.load(folder / "training_state.pt", weights_only=True)
@@ -232,7 +232,7 @@ def test_a_strangers_pt_file_is_not_unpickled(tmp_path: Path) -> None:
 
 
 def test_the_common_pt_layout_is_read(tmp_path: Path, trained: Path) -> None:
-    """Names and config keys of that layout, against the same weights in ours."""
+    """Compare names and config keys of that layout with the same weights in ours."""
     config, weights = load_weights(trained / "step-00000020")
     rename = {
         "wte.": "token_embedding.", "wpe.": "positional_embedding.", "ln_f.": "layer_norm.", "h.": "decoder_blocks.",

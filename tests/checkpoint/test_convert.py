@@ -22,7 +22,7 @@ ARGUMENTS = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_s
 def nanogpt_file(
     file: Path, *, bias: bool, prefix: str = "_orig_mod.", vocab_size: int = 300, **changes: object
 ) -> Path:
-    """As nanoGPT's train.py saves: compiled, with the head as a second name of the embedding."""
+    """Write a file as nanoGPT's train.py does: compiled, with the head as a second name of the embedding."""
     generator = torch.Generator().manual_seed(5)
     arguments = ARGUMENTS | {"bias": bias, "vocab_size": vocab_size}
     width = arguments["n_embd"]
@@ -50,7 +50,7 @@ def nanogpt_file(
 
 
 def plain_forward(file: Path, ids_BT: Tensor) -> Tensor:
-    """Logits, in float64, of the model in nanoGPT's file, by the formulas of a pre-norm transformer."""
+    """Return the logits, in float64, of the model in nanoGPT's file, by the formulas of a pre-norm transformer."""
     saved = torch.load(file, weights_only=True)
     w = {name.removeprefix("_orig_mod.").removeprefix("transformer."): t.double() for name, t in saved["model"].items()}
     heads = saved["model_args"]["n_head"]
@@ -134,7 +134,7 @@ def test_no_tokenizer_is_assumed_from_the_size_of_a_vocabulary(size: int, tmp_pa
 
 
 class Anything:
-    """What a real file never holds."""
+    """An object of a class that real files never hold."""
 
 
 def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path: Path)
 
 
 def test_a_folder_of_our_checkpoints_converts_to_its_newest(trained: Path, tmp_path: Path) -> None:
-    """Without what only training needs."""
+    """The folder has no files that only training needs."""
     succeed(run_here("scripts/convert_checkpoint.py", "--input", trained, "--output-dir", tmp_path / "out"))
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors"}

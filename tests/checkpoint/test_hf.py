@@ -1,4 +1,4 @@
-"""Folders that Hugging Face loads as they are, and Hugging Face's folders read back."""
+"""Hugging Face loads our folders as they are, and its own are read back."""
 
 import json
 import re
@@ -100,7 +100,7 @@ def test_openais_layout_without_prefix_and_with_masks_is_read(tmp_path: Path) ->
         ({"activation_function": ["gelu"]}, "activation_function"),
     ],
 )
-def test_what_is_no_gpt2_of_ours_is_refused_by_name(change: dict, culprit: str, tmp_path: Path) -> None:
+def test_unsupported_models_are_refused_by_name(change: dict, culprit: str, tmp_path: Path) -> None:
     config = CONFIGS["gpt2"]
     hf.save_model(tmp_path, config, random_model(config).state_dict(), eot_id=None)
     values = json.loads((tmp_path / "config.json").read_text()) | change
@@ -166,7 +166,7 @@ def test_folders_without_readable_weights_say_what_to_do(tmp_path: Path) -> None
     saved(tmp_path, max_shard_size="20KB")
     part = next(iter(sorted(tmp_path.glob("model-*.safetensors"))))
     part.rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=rf"{part.name} is missing, which model.safetensors.index.json names"):
+    with pytest.raises(InputError, match=rf"{part.name} is missing, although model.safetensors.index.json names it"):
         hf.load_model(tmp_path)
     (tmp_path / "elsewhere").rename(part)
     index = tmp_path / "model.safetensors.index.json"
@@ -183,7 +183,7 @@ def test_folders_without_readable_weights_say_what_to_do(tmp_path: Path) -> None
 
 
 def test_loading_takes_the_memory_of_one_copy() -> None:
-    """gpt2's shape, in a process of its own: parameters, and beside them one tensor at a time."""
+    """Loading gpt2's shape, in its own process, needs the parameters and one tensor at a time beside them."""
     shown = succeed(run("benchmarks/load_memory.py", "--size", "gpt2", PYTHONPATH=str(ROOT)))
     share = float(re.search(r"([0-9.]+) of the file", shown)[1])
     # Measured 1.25 for this size, a quarter of which is one tensor, wte; a second copy would make it 2 and more.
@@ -216,7 +216,7 @@ def test_openais_sizes_equal_hugging_face(size: str, tmp_path: Path) -> None:
 
 
 def test_a_trained_model_is_a_model_tokenizer_and_pipeline_of_hugging_face(tmp_path: Path) -> None:
-    """Fine-tuned here from someone's folder with a padded vocabulary, on text, and loaded by each of transformers' doors."""
+    """Fine-tune someone's model on text with a padded vocabulary, and load it in every way that transformers has."""
     data = prepare_documents(tmp_path / "data")
     torch.manual_seed(0)
     config = GPT2Config(
@@ -288,7 +288,7 @@ def test_pickles_are_fetched_only_where_there_are_no_safetensors(
     assert not any(name.startswith("pytorch") for name in asked)
 
 
-def test_an_unknown_name_offline_says_how_to_go_on() -> None:
+def test_an_unknown_name_offline_names_the_fix() -> None:
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set; unset it, or give the path of a folder"):
         hf.find_folder("gpt2-medium")
     with pytest.raises(InputError, match="no such folder"):

@@ -1,4 +1,4 @@
-"""config.json as transformers' GPT2Config reads it."""
+"""config.json is read as transformers' GPT2Config reads it."""
 
 import json
 from pathlib import Path
@@ -38,8 +38,8 @@ def test_configurations_are_read_as_transformers_reads_them(values: dict) -> Non
     assert ours.tie_weights == theirs.tie_word_embeddings
 
 
-def test_a_dropout_that_differs_is_said(tmp_path: Path) -> None:
-    """Of transformers' three there is one here."""
+def test_a_dropout_that_differs_is_reported(tmp_path: Path) -> None:
+    """Transformers has three dropout rates, and we have one."""
     for values, notes in (
         ({"attn_pdrop": 0.0}, ("dropout: 0.1 everywhere (resid_pdrop), where config.json has attn_pdrop 0.0",)),
         ({"attn_pdrop": 0.2, "embd_pdrop": 0.2, "resid_pdrop": 0.2}, ()),
@@ -104,7 +104,7 @@ def test_an_activation_computes_what_transformers_computes_or_is_refused(name: s
 
 
 def test_windows_spellings_of_a_file_are_read_or_named(tmp_path: Path) -> None:
-    """A byte order mark is passed over; UTF-16, as PowerShell's > writes it, is not guessed at."""
+    """A byte order mark is skipped. UTF-16, which PowerShell's > writes, is refused."""
     text, file = json.dumps(GPT_2 | {"n_layer": 3}), tmp_path / "config.json"
     file.write_text(text, encoding="utf-8-sig")
     assert read_config(tmp_path)[0].num_layers == 3

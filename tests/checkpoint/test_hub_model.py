@@ -1,4 +1,4 @@
-"""Models from the hub: fetched once however many processes ask, and every refusal is one line."""
+"""Models from the hub are fetched once, however many processes ask, and every refusal is one line."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ SHORT = [*TRAINING, "--train-steps", "2", "--warmup-steps", "0", "--decay-steps"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the hub holds as gpt2: a small one, in two files with an index, beside what no one needs."""
+    """What the hub holds as gpt2: a small model in two files with an index, beside files that are not needed."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_positions=16, n_embd=128, n_layer=4, n_head=4)
     folder = tmp_path_factory.mktemp("gpt2")
@@ -89,7 +89,7 @@ def test_two_processes_of_torchrun_fetch_once(hub: Hub, data_flags: list[str], t
 
 @pytest.mark.slow
 def test_two_replicas_of_xla_fetch_once_and_equal_torch(hub: Hub, data_flags: list[str], tmp_path: Path) -> None:
-    """Then torch, offline, with what those fetched."""
+    """Then torch uses the fetched files, offline."""
     flags = [*data_flags, *SHORT, "--from-checkpoint", "gpt2", "--dropout", "0", "--checkpoints-dir"]
     own = environment(hub.url, tmp_path)
     succeed(run_xla(*flags, tmp_path / "xla", CPU_NUM_DEVICES="2", **own))
@@ -129,7 +129,7 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("program", ["run_pretrain.py", pytest.param("run_pretrain_xla.py", marks=pytest.mark.slow)])
-def test_without_a_network_one_line_says_how_to_go_on(program: str, data_flags: list[str], tmp_path: Path) -> None:
+def test_without_a_network_one_line_names_the_fix(program: str, data_flags: list[str], tmp_path: Path) -> None:
     nowhere = environment("http://127.0.0.1:9", tmp_path)
     flags = [*data_flags, *SMALL_RUN, "--from-checkpoint", "gpt2-xl", "--checkpoints-dir", tmp_path / "run"]
     parts = ["gpt2-xl", NAME + "-xl", "the hub cannot be reached", "path of a folder that holds the model"]

@@ -1,4 +1,4 @@
-"""Saves in the background: one at a time, awaited, and their failures told."""
+"""Background saves run one at a time, are awaited, and report failures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from gpt2xla.checkpoint.saver import BackgroundSaves
 
 
-def test_the_caller_goes_on_and_the_next_save_waits_for_the_one_before() -> None:
+def test_the_caller_continues_and_the_next_save_waits_for_the_one_before() -> None:
     saves = BackgroundSaves(lambda error: None)
     may_end, order = threading.Event(), []
 
@@ -26,21 +26,21 @@ def test_the_caller_goes_on_and_the_next_save_waits_for_the_one_before() -> None
     assert order == ["slow", "quick"]
 
 
-def test_a_save_that_cannot_be_written_is_told_and_the_next_may_succeed() -> None:
-    told: list[OSError] = []
-    saves = BackgroundSaves(told.append)
+def test_a_save_that_cannot_be_written_is_reported_and_the_next_may_succeed() -> None:
+    reported: list[OSError] = []
+    saves = BackgroundSaves(reported.append)
 
     def full() -> None:
         raise OSError("disk full")
 
     saves.start(full)
     assert not saves.wait()
-    assert [str(error) for error in told] == ["disk full"]
+    assert [str(error) for error in reported] == ["disk full"]
     saves.start(lambda: None)
     assert saves.wait()
 
 
-def test_a_fault_of_ours_is_not_swallowed() -> None:
+def test_our_own_errors_are_not_swallowed() -> None:
     saves = BackgroundSaves(lambda error: None)
     saves.start(lambda: [][0])
     with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""From someone's weights to a run: padded vocabularies, cut positions, and what is refused."""
+"""A run starts from someone's weights: with a padded vocabulary, with fewer positions, or is refused."""
 
 import dataclasses
 import json
@@ -150,7 +150,7 @@ def test_a_vocabulary_that_hugging_face_grew_stays_aligned_or_unpadded(folder: P
         assert (config.vocab_size - config.vocab_padding, config.vocab_padding) == (size, padding)
 
 
-def test_what_cannot_be_is_refused_with_the_mend(folder: Path) -> None:
+def test_impossible_sizes_are_refused_with_the_fix(folder: Path) -> None:
     for flags, message in {
         ("--vocab-size", 96): r"--vocab-size 96 is less than the 97 ids of .*; use 97, or 128 for aligned shapes",
         ("--seq-length", 25): r"--seq-length 25 is more than the 24 positions that .* has; use at most 24",
@@ -162,7 +162,7 @@ def test_what_cannot_be_is_refused_with_the_mend(folder: Path) -> None:
             start(folder, *flags)
 
 
-def test_a_continued_run_is_not_resized_but_its_weights_may_be(trained: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_not_resized_but_its_weights_may_be(trained: Path, tmp_path: Path) -> None:
     source = trained / "step-00000020"
     for flags in (("--vocab-size", "128"), ("--seq-length", "8")):
         asked = ["--from-checkpoint", source, "--checkpoints-dir", tmp_path / "new", *flags]
@@ -196,7 +196,7 @@ def padded_run(theirs: Path, data_flags: list[str], tmp_path_factory: pytest.Tem
 def test_fine_tuning_padded_equals_hugging_face_and_adamw_in_float64(
     theirs: Path, padded_run: Path, data: Path
 ) -> None:
-    """The unpadded model, with torch's AdamW and windows cut by hand."""
+    """The truth is the unpadded model, with torch's AdamW and windows cut by hand."""
     tokens = np.concatenate([np.load(file) for file in sorted((data / "train").glob("*.npy"))]).astype(np.int64)
     model = AutoModelForCausalLM.from_pretrained(theirs).double().eval()
     parameters = list(model.parameters())
@@ -222,7 +222,7 @@ def test_fine_tuning_padded_equals_hugging_face_and_adamw_in_float64(
     assert expected[-1] < expected[0] - 0.5
 
 
-def test_a_padded_run_goes_on_bit_for_bit(
+def test_a_padded_run_resumes_bit_for_bit(
     theirs: Path, padded_run: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
     flags = [*data_flags, *PADDED, "--from-checkpoint", theirs, "--checkpoints-dir", tmp_path]
@@ -258,7 +258,7 @@ def test_a_padded_run_on_xla_equals_torch_in_two_graphs(
 
 
 @pytest.mark.slow
-def test_a_padded_run_under_fsdp_equals_torch_and_goes_on(
+def test_a_padded_run_under_fsdp_equals_torch_and_resumes(
     theirs: Path, padded_run: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
     flags = [*data_flags, *PADDED, "--from-checkpoint", theirs, "--checkpoints-dir", tmp_path, "--spmd", "--fsdp"]
@@ -268,7 +268,7 @@ def test_a_padded_run_under_fsdp_equals_torch_and_goes_on(
     assert load_file(tmp_path / "step-00000020" / "model.safetensors")["transformer.wte.weight"].shape == (97, 32)
 
 
-def test_padding_is_no_option() -> None:
+def test_padding_is_not_an_option() -> None:
     config = RunConfig(model=dataclasses.replace(ModelConfig(), vocab_padding=47))
     assert "vocab_padding" not in config.to_flat()
     with pytest.raises(InputError, match="--vocab-padding"):

@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub with one data set or model, on this machine, which misbehaves as it is told.
+"""A stand-in for the Hugging Face hub with one data set or model, on this machine, which misbehaves on request.
 
 It answers what `datasets` and `huggingface_hub` ask before they read files: repository, tree, paths, files by ranges.
 Large files lie on another host, as the hub's do.

@@ -170,7 +170,7 @@ def test_of_a_saved_dataset_the_files_that_its_list_names_are_read(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"_data_files": [{"filename": "gone.arrow"}]}, "lacks gone.arrow, which its state.json names"),
+    ({"_data_files": [{"filename": "gone.arrow"}]}, "lacks gone.arrow, although state.json names it"),
     ({"_data_files": [{"filename": "../x.arrow"}]}, "names no data files"), ({"_data_files": None}, "names no data files"),
     ({"_indices_data_files": [{"filename": "indices.arrow"}]}, "save flatten_indices() of it"),
 ])  # fmt: skip

@@ -51,7 +51,7 @@ def test_the_pattern_holds_each_set_by_its_weight(weights: list[int]) -> None:
     assert tuple(counted) == mixture.counts
     for count, weight in zip(counted, weights, strict=True):
         exact = Fraction(weight, sum(weights)) * PATTERN
-        # Off by less than one, but for what those that would have none were given.
+        # Off by less than one, except where a tiny weight got its single entry.
         assert max(1, exact - len(weights)) <= count < exact + 1 or count == 1
 
 

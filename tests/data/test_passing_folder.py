@@ -7,13 +7,14 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from gpt2xla.data.preparation import passing_folder
+from gpt2xla.data.preparation.passing_folder import passing_folder
 
 PROGRAM = """
 import sys, time
-from gpt2xla.data.preparation import passing_folder
-print(passing_folder.make(sys.argv[1]), flush=True)
-time.sleep(60)
+from gpt2xla.data.preparation.passing_folder import passing_folder
+with passing_folder(sys.argv[1]) as folder:
+    print(folder, flush=True)
+    time.sleep(60)
 """
 
 
@@ -31,12 +32,15 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path
     try:
         processes[0].send_signal(signal.SIGKILL)
         processes[0].wait()
-        mine = passing_folder.make(str(tmp_path))
-        assert not folders[0].exists()
-        assert (folders[1] / "part.parquet").exists()
-        assert mine.is_dir()
-        assert passing_folder.make(str(tmp_path)) != mine
-        assert mine.is_dir(), "its process is this one"
+        with passing_folder(str(tmp_path)) as mine:
+            assert not folders[0].exists()
+            assert (folders[1] / "part.parquet").exists()
+            assert mine.is_dir()
+            with passing_folder(str(tmp_path)) as another:
+                assert another != mine
+            assert not another.exists()
+            assert mine.is_dir(), "its process is this one"
+        assert not mine.exists()
     finally:
         for process in processes:
             process.kill()

@@ -175,13 +175,13 @@ def test_without_a_manifest_it_is_refused(source: Path, cache: Cache) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "mend"),
+    ("url", "fix"),
     [("gs://bucket/x", "pip install gcsfs"), ("s3://bucket/x", "pip install s3fs"), ("nosuch://x", "cannot be opened")],
 )
-def test_a_missing_package_is_named(url: str, mend: str, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(url: str, fix: str, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("gcsfs", "s3fs"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"--train-dir {url} .*{mend}") as error:
+    with pytest.raises(InputError, match=rf"--train-dir {url} .*{fix}") as error:
         TokenStream(url, cache=cache)
     assert "\n" not in str(error.value)
 
@@ -198,15 +198,25 @@ def test_the_shards_longest_unread_make_room(source: Path, cache: Cache) -> None
         assert f"shard_{(start // 2000 + 1) % 5}.npy" in here, "the next one is not removed for it"
 
 
-def test_what_another_reader_uses_is_not_removed(source: Path, cache: Cache, tmp_path: Path) -> None:
+def test_what_another_reader_makes_room_for_can_still_be_read(source: Path, cache: Cache) -> None:
     one_shard = Cache(cache.folder, SHARD_BYTES)
     folders = [RemoteFolder(f"storage://{source}", "--train-dir", one_shard, MANIFEST) for _ in range(2)]
     shards = json.loads((source / MANIFEST).read_text())["shards"]
-    folders[0].use("shard_0.npy", shards[0]["sha256"])
-    folders[1].use("shard_1.npy", shards[1]["sha256"])
-    assert shards_in(cache) == ["shard_0.npy", "shard_1.npy"], "both are in use, whatever the limit"
-    folders[0].use("shard_2.npy", shards[2]["sha256"])
-    assert shards_in(cache) == ["shard_1.npy", "shard_2.npy"]
+    with folders[0].at_hand("shard_0.npy", shards[0]["sha256"]) as file:
+        tokens = np.load(file, mmap_mode="r")
+        other = threading.Thread(target=make_room, args=(folders[1], shards[1]["sha256"]))
+        other.start()
+        wait_for(lambda: shards_in(cache) == ["shard_0.npy", "shard_1.npy"])
+        time.sleep(0.1)
+        assert file.exists(), "inside the block it is not removed, whatever the limit"
+    other.join()
+    assert shards_in(cache) == []  # each made room for its own
+    assert (tokens == TOKENS[:2000]).all(), "what is mapped stays readable"
+
+
+def make_room(folder: RemoteFolder, sha256: str) -> None:
+    with folder.at_hand("shard_1.npy", sha256):
+        pass
 
 
 def test_several_readers_at_once_fetch_each_shard_once(source: Path, cache: Cache) -> None:

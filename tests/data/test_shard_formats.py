@@ -1,14 +1,9 @@
-"""Files of other programs: read with their real type, or refused by name; never as other ids than those written.
+"""Files of other programs: read with their real type, or refused by name; never as other ids than those written."""
 
-The writers follow the published layouts, in the fewest lines; their sources stand beside the readers.
-"""
-
-import csv
 import gzip
 import io
 import json
 import lzma
-import os
 import pickle
 import struct
 import tarfile
@@ -21,7 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import prepare_documents
+from data.shard_writers import (
+    IDS,
+    LARGE,
+    WEIGHTS,
+    datatrove,
+    dolma,
+    lit_gpt,
+    llmc,
+    megatron,
+    megatron_index,
+    npy,
+    put,
+    raw,
+    without,
+)
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -29,66 +38,6 @@ from safetensors.numpy import save_file
 from gpt2xla.data.shard_files.shard_format import Shard, open_shard
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
-
-# As those of text: a few ids often, many seldom, none of the last of GPT-2's.
-IDS = (50_257 ** np.random.default_rng(0).random(6000)).astype(np.int64) - 1
-LARGE = IDS * 2  # up to 100,000
-WEIGHTS = np.random.default_rng(0).normal(0, 0.02, 6000).astype("<f4")
-CODES = {"u1": 1, "i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<f8": 6, "<f4": 7, "<u2": 8}  # Megatron's and lit-gpt's
-
-
-def raw(ids: np.ndarray, dtype: str = "<u2") -> bytes:
-    return ids.astype(dtype).tobytes()
-
-
-def npy(ids: np.ndarray, dtype: str = "<u2") -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, ids.astype(dtype))
-    return stream.getvalue()
-
-
-def llmc(ids: np.ndarray, magic: int = 20240520, version: int = 1, dtype: str = "<u2") -> bytes:
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(ids)
-    return header.tobytes() + raw(ids, dtype)
-
-
-def lit_gpt(ids: np.ndarray, dtype: str = "<u2", version: int = 1) -> bytes:
-    return b"LITPKDS" + struct.pack("<QBQ", version, CODES[dtype], len(ids)) + raw(ids, dtype)
-
-
-def megatron_index(ids: np.ndarray, dtype: str = "<u2", magic: bytes = b"MMIDIDX\0\0", version: int = 1) -> bytes:
-    lengths = np.array([10, len(ids) - 10], "<i4")
-    places = np.array([0, 10], "<i8") * np.dtype(dtype).itemsize
-    documents = np.arange(3, dtype="<i8")
-    head = magic + struct.pack("<QBQQ", version, CODES[dtype], len(lengths), len(documents))
-    return head + lengths.tobytes() + places.tobytes() + documents.tobytes()
-
-
-def megatron(ids: np.ndarray, dtype: str = "<u2") -> dict[str, bytes]:
-    return {"a.bin": raw(ids, dtype), "a.idx": megatron_index(ids, dtype)}
-
-
-def datatrove(ids: np.ndarray, dtype: str = "<u2", metadata: str = "gpt2|{width}\n{count}\n6 kT") -> dict[str, bytes]:
-    text = metadata.format(width=np.dtype(dtype).itemsize, count=len(ids))
-    return {"a.ds": raw(ids, dtype), "a.ds.index": raw(np.array([10, len(ids)]), "<u8"), "a.ds.metadata": text.encode()}
-
-
-def dolma(ids: np.ndarray, dtype: str = "<u2") -> dict[str, bytes]:
-    rows = io.StringIO()
-    csv.writer(rows).writerows([(0, 10, "one", "a.json, gz", 1), (10, len(ids), "two", "a.json.gz", 2)])
-    return {"a.npy": raw(ids, dtype), "a.csv.gz": gzip.compress(rows.getvalue().encode())}
-
-
-def without(files: dict[str, bytes], *names: str) -> dict[str, bytes]:
-    return {name: content for name, content in files.items() if name not in names}
-
-
-def put(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
-
 
 TINY = np.arange(100)
 READ = {
@@ -240,14 +189,14 @@ REFUSED: dict[str, tuple[str, dict[str, bytes]]] = {
     "Megatron index of zeros": ("version 0, dtype code 0", megatron(IDS) | {"a.idx": b"MMIDIDX" + bytes(52)}),
     "Megatron, negative": ("holds -1 to 49 as ids", megatron(np.arange(-1, 50), "<i4")),
     "Megatron, old": ("TNTIDX|old format", megatron(IDS) | {"a.idx": b"TNTIDX\0\0" + bytes(99)}),
-    "another .idx": ("no Megatron index", megatron(IDS) | {"a.idx": bytes(99)}),
-    "datatrove alone": ("type that nothing tells", {"a.ds": raw(IDS)}),
+    "another .idx": ("not a Megatron index", megatron(IDS) | {"a.idx": bytes(99)}),
+    "datatrove alone": ("ids of an unknown type", {"a.ds": raw(IDS)}),
     "datatrove cut short": ("is not what .metadata", datatrove(IDS) | {"a.ds": raw(IDS[:-1])}),
     "datatrove at odds": ("6000 and 5990 ids", datatrove(IDS) | {"a.ds.index": raw(np.array([5990]), "<u8")}),
     "datatrove of another type": ("is not what", datatrove(IDS) | {"a.ds": raw(IDS, "<u4")}),
     "datatrove damaged": ("cannot be read", datatrove(IDS) | {"a.ds.metadata": b""}),
     "datatrove with masks": ("masks tokens", datatrove(IDS) | {"a.ds.loss": bytes(6000)}),
-    "dolma alone": ("type that nothing tells", {"a.npy": raw(IDS)}),
+    "dolma alone": ("ids of an unknown type", {"a.npy": raw(IDS)}),
     "dolma cut short": ("is not what a.csv.gz", dolma(IDS) | {"a.npy": raw(IDS[:-1])}),
     "dolma damaged": ("is not what a.csv.gz", dolma(IDS) | {"a.csv.gz": gzip.compress(b"")}),
     "dolma no gzip": ("cannot be read", dolma(IDS) | {"a.csv.gz": b"0,6000,a,b,1\n"}),
@@ -276,73 +225,10 @@ def test_refused_by_name_in_one_line(message: str, files: dict[str, bytes], tmp_
     assert str(tmp_path) in str(error.value)
 
 
-def test_padding_of_lit_gpt_is_read_and_told(tmp_path: Path) -> None:
+def test_padding_of_lit_gpt_is_read_and_noted(tmp_path: Path) -> None:
     stream = TokenStream(put(tmp_path, {"a.bin": lit_gpt(np.append(IDS, [50_256] * 2000))}))
     assert stream.read(6000, 2000).tolist() == [50_256] * 2000
     assert "ends in 2,000 times id 50256" in stream.notes[0]
-
-
-@pytest.mark.parametrize(
-    ("names", "train", "valid"),
-    [
-        (["train.bin", "val.bin"], ["train.bin"], ["val.bin"]),
-        (["train.bin", "test.bin"], ["train.bin"], ["test.bin"]),
-        (["train.bin", "test.bin", "validation.bin"], ["train.bin"], ["validation.bin"]),
-        (["w_train_1.bin", "w_train_2.bin", "w_val_1.bin"], ["w_train_1.bin", "w_train_2.bin"], ["w_val_1.bin"]),
-        (["test_run_train.bin", "test_run_val.bin"], ["test_run_train.bin"], ["test_run_val.bin"]),
-        (["train_val.bin", "train_train.bin"], ["train_train.bin"], ["train_val.bin"]),
-        (["pretrain_1.bin", "interval_2.bin"], None, None),
-        (["constraint.bin", "x.bin"], None, None),
-        (["train_1.bin", "x.bin"], None, None),
-        (["training_val_1.bin", "training_val_2.bin"], None, None),
-    ],
-)
-def test_a_folder_of_several_splits(names: list[str], train: list[str], valid: list[str], tmp_path: Path) -> None:
-    put(tmp_path, {name: raw(IDS[number:]) for number, name in enumerate(names)})
-    for option, expected in (("--train-dir", train), ("--valid-dir", valid)):
-        stream = TokenStream(tmp_path, option)
-        assert [file.name for file in stream.files] == (expected or sorted(names))
-        assert len(stream.notes) == (expected is not None)
-
-
-def test_a_split_of_the_other_name_is_told(tmp_path: Path) -> None:
-    stream = TokenStream(put(tmp_path, {"train.bin": raw(IDS)}), "--valid-dir")
-    assert "reads shards named train" in stream.notes[0]
-
-
-def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
-    put(tmp_path, {"a.bin": raw(IDS), "._a.bin": b"Mac OS X", ".b.npy": b""})
-    (tmp_path / ".ipynb_checkpoints").mkdir()
-    (tmp_path / "x.bin").mkdir()
-    assert TokenStream(tmp_path).length == len(IDS)
-
-
-def test_links_are_files_and_read_once(tmp_path: Path) -> None:
-    put(tmp_path, {"blob": raw(IDS)})
-    folder = tmp_path / "snapshot"
-    folder.mkdir()
-    (folder / "a.bin").symlink_to("../blob")
-    assert TokenStream(folder).length == len(IDS)
-    os.link(tmp_path / "blob", folder / "b.bin")
-    with pytest.raises(InputError, match=r"a\.bin and b\.bin are links to one file"):
-        TokenStream(folder)
-    (folder / "b.bin").unlink()
-    (tmp_path / "blob").unlink()
-    with pytest.raises(InputError, match=r"a\.bin links to a file that is not there"):
-        TokenStream(folder)
-
-
-def test_shards_that_a_manifest_does_not_name_are_refused(tmp_path: Path) -> None:
-    train = prepare_documents(tmp_path / "data") / "train"
-    np.save(train / "shard_999999.npy", IDS)
-    with pytest.raises(InputError, match=r"shard_999999\.npy is not named in manifest\.json"):
-        TokenStream(train)
-
-
-def test_a_folder_of_splits_is_told_from_one_of_shards(tmp_path: Path) -> None:
-    prepare_documents(tmp_path / "data")
-    with pytest.raises(InputError, match=r"data/train"):
-        TokenStream(tmp_path / "data")
 
 
 WRITERS: dict[str, tuple[str, Callable[[np.ndarray], bytes]]] = {

@@ -94,7 +94,7 @@ def test_a_preparation_counts_them_or_makes_them_tokens(folder: Path, tmp_path: 
     lines = ["<|user|>hello there<|bot|>hi"] * 30
     (tmp_path / "text").mkdir()
     (said,) = prepared(tmp_path / "text", tokenizer, "as-text", lines)
-    assert "<|bot|> 30 x, <|user|> 30 x; --special-tokens-in-text as-ids" in said
+    assert "<|bot|> 30 x, <|user|> 30 x; with --special-tokens-in-text as-ids" in said
     (tmp_path / "ids").mkdir()
     assert prepared(tmp_path / "ids", tokenizer, "as-ids", lines) == []
     for mode, count in (("text", 0), ("ids", 30)):
@@ -131,8 +131,8 @@ def test_prompts(folder: Path) -> None:
         PromptReader(tokenizer, "refuse").checked("a<|user|>")
 
 
-def test_generate_reads_prompts_as_it_is_told(tmp_path: Path) -> None:
-    from test_generation_settings import TURN, chat_model
+def test_generate_follows_special_tokens_in_text(tmp_path: Path) -> None:
+    from generation.test_generation_settings import TURN, chat_model
 
     model = chat_model(tmp_path / "model", {"eos_token_id": TURN}, None, always=65)
     flags = ["--model", model, "--prompt", "<|im_start|>Hi", "--max-new-tokens", 2, "--temperature", 0]

@@ -178,7 +178,7 @@ def test_without_a_config_what_the_files_say_is_read(tmp_path: Path) -> None:
 
 
 def refusals() -> Iterator[tuple[str, dict[str, Any], str]]:
-    yield "no merges", {"vocab.json": VOCAB, "config.json": {"model_type": "gpt2"}}, "has no merges.txt"
+    yield "no merges", {"vocab.json": VOCAB, "config.json": {"model_type": "gpt2"}}, "no merges.txt"
     yield "no class", PAIR | {"vocab.json": {"a": 0, "</w>": 1}}, "does not say what kind"
     yield (
         "another class",

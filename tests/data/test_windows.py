@@ -132,7 +132,9 @@ def test_resuming_reads_on_where_the_run_stopped(windows: Windows) -> None:
 
 
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
-def test_a_steps_windows_are_told_as_all_its_processes_read_them(windows: Windows, shuffle_seed: int | None) -> None:
+def test_a_steps_windows_are_described_as_all_its_processes_read_them(
+    windows: Windows, shuffle_seed: int | None
+) -> None:
     steps = [order(windows, accum=2, rank=rank, world_size=3, shuffle_seed=shuffle_seed) for rank in range(3)]
     for step in (0, 1, 2, 5):
         told = steps[0].describe(step)
@@ -153,7 +155,7 @@ def test_drop_last_ends_epochs_at_whole_batches(windows: Windows, shuffle_seed: 
         assert windows_of(dropping.batch(5)) == list(range(24))
 
 
-def test_each_epoch_is_shuffled_anew_and_by_the_seed(windows: Windows) -> None:
+def test_each_epoch_is_shuffled_again_and_by_the_seed(windows: Windows) -> None:
     def first_windows(seed: int, epoch: int) -> list[int]:
         whole_epochs = order(windows, batch_size=125, shuffle_seed=seed)
         return windows_of(whole_epochs.batch(epoch))

@@ -166,7 +166,7 @@ GOOD = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e",
         (json.dumps({**GOOD, "label": ""}), "line 1: is not one of HellaSwag's"),
         (json.dumps({**GOOD, "label": 4}), "line 1: an item has 4 endings, and a label from 0 to 3"),
         (json.dumps({name: GOOD[name] for name in GOOD if name != "ctx_b"}), "line 1: lacks ctx_b"),
-        (json.dumps({**GOOD, "endings": ["d", "e", "f", "g" * 300]}), "item 1: its ending 4 is 301 tokens"),
+        (json.dumps({**GOOD, "endings": ["d", "e", "f", "g" * 300]}), "item 1: its ending 4 has 301 tokens"),
     ],
 )
 def test_what_is_wrong_with_items_is_said_before_the_first_step(line: str, says: str, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a run survives: faults done to real processes, and what is left of them compared with an undisturbed run."""
+"""Faults done to real processes, whose results are compared with an undisturbed run."""

@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: do all faults, and write down what held. docs/reliability.md is made of the results."""
+"""Tests all faults and records the results, from which docs/reliability.md is made: `python -m tests.faults`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# Before torch and numpy are imported: processes that are forked must have no threads yet, and the machine is shared.
+# Before torch and numpy are imported: forked processes must have no threads yet, and the machine is shared.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
 
 from tests.faults import shim
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="write the table to this file")
     options = parser.parse_args()
     shim.load()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # not before what runs has been ended
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # only after ending the runs
 
     from tests.faults import report, scenarios
 
@@ -59,7 +59,7 @@ def main() -> int:
         options.report.write_text(report.text(results, scenarios.ALL))
     shim.unload()
     if failed:
-        print(f"what failed is in {base}")
+        print(f"the runs that failed are in {base}")
     else:
         shutil.rmtree(base)
     return int(failed)

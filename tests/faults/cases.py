@@ -1,4 +1,4 @@
-"""Faults counted: cases spread over two processes, each case checked by itself."""
+"""Counts faults: cases are spread over two processes, and each is checked separately."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 _WORKERS = 2
-_SHOWN = 5  # failures of one row that are told; others are likely to be the same
+_SHOWN = 5  # failures of one row that are printed; others are likely to be the same
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a scenario is given.
+    """The setting of a scenario.
 
     Attributes:
-        folder: an empty one, its own.
+        folder: an empty folder for the scenario alone.
         data: the flags that name the data.
         unbroken: undisturbed runs by the number of processes, with their data and options.
         seconds: how long the undisturbed run took, by the number of processes.
         full: all cases, or only some of each kind.
-        seed: of what is drawn.
+        seed: of all random draws.
     """
 
     folder: Path
@@ -61,8 +61,8 @@ class Row:
 
 
 def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) -> Row:
-    """Call `check(case)` for each, in two processes at a time, and count: a case stands for as many faults as it returns
-    (None: one). What it raises is why it did not pass."""
+    """Call `check(case)` for each case, in two processes at a time, and count. A case stands for as many faults as it
+    returns (None: one). If it raises, it has failed."""
     cases = list(cases)
     begun = time.monotonic()
     queue, feed = os.pipe()
@@ -92,7 +92,7 @@ def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) ->
                         case = _in_words(cases[number])
                         print(f"    FAILED: {case}: {failure}", flush=True)
                         row.notes.append(f"failed: {case}: {failure.splitlines()[0]}")
-    except BaseException:  # interrupted: they end what they have started
+    except BaseException:  # interrupted: the workers end the runs that they started
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
         raise
@@ -104,7 +104,7 @@ def check_all(row: Row, cases: Iterable[T], check: Callable[[T], int | None]) ->
 
 
 def _work(queue: int, answer: int, cases: list[T], check: Callable[[T], int | None]) -> NoReturn:
-    """Whatever ends this process, runs that it has started are ended by their `with`."""
+    """Check cases until none is left. However this process ends, the runs that it started are ended by their `with`."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         while taken := os.read(queue, 4):
@@ -129,7 +129,7 @@ def _outcome(check: Callable[[Any], int | None], case: Any) -> tuple[int, str]:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run that passed has left, and what was written down beside it."""
+    """Delete the folder of a run that passed, and the records beside it."""
     for path in folder.parent.glob(f"{folder.name}*"):
         if path.is_dir():
             shutil.rmtree(path)

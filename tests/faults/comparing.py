@@ -1,4 +1,4 @@
-"""Whether a run that was disturbed ended as one that was not: bit for bit."""
+"""Compares a disturbed run with an undisturbed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def check_same(folder: Path, unbroken: Path, world: int = 1, windows: bool = True, steps: int = STEPS) -> None:
-    """AssertionError names the first difference: of the training and validation lines, of the windows that the steps
-    read, of the last checkpoint's weights, of the optimizer's state in it. `windows` where the run recorded them."""
+    """Raise AssertionError with the first difference in the training and validation lines, the windows that the steps read,
+    or the weights and optimizer state of the last checkpoint. With `windows`, the run must have recorded them."""
     got, expected = _lines(folder), _lines(unbroken)
     assert [line["step"] for line in got] == [line["step"] for line in expected], "steps in metrics.jsonl differ"
     for a, b in zip(got, expected, strict=True):
@@ -51,7 +51,7 @@ def check_no_litter(folder: Path) -> None:
 
 
 def check_close(folder: Path, unbroken: Path, relative: float = 1e-5) -> float:
-    """The largest relative difference of the losses. AssertionError if it is more than `relative`."""
+    """Return the largest relative difference of the losses. Raises AssertionError if it is more than `relative`."""
     a, b = losses(folder), losses(unbroken)
     assert a.keys() == b.keys(), "other steps were logged"
     worst = max(abs(a[step] - b[step]) / abs(b[step]) for step in a)

@@ -1,4 +1,4 @@
-"""Checkpoints that are truncated, altered, or lack a file."""
+"""Checkpoints that are truncated or altered, or have a file missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FILES = "every file of a checkpoint"
 
 
 def damaged(setting: Setting) -> list[Row]:
-    """The newest of two checkpoints is damaged, in every file in turn."""
+    """Damage the newest of two checkpoints, one file at a time."""
     origin = setting.folder / "origin"
     flags = [*setting.data, *runs.SMALL_RUN, "--tokenizer", "bytes", "--vocab-size", "257"]
     runs.finish([*flags, "--train-steps", "30"], origin)

@@ -22,7 +22,7 @@ _WITHOUT = "not run: it needs a C compiler, gcc or cc"
 
 
 def failing(setting: Setting) -> list[Row]:
-    """Each call that writes fails, in one save: once, or as if for good."""
+    """Let each call that writes fail in one save: once, or permanently."""
     good = "older checkpoints are whole, nothing half-written is left"
     bars = {
         "ENOSPC or EIO for good, from each call of a save on, --on-save-error stop": f"exit code 1, one clear line; {good}",
@@ -53,7 +53,7 @@ def failing(setting: Setting) -> list[Row]:
 
 
 def _arm(part: str, call: int, mode: int, error: int, rank: int) -> None:
-    """When the save at step `_AT` begins."""
+    """Arm the shim when the save at step `_AT` begins."""
     original = checkpoint._write
 
     def write(folder: Path, *args: Any) -> None:
@@ -87,7 +87,7 @@ def _count_calls(setting: Setting, flags: list[str]) -> int:
 
 
 def _start(flags: list[str], folder: Path, case: tuple[str, int], part: str, mode: int, code: int) -> list[str]:
-    """Run with that call failing, until it ends with `code`: what it says of saves that failed."""
+    """Run with that call failing until the run ends with `code`. Return what it reports about failed saves."""
     error, call = case
     with runs.started(flags, folder, 1, partial(_arm, part, call, mode, _ERRORS[error])) as run:
         codes = run.wait(60)
@@ -95,7 +95,7 @@ def _start(flags: list[str], folder: Path, case: tuple[str, int], part: str, mod
         assert "Traceback" not in run.text, run.text[-900:]
         lines = [line for line in run.text.splitlines() if "could not be saved" in line]
     for line in lines:
-        assert os.strerror(_ERRORS[error]) in line, f"the reason is not told: {line}"
+        assert os.strerror(_ERRORS[error]) in line, f"the reason is missing: {line}"
     comparing.check_no_litter(folder)
     for saved in checkpoint.list_checkpoints(folder):
         assert checkpoint.find_damage(saved) is None
@@ -107,7 +107,7 @@ def _stops(setting: Setting, flags: list[str], case: tuple[str, int]) -> None:
     folder = setting.folder / "-".join(map(str, ("stop", *case)))
     lines = _start(flags, folder, case, "step-", shim.FOR_GOOD, 1)
     # One for each save; steps are so short here that the next save may be due before all have agreed to stop.
-    assert len(lines) in (2, 3), f"told {len(lines)} times: {lines}"
+    assert len(lines) in (2, 3), f"reported {len(lines)} times: {lines}"
     assert f"step-{_AT:08d}" in lines[0], lines[0]
     assert [f.name for f in checkpoint.list_checkpoints(folder)] == ["step-00000006"]
     clear(folder)
@@ -120,7 +120,7 @@ def _stops_once(setting: Setting, flags: list[str], reference: Path, case: tuple
     newest = checkpoint.list_checkpoints(folder)[-1]
     assert checkpoint.step_of(newest) == max(comparing.losses(folder)), f"the last one is {newest.name}"
     if lines:
-        assert len(lines) == 1, f"told {len(lines)} times: {lines}"
+        assert len(lines) == 1, f"reported {len(lines)} times: {lines}"
         runs.finish(flags, folder)
     comparing.check_same(folder, reference, steps=24)
     clear(folder)
@@ -129,7 +129,7 @@ def _stops_once(setting: Setting, flags: list[str], reference: Path, case: tuple
 def _goes_on(setting: Setting, flags: list[str], reference: Path, case: tuple[str, int]) -> None:
     folder = setting.folder / "-".join(map(str, ("go-on", *case)))
     lines = _start([*flags, "--on-save-error", "go-on"], folder, case, f"step-{_AT:08d}", shim.FOR_GOOD, 0)
-    assert len(lines) == 1, f"told {len(lines)} times: {lines}"
+    assert len(lines) == 1, f"reported {len(lines)} times: {lines}"
     assert not (folder / f"step-{_AT:08d}").exists()
     comparing.check_same(folder, reference, steps=24)
     clear(folder)

@@ -16,6 +16,7 @@ import torch
 from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.logs import sinks as metrics
+from gpt2xla.training import pretrain
 from tests.faults import comparing, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 
@@ -101,7 +102,7 @@ def _in_middle_of_file(owner: Any, name: str, path_of: Callable[..., Path], call
 
 
 def _path_of(file: Any) -> Path:
-    """Of an open file, whose contents are then on the disk."""
+    """Return the path of an open file, after its contents are written out."""
     file.flush()
     return Path(file.name)
 
@@ -157,10 +158,10 @@ POINTS: dict[str, Callable[[int], None]] = {
     "while an old one is deleted": lambda n: _in_middle_of_deleting(max(0, n - 2)),
     "in the middle of a line of metrics": lambda n: _in_middle_of_a_line(6 * n + 5),
 }
-# Points of a start that goes on, in which the same command is killed once more.
+# Points of the resuming start, at which the same command is killed once more.
 RESUME_POINTS: dict[str, Callable[[], None]] = {
-    "before what was interrupted is cleared": lambda: _at(checkpoint, "prepare_folder", 0),
-    "after it is cleared": lambda: _at(checkpoint, "prepare_folder", 0, before=False),
+    "before what was interrupted is cleared": lambda: _at(pretrain, "prepare_folder", 0),
+    "after it is cleared": lambda: _at(pretrain, "prepare_folder", 0, before=False),
     "before the metrics are cut": lambda: _at(os, "replace", 1),
     "after the metrics are cut": lambda: _at(os, "replace", 1, before=False),
 }
@@ -205,7 +206,7 @@ def _expect_kill(flags: list[str], folder: Path, world: int, prepare: runs.Prepa
 
 
 def one_of_two(setting: Setting) -> list[Row]:
-    """SIGKILL of one process: the other has to leave, and say whom it waited for."""
+    """SIGKILL of one process: the other must exit, and say for whom it waited."""
     bar = "the other leaves within 30 s with a code above 0; the message names the rank; no process is left"
     flags = [*setting.data, *runs.SMALL_RUN]
     row = Row("one of two processes killed, gloo", bar)
@@ -242,12 +243,12 @@ def check_names_rank(text: str, victim: int) -> None:
 
 
 def wait_for_training(folder: Path, run: runs.Run, step: int = 2, seconds: float = 120) -> None:
-    """Until `step` stands in the metrics."""
+    """Wait until the metrics have `step`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         file = folder / "metrics.jsonl"
         if file.exists() and len(file.read_text().splitlines()) >= step:
             return
-        assert run.processes[0].poll() is None, f"it ended early: {run.text[-600:]}"
+        assert run.processes[0].poll() is None, f"it exited early: {run.text[-600:]}"
         time.sleep(0.02)
     raise AssertionError(f"no training within {seconds} s: {run.text[-600:]}")

@@ -1,4 +1,4 @@
-"""Runs that change the number of their processes, or the runtime, on the way; and faults under the real launchers."""
+"""Runs that change the runtime or the number of processes when they resume; and faults under the real launchers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _other_worlds(setting: Setting, case: tuple[int, int, int]) -> None:
 
 
 def _other_runtimes(setting: Setting, plan: list[str]) -> None:
-    """The windows of XLA's steps are not recorded; the losses tell of them."""
+    """Compare the losses: the windows of XLA's steps are not recorded."""
     folder, flags = setting.folder / "-".join(plan), [*setting.data, *runs.SMALL_RUN]
     for end, runtime in zip((24, 36, runs.STEPS), plan, strict=True):
         until = [*flags, "--train-steps", end]
@@ -63,7 +63,7 @@ def _other_runtimes(setting: Setting, plan: list[str]) -> None:
 
 
 def launched(setting: Setting) -> list[Row]:
-    """Few cases each: every start imports and compiles for 5 to 40 s."""
+    """Test few cases each, because every start imports and compiles for 5 to 40 s."""
     replicas: Launch = partial(runs.xla, replicas=2)
     ways: dict[str, Launch] = {"torchrun": runs.torchrun, "XLA:CPU": runs.xla, "XLA:CPU, 2 replicas": replicas}
     both = "under torchrun and `run_pretrain_xla.py`"
@@ -172,7 +172,7 @@ def _one_killed(setting: Setting, case: tuple[str, Launch, int]) -> None:
 
 
 def _check_no_orphans(run: runs.Run, seconds: float) -> None:
-    """Python's resource tracker and torchrun's own processes may leave a little after their parent."""
+    """Wait for Python's resource tracker and torchrun's own processes, which may exit a little after their parent."""
     deadline = time.monotonic() + seconds
     while (left := run.orphans()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -188,7 +188,7 @@ def _without_torchrun(text: str) -> str:
 
 
 def _ranks(run: runs.Run) -> list[int]:
-    """The processes that train, by rank, which is the order in which they were started."""
+    """Return the processes that train, by rank, which is the order of their start."""
     found = []
     launcher = run.processes[0].pid
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()

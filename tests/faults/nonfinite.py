@@ -1,4 +1,4 @@
-"""NaN and infinity, in loss or gradient, on one process alone."""
+"""NaN and infinity in loss or gradient, on one process only."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _inject(what: str, value: float, steps: set[int]) -> None:
             if what == "loss":
                 loss = loss * value
             else:
-                # Its value stays, its gradient does not: all of it, or that of a single weight.
+                # The value stays, but the gradient changes: all of it, or that of a single weight.
                 weight = self.h[0].attn.c_attn.weight if what == "gradient" else self.ln_f.weight
                 whole = weight.sum() if what == "gradient" else weight.view(-1)[3]
                 loss = loss + _Spoils.apply(whole, value)
@@ -68,7 +68,7 @@ def _inject(what: str, value: float, steps: set[int]) -> None:
 
 
 class _Spoils(torch.autograd.Function):
-    """0, whose gradient is what it is told to be."""
+    """Returns 0, with a gradient of `value`."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, value: float) -> torch.Tensor:

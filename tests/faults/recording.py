@@ -1,4 +1,4 @@
-"""What a run reads and what it updates, written down by the run itself in a file of its own, one line a step."""
+"""Records what a run reads and updates: the run itself writes a file, one line for each step."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gpt2xla.training.train_step import TrainStep
 
 
 def record(file: Path, weights: bool = False) -> None:
-    """In the process of a run: from now on each update adds a line to `file`: its step, from 1, and the windows that it
-    read; with `weights`, also their hashes before and after."""
+    """Let each update of this process add a line to `file`: its step, from 1, and the windows that it read. With `weights`,
+    the line also has the weights' hashes before and after."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     update = TrainStep.__call__
 
@@ -51,13 +51,13 @@ def _hash_of(model: torch.nn.Module) -> str:
 
 
 def read(folder: Path, rank: int = 0, kind: str = "steps") -> list[dict[str, Any]]:
-    """The lines of one process of the run whose checkpoints are in `folder`, over all its starts."""
+    """Return the lines that one process of the run in `folder` recorded, over all its starts."""
     return [json.loads(text) for text in folder.with_name(f"{folder.name}.{kind}-{rank}").read_text().splitlines()]
 
 
 def windows(folder: Path, world: int = 1) -> dict[int, list[str]]:
-    """The windows that each step read, on all processes together. AssertionError if a step that was taken again read
-    others than before."""
+    """Return the windows that each step read, on all processes together. Raises AssertionError if a repeated step read
+    other windows."""
     by_step: dict[int, list[str]] = {}
     for rank in range(world):
         own: dict[int, list[str]] = {}

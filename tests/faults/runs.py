@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch._dynamo  # noqa: F401  imported late otherwise, in each fork anew
+import torch._dynamo  # noqa: F401  otherwise imported late, again in each fork
 
 import gpt2xla.runtime.torch.runtime
 import gpt2xla.training.pretrain
@@ -44,7 +44,7 @@ _PATIENCE = 120.0  # seconds after which a process that should have ended counts
 
 
 def write_data(folder: Path) -> list[str]:
-    """A small data set of tokens that mostly follow from one another; the flags that name it."""
+    """Write a small data set of tokens that mostly follow from one another. Return the flags that name it."""
     rng = np.random.default_rng(0)
     for name, count in (("train", 6000), ("test", 900)):
         (folder / name).mkdir(parents=True)
@@ -54,14 +54,14 @@ def write_data(folder: Path) -> list[str]:
 
 
 class Process:
-    """A started process, and what it printed."""
+    """A started process and its output."""
 
     def __init__(self, pid: int, output: Path) -> None:
         self.pid, self.output = pid, output
         self.code: int | None = None
 
     def poll(self) -> int | None:
-        """Its exit code, negative for the signal that ended it; None while it runs."""
+        """Return the exit code, negative for the signal that ended the process; None while it runs."""
         if self.code is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -69,14 +69,14 @@ class Process:
         return self.code
 
     def wait(self, seconds: float = _PATIENCE) -> int | None:
-        """The exit code, or None if it has not ended by then."""
+        """Wait and return the exit code, or None if the process still runs."""
         deadline = time.monotonic() + seconds
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         return self.code
 
     def send(self, number: signal.Signals) -> bool:
-        """Whether it was still running."""
+        """Return whether the process was still running."""
         if self.poll() is not None:
             return False
         os.kill(self.pid, number)
@@ -98,7 +98,7 @@ class Run:
         return [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
 
     def kill(self) -> None:
-        """End all of them, and what they started."""
+        """End all of them, and the processes that they started."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -109,7 +109,7 @@ class Run:
         return "".join(process.text for process in self.processes)
 
     def orphans(self) -> list[int]:
-        """Processes of their sessions that still run."""
+        """Return the processes of their sessions that still run."""
         sessions, found = {process.pid for process in self.processes}, []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError, IndexError):
@@ -121,8 +121,8 @@ class Run:
 
 @contextlib.contextmanager
 def started(flags: Sequence[object], folder: Path, world: int = 1, prepare: Prepare | None = None) -> Iterator[Run]:
-    """`run_pretrain.py` in forks of this process: one, or `world` joined by gloo. `prepare(rank)` is called in each before
-    it begins. What each reads and updates is recorded beside `folder`, the run's checkpoints."""
+    """Run `run_pretrain.py` in forks of this process: one, or `world` of them joined by gloo. Each calls `prepare(rank)`
+    before it begins, and records what it reads and updates beside `folder`, the run's checkpoints."""
     argv = [*map(str, flags), "--checkpoints-dir", str(folder)]
     shared: dict[str, str] = {}
     if world > 1:
@@ -180,7 +180,7 @@ def _become_run(
 
 @contextlib.contextmanager
 def program(command: Sequence[object], folder: Path, **environment: str) -> Iterator[Run]:
-    """A command from the repository's root, with nothing of this process in it: torchrun, or the XLA runner."""
+    """Run a command from the repository's root as a fresh process: torchrun, or the XLA runner."""
     output = next_file(folder.with_name(f"{folder.name}.output"))
     inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     with output.open("w") as stream:
@@ -212,7 +212,7 @@ def xla(
 
 
 def finish(flags: Sequence[object], folder: Path, world: int = 1, prepare: Prepare | None = None) -> str:
-    """Run to the end: what it printed. AssertionError unless all processes left with 0."""
+    """Run to the end and return the output. Raises AssertionError unless all processes exit with 0."""
     with started(flags, folder, world, prepare) as run:
         codes = run.wait()
         assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
@@ -226,7 +226,7 @@ def free_port() -> int:
 
 
 def next_file(path: Path) -> Path:
-    """`path.0`, `path.1`, ...: the first that does not exist."""
+    """Return the first of `path.0`, `path.1`, ... that does not exist."""
     number = 0
     while (file := path.with_name(f"{path.name}.{number}")).exists():
         number += 1

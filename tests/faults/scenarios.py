@@ -26,7 +26,7 @@ ALL: dict[str, Callable[[Setting], list[Row]]] = {
 
 
 def undisturbed(base: Path) -> tuple[list[str], dict[int, Path], dict[int, float]]:
-    """The flags that name the data; by the number of processes, an undisturbed run and its seconds."""
+    """Return the flags that name the data and, by the number of processes, an undisturbed run and its seconds."""
     data = runs.write_data(base / "data")
     unbroken, seconds = {}, {}
     for world in (1, 2):

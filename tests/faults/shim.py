@@ -1,5 +1,4 @@
-"""The C shim `shim.c`, built and loaded before this very program: writing that fails when told to, whoever writes, be it
-Python, C++ or Rust."""
+"""Builds the C shim `shim.c` and loads it before this program. It lets writes fail, in Python, C++ and Rust alike."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ _LOADED = "FAULTS_SHIM"
 
 
 def load() -> None:
-    """Start this program anew with the shim before the C library. Without a compiler, go on without."""
+    """Restart this program with the shim before the C library. Without a compiler, continue without the shim."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if _LOADED in os.environ or compiler is None:
         return
@@ -29,7 +28,7 @@ def load() -> None:
 
 
 def unload() -> None:
-    """At the end of the program."""
+    """Delete the shim, at the end of the program."""
     if is_loaded():
         shutil.rmtree(Path(os.environ[_LOADED]).parent, ignore_errors=True)
 
@@ -39,13 +38,13 @@ def is_loaded() -> bool:
 
 
 def arm(part: str, call: int, mode: int, error: int, unless: str = "") -> None:
-    """In this process, from now on: of the calls that write to paths that hold `part`, number `call` (from 0) fails with
-    `error` (-1: none; they are counted)."""
+    """Let call number `call` (from 0) of this process that writes to a path with `part` in it fail with `error`. With -1 no
+    call fails; they are only counted."""
     _library().fault_arm(part.encode(), unless.encode(), call, mode, error)
 
 
 def seen() -> int:
-    """Calls since it was armed."""
+    """Return the number of calls since the shim was armed."""
     return int(_library().fault_seen())
 
 

@@ -1,4 +1,4 @@
-"""`run_pretrain_xla.py`, but in one step the loss of the last of its processes is NaN."""
+"""Runs `run_pretrain_xla.py` with a NaN in the loss of its last process, in one step."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _SECONDS = 5 + 5  # a step and a save take less than the second 5 on a machine t
 
 
 def signalled(setting: Setting) -> list[Row]:
-    """SIGTERM or SIGINT: at random moments, inside validation, inside a save."""
+    """Send SIGTERM or SIGINT at random moments, inside validation, and inside a save."""
     rows = []
     for world, full, smoke in ((1, 45, 2), (2, 25, 1)):
         what = "one process" if world == 1 else "two processes"
@@ -47,7 +47,7 @@ def _number(case: int) -> signal.Signals:
 
 
 def _at_random(setting: Setting, case: tuple[int, int]) -> None:
-    """Only one of two processes gets it: the others have to hear of it."""
+    """Send the signal to only one of two processes. The other must learn of it."""
     world, number = case
     draw = runs.random_of(setting.seed, "signal", *case)
     folder, flags = setting.folder / f"signal-{world}-{number}", [*setting.data, *runs.SMALL_RUN]
@@ -57,7 +57,7 @@ def _at_random(setting: Setting, case: tuple[int, int]) -> None:
             time.sleep(draw.uniform(0, 0.8 * setting.seconds[world]))
             if not folder.joinpath(
                 f"step-{runs.STEPS:08d}"
-            ).exists():  # else training is over, and the signal not heeded
+            ).exists():  # otherwise training is over and the signal has no effect
                 run.processes[draw.randrange(world)].send(_number(number))
                 _check_stopped(run, folder, world, time.monotonic())
                 break
@@ -124,7 +124,7 @@ def _at_place(setting: Setting, case: tuple[int, str, int]) -> None:
 
 
 def _twice(setting: Setting, number: int) -> None:
-    """The first wish is held up by a save that takes 30 s."""
+    """Send a second signal while a save of 30 s delays the first stop request."""
     folder, flags = setting.folder / f"twice-{number}", [*setting.data, *runs.SMALL_RUN]
     folder.mkdir()
 

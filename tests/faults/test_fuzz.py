@@ -1,7 +1,7 @@
-"""Command lines, configuration files, shards, manifests and checkpoints made up at random, brought before the runner up
-to its first batch: it works, or ends with one line that names the culprit, and leaves nothing behind.
+"""Random command lines, configuration files, shards, manifests and checkpoints, run up to the first batch: the runner works,
+or it ends with one line that names the culprit and leaves nothing behind.
 
-GPT2XLA_FAULTS=full draws ten times as many. What is drawn is the same each time.
+GPT2XLA_FAULTS=full draws ten times as many. The draws are the same each time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gpt2xla.files import file_sha256
 from gpt2xla.processes.exits import exit_code
 from gpt2xla.training.trainer import Trainer
 
-SECONDS_PER_EXAMPLE = 60  # ends a hang; what is not one takes a tenth of a second
+SECONDS_PER_EXAMPLE = 60  # ends a hang; an example normally takes a tenth of a second
 TIMES = 10 if os.environ.get("GPT2XLA_FAULTS") == "full" else 1
 KINDS = {f.name: str(f.type) for group in (*GROUPS.values(), TorchConfig) for f in options_of(group)}
 SIZES = ("vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
@@ -78,7 +78,7 @@ def up_to_the_first_batch() -> Iterator[None]:
     wandb.Settings, wandb.init = types.SimpleNamespace, no_server  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "run", read_one)
-        patch.setattr(start, "_memory_bytes", lambda: 10**9)  # what a larger machine would go on to build
+        patch.setattr(start, "_memory_bytes", lambda: 10**9)  # models that a larger machine would build
         patch.setitem(sys.modules, "wandb", wandb)
         patch.chdir(ROOT)
         patch.syspath_prepend(str(ROOT))
@@ -86,7 +86,7 @@ def up_to_the_first_batch() -> Iterator[None]:
 
 
 def attempt(argv: list[str]) -> tuple[int, str]:
-    """Exit code and stderr of the runner, in this process."""
+    """Run the runner in this process. Return its exit code and stderr."""
     import run_pretrain
 
     def ring(number: int, frame: object) -> None:
@@ -153,7 +153,7 @@ FLOATS = st.one_of(st.floats(), st.floats(0, 1), INTEGERS)
 
 
 def value_of(name: str) -> st.SearchStrategy[Any]:
-    """Of the right kind three times in four."""
+    """Draw a value, three times in four of the right kind."""
     kind = KINDS[name]
     if name in SIZES:
         return LARGE_OR_SMALL
@@ -170,7 +170,7 @@ def value_of(name: str) -> st.SearchStrategy[Any]:
     return st.one_of(right, right, right, TEXTS, INTEGERS, FLOATS)
 
 
-# A folder of that name would be made, which is right but in the way.
+# A folder of that name would be made, which is right but gets in the way.
 NAMES = st.sampled_from(sorted(KINDS.keys() - {"checkpoints_dir", "data_cache", "compile"}))
 OPTIONS = st.lists(NAMES.flatmap(lambda name: st.tuples(st.just(name), value_of(name))), min_size=1, max_size=4)
 
@@ -242,7 +242,7 @@ def try_yaml(whole: Path, text: bytes) -> None:
 
 @st.composite
 def damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Overwrites, cuts or inserts at a place that is most often in the header."""
+    """Draw a change: overwrite, cut or insert, most often in the header."""
     kind = draw(st.sampled_from(["overwrite", "cut", "insert", "remove"]))
     place = draw(st.one_of(st.integers(0, 200), st.integers(0, 10_000)))
     part = draw(
@@ -264,7 +264,7 @@ def copy_linked(source: Path, target: Path) -> Path:
 
 
 def rewrite(file: Path, contents: bytes) -> None:
-    """The file alone, not what it is linked with."""
+    """Write the file without changing the other links to it."""
     file.unlink()
     file.write_bytes(contents)
 
@@ -287,7 +287,7 @@ def test_damaged_shards(whole: Path, change: Callable[[bytes], bytes], has_manif
 
 @st.composite
 def change_of_json(draw: st.DrawFn) -> Callable[[Any], Any]:
-    """Puts something else in one place, which may lie deeper."""
+    """Draw a change that replaces one value, possibly a nested one."""
     path = draw(st.lists(st.integers(0, 20), min_size=1, max_size=3))
     new = draw(st.one_of(JSON, st.just(...)))  # ... removes
 

@@ -17,7 +17,7 @@ _OTHERS = ["kill-one", "slow", "shared-folder", "moved", "launched"]
 
 
 def do(names: list[str], folder: Path) -> tuple[dict[str, Any], str]:
-    """The results by scenario, and what was printed."""
+    """Return the results by scenario, and the output."""
     results, scenarios = folder / "results.json", [word for name in names for word in ("--only", name)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults", "--scale", "smoke", "--results", str(results), *scenarios],

@@ -1,4 +1,4 @@
-"""Faults that have tests of their own under pytest: how many of their cases pass."""
+"""Counts the faults that are tested with pytest: how many of their cases pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The denominator and the numerator of MFU, each against an account of its own."""
+"""The denominator and the numerator of MFU, each against an independent calculation."""
 
 import pytest
 import torch

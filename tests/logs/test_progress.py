@@ -1,4 +1,4 @@
-"""What a long evaluation shows, on a terminal and in a log."""
+"""The progress that a long evaluation shows, on a terminal and in a log."""
 
 import io
 import re
@@ -37,7 +37,7 @@ def lines_of(stream: io.StringIO) -> list[str]:
     return [line for line in re.split(r"[\r\n]", stream.getvalue()) if line.strip()]
 
 
-def test_a_log_gets_lines_with_what_is_done_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gets_lines_with_work_done_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", log := io.StringIO())
     with Progress("validation", 40, shown=True) as shown:
         wait_for(lambda: lines_of(log))
@@ -110,7 +110,7 @@ def test_validation_ends_at_its_total(steps: int, batches: int, counted: list[Pr
 
 
 def test_hellaswag_ends_at_its_total(counted: list[Progress]) -> None:
-    """Over rows of two lengths, of which the shorter come in larger batches: 28 in sixes, 12 in threes."""
+    """Rows have two lengths, and the shorter come in larger batches: 28 in sixes, 12 in threes."""
     model_config = ModelConfig(vocab_size=97, seq_length=256, d_model=32, num_layers=1, num_heads=2)
     lengths = [100] * 28 + [200] * 12
     questions = Questions([[1] * n for n in lengths], [3] * 40, np.ones((10, 4)), np.zeros(10, int), 256)

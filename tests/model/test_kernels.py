@@ -92,7 +92,7 @@ def test_lean_kernels_without_biases_and_with_a_head_of_its_own(bias: bool, tie_
 
 def test_in_bf16_as_exact_as_the_plain_path() -> None:
     """Distance of the whole gradient to float64, over sixteen batches, on a model as it is at the start of training."""
-    distances = json.loads(succeed(run_xla(program="tests/bf16_worker.py")).splitlines()[-1])
+    distances = json.loads(succeed(run_xla(program="tests/workers/bf16_worker.py")).splitlines()[-1])
     for device in ("xla", "cpu"):
         plain, chosen = (torch.tensor(distances[device][name]) for name in ("plain", "chosen"))
         # Measured: 1.000, with a standard error of 0.005. From one batch to the next it is anything from 0.96 to 1.04.

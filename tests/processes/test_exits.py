@@ -1,4 +1,4 @@
-"""How a program ends when what reads its output has ended, as `| head` does; and processes that cannot meet."""
+"""How a program ends when the reader of its output has exited, such as `| head`; and processes that cannot meet."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ from gpt2xla.runtime.torch.process_group import Place, find_place, join
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Makes standard output, or standard error too, a pipe that nobody reads."""
+    """Makes standard output or standard error a pipe without a reader."""
     pipes = []
 
     def break_streams(*names: str) -> None:
@@ -33,7 +33,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield break_streams
     for pipe in pipes:
-        pipe.close()  # raises where something is left to be written to the broken pipe
+        pipe.close()  # raises if something is still to be written to the broken pipe
 
 
 def write(stream: str, text: str = "x", times: int = 1) -> Callable[[], None]:
@@ -63,7 +63,7 @@ def leave() -> None:
         (["stdout"], refuse, 2),
     ],
 )
-def test_a_closed_pipe_is_silence_and_a_code(
+def test_a_closed_pipe_ends_silently_with_a_code(
     broken: Callable[..., None], capfd: pytest.CaptureFixture, streams: list[str], main: Callable[[], None], code: int
 ) -> None:
     broken(*streams)
@@ -77,16 +77,16 @@ def test_a_closed_pipe_is_silence_and_a_code(
 def test_standard_output_on_a_full_disk_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    with open("/dev/full", "w") as full:  # closing it raises where something is left to be written
+    with open("/dev/full", "w") as full:  # closing it raises if something is still to be written
         monkeypatch.setattr(sys, "stdout", full)
         assert exit_code(lambda: print("kept until the end")) == 1
     error = capfd.readouterr().err
-    assert "the disk that is written to is full" in error
+    assert "the disk is full, or your quota on it" in error
     assert error.count("\n") == 1
 
 
 def test_standard_streams_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python has None for them then."""
+    """Python then has None for them."""
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert exit_code(lambda: say("x") or say("y", error=True)) == 0
@@ -180,7 +180,7 @@ def meet(monkeypatch: pytest.MonkeyPatch, place: Place, port: int, host: str = "
 
 @pytest.fixture
 def listener() -> Iterator[Any]:
-    """Something that takes connections and says nothing."""
+    """A server that accepts connections and never answers."""
     with socket.create_server(("localhost", 0)) as server:
         yield server
 
@@ -206,7 +206,7 @@ def test_a_first_process_that_does_not_answer_is_named(monkeypatch: pytest.Monke
 def test_processes_that_do_not_come_are_one_line_after_a_notice(
     monkeypatch: pytest.MonkeyPatch, listener: Any, capfd: pytest.CaptureFixture, rank: int
 ) -> None:
-    """Of the first one nobody else comes; another one meets a program that never answers."""
+    """The first process waits in vain; another one connects to a program that never answers."""
     port = listener.getsockname()[1] if rank else free_port()
     with pytest.raises(RunFailed, match=f"rank {rank}: the 2 processes have not all met at MASTER_ADDR=localhost"):
         meet(monkeypatch, Place(rank, 2, rank, 2), port, minutes=0.01)

@@ -1,4 +1,4 @@
-"""A folder for one process alone."""
+"""A lock gives a folder to one process at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ with locked(pathlib.Path(sys.argv[1]), "--checkpoints-dir c"):
 """
 
 
-def test_the_second_is_told_of_the_first_and_a_dead_ones_lock_is_nobodys(tmp_path: Path) -> None:
+def test_the_second_process_names_the_first_and_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
     with subprocess.Popen([sys.executable, "-c", _HOLD, str(file)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None

@@ -1,5 +1,5 @@
-"""Run by test_prepare.py in its own process: prepare_fineweb.py with small blocks, a pause after each and a record of
-each. STOP_AFTER_BLOCKS kills it there; after FULL_AFTER_BLOCKS the disk is full."""
+"""Run by test_prepare.py in its own process: prepare_fineweb.py with small blocks, and after each a pause and a record.
+STOP_AFTER_BLOCKS kills it there; after FULL_AFTER_BLOCKS the disk is full."""
 
 import errno
 import os

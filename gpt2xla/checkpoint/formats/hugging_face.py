@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gpt2xla import hub
 from gpt2xla.checkpoint.formats.file_kind import describe_folder, kind_of, refuse_adapter
 from gpt2xla.checkpoint.formats.hf_config import read_config, to_hf_config
 from gpt2xla.checkpoint.formats.parameter_names import in_our_names, is_bias, to_hf_state, with_tied_head
@@ -149,50 +150,21 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def find_folder(name: str) -> Path:
-    """A local folder as it is; any other name is looked up on the Hugging Face hub and downloaded into its cache.
+    """Return a local folder as it is; look any other name up on the Hugging Face hub and fetch it into the hub's cache.
 
-    Every process of a host may call it at once: the hub's client locks each file, so that one process fetches it and the
-    others wait for it and find it in the cache. That takes no collective, and so works before there is a runtime.
+    Every process of a host may call this at once, before there is a runtime: one of them fetches, the others wait.
 
     Raises:
         InputError: there is neither such a folder nor, as far as can be seen from here, such a model.
     """
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import errors, snapshot_download
-
     hub_id = f"openai-community/{name}" if name in PRESETS else name
-    elsewhere = "or give the path of a folder that holds the model"
-    try:
-        folder = snapshot_download(hub_id, allow_patterns=list(_HUB_FILES))
-        if not any(Path(folder).glob("model*.safetensors*")):
-            folder = snapshot_download(hub_id, allow_patterns=list(_HUB_PICKLES))
-        return Path(folder)
-    except errors.HFValidationError:
-        reason = "no such folder or file"
-    except errors.GatedRepoError:
-        reason = (
-            f"{hub_id} is gated on the hub; ask for access on its page there and log in (hf auth login), {elsewhere}"
-        )
-    except errors.RepositoryNotFoundError:
-        reason = (
-            f"no such folder or file, and the hub has no model {hub_id}, or a private one; check the spelling, log in (hf "
-            f"auth login), {elsewhere}"
-        )
-    except errors.LocalEntryNotFoundError as error:  # neither reached nor, whole, in the cache
-        cause = error.__cause__
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            why = "HF_HUB_OFFLINE is set; unset it"
-        elif isinstance(cause, errors.HfHubHTTPError):
-            why = f"the hub answers with status {cause.response.status_code}; try again later"
-        else:
-            why = "the hub cannot be reached; check the network"
-        reason = f"no such folder or file, {hub_id} is not whole in the hub's cache, and {why}, {elsewhere}"
-    except OSError as error:
-        reason = f"{hub_id} could not be downloaded ({str(error).splitlines()[0]}); try again, {elsewhere}"
-    except Exception as error:  # the hub's client lets errors of its HTTP library through
-        reason = f"{hub_id} could not be downloaded ({type(error).__name__}); check the network, {elsewhere}"
-    raise InputError(f"{name}: {reason}")
+    with hub.explained(f"{name}: no such folder or file", hub_id, "give the path of a folder that holds the model"):
+        folder = hub.snapshot(hub_id, _HUB_FILES)
+        if not any(folder.glob("model*.safetensors*")):
+            folder = hub.snapshot(hub_id, _HUB_PICKLES)
+        return folder
 
 
 def is_missing_path(name: str) -> bool:
@@ -200,10 +172,6 @@ def is_missing_path(name: str) -> bool:
     path = Path(name)
     if path.exists():
         return False
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
+    if not hub.is_id(name):
         return True
     return path.suffix in _FILE_SUFFIXES or (path.parent != Path() and path.parent.is_dir())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2xla.checkpoint.formats.stored_weights import StoredTensor, StoredWeights
+from gpt2xla.checkpoint.formats.stored_weights import StoredTensor, StoredWeights, parameter_shapes
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError, user_error
 
@@ -44,41 +44,18 @@ def load_llmc_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
         raise InputError(f"{file}: its header is damaged ({error}); copy it again") from None
     if rows < ids:
         raise InputError(f"{file}: its header is damaged ({rows} rows for {ids} ids); copy it again")
+    shapes = parameter_shapes(config)
+    in_block = [name.removeprefix("h.0.") for name in shapes if name.startswith("h.0.")]  # in the file's order, too
+    in_blocks = [f"h.{layer}.{name}" for name in in_block for layer in range(layers)]
     tensors: dict[str, StoredTensor] = {}
     offset = _HEADER_BYTES // dtype.itemsize
-    for name, shape in _parameters(width, rows, positions):
-        for layer in range(layers if "{}" in name else 1):
-            real = torch.Size([ids, width] if name == "wte.weight" else shape)
-            read = partial(_read, file, dtype, offset, real)
-            full_name = name.format(layer)
-            tensors[full_name] = StoredTensor(full_name, real, dtype, read)
-            offset += torch.Size(shape).numel()
+    for name in ("wte.weight", "wpe.weight", *in_blocks, "ln_f.weight", "ln_f.bias"):
+        tensors[name] = StoredTensor(name, shapes[name], dtype, partial(_read, file, dtype, offset, shapes[name]))
+        offset += rows * width if name == "wte.weight" else shapes[name].numel()
     expected = offset * dtype.itemsize
     if size != expected:
         raise InputError(f"{file} has {size:,} bytes where its header says {expected:,}; copy it again")
     return config, StoredWeights(config, tensors, file)
-
-
-def _parameters(width: int, rows: int, positions: int) -> list[tuple[str, list[int]]]:
-    """Return names and shapes in the file's order."""
-    return [
-        ("wte.weight", [rows, width]),
-        ("wpe.weight", [positions, width]),
-        ("h.{}.ln_1.weight", [width]),
-        ("h.{}.ln_1.bias", [width]),
-        ("h.{}.attn.c_attn.weight", [3 * width, width]),
-        ("h.{}.attn.c_attn.bias", [3 * width]),
-        ("h.{}.attn.c_proj.weight", [width, width]),
-        ("h.{}.attn.c_proj.bias", [width]),
-        ("h.{}.ln_2.weight", [width]),
-        ("h.{}.ln_2.bias", [width]),
-        ("h.{}.mlp.c_fc.weight", [4 * width, width]),
-        ("h.{}.mlp.c_fc.bias", [4 * width]),
-        ("h.{}.mlp.c_proj.weight", [width, 4 * width]),
-        ("h.{}.mlp.c_proj.bias", [width]),
-        ("ln_f.weight", [width]),
-        ("ln_f.bias", [width]),
-    ]
 
 
 def _read(file: Path, dtype: torch.dtype, offset: int, shape: torch.Size) -> Tensor:

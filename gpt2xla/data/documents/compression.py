@@ -1,7 +1,7 @@
-"""Compressed files, told by their first bytes under any name: gzip, bzip2, xz, zstd and lz4, also one within another.
+"""Compressed files, recognised by their first bytes: gzip, bzip2, xz, zstd and lz4, also one within another.
 
-Several members or frames in one file are read one after the other. Every decoder here raises an error where a stream ends
-too early, or something else follows it; Arrow's are used for speed, the standard library's for xz, which Arrow lacks.
+Several members or frames in one file are read one after the other. Every decoder here raises an error if a stream ends too
+early or if something else follows it. Arrow's decoders are used for speed, the standard library's for xz, which Arrow lacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, in_one_line
 
 HEAD_BYTES = 64 << 10
 _MOST_LAYERS = 2
@@ -28,22 +28,22 @@ _CODECS = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 _BZIP2_BLOCKS = (b"1AY&SY", b"\x17rE8P\x90")  # data, or the end
-# Frames that a decoder of zstd or lz4 passes over; pzstd begins files with one.
+# Frames that decoders of zstd and lz4 skip; pzstd begins files with one.
 _SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """What Arrow and the decoders say of damaged content becomes an InputError about the file `name`."""
+    """Turn the errors of Arrow and the decoders inside the block into an InputError about the file `name`."""
     try:
         yield
     except (pa.ArrowException, OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).strip().split("\n")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or in_one_line(error)
         raise InputError(f"{name} cannot be read ({reason}); fix it, or copy or make it again") from None
 
 
 def layers_of(file: Path, name: str) -> tuple[str, ...]:
-    """The codecs that wrap the content, the outermost first. Raises InputError for too many, or if it is cut off."""
+    """Return the codecs that wrap the content, the outermost first. Raises InputError for too many, or if it is cut off."""
     layers: tuple[str, ...] = ()
     while codec := _codec(head(file, layers), name):
         layers = (*layers, codec)
@@ -53,14 +53,14 @@ def layers_of(file: Path, name: str) -> tuple[str, ...]:
 
 
 def head(file: Path, layers: tuple[str, ...]) -> bytes:
-    """The first bytes of the content, decompressed."""
+    """Return the first bytes of the content, decompressed."""
     with opened(file, layers) as stream:
         return stream.read(HEAD_BYTES)
 
 
 @contextlib.contextmanager
 def opened(file: Path, layers: tuple[str, ...]) -> Iterator[pa.NativeFile]:
-    """The content as a stream. Not for Arrow's readers with threads of their own: they hang where the stream is damaged."""
+    """Open the content as a stream. Arrow's readers with their own threads cannot use it: they hang if it is damaged."""
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(pa.input_stream(str(file), compression=None))
         for codec in layers:
@@ -72,8 +72,8 @@ def opened(file: Path, layers: tuple[str, ...]) -> Iterator[pa.NativeFile]:
 
 
 class _Xz(io.RawIOBase):
-    """Streams of xz, one after another, with zeros between them. lzma.open ends without a word where zeros or damage follow
-    a stream, and leaves out what comes then."""
+    """Streams of xz, one after another, with zeros between them. lzma.open would end silently at zeros or damage after a
+    stream, and leave out the rest."""
 
     def __init__(self, source: pa.NativeFile) -> None:
         self._source, self._decoder = source, lzma.LZMADecompressor(lzma.FORMAT_XZ)
@@ -99,7 +99,7 @@ class _Xz(io.RawIOBase):
 
 
 def _codec(content: bytes, name: str) -> str | None:
-    """What the content is compressed with."""
+    """Return what the content is compressed with, or None."""
     at = skipped = 0
     while len(content) >= at + 8 and struct.unpack_from("<I", content, at)[0] in _SKIPPABLE:
         skipped += 1
@@ -113,5 +113,5 @@ def _codec(content: bytes, name: str) -> str | None:
 
 
 def _is_bzip2(content: bytes) -> bool:
-    """Its first three letters may begin a text, too."""
+    """Tell whether the content is bzip2: its first three letters may also begin a text."""
     return len(content) > 4 and any(block.startswith(content[4:10]) for block in _BZIP2_BLOCKS)

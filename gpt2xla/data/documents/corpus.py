@@ -1,6 +1,6 @@
 """Documents on disk: parts in a fixed order, each a file that can be read again from its beginning.
 
-Texts travel as Arrow arrays, a few MB at a time: no Python string is made of a document on the way to its ids.
+Texts stay in Arrow arrays of a few MB: no document becomes a Python string on its way to the encoder.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Part:
     """One file of a corpus.
 
     Attributes:
-        name, size, how: what it is known by when an interrupted preparation is resumed: size in bytes, and how it is read.
-        opened: around its reading; brings the file here if it is elsewhere.
-        read: the documents of the file, in arrays of texts.
-        split: where its documents go; None: each is drawn.
-        say: gets the notes about its content.
+        name, size, how: by which a resumed preparation recognises it. The size is in bytes; `how` describes its reading.
+        opened: a context in which the file is on this machine.
+        read: yields the documents of the file, in arrays of texts.
+        split: the split of its documents; None means that each is drawn.
+        say: receives notes about its content.
     """
 
     name: str
@@ -48,24 +48,26 @@ class Part:
 
 
 class Position(NamedTuple):
-    """How far a corpus has been read: `documents` of part number `part`, and all parts before it."""
+    """How much of a corpus has been read: all parts before number `part`, and `documents` of that part."""
 
     part: int
     documents: int
 
 
 class Block(NamedTuple):
+    """Some documents, the split that they go to, and the position after them."""
+
     texts: pa.LargeStringArray
     split: Split | None
     after: Position
 
 
 def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
-    """The documents from `start` on, without the empty ones, in blocks of about 4 MB. The last one, and no other, is `after`
-    all parts.
+    """Yield the documents from `start` on, without empty ones, in blocks of about 4 MB. Only after the last block the
+    position is behind all parts.
 
     Raises:
-        InputError: a part cannot be read as what its name says.
+        InputError: a part cannot be read.
     """
     held: list[pa.Array] = []
     for number, part in enumerate(parts[start.part :], start.part):
@@ -91,7 +93,7 @@ def _readable(part: Part, file: Path) -> Iterator[pa.LargeStringArray]:
     empty = 0
     with compression.readable(part.name):
         for array in part.read(file):
-            array.validate(full=True)  # files promise UTF-8, and sound offsets, and nobody checks
+            array.validate(full=True)  # Arrow trusts a file's offsets and its UTF-8
             texts = array.cast(pa.large_string())
             texts = texts.filter(pc.greater(pc.binary_length(texts), 0))
             empty += len(array) - len(texts)
@@ -111,12 +113,12 @@ def local_parts(
     option: str = "--input",
     say: Callable[[str], None] = print,
 ) -> list[Part]:
-    """Files, and those in or below folders whose name ends in one of `suffixes`, in sorted order, each once. What
-    `input_files.find` leaves out, what is read as something else than its name says, and text that seems to hold several
-    documents, is reported to `say`.
+    """Return the parts of files and folders as `input_files.find` finds them.
+
+    `say` receives what was left out, which files are not read as their names say, and which seem to hold several documents.
 
     Raises:
-        InputError: a path does not exist, nothing was found, or a file is of a format that we do not read.
+        InputError: a path does not exist, nothing was found, or the format of a file is not supported.
     """
     files = input_files.find(paths, suffixes, exclude, option, say)
     reading = Reading(column, split_by, format)
@@ -125,10 +127,12 @@ def local_parts(
         name = str(file)
         with user_error(f"{option} {name}"):
             size = file.stat().st_size
-            contents[name] = content = recognise(file, name, reading)  # an hour into the preparation would be late
+            contents[name] = content = recognise(file, name, reading)  # now, not an hour into the preparation
         read = partial(_read, name=name, content=content, reading=reading, say=say)
         parts.append(Part(name, size, partial(_here, file), read, _how(content.format, reading), say=say))
-        if content.note and size < compression.HEAD_BYTES:  # what only begins as its content says is better known now
+        if (
+            content.note and size < compression.HEAD_BYTES
+        ):  # small enough to see now whether all of it is of that format
             with compression.readable(name):
                 deque(read(file), maxlen=0)
     _report(contents, reading, say)
@@ -148,7 +152,7 @@ def remote_part(
     split: Split | None,
     say: Callable[[str], None],
 ) -> Part:
-    """A file that is elsewhere: what it holds is known when it has been fetched."""
+    """Return the part of a file that is on another machine. Its format is recognised after it was fetched."""
 
     def read(file: Path) -> Iterator[pa.Array]:
         content = recognise(file, name, reading)
@@ -191,21 +195,19 @@ def _read(file: Path, name: str, content: Content, reading: Reading, say: Callab
 
 
 def _report(contents: dict[str, Content], reading: Reading, say: Callable[[str], None]) -> None:
-    """One line for each thing to say, however many files it is said of."""
+    """Say each note once, however many files it is about."""
     by_note: dict[str, list[str]] = {}
     for name, content in contents.items():
         if content.note:
             by_note.setdefault(f"note: {{}} {content.note}", []).append(name)
         if content.has_separators and reading.split_by != "endoftext":
-            separated = (
-                f"warning: {{}} holds {ENDOFTEXT} as text; --split-by endoftext makes it the border of documents"
-            )
+            separated = f"warning: {{}} holds {ENDOFTEXT} as text; --split-by endoftext splits documents there"
             by_note.setdefault(separated, []).append(name)
     for note, names in by_note.items():
         say(note.format(names[0] + (f" (as do {len(names) - 1:,} other files)" if len(names) > 1 else "")))
 
 
 def documents_of(parts: Sequence[Part]) -> Iterator[str]:
-    """The documents as strings, for what learns from text."""
+    """Yield the documents as strings."""
     for block in blocks(parts, Position(0, 0)):
         yield from block.texts.to_pylist()

@@ -1,4 +1,4 @@
-"""Documents in a column of CSV and TSV files, which begin with a header. Quoting is strict: what is not sure is refused."""
+"""Documents in a column of CSV and TSV files, which begin with a header. Quoting is strict: what is uncertain is refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ _BLOCK_CHARACTERS = 1 << 20
 
 
 def read(source: pa.NativeFile, name: str, column: str, delimiters: str) -> Iterator[pa.Array]:
-    """The texts in `column`, in arrays of a few MB. The delimiter is the first of `delimiters` that makes `column` a name
-    in the header. Raises InputError, with the line: no such column, a row of another length, quotes or bytes that are wrong.
+    """Yield the texts in `column`, in arrays of a few MB.
+
+    The delimiter is the first of `delimiters` that makes `column` a name in the header.
+
+    Raises:
+        InputError: there is no such column, a row has another length, or quotes or bytes are wrong. It names the line.
     """
     csv.field_size_limit(LONGEST)
     with io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as text:
@@ -32,7 +36,9 @@ def read(source: pa.NativeFile, name: str, column: str, delimiters: str) -> Iter
         try:
             header = next(rows)
             if header.count(column) != 1:
-                raise InputError(f"{name}: its header names {column!r} {header.count(column)} times; give each a name")
+                raise InputError(
+                    f"{name}: its header names {column!r} {header.count(column)} times; give each its own name"
+                )
             yield from _texts(rows, len(header), header.index(column), name)
         except csv.Error as error:
             raise InputError(f"{name}, line {rows.line_num}: {error}; fix it, or convert it to JSON lines") from None
@@ -47,7 +53,7 @@ def _texts(rows: Iterator[list[str]], columns: int, place: int, name: str) -> It
         if len(row) != columns:
             number = rows.line_num  # type: ignore[attr-defined]
             raise InputError(
-                f"{name}, line {number}: {len(row)} columns, where the header has {columns}; fix or remove it"
+                f"{name}, line {number}: {len(row)} columns, but the header has {columns}; fix or remove it"
             )
         held.append(row[place])
         size += len(row[place])

@@ -1,4 +1,4 @@
-"""The files that paths stand for, in a fixed order, each once. What is left out is counted in a line."""
+"""Finds the files below given paths, in a fixed order, each once, and counts in one line what it leaves out."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def find(
     option: str,
     say: Callable[[str], None],
 ) -> list[Path]:
-    """The files among `paths`, and those in or below folders whose name ends in one of `suffixes`: of a folder first its
-    files, then its folders, by name. Hidden ones are left out unless `paths` names them. A folder that `datasets` saved is
-    read as its own list says; of several splits in one, "train".
+    """Return the files among `paths` and those below its folders whose name ends in one of `suffixes`.
+
+    Of a folder come first its files, then its folders, by name. Hidden ones are left out unless `paths` names them. A folder
+    that `datasets` saved is read as its own list says; if it has several splits, "train".
 
     Raises:
-        InputError: a path does not exist, cannot be read or is no file, or nothing was found.
+        InputError: a path does not exist, cannot be read or is not a file, or nothing was found.
     """
     search = _Search(suffixes, exclude, option)
     for path in paths:
@@ -38,7 +39,7 @@ def find(
             search.path(Path(path))
     left_out = [f"{len(names):,} {why} ({_examples(names)})" for why, names in search.left_out.items()]
     if not search.files:
-        instead = f"; there are {', '.join(left_out)}: name files that you want" if left_out else ""
+        instead = f"; there are {', '.join(left_out)}: name the files that you want" if left_out else ""
         raise InputError(f"{option} {' '.join(map(str, paths))}: no files ending in {described(suffixes)}{instead}")
     _refuse_twins(search.files, option)
     if left_out:
@@ -87,7 +88,7 @@ class _Search:
 
     def _folder(self, folder: Path, top: Path, seen: set[str]) -> None:
         real = os.path.realpath(folder)
-        if real in seen:  # links may lead back
+        if real in seen:  # links may form a circle
             self._leave_out("reached twice", str(folder))
             return
         seen.add(real)
@@ -146,10 +147,10 @@ class _Search:
             str(path).encode()
         except UnicodeEncodeError:
             raise InputError(f"{self.option} {str(path)!a}: its name is not UTF-8; rename it") from None
-        if path.exists() and not path.is_file():  # to read from a pipe would wait for ever
-            raise InputError(f"{self.option} {path} is no regular file; leave it out")
+        if path.exists() and not path.is_file():  # reading from a pipe would wait for ever
+            raise InputError(f"{self.option} {path} is not a regular file; leave it out")
         status = path.stat()
-        if (status.st_dev, status.st_ino) in self.seen:  # by links of either kind, too
+        if (status.st_dev, status.st_ino) in self.seen:  # also through links of either kind
             self._leave_out("reached twice", str(path))
         else:
             self.seen.add((status.st_dev, status.st_ino))

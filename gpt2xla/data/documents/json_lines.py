@@ -1,4 +1,4 @@
-"""Documents in files of JSON lines. Arrow reads them; what it cannot read is looked at again, to say which line it is."""
+"""Documents in files of JSON lines. Arrow reads them; where it fails, the block is read again to name the line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
-    """The texts in the field `column`, null where a line has none, in arrays of a few MB.
+    """Yield the texts in the field `column`, null where a line has none, in arrays of a few MB.
 
-    Raises InputError: none of the first lines, 8 MB of them, has the field, or a line cannot be read.
+    Raises:
+        InputError: none of the first lines, 8 MB of them, has the field, or a line cannot be read.
     """
     parse = pyarrow.json.ParseOptions(
         explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore"
     )
-    first: dict[str, Any] | None = None  # of the records up to the first text
+    first: dict[str, Any] | None = None  # the fields of the first record, until a text is found
     has_text, size = False, 0
-    # Block by block, since Arrow's own way of reading ahead never ends where a stream is damaged.
+    # Block by block: Arrow's own reading ahead hangs if a stream is damaged.
     for number, block in _blocks(source, name):
         try:
             whole = pyarrow.json.ReadOptions(block_size=len(block) + 1)
@@ -46,7 +47,7 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
 
 
 def without_field(name: str, column: str, fields: dict[str, Any]) -> str:
-    """What to say of records that hold `fields`, and no text in `column`."""
+    """Return the message about records that hold `fields`, and no text in `column`."""
     held = f"no text in the field {column!r} of its records, which hold {', '.join(fields) or 'nothing'}"
     if texts := texts_in(fields):
         return f"{name}: {held}; text is in {texts}; choose with --text-column"
@@ -61,14 +62,14 @@ def texts_in(fields: dict[str, Any]) -> str:
 
 
 def not_text(value: Any, fields: dict[str, Any], column: str) -> str:
-    """What to say of a record whose field `column` holds something else."""
+    """Return the message about a record whose field `column` does not hold text."""
     kind = {dict: "an object", list: "a list", bool: "true or false"}.get(type(value), "a number")
     fix = f"text is in {texts}; choose with --text-column" if (texts := texts_in(fields)) else "no field holds text"
     return f"the field {column!r} holds {kind}, not text; {fix}"
 
 
 def has_half_character(value: Any) -> bool:
-    """Whether a text in it cannot be written as UTF-8: a surrogate without the other one."""
+    """Tell whether a text in `value` cannot be written as UTF-8: it holds one surrogate without the other."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -77,7 +78,7 @@ def has_half_character(value: Any) -> bool:
 
 
 def _blocks(source: pa.NativeFile, name: str) -> Iterator[tuple[int, bytes]]:
-    """Whole lines, not all blank, with the number of the first."""
+    """Yield whole lines, not all of them blank, with the number of the first."""
     number, held = 1, b""
     while chunk := source.read(LONGEST):
         if not held and number == 1:
@@ -100,7 +101,7 @@ def _too_long(number: int, size: int, source: pa.NativeFile, name: str) -> str:
         size += end if end >= 0 else len(chunk)
         if end >= 0:
             break
-    return f"{name}, line {number}, is of {size >> 20} MiB, and {LONGEST >> 20} can be read; divide or remove it"
+    return f"{name}, line {number}, has {size >> 20} MiB, but only {LONGEST >> 20} can be read; divide or remove it"
 
 
 def _first_fields(block: bytes) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _first_fields(block: bytes) -> dict[str, Any]:
 
 
 def _first_bad_line(block: bytes, first: int, column: str) -> str | None:
-    """Its number, what is wrong with it, and the fix."""
+    """Return the number of the first bad line, what is wrong with it, and the fix; None if all are good."""
     for number, line in enumerate(block.split(b"\n"), first):
         if not line.strip():
             continue
@@ -128,7 +129,7 @@ def _first_bad_line(block: bytes, first: int, column: str) -> str | None:
         if values is None:
             continue
         if not isinstance(values, dict):
-            return f'{number}, is JSON, but no object such as {{"{column}": "..."}}; fix or remove it'
+            return f'{number}, is JSON, but not an object such as {{"{column}": "..."}}; fix or remove it'
         value = values.get(column)
         if value is not None and not isinstance(value, str):
             return f"{number}: {not_text(value, values, column)}"

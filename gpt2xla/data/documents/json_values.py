@@ -1,6 +1,6 @@
-"""Documents in other JSON than lines: an array of objects or of texts, or objects one after another, over several lines.
+"""Documents in JSON that is not lines: an array of objects or texts, or objects one after another, over several lines.
 
-The values are decoded one at a time, so that memory is bounded by the longest and not by the file.
+The values are decoded one at a time, so memory is bounded by the longest value, not by the file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
-    """The texts in the field `column`, null where an object has none, in arrays of a few MB.
+    """Yield the texts in the field `column`, null where an object has none, in arrays of a few MB.
 
-    Raises InputError: no value has the field, or one cannot be read.
+    Raises:
+        InputError: no value has the field, or one cannot be read.
     """
     held: list[str | None] = []
     size, first, has_text = 0, None, False
@@ -50,12 +51,12 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
 
 
 class _Values:
-    """Iterates over the values of a text. `buffer` from `at` on is what has been read and not used."""
+    """Iterates over the values of a text. `buffer` from `at` on is read but not yet used."""
 
     def __init__(self, text: io.TextIOWrapper, name: str) -> None:
         self.text, self.name = text, name
         self.buffer, self.at, self.number = "", 0, 0
-        # No number is a text, and some have more digits than Python takes.
+        # Numbers are not needed, and some have more digits than Python converts.
         self.decoder = json.JSONDecoder(parse_int=len, parse_float=len)
 
     def __iter__(self) -> Iterator[Any]:
@@ -78,7 +79,7 @@ class _Values:
             raise self._error("there is more after its array")
 
     def _next(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """Return the next character that is not white space, or "" at the end."""
         while True:
             found = _SPACE.match(self.buffer, self.at)
             assert found is not None
@@ -98,16 +99,16 @@ class _Values:
                 raise self._error("it is nested too deeply") from None
             except json.JSONDecodeError as error:
                 if len(self.buffer) - self.at > LONGEST:
-                    raise self._error(f"the next one is no JSON, or longer than {LONGEST >> 20} MiB") from None
+                    raise self._error(f"the next one is not JSON, or longer than {LONGEST >> 20} MiB") from None
                 if not self._read():
                     raise self._error(error.msg) from None
             else:
-                if end < len(self.buffer) or not self._read():  # else it may continue
+                if end < len(self.buffer) or not self._read():  # a number may continue in the next block
                     self.at = end
                     return value
 
     def _read(self) -> bool:
-        """As much again as is waiting, so that a long value is not decoded from its beginning too often."""
+        """Read as much again as the buffer holds, so that a long value is not decoded again too often; False at the end."""
         waiting = self.buffer[self.at :]
         try:
             more = self.text.read(max(_BLOCK_CHARACTERS, len(waiting)))

@@ -1,4 +1,4 @@
-"""What a file holds, told by its first bytes and only where these leave it open by its name; refused where neither says."""
+"""Recognises what a file holds: by its first bytes, or if these leave it open by its name; refuses what neither settles."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROMISES: dict[str, Format] = {
     ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow", ".jsonl": "jsonl",
     ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv",
 }  # fmt: skip
-# Names that promise a format that is not read here: what looks like text in such a file is an accident.
+# Names that promise a format that is not supported: such a file looks like text only by accident.
 _OTHER = (
     ".zip", ".tar", ".tgz", ".7z", ".rar", ".z", ".br", ".lzma", ".npy", ".npz", ".bin", ".pt", ".pth", ".pkl", ".pickle",
     ".safetensors", ".gguf", ".h5", ".db", ".sqlite", ".avro", ".orc", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".odt",
@@ -29,7 +29,7 @@ _NAMES: dict[Format, str] = {
     "text": "text", "jsonl": "JSON lines", "json": "JSON", "csv": "CSV", "tsv": "TSV", "parquet": "parquet",
     "arrow": "Arrow",
 }  # fmt: skip
-# What helps with formats that are not read here; else: give text.
+# The fix for formats that are not supported, if it is not "give text".
 _FIXES = {
     **dict.fromkeys(("zip", "7z", "rar", "tar"), "unpack it and name what is inside"),
     **dict.fromkeys(("avro", "hdf5", "pickle"), "convert it to parquet"),
@@ -42,7 +42,7 @@ _FIXES = {
     "wiki": "extract its text first, as WikiExtractor does",
     "web-archive": "extract its text first, as datatrove or warcio do",
 }
-_MARKUP = {  # text whose markup nobody wants to learn, by its beginning
+_MARKUP = {  # text with markup that no model should learn, by its beginning
     b"<mediawiki": Foreign("wiki", "a MediaWiki dump"),
     b"WARC/1.": Foreign("web-archive", "a web archive (WARC, WET)"),
 }
@@ -57,8 +57,8 @@ class Content:
 
     Attributes:
         layers: the codecs that wrap it, the outermost first.
-        note: what the user should hear of it, to follow the file's name; "" for nothing.
-        has_separators: its first part holds <|endoftext|>.
+        note: a note for the user, to follow the file's name; "" for none.
+        has_separators: whether its first part holds <|endoftext|>.
     """
 
     format: Format
@@ -68,7 +68,7 @@ class Content:
 
 
 def promised(name: str) -> tuple[str, Format | None]:
-    """The suffix of a file's name without those of compression, and the format that it promises, if we read it."""
+    """Return the suffix of a file's name, without those of compression, and the supported format that it promises."""
     stem, suffix = os.path.splitext(name.lower())
     while suffix in PACKED:
         stem, suffix = os.path.splitext(stem)
@@ -76,7 +76,7 @@ def promised(name: str) -> tuple[str, Format | None]:
 
 
 def recognise(file: Path, name: str, reading: Reading) -> Content:
-    """What `file`, called `name` in messages, holds. Raises InputError: we cannot read it, or cannot be sure what it is."""
+    """Return what `file`, called `name` in messages, holds. Raises InputError if it is not supported, or not certain."""
     with compression.readable(name):
         layers = compression.layers_of(file, name)
         head = compression.head(file, layers)
@@ -105,7 +105,9 @@ def _recognised(file: Path, name: str, layers: tuple[str, ...], head: bytes, col
         raise InputError(f"{name} is text under a name that ends in {suffix}; rename it, or give --format text")
     if name.lower().endswith(PACKED) and not layers:
         held = "holds plain text" if head else "is empty"
-        raise InputError(f"{name} {held}, though its name says compressed; copy it again, rename it, or give --format")
+        raise InputError(
+            f"{name} {held}, although its name says compressed; copy it again, rename it, or give --format"
+        )
     if promise in ("json", "jsonl") and text.lstrip().startswith((b"[", b'"')):
         return Content("json", layers)
     if promise in ("csv", "tsv") and not _HTML.match(text):
@@ -124,18 +126,20 @@ def _recognised(file: Path, name: str, layers: tuple[str, ...], head: bytes, col
 
 def _refuse_foreign(head: bytes, name: str) -> None:
     found = next((kind for start, kind in _MARKUP.items() if head.startswith(start)), None) or foreign(head)
-    if found is None or found.kind in ("parquet", "arrow"):  # which are read
+    if found is None or found.kind in ("parquet", "arrow"):  # these are supported
         return
     if found.kind in ("pointer", "pdf", "document", "wiki", "web-archive") or _CONTROL.search(
         head
-    ):  # else it is text that begins like it
+    ):  # otherwise it is text that happens to begin like this
         fix = _FIXES.get(found.kind, found.fix or "give text")
         raise InputError(f"{name} is {found.what}; {fix}, or leave it out (--exclude)")
 
 
 def _certain(file: Path, layers: tuple[str, ...], text: bytes) -> Format | None:
-    """What begins as nothing else does. An object on its first line makes it JSON lines; in a pretty-printed one it ends
-    further down."""
+    """Return the format of a file that begins as no other format does, or None.
+
+    A whole object on the first line makes it JSON lines; in pretty-printed JSON the object ends further down.
+    """
     if text.startswith(b"PAR1") and _CONTROL.search(text):
         return "parquet"
     if text.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -145,7 +149,7 @@ def _certain(file: Path, layers: tuple[str, ...], text: bytes) -> Format | None:
     if start.group().lstrip().startswith(b"["):
         return "json"
     first = text.strip().partition(b"\n")[0]
-    if len(first) > compression.HEAD_BYTES // 2:  # perhaps not all of it
+    if len(first) > compression.HEAD_BYTES // 2:  # perhaps only a part of the line
         with compression.opened(file, layers) as stream:
             first = stream.read(LONGEST).removeprefix(_UTF8_MARK).strip().partition(b"\n")[0]
     try:
@@ -156,7 +160,7 @@ def _certain(file: Path, layers: tuple[str, ...], text: bytes) -> Format | None:
 
 
 def _like_table(text: bytes, column: str) -> Format | None:
-    """A first line of several short names, of which `column` is one, and more lines."""
+    """Return the kind of table that a text looks like: its first line is several short names, among them `column`."""
     header, *rest = text.decode(errors="replace").splitlines() or [""]
     kinds: tuple[tuple[str, Format], ...] = ((",", "csv"), (";", "csv"), ("\t", "tsv"))
     for delimiter, kind in kinds:

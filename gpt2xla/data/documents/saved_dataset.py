@@ -1,12 +1,12 @@
-"""Folders that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` wrote: which of their files are data."""
+"""Folders written by `Dataset.save_to_disk` and `DatasetDict.save_to_disk`: which of their files are data."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gpt2xla.errors import InputError
+from gpt2xla.files import read_json
 
 STATE = "state.json"
 INFO = "dataset_info.json"
@@ -18,8 +18,11 @@ def is_one(folder: Path) -> bool:
 
 
 def data_files(folder: Path, option: str) -> list[Path]:
-    """The files that state.json names, in its order; others are left from before. Raises InputError: it is damaged, a file
-    is missing, or rows are to be taken in the order of a list beside the data, as old versions could save."""
+    """Return the files that state.json names, in its order; others are left over from an earlier save.
+
+    Raises:
+        InputError: it is damaged, a file is missing, or an old version saved a separate order of the rows.
+    """
     state = _read(folder / STATE, option)
     try:
         names = [entry["filename"] for entry in state["_data_files"]]
@@ -35,12 +38,12 @@ def data_files(folder: Path, option: str) -> list[Path]:
         )
     for name in names:
         if not (folder / name).is_file():
-            raise InputError(f"{option} {folder} lacks {name}, which its {STATE} names; copy it again")
+            raise InputError(f"{option} {folder} lacks {name}, although {STATE} names it; copy it again")
     return [folder / name for name in names]
 
 
 def splits(folder: Path, option: str) -> list[str]:
-    """The names of the splits in a folder of several. Raises InputError if its list is damaged."""
+    """Return the names of the splits in a folder of several. Raises InputError if its list is damaged."""
     names = _read(folder / SPLITS, option).get("splits")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{option} {folder / SPLITS} names no splits; save the dataset again")
@@ -48,22 +51,20 @@ def splits(folder: Path, option: str) -> list[str]:
 
 
 def split_folder(folder: Path, split: str, option: str) -> Path:
-    """The folder of one of them. Raises InputError if there is none of that name."""
+    """Return the folder of one split. Raises InputError if there is none of that name."""
     if split not in (names := splits(folder, option)):
         raise InputError(
             f"{option} {folder} has no split {split!r} but {', '.join(names)}; name the folder of one of these"
         )
     if not is_one(folder / split):
-        raise InputError(
-            f"{option} {folder} lacks {split}/ or a part of it, though its {SPLITS} names it; copy it again"
-        )
+        raise InputError(f"{option} {folder} lacks {split}/ or a part of it, although {SPLITS} names it; copy it again")
     return folder / split
 
 
 def _read(file: Path, option: str) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        values = read_json(file)
+    except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
         raise InputError(

@@ -18,7 +18,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_parquet(file: Path, name: str, column: str) -> Iterator[pa.Array]:
-    """The column's values, some rows at a time. Raises InputError if it holds no text."""
+    """Yield the column's values, some rows at a time. Raises InputError if it holds no text."""
     with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
         _check_column(name, column, table.schema_arrow)
         for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
@@ -26,8 +26,11 @@ def read_parquet(file: Path, name: str, column: str) -> Iterator[pa.Array]:
 
 
 def read_arrow(file: Path, layers: tuple[str, ...], name: str, column: str) -> Iterator[pa.Array]:
-    """The same from an Arrow stream, which may be compressed, or an Arrow file (Feather version 2). Raises InputError also
-    for a stream that is cut off between two batches, where Arrow notices nothing, and for several in a file."""
+    """Yield the same from an Arrow stream, which may be compressed, or an Arrow file (Feather version 2).
+
+    Raises:
+        InputError: as above, or a stream is cut off between two batches, unnoticed by Arrow, or followed by more.
+    """
     if layers:
         with compression.opened(file, layers) as source:
             yield from _batches(source, name, column)
@@ -72,7 +75,7 @@ def _check_end(last: bytes, is_whole: bool, name: str) -> None:
 def _check_column(name: str, column: str, schema: pa.Schema) -> None:
     texts = [field.name for field in schema if _holds_text(field.type)]
     if schema.names.count(column) > 1:
-        raise InputError(f"{name} has {schema.names.count(column)} columns {column!r}; give each a name")
+        raise InputError(f"{name} has {schema.names.count(column)} columns {column!r}; give each its own name")
     if column in texts:
         return
     if column in schema.names:
@@ -85,7 +88,7 @@ def _check_column(name: str, column: str, schema: pa.Schema) -> None:
 
 
 def _holds_text(kind: pa.DataType) -> bool:
-    """Numbers and dates would become text, too, without a word."""
+    """Tell whether a column holds text: Arrow would silently turn numbers and dates into text."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     texts = (
         pa.types.is_string,

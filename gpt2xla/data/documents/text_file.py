@@ -1,4 +1,4 @@
-"""Documents in text files. What is no UTF-8 is refused where it is most of a file, and counted where it is little."""
+"""Documents in text files. A file that is mostly not UTF-8 is refused; a few bytes that are not are counted."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gpt2xla.data.documents.reading import ENDOFTEXT, SplitBy
 from gpt2xla.errors import InputError
 
 _BLOCK_BYTES = 4 << 20
-_LONGEST_DOCUMENT = 1 << 31  # characters: beyond it no tokenizer has memory enough
-_MOST_BAD_BYTES = 0.1  # of the head. Western European text in an 8-bit encoding has less, all else more.
+_LONGEST_DOCUMENT = 1 << 31  # characters: no tokenizer has enough memory for more
+_MOST_BAD_BYTES = 0.1  # of the head. Western European text in an 8-bit encoding has fewer, anything else more.
 _REPLACEMENT = "\ufffd"
-# No text holds NUL, so that between two of them lies the whole file.
+# No text holds NUL, so splitting at it gives the whole file.
 _SEPARATORS: dict[SplitBy, str] = {"file": "\0", "line": "\n", "blank-lines": "\n", "endoftext": ENDOFTEXT}
-# Those of 32 bits first: they begin with those of 16.
+# Those of 32 bits come first, since they begin with those of 16.
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -29,7 +29,7 @@ _JAPANESE = re.compile(rb"\x1b\$[@B][!-~]+\x1b\([BJ]")  # ASCII, by its bytes
 
 
 def check_head(head: bytes, name: str) -> None:
-    """Raises InputError, naming the file `name`, if it begins as no text in UTF-8 does."""
+    """Raise InputError, naming the file `name`, if its first bytes are not text in UTF-8."""
     for mark, encoding in _OTHER_ENCODINGS.items():
         if head.startswith(mark):
             raise InputError(f"{name} is text in {encoding}; save it as UTF-8, or leave it out (--exclude)")
@@ -37,7 +37,7 @@ def check_head(head: bytes, name: str) -> None:
         raise InputError(f"{name} is text in ISO-2022-JP; save it as UTF-8, or leave it out (--exclude)")
     if b"\0" in head:
         raise _binary(name)
-    text = codecs.getincrementaldecoder("utf-8")("ignore").decode(head)  # a character cut at the end is not bad
+    text = codecs.getincrementaldecoder("utf-8")("ignore").decode(head)  # a character may be cut at the end
     bad = len(head) - len(text.encode())
     if bad > _MOST_BAD_BYTES * len(head) + 3 or 2 * bad > len(head):
         raise InputError(
@@ -51,10 +51,10 @@ def read(
     split_by: SplitBy,
     say: Callable[[str], None],
 ) -> Iterator[pa.Array]:
-    """The documents that are not blank, in arrays of a few MB, without a byte order mark.
+    """Yield the documents that are not blank, in arrays of a few MB, without a byte order mark.
 
-    Bytes that are no UTF-8 become U+FFFD. `say` gets a line with their number at the end of the file, and one with that of
-    <|endoftext|> read as text. Raises InputError for NUL bytes, and for a document that is too long.
+    Bytes that are not UTF-8 become U+FFFD. At the end `say` receives their number, and that of <|endoftext|> read as text.
+    Raises InputError for NUL bytes, and for a document that is too long.
     """
     held: list[str] = []
     size = replacements = separators = 0
@@ -72,7 +72,7 @@ def read(
     if replacements and (bad := replacements - _count(opened, _REPLACEMENT.encode())):
         say(f"warning: {name}: bytes that are not UTF-8 became U+FFFD, {bad:,} times; convert the file to keep them")
     if separators:
-        say(f"warning: {name}: {ENDOFTEXT} was read as text, {separators:,} times (--split-by endoftext: as borders)")
+        say(f"warning: {name}: {ENDOFTEXT} was read as text, {separators:,} times (--split-by endoftext splits there)")
 
 
 def _documents(text: io.TextIOWrapper, name: str, split_by: SplitBy) -> Iterator[str]:
@@ -101,9 +101,9 @@ def _blocks(text: io.TextIOWrapper, name: str) -> Iterator[str]:
 
 
 def _between(separator: str, blocks: Iterable[str], name: str) -> Iterator[str]:
-    """The pieces between separators, which may lie across two blocks. Holds one piece and one block."""
+    """Yield the pieces between separators, which may cross blocks. Memory holds one piece and one block."""
     begun: list[str] = []
-    size, held = 0, ""  # of `begun`; what may be the beginning of a separator
+    size, held = 0, ""  # the size of `begun`; text that may begin a separator
     for block in blocks:
         *complete, rest = (held + block).split(separator)
         for piece in complete:

@@ -1,4 +1,4 @@
-"""Blocks of documents to the ids that a split stores, with the fastest encoder there is for the tokenizer."""
+"""Encodes blocks of documents as the ids that a split stores, with the fastest encoder for the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from gpt2xla.data.special_tokens import SpecialTokensInText, SpelledTokens
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError
 
-# Ids of all documents one after the other, and where each document's end.
+# The ids of all documents one after the other, and where each document ends.
 Ids = tuple[np.ndarray, np.ndarray]
 _CHECKED_BYTES = 1 << 20
-# gigatoken remembers every word it has seen, about half a GB for one of English text. Starting anew costs 3% of that time.
+# gigatoken keeps every word it has seen: half a GB for each GB of English text. Starting again costs 3% of that time.
 _FAST_BYTES = 1 << 30
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _GPT2_BY_TIKTOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 class Encoded(NamedTuple):
-    """`ids`: of all documents, end-of-text after each where the tokenizer has one. `ends`: where each document's ids end.
-    `sizes`: each document's bytes as UTF-8. `spelled`: by document, the special tokens that its text spells and that were
-    taken as text."""
+    """A block of documents as ids.
+
+    Attributes:
+        ids: those of all documents, with end-of-text after each if the tokenizer has one.
+        ends: where the ids of each document end.
+        sizes: the bytes of each document as UTF-8.
+        spelled: by document, the special tokens that its text spells and that were taken as text.
+    """
 
     ids: np.ndarray
     ends: np.ndarray
@@ -36,20 +41,20 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes blocks; may be called from several threads at once.
+    """Encodes blocks. Several threads may call it at once.
 
-    Special tokens that a text spells become these tokens with `special_tokens` "as-ids", and are letters like others with
-    "as-text" and "refuse", which is the caller's to do.
+    With `special_tokens` "as-ids", special tokens that a text spells become these tokens. With "as-text" and "refuse" they
+    are encoded as letters; refusing them is up to the caller.
 
     Attributes:
-        fast: whether gigatoken (the extra `fast`) does the work; else tiktoken or tokenizers.
+        fast: whether gigatoken (the extra `fast`) does the work, and not tiktoken or tokenizers.
     """
 
     def __init__(self, tokenizer: Tokenizer, special_tokens: SpecialTokensInText = "as-text") -> None:
         as_ids = special_tokens == "as-ids"
         self.tokenizer = tokenizer.reading_special_tokens() if as_ids else tokenizer
         self._spelled = SpelledTokens(t for t, is_special in tokenizer.added.items() if is_special and not as_ids)
-        # gigatoken knows no added tokens: blocks with one that the tokenizer would match are not for it.
+        # gigatoken does not know added tokens, so it cannot encode blocks in which the tokenizer would match one.
         self._matched = SpelledTokens(t for t, is_special in tokenizer.added.items() if as_ids or not is_special)
         fast = _gigatoken(tokenizer)
         self.fast = fast is not None
@@ -76,15 +81,15 @@ class Encoder:
         return Encoded(ids.astype(self.tokenizer.dtype, copy=False), ends, sizes, self._spelled.count_each(texts))
 
     def check(self, texts: pa.LargeStringArray) -> bool:
-        """Whether the fast encoder gives what the tokenizer itself gives on the first documents, a MB of them. If not, it
-        is not used again."""
+        """Tell whether the fast encoder gives the tokenizer's own ids for the first MB of documents. If not, it is not used
+        again."""
         first = np.searchsorted(np.cumsum(pc.binary_length(texts).to_numpy()), _CHECKED_BYTES) + 1
         texts = texts[:first]
         texts = self._matched.blanked(texts)
         expected = self._reference(texts)
         try:
             same = all(np.array_equal(a, b) for a, b in zip(self._encode(texts), expected, strict=True))
-        except Exception:  # of a release with another interface
+        except Exception:  # the release may have another interface
             same = False
         if not same:
             self._encode, self.fast = self._reference, False
@@ -100,7 +105,7 @@ class Encoder:
 
 
 def _gigatoken(tokenizer: Tokenizer) -> Callable[[pa.LargeStringArray], Ids] | None:
-    """gigatoken's encoder for byte-level byte-pair encoding, or None where it is missing or cannot take this one."""
+    """Return gigatoken's encoder for a byte-level byte-pair tokenizer; None if it is missing or cannot encode this one."""
     try:
         import awkward as ak
         import gigatoken
@@ -110,11 +115,11 @@ def _gigatoken(tokenizer: Tokenizer) -> Callable[[pa.LargeStringArray], Ids] | N
     byte_level = (definition["decoder"] or {}).get("type") == "ByteLevel" and not definition["normalizer"]
     if definition["model"]["type"] != "BPE" or not byte_level:
         return None
-    definition["added_tokens"] = []  # else it would encode "<|endoftext|>" in a text as the end of the text
+    definition["added_tokens"] = []  # it would encode "<|endoftext|>" in a text as this token
     definition["pre_tokenizer"] = _as_published(definition["pre_tokenizer"])
     try:
         backend = gigatoken.Tokenizer.from_json(json.dumps(definition))
-    except (RuntimeError, ValueError, TypeError, AttributeError):  # or a release with another interface
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # the release may have another interface
         return None
 
     def encode(texts: pa.LargeStringArray) -> Ids:
@@ -132,7 +137,7 @@ def _gigatoken(tokenizer: Tokenizer) -> Callable[[pa.LargeStringArray], Ids] | N
 
 
 def _as_published(pre_tokenizer: dict) -> dict:
-    """With GPT-2's rule for splitting words in the form that gigatoken knows. tiktoken writes the same rule so that its own
+    """Write GPT-2's rule for splitting words in the form that gigatoken knows. tiktoken writes the same rule so that its own
     engine does not backtrack."""
     for step in pre_tokenizer.get("pretokenizers", []):
         if step.get("pattern", {}).get("Regex") == _GPT2_BY_TIKTOKEN:

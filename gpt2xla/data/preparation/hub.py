@@ -1,13 +1,12 @@
-"""Corpora on the Hugging Face hub: their files in order, each fetched when its turn comes, the next one while it is read."""
+"""Data sets on the Hugging Face hub, or in a local folder: their files in order.
+
+Files on the hub are fetched one after another, each while the previous one is read.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import http.client
-import os
-import re
-import shutil
 import sys
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from gpt2xla import hub
 from gpt2xla.config import option
 from gpt2xla.data.documents import saved_dataset
 from gpt2xla.data.documents.corpus import Part, Split, local_parts, remote_part
@@ -34,13 +34,13 @@ from gpt2xla.data.documents.reading import (
     SplitBy,
     described,
 )
-from gpt2xla.data.preparation import passing_folder
+from gpt2xla.data.preparation.passing_folder import passing_folder
 from gpt2xla.errors import InputError, RunFailed, user_error
 
 T = TypeVar("T")
 _LONGEST_WAIT = 60.0
 _NAMES_PER_REQUEST = 500
-_CARD = "README.md"  # a data set's description, and perhaps the list of its files
+_CARD = "README.md"  # describes a data set, and may list its files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +54,16 @@ class HubConfig:
     text_column: str = option("text", COLUMN_HELP)
     split_by: SplitBy | None = option(None, f"{SPLIT_HELP} (default: file; line on the hub, as datasets reads it)")
     format: Format = option("auto", FORMAT_HELP)
-    streaming: bool = option(False, "remove each file once it has been read, instead of keeping it in the hub's cache")
+    streaming: bool = option(False, "remove each file after it was read, instead of keeping it in the hub's cache")
     cache_dir: str | None = option(None, "where files are kept (default: the hub's cache)", is_path=True)
-    retries: int = option(8, "how often a failed request is made again, after 1, 2, 4, ... seconds, at most 60")
+    retries: int = option(8, "how often to try again when the hub fails, after 1, 2, 4, ... seconds, at most 60")
 
 
 def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> list[Part]:
-    """The files of a data set, at its newest revision.
+    """Return the files of a data set, at its newest revision.
 
     Raises:
-        InputError: no such data set, configuration or split, or none that consists of files we read.
+        InputError: there is no such data set, configuration or split, or its files are not supported.
         RunFailed: the hub does not answer.
     """
     if not options.dataset:
@@ -101,8 +101,11 @@ def _named_split(by_split: dict[str, list[Path]], folder: Path, split: str) -> l
 
 
 def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by split, as its README.md lists them or datasets tells them by their names; {} where nothing
-    tells. Raises InputError, also for configurations of which none is chosen."""
+    """Return the files of a folder by split, as its README.md lists them or `datasets` finds them by name; {} if neither.
+
+    Raises:
+        InputError: `datasets` cannot read the folder, or one of several configurations must be chosen.
+    """
     if saved_dataset.is_one(folder):
         return {}
     import datasets
@@ -112,125 +115,82 @@ def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
     card, is_listed = folder / _CARD, False
     try:
         is_listed = card.exists() and bool((huggingface_hub.metadata_load(card) or {}).get("configs"))
-        with tempfile.TemporaryDirectory() as cache:  # datasets makes a folder there, which nobody needs
+        with tempfile.TemporaryDirectory() as cache:  # datasets makes a folder there, which is not needed
             config = options.config if is_listed else None
             builder = datasets.load_dataset_builder(str(folder.absolute()), name=config, cache_dir=cache)
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
-        if isinstance(error, FileNotFoundError) and not is_listed:  # none of a format that datasets reads
+        if isinstance(error, FileNotFoundError) and not is_listed:  # no format that datasets reads
             return {}
-        raise InputError(f"--dataset {folder}: {_reason(error)}; choose with --config, or name a part of it") from None
+        raise InputError(
+            f"--dataset {folder}: {_in_words(error)}; choose with --config, or name a part of it"
+        ) from None
     found = {str(split): list(map(Path, files)) for split, files in (builder.config.data_files or {}).items()}
     return {} if found.keys() == {"train"} and not is_listed else found
 
 
 @dataclass(frozen=True)
 class _File:
+    """A file on the hub. `content` is the hub's hash of it."""
+
     repo: str
     revision: str
     name: str
     size: int
-    content: str  # the hub's hash of it
-
-
-class _Unanswered(Exception):
-    """A request that the hub turned down for now, and after how many seconds it wants to see it again, if it says so."""
-
-    def __init__(self, message: str, seconds: float = 0.0) -> None:
-        super().__init__(message)
-        self.seconds = seconds
+    content: str
 
 
 class _Hub:
-    """One data set on the hub. Fetches its files, one ahead of the reader."""
+    """One data set on the hub. Fetches its files, each while the previous one is read."""
 
     def __init__(self, options: HubConfig, say: Callable[[str], None]) -> None:
-        cache = options.cache_dir or None
-        self._options, self._say = replace(options, cache_dir=cache), say
+        self._options, self._say = options, say
         self._what = f"--dataset {options.dataset}"
+        self._where: dict[str, Any] = {"cache_dir": options.cache_dir or None}
         self._files: list[_File] = []
         self._fetching: dict[int, Future[Path]] = {}
-        self._passing: Path | None = None
-        self._left = False
-        self._gave_up: RunFailed | None = None
 
     def parts(self) -> list[Part]:
-        wanted: list[tuple[str, Split | None]] = [(self._options.split, "train" if self._options.test_split else None)]
-        if self._options.test_split:
-            wanted.append((self._options.test_split, "test"))
-        reading = Reading(self._options.text_column, self._options.split_by or "line", self._options.format)
-        self._join()
+        if hub.is_offline():
+            raise InputError(f"{self._what}: HF_HUB_OFFLINE is set; unset it, or name a local folder")
+        _keep_libraries_quiet()
+        options = self._options
+        wanted: list[tuple[str, Split | None]] = [(options.split, "train" if options.test_split else None)]
+        if options.test_split:
+            wanted.append((options.test_split, "test"))
+        reading = Reading(options.text_column, options.split_by or "line", options.format)
         parts = []
-        for file, destination in self._find(wanted):
+        for file, destination in self._patiently(lambda: self._find(wanted), self._what):
             if not file.name.endswith(ALL_SUFFIXES):
                 raise InputError(f"{self._what} holds {file.name}, none of {described(ALL_SUFFIXES)}; choose another")
             # By its content, not by the revision: a new commit to the data set's card changes no token.
             name, opened = f"{file.repo}/{file.name}", partial(self.opened, len(self._files))
             parts.append(remote_part(name, file.content, file.size, opened, reading, destination, self._say))
             self._files.append(file)
-        if self._options.streaming:
-            with user_error(f"--cache-dir {self._options.cache_dir}"):
-                self._passing = passing_folder.make(self._options.cache_dir)
-        atexit.register(self._leave)
+        if options.streaming:
+            until_exit = contextlib.ExitStack()
+            with user_error(f"--cache-dir {options.cache_dir}"):
+                self._where = {"local_dir": until_exit.enter_context(passing_folder(options.cache_dir or None))}
+            atexit.register(until_exit.close)
         return parts
 
     @contextlib.contextmanager
     def opened(self, number: int) -> Iterator[Path]:
+        """Give the path of file `number`, and begin to fetch the next one."""
         self._start_fetching(number)
         file = self._fetching.pop(number).result()
         self._start_fetching(number + 1)
         try:
             yield file
         finally:
-            if self._passing:
+            if self._options.streaming:
                 file.unlink(missing_ok=True)
 
-    def _join(self) -> None:
-        """Let each request that the hub's library makes be made again here: in its own way it would do so silently, and
-        begin a file anew if a request fails in the midst of it."""
-        import datasets
-        import huggingface_hub
-        from huggingface_hub.utils import disable_progress_bars, logging
-
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise InputError(f"{self._what}: HF_HUB_OFFLINE is set; unset it, or name a local folder")
-
-        def patient() -> Any:
-            client = _another(session)
-            client.send = partial(self._send, client.send)
-            return client
-
-        session = huggingface_hub.get_session()
-        # The second: before 1.0.
-        use = getattr(huggingface_hub, "set_client_factory", None) or huggingface_hub.configure_http_backend
-        use(patient)
-        logging.set_verbosity_error()
-        datasets.logging.set_verbosity_error()
-        # Requests to other servers, for what we do not need.
-        datasets.config.USE_PARQUET_EXPORT = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-            datasets.disable_progress_bars()
-
-    def _send(self, send: Callable[..., Any], request: Any, **how: Any) -> Any:
-        def answered() -> Any:
-            if self._left:
-                raise RunFailed("the program has ended")
-            response = send(request, **how)
-            if response.status_code == 429 or response.status_code >= 500:
-                response.close()
-                raise _Unanswered(_status(response), _seconds_asked(response.headers))
-            return response
-
-        url = str(request.url).split("?")[0]
-        if "/api/" in url and "/api/datasets/" not in url:  # the library's statistics: it goes on without an answer
-            return send(request, **how)
-        return self.retrying(answered, url)
-
-    def _find(self, wanted: list[tuple[str, Split | None]]) -> Iterator[tuple[_File, Split | None]]:
+    def _find(self, wanted: list[tuple[str, Split | None]]) -> list[tuple[_File, Split | None]]:
+        """Return the files of the wanted splits, each with the split that it goes to."""
         import datasets
         from huggingface_hub import HfApi, HfFileSystem
 
-        options = self._options
+        options, result = self._options, []
         try:
             builder = datasets.load_dataset_builder(options.dataset, name=options.config)
             by_split = {str(split): list(map(str, urls)) for split, urls in (builder.config.data_files or {}).items()}
@@ -244,22 +204,13 @@ class _Hub:
                     found = HfApi().get_paths_info(repo, names, repo_type="dataset", revision=revision)
                     infos = {info.path: info for info in found}
                     for name in names:
-                        info = infos[name]
-                        yield _File(repo, revision, name, info.size, info.blob_id), destination
+                        file = _File(repo, revision, name, infos[name].size, infos[name].blob_id)
+                        result.append((file, destination))
         except (ValueError, OSError, RuntimeError) as error:
-            if self._gave_up:  # whatever the libraries made of it
-                raise self._gave_up from None
-            raise InputError(f"{self._what}: {_reason(error)}; check the name, --config and --split") from None
-
-    def _leave(self) -> None:
-        """Remove what a thread may still be fetching from under it: it makes no more requests, but files for a moment."""
-        self._left = True
-        for _ in range(10 if self._fetching else 1):
-            if self._passing:
-                shutil.rmtree(self._passing, ignore_errors=True)
-            else:
-                _remove_what_is_being_written()
-            time.sleep(0.01)
+            if hub.is_temporary(error):
+                raise
+            raise InputError(f"{self._what}: {_in_words(error)}; check the name, --config and --split") from None
+        return result
 
     def _start_fetching(self, number: int) -> None:
         if number < len(self._files) and number not in self._fetching:
@@ -272,54 +223,54 @@ class _Hub:
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
         file = self._files[number]
-        where = {"local_dir": self._passing} if self._passing else {"cache_dir": self._options.cache_dir}
+        name = f"{file.repo}/{file.name}"
 
         def download() -> Path:
+            where = {"repo_type": "dataset", "revision": file.revision, **self._where}
             try:
-                return Path(hf_hub_download(file.repo, file.name, repo_type="dataset", revision=file.revision, **where))
-            except (HfHubHTTPError, EntryNotFoundError) as error:
-                raise InputError(f"{file.repo}/{file.name}: {_reason(error)}") from None
+                return Path(hf_hub_download(file.repo, file.name, **where))
+            except RuntimeError as error:  # xet knows no other
+                raise ConnectionError(str(error)) from None
 
-        return self.retrying(download, f"{file.repo}/{file.name}")
+        try:
+            return self._patiently(download, name)
+        except (HfHubHTTPError, EntryNotFoundError) as error:
+            raise InputError(f"{name}: {hub.reason(error, file.repo, 'data set')}") from None
 
-    def retrying(self, request: Callable[[], T], what: str) -> T:
-        """What `request` gives at last. Raises RunFailed if that is nothing, and at once what waiting cannot mend."""
+    def _patiently(self, request: Callable[[], T], what: str) -> T:
+        """Return what `request` returns, made again while hub or network fail: the hub's library tries for half a minute.
+
+        Raises:
+            RunFailed: it failed each time.
+        """
         failures = 0
         while True:
             try:
                 return request()
             except Exception as error:
-                if _is_final(error):
+                if not hub.is_temporary(error):
                     raise
+                why = f"{what}: {hub.answer(error)}"
                 if failures == self._options.retries:
-                    self._gave_up = RunFailed(
-                        f"{what}: {_reason(error)}, {failures + 1} times; give the same command again once the hub answers"
-                    )
-                    raise self._gave_up from None
-                wait = min(max(2.0**failures, getattr(error, "seconds", 0.0)), _LONGEST_WAIT)
-                self._say(f"{what}: {_reason(error)}; trying again in {wait:.0f} s")
-                failures += 1
-                time.sleep(wait)
+                    fix = "give the same command again once the hub answers"
+                    raise RunFailed(f"{why}, {failures + 1} times; {fix}") from None
+            wait = min(2.0**failures, _LONGEST_WAIT)
+            self._say(f"{why}; trying again in {wait:.0f} s")
+            failures += 1
+            time.sleep(wait)
 
 
-def _another(session: Any) -> Any:
-    """A session as the hub's library makes them: httpx's, or before 1.0 that of requests."""
-    if hasattr(session, "adapters"):
-        new = type(session)()
-        for prefix, adapter in session.adapters.items():
-            new.mount(prefix, adapter)
-        return new
-    return type(session)(
-        event_hooks=session.event_hooks, follow_redirects=session.follow_redirects, timeout=session.timeout
-    )
+def _keep_libraries_quiet() -> None:
+    """Leave the talking to this program, and make no requests for what it does not need."""
+    import datasets
+    from huggingface_hub.utils import disable_progress_bars, logging
 
-
-def _remove_what_is_being_written() -> None:
-    """The unfinished files in the hub's cache that this process, and no other one, has open."""
-    for descriptor in Path("/proc/self/fd").glob("*"):
-        with contextlib.suppress(OSError):
-            if (file := os.readlink(descriptor)).endswith(".incomplete"):
-                os.unlink(file)
+    logging.set_verbosity_error()
+    datasets.logging.set_verbosity_error()
+    datasets.config.USE_PARQUET_EXPORT = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        datasets.disable_progress_bars()
 
 
 def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
@@ -329,28 +280,6 @@ def _fulfil(future: Future[T], work: Callable[[], T]) -> None:
         future.set_exception(error)
 
 
-def _is_final(error: Exception) -> bool:
-    """Everything else is the network: requests, httpx and xet have no common error for it."""
-    is_local = isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError)
-    return bool(is_local) or isinstance(error, InputError | RunFailed)
-
-
-def _seconds_asked(headers: Any) -> float:
-    """Of "Retry-After: 7" or the hub's own "RateLimit: "api";r=0;t=7"."""
-    found = re.search(r"^\d+$", headers.get("Retry-After", "")) or re.search(
-        r"(?<=t=)\d+", headers.get("RateLimit", "")
-    )
-    return float(found[0]) if found else 0.0
-
-
-def _status(response: Any) -> str:
-    return f"{response.status_code} {http.client.responses.get(response.status_code, '')}".strip()
-
-
-def _reason(error: BaseException) -> str:
-    """In a line."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-    if (response := getattr(cause, "response", None)) is not None:
-        return f"{_status(response)} for {str(response.url).split('?')[0]}"
-    text = str(error).split("\nExample")[0]
-    return " ".join(text.split()).rstrip(".") or type(error).__name__
+def _in_words(error: BaseException) -> str:
+    """Return in one line what `datasets` says, without its example."""
+    return " ".join(str(error).split("\nExample")[0].split()).rstrip(".") or type(error).__name__

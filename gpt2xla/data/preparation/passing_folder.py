@@ -1,46 +1,30 @@
-"""A folder for files that pass through. If its process is killed, the next one that makes such a folder removes it."""
+"""A folder for files that only pass through. The next process that makes one removes what a killed process left."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from gpt2xla.errors import InputError
+from gpt2xla.processes.locks import locked
 
 _PREFIX = "gpt2xla-hub-"
 
 
-def make(parent: str | None) -> Path:
-    """A new folder in `parent` (default: that of temporary files), this process's own until it ends. Raises OSError."""
-    folder_of_all = Path(parent or tempfile.gettempdir())
-    for left_over in folder_of_all.glob(f"{_PREFIX}*"):
-        _remove_if_left_over(left_over)
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder_of_all))
-        # Another process may take it for left over before it is locked, and remove it.
-        with contextlib.suppress(FileNotFoundError, BlockingIOError):
-            _lock(folder)
-            if folder.exists():
-                return folder
-
-
-def _remove_if_left_over(folder: Path) -> None:
-    try:
-        lock = _lock(folder)
-    except OSError:  # in use, another user's, or on a disk that knows no locks
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
-
-
-def _lock(folder: Path) -> int:
-    """Held until the descriptor is closed, or the process ends in whatever way."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+@contextlib.contextmanager
+def passing_folder(parent: str | None) -> Iterator[Path]:
+    """Make a folder in `parent` (default: that of temporary files), which is removed at the end. Raises OSError."""
+    all_folders = Path(parent or tempfile.gettempdir())
+    for left_over in all_folders.glob(f"{_PREFIX}*/"):
+        # Another process uses it, or it is another user's.
+        with contextlib.suppress(InputError, OSError), locked(left_over / "lock", str(left_over)):
+            shutil.rmtree(left_over)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=all_folders))
+    with locked(folder / "lock", str(folder)):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

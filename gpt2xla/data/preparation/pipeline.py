@@ -1,7 +1,7 @@
 """From a corpus to a prepared data set: `train/` and `test/`, each with shards, manifest and tokenizer.
 
-The tokens are a function of corpus, tokenizer and seed alone: not of the number of workers, nor of interruptions. While it
-runs, everything is below `.partial`, with a record of how far it came; what is killed goes on from that record.
+The tokens depend on corpus, tokenizer and seed only, not on the number of workers or on interruptions. Until all is done,
+everything lies in `.partial`, with a record of the progress: a killed preparation resumes from there.
 """
 
 from __future__ import annotations
@@ -10,36 +10,36 @@ import contextlib
 import errno
 import hashlib
 import itertools
-import json
 import os
 import shutil
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from gpt2xla.config import option, require_at_least
+from gpt2xla.config import TOKENIZER_HELP, option, require_at_least
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
-from gpt2xla.data.preparation.round_trip import first_loss
+from gpt2xla.data.preparation.record import RECORD, SPLITS, Record
 from gpt2xla.data.preparation.spelled_tokens import SpelledInCorpus
+from gpt2xla.data.preparation.tokenizer_quality import first_loss
 from gpt2xla.data.preparation.writer import ShardWriter, Written
 from gpt2xla.data.shards import Manifest, TokenStream
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, RunFailed, user_error
 from gpt2xla.processes.locks import locked
 
-SPLITS: tuple[Split, ...] = get_args(Split)
-RECORD = "preparation.json"
 _MOST_TOKENS = 10**12  # per shard
 _SECONDS_BETWEEN_RECORDS = 2.0
-_LEAST_BYTES_PER_BYTE = 0.3  # shards per corpus: text of 6.7 bytes per token, where English has 4.5 with GPT-2's tokens
+_LEAST_BYTES_PER_BYTE = (
+    0.3  # shards per corpus, for text of 6.7 bytes per token; English has 4.5 with GPT-2's tokenizer
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +47,21 @@ class PrepareConfig:
     """Preparation"""
 
     output_dir: str = option("./data", "folder to make train/ and test/ in", is_path=True)
-    tokenizer: str = option(
-        "gpt2", "a tiktoken name, 'bytes', a hub id, or a tokenizer.json or its folder", is_path=True
-    )
-    test_fraction: float = option(0.01, "share of the documents that goes to test/, one at least")
-    test_tokens: int | None = option(None, "most tokens that go to test/ (default: one shard)")
+    tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True)
+    test_fraction: float = option(0.01, "share of the documents that goes to test/, at least one document")
+    test_tokens: int | None = option(None, "largest number of tokens in test/ (default: one shard)")
     max_tokens: int | None = option(None, "stop after the document that reaches this many (default: take all)")
     shard_size: int = option(100_000_000, "tokens per shard")
-    seed: int = option(1061109567, "decides which documents go to test/")
-    num_workers: int = option(max(1, os.cpu_count() or 1), "threads that encode")
+    seed: int = option(1061109567, "seed that decides which documents go to test/")
+    num_workers: int = option(max(1, os.cpu_count() or 1), "number of threads that encode")
     special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
         "as-text",
-        "special tokens, such as <|user|> or <|endoftext|>, that a document spells: as-text takes the letters and counts "
-        "them, as-ids the tokens, as transformers does, refuse stops there",
+        "what to do with special tokens, such as <|user|> or <|endoftext|>, that a document spells: as-text encodes the "
+        "letters and counts them, as-ids encodes the tokens, as transformers does, refuse stops there",
     )
 
     def check(self) -> None:
-        """Raises InputError."""
+        """Raise InputError if a value is out of range."""
         if not self.output_dir:
             raise InputError("--output-dir is empty; name a folder")
         if not 0 <= self.test_fraction < 1:
@@ -74,7 +72,7 @@ class PrepareConfig:
 
 
 def prepare_and_report(corpus: Callable[[], Sequence[Part]], config: PrepareConfig) -> None:
-    """Prepare the parts that `corpus` finds, and print what came of it. Raises as `prepare` does."""
+    """Prepare the parts that `corpus` finds, and print the sizes of the result. Raises as `prepare` does."""
     config.check()
     output_dir = Path(config.output_dir)
     started = time.perf_counter()
@@ -91,19 +89,19 @@ def prepare_and_report(corpus: Callable[[], Sequence[Part]], config: PrepareConf
 def prepare(
     parts: Sequence[Part], tokenizer: Tokenizer, config: PrepareConfig, say: Callable[[str], None] = print
 ) -> dict[Split, Manifest]:
-    """Tokenise the documents of `parts` into `output_dir/train` and `output_dir/test`, or go on with doing so.
+    """Tokenise the documents of `parts` into `output_dir/train` and `output_dir/test`, or resume that.
 
-    A document goes to `test` with probability `test_fraction`, drawn from the seed and its number, unless its part belongs
-    to one split or `test` would come to hold more than `test_tokens`; if none does, the last one goes there. It ends with
-    the tokenizer's end-of-text id where there is one. Memory stays flat: some blocks of documents. The folders appear under
+    A document goes to `test` with probability `test_fraction`, drawn from the seed and the document's number, unless its
+    part belongs to one split or `test` would exceed `test_tokens`. If none was drawn, the last one goes there. Each document
+    ends with the tokenizer's end-of-text id, if it has one. Memory holds a few blocks of documents. The folders appear under
     their names only when complete.
 
     Returns:
         The manifests by split.
 
     Raises:
-        InputError: the output holds something else already, or a split came out empty.
-        RunFailed: the disk is full. What is there is kept, and the same call goes on.
+        InputError: the output holds something else, or a split is empty in the end.
+        RunFailed: the disk is full. What is written is kept, and the same call resumes.
     """
     config.check()
     output_dir = Path(config.output_dir)
@@ -115,17 +113,17 @@ def prepare(
         },
         "special_tokens_in_text": config.special_tokens_in_text,
     }
-    if (output_dir / RECORD).exists():
-        _Record.load(output_dir / RECORD).check(settings, parts, output_dir, complete=True)
+    if finished := Record.load(output_dir):
+        finished.check(settings, parts, output_dir, complete=True)
         _check_complete(output_dir)
         say(f"{output_dir} is prepared already: nothing to do")
-        return {split: manifest for split in SPLITS if (manifest := Manifest.load(output_dir / split))}
+        return _manifests(output_dir)
     partial, is_new = output_dir / ".partial", not output_dir.exists()
     with user_error(f"--output-dir {output_dir}"):
         partial.mkdir(parents=True, exist_ok=True)
     with _explaining(output_dir), locked(partial / "lock", f"--output-dir {output_dir}"):
         try:
-            record = _begin_or_go_on(settings, parts, tokenizer, config, output_dir, partial, say)
+            record = _resume_or_begin(settings, parts, tokenizer, config, output_dir, partial, say)
             if record.position.part < len(parts):
                 _Preparation(parts, tokenizer, config, record, partial, say).run()
             return _finish(record, tokenizer, config, partial, output_dir)
@@ -137,7 +135,7 @@ def prepare(
             raise
 
 
-def _begin_or_go_on(
+def _resume_or_begin(
     settings: dict[str, Any],
     parts: Sequence[Part],
     tokenizer: Tokenizer,
@@ -145,13 +143,12 @@ def _begin_or_go_on(
     output_dir: Path,
     partial: Path,
     say: Callable[[str], None],
-) -> _Record:
-    """The record of an interrupted preparation, or a new one."""
-    if (partial / RECORD).exists():
-        record = _Record.load(partial / RECORD)
+) -> Record:
+    """Return the record of an interrupted preparation, or a new one. Raises InputError if neither is possible."""
+    if record := Record.load(partial):
         record.check(settings, parts, partial, complete=False)
-        tokens = sum(written.tokens for written in record.splits.values())
-        say(f"going on after {tokens:,} tokens, in part {min(record.position.part + 1, len(parts))} of {len(parts)}")
+        part = min(record.position.part + 1, len(parts))
+        say(f"resuming after {record.tokens:,} tokens, in part {part} of {len(parts)}")
         return record
     for split in SPLITS:
         if (output_dir / split).exists():
@@ -160,93 +157,29 @@ def _begin_or_go_on(
         raise InputError("--test-fraction 0 leaves nothing for test/; choose a share above 0")
     if [part.how for part in parts] == ["split by file"]:
         raise InputError(
-            f"{parts[0].name} is a single document, and train/ and test/ need one each; give more files, or cut it up "
-            "(prepare_text.py: --split-by)"
+            f"{parts[0].name} is a single document, and train/ and test/ need at least one each; give more files, or cut it "
+            "up (prepare_text.py: --split-by)"
         )
     _check_space(output_dir, parts, config)
     if tokenizer.eot_id is None:
-        say(f"note: tokenizer {tokenizer.name} has no end-of-text token: documents follow one another without a border")
-    return _Record(settings, [], Position(0, 0), {split: Written([]) for split in SPLITS})
-
-
-@dataclass
-class _Record:
-    """How far a preparation came: the parts it read, the last perhaps not to its end, and what is written; how often it met
-    special tokens that it took as text."""
-
-    settings: dict[str, Any]
-    parts: list[tuple[str, int, str]]
-    position: Position
-    splits: dict[Split, Written]
-    spelled: Counter[str] = field(default_factory=Counter)
-
-    def save(self, file: Path) -> None:
-        values = {
-            "settings": self.settings,
-            "parts": self.parts,
-            "position": self.position,
-            "splits": self.splits,
-            "spelled": self.spelled,
-        }
-        new = file.with_suffix(".new")
-        with new.open("w", encoding="utf-8") as stream:
-            json.dump(values, stream, indent=2, default=vars)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(new, file)
-
-    @classmethod
-    def load(cls, file: Path) -> _Record:
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            values["settings"].setdefault("special_tokens_in_text", "as-text")  # those without it knew no other way
-            return cls(
-                values["settings"],
-                [(name, size, how) for name, size, how in values["parts"]],
-                Position(*values["position"]),
-                {split: Written.from_json(values["splits"][split]) for split in SPLITS},
-                Counter(values.get("spelled", {})),
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} is damaged ({error}); remove its folder and prepare again") from None
-
-    def check(self, settings: dict[str, Any], parts: Sequence[Part], folder: Path, *, complete: bool) -> None:
-        """Raises InputError if it is of a preparation with other options or of another corpus."""
-        for name, value in settings.items():
-            if self.settings.get(name) != value and name != "tokenizer":
-                flag = "--tokenizer" if name == "tokenizer_sha256" else f"--{name.replace('_', '-')}"
-                raise InputError(
-                    f"{folder} was prepared with {flag} {self.settings.get(name.removesuffix('_sha256'))}, now "
-                    f"{settings[name.removesuffix('_sha256')]}; give the same options, or remove it, or choose another "
-                    "--output-dir"
-                )
-        now = [(part.name, part.size, part.how) for part in parts]
-        for number in range(max(len(self.parts), len(now)) if complete else len(self.parts)):
-            then, there = (_described(of[number]) if number < len(of) else "nothing" for of in (self.parts, now))
-            if then != there:
-                raise InputError(
-                    f"{folder} was prepared from {then}, where there is now {there}; give the same input, or remove it, or "
-                    "choose another --output-dir"
-                )
-
-
-def _described(part: tuple[str, int, str]) -> str:
-    name, size, how = part
-    return f"{name} of {size:,} bytes, {how}"
+        say(f"note: tokenizer {tokenizer.name} has no end-of-text token: no border is stored between documents")
+    return Record(settings, [], Position(0, 0), {split: Written([]) for split in SPLITS})
 
 
 @dataclass
 class _Preparation:
+    """One run of the pipeline: reads, encodes, draws splits, writes, and saves its progress in `record`."""
+
     parts: Sequence[Part]
     tokenizer: Tokenizer
     config: PrepareConfig
-    record: _Record
+    record: Record
     folder: Path
     say: Callable[[str], None]
     encoder: Encoder = field(init=False)
 
     def run(self) -> None:
-        """To the end of the corpus, or to --max-tokens."""
+        """Continue to the end of the corpus, or to --max-tokens."""
         self.encoder = Encoder(self.tokenizer, self.config.special_tokens_in_text)
         self.spelled = SpelledInCorpus(self.config.special_tokens_in_text, self.record.spelled, self.say)
         self.writers = {
@@ -254,10 +187,10 @@ class _Preparation:
         }
         self.drawn = sum(written.documents for written in self.record.splits.values())
         last_record = time.monotonic()
-        with tqdm(unit=" tokens", unit_scale=True, initial=self.tokens, disable=None) as bar:
+        with tqdm(unit=" tokens", unit_scale=True, initial=self.record.tokens, disable=None) as bar:
             for block, encoded in self._encoded():
                 is_last = self._write(block, encoded)
-                bar.update(self.tokens - bar.n)
+                bar.update(self.record.tokens - bar.n)
                 self.record.position = Position(len(self.parts), 0) if is_last else block.after
                 if is_last:
                     break
@@ -267,22 +200,18 @@ class _Preparation:
         self.record.position = Position(len(self.parts), 0)
         for split, writer in self.writers.items():
             if writer.written.tokens == 0:
-                why = "give more documents, or change --test-fraction" if self.tokens else "there is no text"
-                raise InputError(f"the {split} split came out empty: {why}")
+                why = "give more documents, or change --test-fraction" if self.record.tokens else "there is no text"
+                raise InputError(f"the {split} split is empty: {why}")
         self.spelled.end()
         self._save()
 
-    @property
-    def tokens(self) -> int:
-        return sum(written.tokens for written in self.record.splits.values())
-
     def _encoded(self) -> Iterator[tuple[Block, Encoded]]:
-        """Blocks in order, a few being encoded at a time while the next is read and the last is written."""
+        """Yield the blocks in order. Threads encode a few of them while the next is read and the previous is written."""
         pending: deque[tuple[Block, Future[Encoded]]] = deque()
         with ThreadPoolExecutor(self.config.num_workers, thread_name_prefix="encode") as pool:
             for number, block in enumerate(blocks(self.parts, self.record.position)):
                 if number == 0 and self.encoder.fast and not self.encoder.check(block.texts):
-                    self.say("warning: gigatoken gives other ids than the tokenizer; doing without it")
+                    self.say("warning: gigatoken gives other ids than the tokenizer, and is not used")
                 if number == 0 and (loss := first_loss(self.tokenizer, map(str, block.texts))):
                     self.say(
                         f"warning: tokenizer {self.tokenizer.name} loses text: {loss[0]!r} comes back as {loss[1]!r}"
@@ -295,19 +224,19 @@ class _Preparation:
                 yield block, future.result()
 
     def _write(self, block: Block, encoded: Encoded) -> bool:
-        """True if the corpus ends here, or --max-tokens is reached."""
+        """Write a block. Return whether it was the last one, of the corpus or up to --max-tokens."""
         ends, documents, is_last = encoded.ends, len(encoded.ends), block.after.part == len(self.parts)
-        if self.config.max_tokens is not None and self.tokens + ends[-1] >= self.config.max_tokens:
-            documents = int(np.searchsorted(ends, self.config.max_tokens - self.tokens)) + 1
+        if self.config.max_tokens is not None and self.record.tokens + ends[-1] >= self.config.max_tokens:
+            documents = int(np.searchsorted(ends, self.config.max_tokens - self.record.tokens)) + 1
             is_last = True
         spelled = {number: found for number, found in encoded.spelled.items() if number < documents}
         self.spelled.add(spelled, self.parts, self.record.position)
         test = self._drawn_for_test(block.split, encoded, documents)
         total = self.drawn + documents
         if is_last and block.split is None and total > 1 and not (test.any() or self.writers["test"].written.documents):
-            self.say(f"note: of {total:,} documents none was drawn for test/ within --test-tokens; the last goes there")
+            self.say(f"note: none of {total:,} documents was drawn for test/ within --test-tokens; the last goes there")
             test[-1] = True
-        # From one border to the next all documents go to the same split.
+        # Between two borders all documents go to the same split.
         borders = [0, *(np.flatnonzero(np.diff(test)) + 1).tolist(), documents]
         for first, end in itertools.pairwise(borders):
             ids = encoded.ids[ends[first - 1] if first else 0 : ends[end - 1]]
@@ -316,6 +245,7 @@ class _Preparation:
         return is_last
 
     def _drawn_for_test(self, split: Split | None, encoded: Encoded, documents: int) -> np.ndarray:
+        """Return for each of the first `documents` of a block whether it goes to test/."""
         if split:
             return np.full(documents, split == "test")
         test = uniform(self.config.seed, self.drawn, documents) < self.config.test_fraction
@@ -332,12 +262,12 @@ class _Preparation:
         for writer in self.writers.values():
             writer.save()
         self.record.parts = [(part.name, part.size, part.how) for part in self.parts[: self.record.position.part + 1]]
-        self.record.save(self.folder / RECORD)
+        self.record.save(self.folder)
 
 
 def uniform(seed: int, first: int, count: int) -> np.ndarray:
-    """Numbers in [0, 1) for the documents `first` .. `first + count - 1`: SplitMix64 (Steele et al. 2014, "Fast splittable
-    pseudorandom number generators") of the seed's hash and the document's number."""
+    """Return numbers in [0, 1) for the documents `first` .. `first + count - 1`, functions of the seed and each document's
+    number: SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
     start = np.frombuffer(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), dtype="<u8")
     x = start + np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -345,22 +275,25 @@ def uniform(seed: int, first: int, count: int) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))) / 2.0**64
 
 
-def _writer(split: Split, record: _Record, tokenizer: Tokenizer, config: PrepareConfig, folder: Path) -> ShardWriter:
+def _writer(split: Split, record: Record, tokenizer: Tokenizer, config: PrepareConfig, folder: Path) -> ShardWriter:
     return ShardWriter(folder / split, tokenizer.dtype, config.shard_size, record.splits[split])
 
 
 def _finish(
-    record: _Record, tokenizer: Tokenizer, config: PrepareConfig, partial: Path, output_dir: Path
+    record: Record, tokenizer: Tokenizer, config: PrepareConfig, partial: Path, output_dir: Path
 ) -> dict[Split, Manifest]:
-    """Manifests and final names; what an interruption left of this is done again."""
+    """Write the manifests and give everything its final name; an interruption here does no harm."""
     for split in SPLITS:
         if not (output_dir / split).exists():
             _writer(split, record, tokenizer, config, partial).finish(tokenizer)
             os.rename(partial / split, output_dir / split)
     os.rename(partial / RECORD, output_dir / RECORD)
     shutil.rmtree(partial)
-    manifests = {split: Manifest.load(output_dir / split) for split in SPLITS}
-    return {split: manifest for split, manifest in manifests.items() if manifest}
+    return _manifests(output_dir)
+
+
+def _manifests(output_dir: Path) -> dict[Split, Manifest]:
+    return {split: manifest for split in SPLITS if (manifest := Manifest.load(output_dir / split))}
 
 
 def _check_space(output_dir: Path, parts: Sequence[Part], config: PrepareConfig) -> None:
@@ -371,8 +304,8 @@ def _check_space(output_dir: Path, parts: Sequence[Part], config: PrepareConfig)
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(
-            f"--output-dir {output_dir}: the shards will take at least {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
-            "free there; choose another disk, or --max-tokens"
+            f"--output-dir {output_dir}: the shards will take at least {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
+            "are free there; choose another disk, or --max-tokens"
         )
 
 
@@ -381,12 +314,14 @@ def _check_complete(output_dir: Path) -> None:
         try:
             TokenStream(output_dir / split, "--output-dir")
         except InputError as error:
-            raise InputError(f"{error}; to prepare it again remove what is left, {output_dir / RECORD} too") from None
+            raise InputError(
+                f"{error}; to prepare it again, remove what is left, including {output_dir / RECORD}"
+            ) from None
 
 
 @contextlib.contextmanager
 def _explaining(output_dir: Path) -> Iterator[None]:
-    """What goes wrong with writing."""
+    """Turn errors of writing into errors for the user."""
     with user_error(f"--output-dir {output_dir}"):
         try:
             yield
@@ -394,6 +329,6 @@ def _explaining(output_dir: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise RunFailed(
-                f"--output-dir {output_dir}: no space left on the disk. What is prepared is kept: free some and give the "
-                "same command again"
+                f"--output-dir {output_dir}: no space left on the disk; free some and give the same command again, which "
+                "resumes"
             ) from None

@@ -1,4 +1,4 @@
-"""Special tokens that documents spell, over a whole preparation: counted, or a reason to stop."""
+"""Counts special tokens that documents spell over a whole preparation, or stops at the first one."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from gpt2xla.errors import InputError
 
 
 class SpelledInCorpus:
-    """Adds to `counts`, which an interrupted preparation keeps; says so when the first are met, and at the end."""
+    """Adds to `counts`, which a resumed preparation continues. Warns when the first are found, and at the end."""
 
     def __init__(self, mode: SpecialTokensInText, counts: Counter[str], say: Callable[[str], None]) -> None:
         self.mode, self.counts, self._say = mode, counts, say
         self._said: Counter[str] = Counter()
 
     def add(self, spelled: Mapping[int, Counter[str]], parts: Sequence[Part], start: Position) -> None:
-        """What the documents of a block spell, by their number in it; it begins at `start`.
+        """Add what the documents of a block spell, by their number in it. The block begins at `start`.
 
         Raises:
-            InputError: they are to be refused.
+            InputError: special tokens are to be refused. It names the first document that spells one.
         """
         if not spelled:
             return
@@ -40,12 +40,14 @@ class SpelledInCorpus:
             self._say(warning(self.counts, "the text so far"))
 
     def end(self) -> None:
+        """Warn about the whole text, unless the last warning counted all of it."""
         if self.counts != self._said:
             self._say(warning(self.counts, "the whole text"))
 
 
 def _place(parts: Sequence[Part], start: Position, document: int) -> tuple[str, int]:
-    """The part of a document, by its number after `start`, and its number there: read again, as blocks do not say."""
+    """Return the part of a document and its number there, given its number after `start`. Blocks do not record this, so the
+    text is read again."""
     before = start.documents
     for part in parts[start.part :]:
         for block in blocks([part], Position(0, before)):

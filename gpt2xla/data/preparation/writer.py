@@ -1,9 +1,9 @@
-"""Token shards, appended to as ids arrive, and gone on with after an interruption."""
+"""Appends token ids to shards, and resumes after an interruption."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +16,7 @@ from gpt2xla.files import file_sha256
 
 @dataclass
 class Written:
-    """What a split holds so far: `shards` are complete, `filled` tokens are in the one after them."""
+    """What a split holds so far: complete `shards`, and `filled` tokens in the next one."""
 
     shards: list[ShardEntry]
     filled: int = 0
@@ -33,9 +33,9 @@ class Written:
 
 
 class ShardWriter:
-    """Writes one split's shards into `folder`, from where `written` says on: what the last shard holds beyond is cut off.
+    """Writes one split's shards into `folder`, continuing after `written`; what the last shard holds beyond that is cut off.
 
-    Plain appends, no memory maps: where a disk is full they raise OSError, and a mapped page would kill the process.
+    It appends and does not map memory: on a full disk writing raises OSError, but a mapped page would kill the process.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype, shard_size: int, written: Written) -> None:
@@ -59,14 +59,13 @@ class ShardWriter:
                 self._close_shard()
                 self._open()
 
-    def save(self) -> dict[str, Any]:
-        """`written` as JSON, once everything it speaks of is on the disk."""
+    def save(self) -> None:
+        """Bring everything that `written` counts to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return asdict(self.written)
 
     def finish(self, tokenizer: Tokenizer) -> Manifest:
-        """The manifest, which is written beside the shards, as is the tokenizer."""
+        """Write manifest and tokenizer beside the shards, and return the manifest."""
         if self.written.filled:
             self._close_shard()
         else:
@@ -104,7 +103,7 @@ class ShardWriter:
         self.written.filled = 0
 
     def _write_header(self) -> None:
-        """numpy pads headers, so that they are of one length whatever the number of tokens."""
+        """Write the header. numpy pads it, so its length does not depend on the number of tokens."""
         description = np.lib.format.dtype_to_descr(self.dtype)
         header = {"descr": description, "fortran_order": False, "shape": (self.written.filled,)}
         np.lib.format.write_array_header_1_0(self._file, header)

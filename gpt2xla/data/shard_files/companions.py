@@ -1,6 +1,6 @@
-"""Types of headerless token ids, told by the files that their writers put beside them.
+"""Types of headerless token ids, read from the files that their writers put beside them.
 
-Each function returns None where there is no such file, and raises InputError or ValueError where one does not fit.
+Each function returns None if there is no such file, and raises InputError or ValueError if it does not fit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ _UNSIGNED = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}  # by the bytes of an id
 
 
 class Layout(NamedTuple):
+    """How ids are stored: the format's name, the type of an id, and their number."""
+
     format: str
     dtype: str
     tokens: int
 
 
 def megatron(file: Path) -> Layout | None:
-    """By `NAME.idx`: magic, version, dtype code, numbers of sequences and documents, then for each sequence its length
+    """Read `NAME.idx`: magic, version, dtype code, numbers of sequences and documents, then for each sequence its length
     (int32) and place (int64), for each document its end (int64). Source: Megatron-LM, core/datasets/indexed_dataset.py."""
     index = next((name for name in (file.with_suffix(".idx"), Path(f"{file}.idx")) if name.exists()), None)
     if index is None:
@@ -41,9 +43,7 @@ def megatron(file: Path) -> Layout | None:
         if head.startswith(b"TNTIDX\0\0"):
             what = "an index of fairseq's and Megatron's old format; make both again with --dataset-impl mmap"
         else:
-            what = (
-                foreign_format(head, size) or "no Megatron index; if it has nothing to do with the .bin, move it away"
-            )
+            what = foreign_format(head, size) or "not a Megatron index; if it does not belong to the .bin, move it away"
         raise InputError(f"{index} beside {file.name} is {what}")
     if size < 34:
         raise InputError(f"{index} is a Megatron index that is cut short; copy it again")
@@ -58,11 +58,11 @@ def megatron(file: Path) -> Layout | None:
 
 
 def datatrove(file: Path) -> Layout | None:
-    """By `NAME.ds.metadata`, text lines (tokenizer|bytes of an id; number of ids), and `NAME.ds.index`, documents' ends as
-    uint64. Older metadata do not tell the bytes. Source: datatrove, pipeline/tokens/tokenizer.py."""
+    """Read `NAME.ds.metadata`, text lines (tokenizer|bytes of an id; number of ids), and `NAME.ds.index`, documents' ends as
+    uint64. Older metadata lack the bytes of an id. Source: datatrove, pipeline/tokens/tokenizer.py."""
     index, metadata, loss = (file.with_name(file.name + end) for end in (".index", ".metadata", ".loss"))
     if loss.exists():
-        raise InputError(f"{loss} masks tokens of the loss, which is not done here; remove it to train on all tokens")
+        raise InputError(f"{loss} masks tokens of the loss, which is not supported; remove it to train on all tokens")
     counts, width = [], ""
     if metadata.exists():
         tokenizer, count, *_ = metadata.read_text(encoding="utf-8").splitlines()
@@ -83,7 +83,7 @@ def datatrove(file: Path) -> Layout | None:
 
 
 def dolma(file: Path) -> Layout | None:
-    """By `NAME.csv.gz`, a row per document that begins with its start and end in tokens. Source: dolma,
+    """Read `NAME.csv.gz`, a row per document that begins with its start and end in tokens. Source: dolma,
     tokenizer/memmap_writer.py and data_types.py."""
     rows = file.with_suffix(".csv.gz")
     if not rows.exists():

@@ -1,4 +1,4 @@
-"""Formats told by a file's first bytes, whatever it is called: what may lie where text, token ids or a model is expected."""
+"""Recognises formats by a file's first bytes, whatever its name: what users give where text, ids or a model is expected."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _UNPACK = "unpack it first"
 
 
 class Foreign(NamedTuple):
-    """Attributes:
-    kind: a word for it.
-    what: to follow a file's name and "is".
-    fix: what helps whatever was expected; "" where that depends.
+    """A format that was recognised.
+
+    Attributes:
+        kind: a short name.
+        what: a description, to follow a file's name and "is".
+        fix: the fix, whatever was expected; "" if it depends on that.
     """
 
     kind: str
@@ -25,7 +27,7 @@ class Foreign(NamedTuple):
     fix: str = ""
 
 
-# A file of ids begins like one of these by chance less than once in a billion; a text may, with those that are all letters.
+# By chance, ids begin like one of these less than once in a billion files. Text may, like those that are only letters.
 _BEGINNINGS: tuple[tuple[bytes, Foreign], ...] = (
     (
         rb"version https?://[\w./-]*(git-lfs|git-media|hawser)",
@@ -76,5 +78,5 @@ _PATTERNS = [(re.compile(pattern, re.DOTALL), found) for pattern, found in _BEGI
 
 
 def foreign(head: bytes) -> Foreign | None:
-    """What a file with these first HEAD_BYTES is, if it is one of these formats."""
+    """Return the format of a file with these first HEAD_BYTES, or None."""
     return next((found for pattern, found in _PATTERNS if pattern.match(head)), None)

@@ -1,4 +1,4 @@
-"""What rules out that a headerless file holds uint16 ids, by a sample from all over it."""
+"""Decides from a sample of a headerless file whether it can hold uint16 ids."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 import numpy as np
 
 _BLOCKS, _BLOCK_TOKENS = 16, 4096
-_CERTAIN = 20  # bits: chance gives such a sample once in a million files
+_CERTAIN = 20  # bits: such a sample occurs by chance once in a million files
 
 
 def sample_blocks(tokens: np.ndarray) -> list[np.ndarray]:
-    """Up to 16 runs of tokens, evenly spread from the first to the last; each starts at a multiple of 4."""
+    """Return up to 16 runs of tokens, evenly spread from the first to the last; each starts at a multiple of 4."""
     starts = np.linspace(0, max(0, len(tokens) - _BLOCK_TOKENS), _BLOCKS, dtype=np.int64)
     return [tokens[start : start + _BLOCK_TOKENS] for start in np.unique(starts // 4 * 4)]
 
@@ -21,7 +21,7 @@ def largest_sampled(tokens: np.ndarray) -> int:
 
 
 def against_uint16(tokens: np.ndarray) -> str | None:
-    """Why these are not the ids, and the fix, to follow the file's name; None where nothing says so.
+    """Return why these are not ids, and the fix, to follow the file's name; None if they may be.
 
     Args:
         tokens: the file read as little-endian uint16.
@@ -44,9 +44,9 @@ def against_uint16(tokens: np.ndarray) -> str | None:
 
 
 def _wider_type(sample: np.ndarray) -> tuple[str, str] | None:
-    """Ids of four or eight bytes have nearly nothing in every second uint16: 0, or up to 15 for a vocabulary of a million,
-    or 65,535 before a negative one. Were these uint16, small and large ones would be in both places."""
-    pairs = sample[: len(sample) // 2 * 2].reshape(-1, 2)  # the file may be cut short
+    """Recognise ids of four or eight bytes: every second uint16 is 0, up to 15 for a vocabulary of a million, or 65,535 for
+    a negative id. With uint16 ids, small and large ones would occur in both places."""
+    pairs = sample[: len(sample) // 2 * 2].reshape(-1, 2)  # the last one may be half
     if len(pairs) == 0:
         return None
     for high, name, order in ((1, "", "<"), (0, "big-endian ", ">")):
@@ -59,14 +59,14 @@ def _wider_type(sample: np.ndarray) -> tuple[str, str] | None:
 
 
 def _are_floats(sample: np.ndarray) -> bool:
-    """Weights lie between -2 and 2, so that their exponent's highest bit is never set, and half of them are negative."""
+    """Recognise weights: they lie between -2 and 2, so their exponent's highest bit is never set, and half are negative."""
     is_negative = sample >= 0x8000
     return len(sample) >= 1000 and not (sample & 0x4000).any() and 0.4 < is_negative.mean() < 0.6
 
 
 def _narrower_or_swapped(sample: np.ndarray) -> tuple[str, str] | None:
-    """The low byte of an id takes all values. Where it stays below a limit, though the high byte takes many and there are
-    many different ids, it is the high byte of a swapped id, or an id itself."""
+    """Recognise swapped or one-byte ids. The low byte of a uint16 id takes all values. If it stays below a limit although
+    there are many different ids, it is the high byte of a swapped id, or an id itself."""
     limit, highest = int((sample & 0xFF).max()) + 1, int((sample >> 8).max())
     surprise = len(np.unique(sample)) * math.log2(256 / limit)
     if highest < 8 or surprise < 2 * _CERTAIN:

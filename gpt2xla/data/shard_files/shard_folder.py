@@ -1,16 +1,16 @@
-"""Which files of a folder without a manifest are the shards of a split."""
+"""Finds the shards of a split in a folder without a manifest."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
 
 from gpt2xla.data.shard_files.shard_format import SUFFIXES
 from gpt2xla.errors import InputError
+from gpt2xla.files import read_json
 
-# Read by nothing, so that shards of a folder would be left out without a word.
+# Endings of files that nothing reads, so that they would silently be left out.
 _UNFINISHED = re.compile(
     r"\.(npy|bin|ds)\.(gz|zst|xz|bz2|lz4|zip|tar|part|partial|incomplete|crdownload|aria2|tmp)$", re.I
 )
@@ -22,10 +22,10 @@ _SPLITS = {
 
 
 def shards_of(folder: Path, option: str) -> tuple[list[Path], list[str]]:
-    """The shards that `option` reads, in the order of their names, and what to say about the choice. Hidden files are none.
+    """Return the shards that `option` reads, in the order of their names, and notes about the choice. Hidden files are none.
 
     Raises:
-        InputError: some files may or may not belong to them.
+        InputError: it is unclear whether some files belong to them.
     """
     seen = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     if unfinished := [file for file in seen if _UNFINISHED.search(file.name)]:
@@ -39,7 +39,7 @@ def shards_of(folder: Path, option: str) -> tuple[list[Path], list[str]]:
 
 
 def refuse_others(folder: Path, named: list[Path], manifest: str) -> None:
-    """Raises InputError where a folder holds shards that its manifest does not name."""
+    """Raise InputError if a folder holds shards that its manifest does not name."""
     known = {file.name for file in named}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.name not in known:
@@ -50,12 +50,12 @@ def _refuse_litdata(folder: Path) -> None:
     index = folder / "index.json"
     if index.exists():
         try:
-            is_litdata = "chunks" in json.loads(index.read_bytes())
-        except (OSError, ValueError, TypeError, RecursionError):
+            is_litdata = "chunks" in read_json(index)
+        except (OSError, ValueError, TypeError):
             return
         if is_litdata:
             raise InputError(
-                f"{index} makes its folder a litdata data set, which is not read; prepare its text instead"
+                f"{index} makes its folder a litdata data set, which is not supported; prepare its text instead"
             )
 
 
@@ -74,7 +74,7 @@ def _refuse_twins(files: list[Path]) -> None:
 
 
 def _of_split(folder: Path, files: list[Path], option: str) -> tuple[list[Path], list[str]]:
-    """Where one folder holds several splits, as llm.c's and nanoGPT's do, those that are named after the option's."""
+    """Choose the option's split by name if a folder holds several, as those of llm.c and nanoGPT do."""
     splits = _splits(folder, files)
     wanted = ["val", "test"] if option == "--valid-dir" else ["train"]
     if len(splits) < 2:
@@ -99,7 +99,7 @@ def _some(files: list[Path]) -> str:
 
 
 def _splits(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """The shards by the split in their names, "" where there is none. What all names have in common tells nothing."""
+    """Return the shards by the split in their names, "" if there is none. A word that all names share says nothing."""
     named = [
         {split for split, words in _SPLITS.items() if re.search(rf"(?<![a-z])({words})(?![a-z])", file.stem.lower())}
         for file in files

@@ -1,6 +1,6 @@
-"""From a file to the token ids in it, or to a refusal: its content and what lies beside it decide, not its name.
+"""Opens a file of token ids, or refuses it. Its content and the files beside it decide, not its name.
 
-| format | told by | ids |
+| format | recognised by | ids |
 |---|---|---|
 | numpy (ours, build-nanogpt) | its header | one row of integers |
 | llm.c, modded-nanogpt | its header | uint16 or uint32 |
@@ -8,7 +8,7 @@
 | Megatron-LM, GPT-NeoX: `.bin` | `.idx` beside it | integers |
 | datatrove, nanotron: `.ds` | `.ds.index` and `.ds.metadata` beside it | uint16 or uint32 |
 | dolma, OLMo: `.npy` without a header | `.csv.gz` beside it | unsigned integers |
-| nanoGPT: `.bin` | nothing that rules it out (`foreign_formats.py`, `raw_ids.py`) | uint16 |
+| nanoGPT: `.bin` | nothing against it (`foreign_shards.py`, `raw_ids.py`) | uint16 |
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpt2xla.data.shard_files import companions
 from gpt2xla.data.shard_files.first_bytes import HEAD_BYTES
 from gpt2xla.data.shard_files.foreign_shards import foreign_format, pointer
 from gpt2xla.data.shard_files.raw_ids import against_uint16, sample_blocks
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, in_one_line
 
 RAW = "raw uint16"
 SUFFIXES = (".npy", ".bin", ".ds")
@@ -35,10 +35,12 @@ _TOO_LARGE = 2**31
 
 
 class Shard(NamedTuple):
-    """Attributes:
-    tokens: integers of shape (T,), memory-mapped.
-    format: its name.
-    note: what to tell the user, if anything.
+    """An open file of token ids.
+
+    Attributes:
+        tokens: integers of shape (T,), memory-mapped.
+        format: the name of its format.
+        note: a note for the user, or "".
     """
 
     tokens: np.ndarray
@@ -47,7 +49,7 @@ class Shard(NamedTuple):
 
 
 def open_shard(file: Path) -> Shard:
-    """Raises InputError, naming the file, for all that is not certainly one of the formats."""
+    """Open a shard. Raises InputError, naming the file, if it is not certainly one of the formats."""
     try:
         shard = _open(file)
     except InputError:
@@ -55,15 +57,14 @@ def open_shard(file: Path) -> Shard:
     except FileNotFoundError:
         what = "links to a file that is not there" if file.is_symlink() else "is missing"
         raise InputError(f"{file} {what}; copy or prepare it again") from None
-    except Exception as error:  # numpy reads headers with Python's parser, which fails in many ways
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except Exception as error:  # numpy parses headers as Python, which fails in many ways
         raise InputError(
-            f"{file} cannot be read as a shard ({reason}); it may be cut short: copy or prepare it again"
+            f"{file} cannot be read as a shard ({in_one_line(error, 200)}); it may be cut short: copy or prepare it again"
         ) from None
     tokens = np.asarray(shard.tokens)  # slicing an np.memmap costs ten times as much
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise InputError(f"{file} holds {tokens.dtype} of shape {tokens.shape}; a shard is one row of integer ids")
-    if tokens.dtype.kind == "i" or tokens.dtype.itemsize > 2:  # a sample: all are checked as they are read
+    if tokens.dtype.kind == "i" or tokens.dtype.itemsize > 2:  # a sample here; all are checked when they are read
         for block in sample_blocks(tokens):
             if len(block) and (block.min() < 0 or block.max() >= _TOO_LARGE):
                 raise InputError(
@@ -94,14 +95,14 @@ def _open(file: Path) -> Shard:
     if layout is None:
         missing = "a .ds.metadata" if suffix == ".ds" else "a header, or dolma's .csv.gz beside it,"
         raise InputError(
-            f"{file} is ids of a type that nothing tells: {missing} is missing; copy that too, or convert it: "
+            f"{file} holds ids of an unknown type: {missing} is missing; copy that too, or convert it: "
             "np.save(NEW, np.fromfile(FILE, TYPE)) with '<u2' or '<u4'"
         )
     return _headerless(file, layout, size)
 
 
 def _numpy(file: Path, size: int) -> Shard:
-    # Not np.load, which would take a zip of arrays or a pickle for what it is.
+    # Not np.load, which would also open a zip of arrays or a pickle.
     tokens = np.lib.format.open_memmap(file, mode="r")
     if tokens.offset + tokens.nbytes != size:
         raise ValueError(f"its header promises {tokens.nbytes} bytes but {size - tokens.offset} follow")
@@ -109,21 +110,21 @@ def _numpy(file: Path, size: int) -> Shard:
 
 
 def _llmc(file: Path, head: bytes, size: int) -> Shard:
-    """256 int32 (magic, version, number of ids, zeros), then ids. Versions are 1 and 7, for the same layout. Source: llm.c,
+    """Read 256 int32 (magic, version, number of ids, zeros), then ids. Versions 1 and 7 have the same layout. Source: llm.c,
     dev/data/data_common.py."""
     magic, _, count = struct.unpack_from("<3i", head)
     return Shard(_map(file, _LLMC_DTYPES[magic], count, size, _LLMC_HEADER_BYTES), "llm.c")
 
 
 def _lit_gpt(file: Path, head: bytes, size: int) -> Shard:
-    """Magic, version, dtype code, number of ids, ids; the last file is filled up with separators, and lit-gpt trains on
-    them, too. Source: lit-gpt, lit_gpt/packed_dataset.py."""
+    """Read magic, version, dtype code, number of ids, ids. The last file is padded with separators, and lit-gpt trains on
+    these, too. Source: lit-gpt, lit_gpt/packed_dataset.py."""
     version, code, count = struct.unpack_from("<QBQ", head, 7)
     if version != 1 or code not in companions.CODED_DTYPES:
         raise InputError(f"{file} is packed by lit-gpt as version {version}, dtype code {code}; pack integers again")
     tokens = _map(file, companions.CODED_DTYPES[code], count, size, _LIT_GPT_HEADER_BYTES)
     padding = _equal_at_end(tokens)
-    note = f"{file} ends in {padding:,} times id {tokens[-1]}, which is lit-gpt's padding; it is read, as lit-gpt does"
+    note = f"{file} ends in {padding:,} times id {tokens[-1]}, lit-gpt's padding; it is read, as lit-gpt reads it"
     return Shard(tokens, "lit-gpt", note if padding > 1 else "")
 
 
@@ -148,7 +149,7 @@ def _map(file: Path, dtype: str, count: int, size: int, header: int = 0) -> np.n
 
 
 def _equal_at_end(tokens: np.ndarray) -> int:
-    """How many of the last ids are the same."""
+    """Return how many ids at the end are the same."""
     for end in range(len(tokens), 0, -(1 << 20)):
         others = np.flatnonzero(tokens[max(0, end - (1 << 20)) : end] != tokens[-1])
         if len(others):

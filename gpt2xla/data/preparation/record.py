@@ -1,0 +1,90 @@
+"""The record of a preparation, from which an interrupted one is resumed and a finished one is recognised."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from gpt2xla.config import flag
+from gpt2xla.data.documents.corpus import Part, Position, Split
+from gpt2xla.data.preparation.writer import Written
+from gpt2xla.errors import InputError
+from gpt2xla.files import read_json, write_whole
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+RECORD = "preparation.json"
+
+
+@dataclass
+class Record:
+    """How far a preparation has come.
+
+    Attributes:
+        settings: the options that decide what is written.
+        parts: name, size and reading of each part of the corpus that was begun; the last one may not be finished.
+        position: the place in the corpus up to which documents are written.
+        splits: what is written, by split.
+        spelled: how often each special token was met and taken as text.
+    """
+
+    settings: dict[str, Any]
+    parts: list[tuple[str, int, str]]
+    position: Position
+    splits: dict[Split, Written]
+    spelled: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def tokens(self) -> int:
+        return sum(written.tokens for written in self.splits.values())
+
+    def save(self, folder: Path) -> None:
+        write_whole(folder / RECORD, json.dumps(vars(self), indent=2, default=vars))
+
+    @classmethod
+    def load(cls, folder: Path) -> Record | None:
+        """Return the record in `folder`; None if there is none. Raises InputError if it is damaged."""
+        file = folder / RECORD
+        if not file.exists():
+            return None
+        try:
+            values = read_json(file)
+            values["settings"].setdefault("special_tokens_in_text", "as-text")  # older records know no other way
+            return cls(
+                values["settings"],
+                [(name, size, how) for name, size, how in values["parts"]],
+                Position(*values["position"]),
+                {split: Written.from_json(values["splits"][split]) for split in SPLITS},
+                Counter(values.get("spelled", {})),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} is damaged ({error}); remove its folder and prepare again") from None
+
+    def check(self, settings: dict[str, Any], parts: Sequence[Part], folder: Path, *, complete: bool) -> None:
+        """Raise InputError if the preparation in `folder` had other options or another corpus.
+
+        `complete` means that it read all parts of its corpus, so that there may be no others now.
+        """
+        for name, value in settings.items():
+            if self.settings.get(name) != value and name != "tokenizer":
+                asked = name.removesuffix("_sha256")
+                raise InputError(
+                    f"{folder} was prepared with {flag(asked)} {self.settings.get(asked)}, now {settings[asked]}; give the "
+                    "same options, or remove it, or choose another --output-dir"
+                )
+        now = [(part.name, part.size, part.how) for part in parts]
+        for number in range(max(len(self.parts), len(now)) if complete else len(self.parts)):
+            then, there = (_described(of[number]) if number < len(of) else "nothing" for of in (self.parts, now))
+            if then != there:
+                raise InputError(
+                    f"{folder} was prepared from {then}, but now there is {there}; give the same input, or remove it, or "
+                    "choose another --output-dir"
+                )
+
+
+def _described(part: tuple[str, int, str]) -> str:
+    name, size, how = part
+    return f"{name} of {size:,} bytes, {how}"

@@ -1,0 +1,118 @@
+"""Fetches from the Hugging Face hub, and says in one sentence why something did not come.
+
+The hub's client lets through errors of the HTTP libraries below it (requests, httpx, xet), and `datasets` wraps them once
+more. The functions here look through the whole chain of causes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.errors import InputError, RunFailed, in_one_line
+
+_NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+_BUSY = (408, 429)  # status codes that, like those from 500 on, may be another one later
+
+
+def is_id(name: str) -> bool:
+    """Tell whether `name` could be the id of a repository on the hub, such as "gpt2" or "owner/name"."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def is_offline() -> bool:
+    """Tell whether the user has set HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def snapshot(repo: str, patterns: Iterable[str]) -> Path:
+    """Return the folder in the hub's cache with those files of a model that match `patterns`; fetch what is missing.
+
+    The client locks each file: of several processes on a host one fetches it, and the others wait and find it.
+    """
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+
+
+@contextlib.contextmanager
+def explained(what: str, repo: str, otherwise: str, kind: str = "model") -> Iterator[None]:
+    """Turn an error inside the block into an InputError: `what`, why `repo` did not come, the fix, or `otherwise`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the client lets errors of several HTTP libraries through
+        raise InputError(f"{what}; {reason(error, repo, kind)}, or {otherwise}") from None
+
+
+def reason(error: BaseException, repo: str, kind: str = "model") -> str:
+    """Return why `repo`, a `kind` of repository, could not be fetched, and the fix."""
+    from huggingface_hub import errors
+
+    if _caused_by(error, errors.HFValidationError):
+        return f"{repo} is not a name on the hub; correct it"
+    if is_offline():
+        return f"{repo} is not whole in the hub's cache, and HF_HUB_OFFLINE is set; unset it"
+    if _caused_by(error, errors.GatedRepoError):
+        return f"{repo} is gated on the hub; ask for access on its page there and log in (hf auth login)"
+    if _caused_by(error, errors.RepositoryNotFoundError):
+        found = f"the hub has no {kind} {repo}, or a private one ({answer(error)})"
+        return f"{found}; check the spelling, log in (hf auth login)"
+    if _response(error) is not None:
+        fix = "try again later" if is_temporary(error) else "check the name"
+        return f"{repo} could not be downloaded: the hub answers with status {answer(error)}; {fix}"
+    if is_temporary(error):
+        return f"{repo} could not be downloaded: the hub cannot be reached ({answer(error)}); check the network"
+    return f"{repo} could not be downloaded ({answer(error)}); fix that and try again"
+
+
+def answer(error: BaseException) -> str:
+    """Return in one line what came instead of a file: the status and address of the failed request, or the error."""
+    if (response := _response(error)) is not None:
+        meaning = http.client.responses.get(response.status_code, "")
+        return f"{response.status_code} {meaning}".strip() + f" for {str(response.url).split('?')[0]}"
+    first = next((link for link in _chain(error) if _is_network(link)), error)
+    return (getattr(first, "strerror", None) or in_one_line(first)).rstrip(".")
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Tell whether the same request may succeed later: the network failed, or the hub was busy or broken."""
+    if isinstance(error, InputError | RunFailed):
+        return False
+    if (response := _response(error)) is not None:
+        return response.status_code in _BUSY or response.status_code >= 500
+    return any(map(_is_network, _chain(error)))
+
+
+def _is_network(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.split(".")[0] in _NETWORK_LIBRARIES:
+        return True
+    return type(error) is OSError and not error.errno  # the client's, for a file of which only a part came
+
+
+def _response(error: BaseException) -> Any:
+    """Return the hub's response that `error` is about, or None."""
+    return next((found for link in _chain(error) if (found := getattr(link, "response", None)) is not None), None)
+
+
+def _caused_by(error: BaseException, kind: type[BaseException]) -> bool:
+    return any(isinstance(link, kind) for link in _chain(error))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, its cause, the cause's cause, and so on. `datasets` hides causes with `from None`."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
