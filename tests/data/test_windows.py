@@ -132,7 +132,9 @@ def test_resuming_reads_on_where_the_run_stopped(windows: Windows) -> None:
 
 
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
-def test_a_steps_windows_are_described_as_all_its_processes_read_them(windows: Windows, shuffle_seed: int | None) -> None:
+def test_a_steps_windows_are_described_as_all_its_processes_read_them(
+    windows: Windows, shuffle_seed: int | None
+) -> None:
     steps = [order(windows, accum=2, rank=rank, world_size=3, shuffle_seed=shuffle_seed) for rank in range(3)]
     for step in (0, 1, 2, 5):
         told = steps[0].describe(step)
