@@ -114,7 +114,11 @@ class TokenStream:
             else:
                 self.files, self.notes = shards_of(self.folder, option)
         if not self.files:
-            raise InputError(f"{option} {folder} holds no shards ({', '.join(SUFFIXES)}); {_what_to_name(self.folder)}")
+            train = self.folder / "train"
+            fix = (
+                f"its splits are folders: name {train}" if train.is_dir() else "make some with scripts/prepare_text.py"
+            )
+            raise InputError(f"{option} {folder} holds no shards ({', '.join(SUFFIXES)}); {fix}")
         self._shards: list[np.ndarray | None]  # a remote one is None until it is read
         self.format = "numpy"
         if self._remote and self.manifest:
@@ -216,12 +220,8 @@ class TokenStream:
                 pass
 
     def _part(self, number: int, start: int, count: int) -> np.ndarray:
-        offset = start - self._starts[number]
-        return self._shard(number)[offset : offset + count]
-
-    def _shard(self, number: int) -> np.ndarray:
-        shard = self._shards[number]
-        return self._fetch(number) if shard is None else shard
+        shard, offset = self._shards[number], start - self._starts[number]
+        return (self._fetch(number) if shard is None else shard)[offset : offset + count]
 
     def _fetch(self, number: int) -> np.ndarray:
         assert self._remote is not None
@@ -277,9 +277,3 @@ def _check_types(part: Manifest | ShardEntry) -> None:
         plain = tuple if get_origin(kind) is tuple else kind
         if not isinstance(getattr(part, name), plain):
             raise ValueError(f"{name} is {repr(getattr(part, name))[:80]}")
-
-
-def _what_to_name(folder: Path) -> str:
-    if (folder / "train").is_dir():
-        return f"its splits are folders: name {folder / 'train'}"
-    return "make some with scripts/prepare_text.py"

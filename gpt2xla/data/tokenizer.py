@@ -190,17 +190,14 @@ def train_bpe(
     backend.pre_tokenizer = byte_level
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(special),
-        min_frequency=min_frequency,
+        vocab_size=vocab_size - len(special), min_frequency=min_frequency, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    )  # fmt: skip
     backend.train_from_iterator(documents, trainer)
     added = backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     assert added == len(special)
-    return Tokenizer(
-        name, backend, _all_roles() | ({"additional_special_tokens": list(special_tokens)} if special_tokens else {})
-    )
+    further = {"additional_special_tokens": list(special_tokens)} if special_tokens else {}
+    return Tokenizer(name, backend, _all_roles() | further)
 
 
 def _all_roles() -> dict[str, Any]:
@@ -226,15 +223,10 @@ def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenize
     return tokenizer
 
 
-def check_ids(
-    tokenizer: Tokenizer,
-    ids: int,
-    vocab_size: int,
-    source: object,
-    fix: str = "name the tokenizer that the model was trained with",
-) -> None:
+def check_ids(tokenizer: Tokenizer, ids: int, vocab_size: int, source: object, fix: str = "") -> None:
     """Raise InputError if `ids` of the tokenizer are more than the `vocab_size` that `source` has."""
     if ids > vocab_size:
+        fix = fix or "name the tokenizer that the model was trained with"
         raise InputError(
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but {source} only {vocab_size}; {fix}"
         )
@@ -254,14 +246,10 @@ def match_tokenizer(
     tokenizer = load_tokenizer(found)
     for manifest in manifests:
         if manifest.tokenizer_sha256 != tokenizer.sha256:
-            fix = (
-                "leave --tokenizer out, or prepare"
-                if asked
-                else "name the shards' with --tokenizer to change to it, or prepare"
-            )
+            fix = "leave --tokenizer out" if asked else "name the shards' with --tokenizer to change to it"
             raise InputError(
                 f"tokenizer {tokenizer.name}{'' if asked else f' of {found}'} is not the one that all shards were made with "
-                f"({manifest.tokenizer}); {fix} --train-dir and --valid-dir with one"
+                f"({manifest.tokenizer}); {fix}, or prepare --train-dir and --valid-dir with one"
             )
     check_ids(tokenizer, tokenizer.vocab_size, vocab_size, "--vocab-size", f"use at least {tokenizer.vocab_size}")
     return tokenizer

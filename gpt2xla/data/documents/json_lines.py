@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +12,6 @@ import pyarrow.json
 
 from gpt2xla.data.documents.reading import LONGEST
 from gpt2xla.errors import InputError
-
-_UTF8_MARK = b"\xef\xbb\xbf"
 
 
 def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
@@ -82,7 +81,7 @@ def _blocks(source: pa.NativeFile, name: str) -> Iterator[tuple[int, bytes]]:
     number, held = 1, b""
     while chunk := source.read(LONGEST):
         if not held and number == 1:
-            chunk = chunk.removeprefix(_UTF8_MARK)
+            chunk = chunk.removeprefix(codecs.BOM_UTF8)
         lines, end, rest = chunk.rpartition(b"\n")
         lines = held + lines if end else b""
         held = rest if end else held + rest

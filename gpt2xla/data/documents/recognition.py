@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -14,7 +15,6 @@ from gpt2xla.data.documents.reading import ENDOFTEXT, LONGEST, PACKED, Format, R
 from gpt2xla.data.shard_files.first_bytes import Foreign, foreign
 from gpt2xla.errors import InputError
 
-_UTF8_MARK = b"\xef\xbb\xbf"
 _PROMISES: dict[str, Format] = {
     ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow", ".jsonl": "jsonl",
     ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv",
@@ -95,7 +95,7 @@ def recognise(file: Path, name: str, reading: Reading) -> Content:
 def _recognised(file: Path, name: str, layers: tuple[str, ...], head: bytes, column: str) -> Content:
     _refuse_foreign(head, name)
     suffix, promise = promised(name)
-    text = head.removeprefix(_UTF8_MARK)
+    text = head.removeprefix(codecs.BOM_UTF8)
     if (found := _certain(file, layers, text)) is not None:
         same = promise == found or {promise, found} == {"json", "jsonl"}
         note = "" if same else f"holds {_NAMES[found]} and is read as such (--format text would keep it as text)"
@@ -151,7 +151,7 @@ def _certain(file: Path, layers: tuple[str, ...], text: bytes) -> Format | None:
     first = text.strip().partition(b"\n")[0]
     if len(first) > compression.HEAD_BYTES // 2:  # perhaps only a part of the line
         with compression.opened(file, layers) as stream:
-            first = stream.read(LONGEST).removeprefix(_UTF8_MARK).strip().partition(b"\n")[0]
+            first = stream.read(LONGEST).removeprefix(codecs.BOM_UTF8).strip().partition(b"\n")[0]
     try:
         json.loads(first)
     except (ValueError, RecursionError):

@@ -90,12 +90,5 @@ def _check_column(name: str, column: str, schema: pa.Schema) -> None:
 def _holds_text(kind: pa.DataType) -> bool:
     """Tell whether a column holds text: Arrow would silently turn numbers and dates into text."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    texts = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_string_view,
-        pa.types.is_binary,
-        pa.types.is_large_binary,
-        pa.types.is_null,
-    )
-    return any(is_text(kind) for is_text in texts)
+    kinds = ("string", "large_string", "string_view", "binary", "large_binary", "null")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in kinds)

@@ -121,9 +121,8 @@ def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as error:
         if isinstance(error, FileNotFoundError) and not is_listed:  # no format that datasets reads
             return {}
-        raise InputError(
-            f"--dataset {folder}: {_in_words(error)}; choose with --config, or name a part of it"
-        ) from None
+        fix = "choose with --config, or name a part of it"
+        raise InputError(f"--dataset {folder}: {_in_words(error)}; {fix}") from None
     found = {str(split): list(map(Path, files)) for split, files in (builder.config.data_files or {}).items()}
     return {} if found.keys() == {"train"} and not is_listed else found
 

@@ -35,6 +35,7 @@ from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, RunFailed, user_error
 from gpt2xla.processes.locks import locked
 
+_PARTIAL = ".partial"
 _MOST_TOKENS = 10**12  # per shard
 _SECONDS_BETWEEN_RECORDS = 2.0
 _LEAST_BYTES_PER_BYTE = (
@@ -105,28 +106,23 @@ def prepare(
     """
     config.check()
     output_dir = Path(config.output_dir)
-    settings = {
-        "tokenizer": tokenizer.name,
-        "tokenizer_sha256": tokenizer.sha256,
-        **{
-            name: getattr(config, name) for name in ("test_fraction", "test_tokens", "max_tokens", "shard_size", "seed")
-        },
-        "special_tokens_in_text": config.special_tokens_in_text,
-    }
+    decisive = ("test_fraction", "test_tokens", "max_tokens", "shard_size", "seed", "special_tokens_in_text")
+    settings = {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
+    settings |= {name: getattr(config, name) for name in decisive}
     if finished := Record.load(output_dir):
         finished.check(settings, parts, output_dir, complete=True)
         _check_complete(output_dir)
         say(f"{output_dir} is prepared already: nothing to do")
         return _manifests(output_dir)
-    partial, is_new = output_dir / ".partial", not output_dir.exists()
+    partial, is_new = output_dir / _PARTIAL, not output_dir.exists()
     with user_error(f"--output-dir {output_dir}"):
         partial.mkdir(parents=True, exist_ok=True)
     with _explaining(output_dir), locked(partial / "lock", f"--output-dir {output_dir}"):
         try:
-            record = _resume_or_begin(settings, parts, tokenizer, config, output_dir, partial, say)
+            record = _resume_or_begin(settings, parts, tokenizer, config, say)
             if record.position.part < len(parts):
                 _Preparation(parts, tokenizer, config, record, partial, say).run()
-            return _finish(record, tokenizer, config, partial, output_dir)
+            return _finish(record, tokenizer, config)
         except InputError:
             if not (partial / RECORD).exists():  # nothing is lost with it
                 shutil.rmtree(partial, ignore_errors=True)
@@ -140,11 +136,11 @@ def _resume_or_begin(
     parts: Sequence[Part],
     tokenizer: Tokenizer,
     config: PrepareConfig,
-    output_dir: Path,
-    partial: Path,
     say: Callable[[str], None],
 ) -> Record:
     """Return the record of an interrupted preparation, or a new one. Raises InputError if neither is possible."""
+    output_dir = Path(config.output_dir)
+    partial = output_dir / _PARTIAL
     if record := Record.load(partial):
         record.check(settings, parts, partial, complete=False)
         part = min(record.position.part + 1, len(parts))
@@ -279,10 +275,10 @@ def _writer(split: Split, record: Record, tokenizer: Tokenizer, config: PrepareC
     return ShardWriter(folder / split, tokenizer.dtype, config.shard_size, record.splits[split])
 
 
-def _finish(
-    record: Record, tokenizer: Tokenizer, config: PrepareConfig, partial: Path, output_dir: Path
-) -> dict[Split, Manifest]:
+def _finish(record: Record, tokenizer: Tokenizer, config: PrepareConfig) -> dict[Split, Manifest]:
     """Write the manifests and give everything its final name; an interruption here does no harm."""
+    output_dir = Path(config.output_dir)
+    partial = output_dir / _PARTIAL
     for split in SPLITS:
         if not (output_dir / split).exists():
             _writer(split, record, tokenizer, config, partial).finish(tokenizer)

@@ -11,6 +11,7 @@ _PULL = "run `git lfs pull` where it came from"
 _GET = "run `git annex get` where it came from"
 _DECOMPRESS = "decompress it first"
 _UNPACK = "unpack it first"
+_PROGRAM = "which may hold a program"
 
 
 class Foreign(NamedTuple):
@@ -29,10 +30,7 @@ class Foreign(NamedTuple):
 
 # By chance, ids begin like one of these less than once in a billion files. Text may, like those that are only letters.
 _BEGINNINGS: tuple[tuple[bytes, Foreign], ...] = (
-    (
-        rb"version https?://[\w./-]*(git-lfs|git-media|hawser)",
-        Foreign("pointer", "a Git LFS pointer", _PULL),
-    ),
+    (rb"version https?://[\w./-]*(git-lfs|git-media|hawser)", Foreign("pointer", "a Git LFS pointer", _PULL)),
     (rb"/annex/objects/", Foreign("pointer", "a git-annex pointer", _GET)),
     (rb"\x1f\x8b\x08[\0-\x1f]", Foreign("gzip", "compressed with gzip", _DECOMPRESS)),
     (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", Foreign("bzip2", "compressed with bzip2", _DECOMPRESS)),
@@ -57,14 +55,8 @@ _BEGINNINGS: tuple[tuple[bytes, Foreign], ...] = (
     (rb"MMIDIDX\0\0|TNTIDX\0\0", Foreign("megatron-index", "a Megatron index")),
     (rb"GGUF|lmgg|fmgg|tjgg|algg|24ka", Foreign("gguf", "a GGUF model (llama.cpp's or llama2.c's)")),
     (rb".{4}\0{4}\{\s*\"", Foreign("safetensors", "a safetensors file")),
-    (
-        rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19",
-        Foreign("pickle", "a pickle of PyTorch's, which may hold a program"),
-    ),
-    (
-        rb"\x80[\4\5]\x95.{5}\0\0\0|\x80[\2\3](c[\w.]+\n|[\]}]q.)",
-        Foreign("pickle", "a pickle, which may hold a program"),
-    ),
+    (rb"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19", Foreign("pickle", f"a pickle of PyTorch's, {_PROGRAM}")),
+    (rb"\x80[\4\5]\x95.{5}\0\0\0|\x80[\2\3](c[\w.]+\n|[\]}]q.)", Foreign("pickle", f"a pickle, {_PROGRAM}")),
     (rb"\x89HDF\r\n\x1a\n", Foreign("hdf5", "an HDF5 file")),
     (rb"SQLite format 3\0", Foreign("sqlite", "an SQLite database")),
     (rb"\x7fELF", Foreign("program", "a program")),
