@@ -186,7 +186,7 @@ class Mps(Accelerator):
 
 
 def pick_accelerator(place: Place | None) -> Accelerator:
-    """Return this process's device: a GPU if torch sees one, else the CPU, which also does the work of MPS under torchrun.
+    """Return this process's device: a CUDA GPU if torch sees one, else, without torchrun, MPS if there is one, else the CPU.
 
     Raises:
         InputError: there are fewer GPUs than processes, or it is unknown which one is this process's.
