@@ -129,7 +129,7 @@ def local_parts(
             size = file.stat().st_size
             contents[name] = content = recognise(file, name, reading)  # now, not an hour into the preparation
         read = partial(_read, name=name, content=content, reading=reading, say=say)
-        parts.append(Part(name, size, partial(nullcontext[Path], file), read, _how(content.format, reading), say=say))
+        parts.append(Part(name, size, partial(_here, file), read, _how(content.format, reading), say=say))
         if (
             content.note and size < compression.HEAD_BYTES
         ):  # small enough to see now whether all of it is of that format
@@ -137,6 +137,10 @@ def local_parts(
                 deque(read(file), maxlen=0)
     _report(contents, reading, say)
     return parts
+
+
+def _here(file: Path) -> AbstractContextManager[Path]:
+    return nullcontext(file)
 
 
 def remote_part(
