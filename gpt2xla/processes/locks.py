@@ -32,7 +32,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
 
 
 def refuse_if_locked(file: Path, what: str) -> None:
-    """Raise InputError if another process holds the lock `file`, without taking it. Any number may ask."""
+    """Raise InputError if another process holds the lock `file`, without taking it. Any number of processes may ask."""
     if file.exists():
         with file.open(encoding="utf-8") as lock:
             _lock(lock, fcntl.LOCK_SH, what)
