@@ -20,11 +20,7 @@ class ConvertConfig:
         is_path=True,
     )
     output_dir: str = option(MISSING, "folder to make, which Hugging Face can load", is_path=True)
-    tokenizer: str | None = option(
-        None,
-        f"{TOKENIZER_HELP} (default: the model's own, if it has one)",
-        is_path=True,
-    )
+    tokenizer: str | None = option(None, f"{TOKENIZER_HELP} (default: the model's own, if it has one)", is_path=True)
 
 
 def main() -> None:

@@ -25,10 +25,7 @@ def main() -> None:
     parser.add_argument("folder", type=path, metavar="DIR", help="folder of token shards, or one with train/ and test/")
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
     parser.add_argument(
-        "--tokenizer",
-        type=path,
-        metavar="PATH",
-        help=f"{TOKENIZER_HELP} (default: the one beside the shards)",
+        "--tokenizer", type=path, metavar="PATH", help=f"{TOKENIZER_HELP} (default: the one beside the shards)"
     )
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the shards with their hashes"

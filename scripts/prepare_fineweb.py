@@ -31,10 +31,7 @@ def main() -> None:
     def parts() -> list[Part]:
         if options.input:
             return local_parts(
-                options.input,
-                column=options.text_column,
-                split_by=options.split_by or "file",
-                format=options.format,
+                options.input, column=options.text_column, split_by=options.split_by or "file", format=options.format
             )
         return dataset_parts(options)
 

@@ -27,8 +27,7 @@ def cells_tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.Not
 
 
 @pytest.mark.parametrize(
-    ("name", "sessions"),
-    [(NOTEBOOKS[0], 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in NOTEBOOKS)],
+    ("name", "sessions"), [(NOTEBOOKS[0], 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in NOTEBOOKS)]
 )
 def test_every_cell_runs_and_the_run_resumes(
     name: str, sessions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -40,11 +40,7 @@ def validate(start: Start, runtime: Runtime) -> None:
 
 def _log_test(config: RunConfig, source: Path, result: Validation) -> None:
     folder = Path(config.general.checkpoints_dir)
-    line = {
-        "step": step_of(source),
-        "checkpoint": str(source),
-        "valid_dir": config.data.valid_dir,
-    }
+    line = {"step": step_of(source), "checkpoint": str(source), "valid_dir": config.data.valid_dir}
     line |= result.line() | {"valid_perplexity": perplexity(result.loss), "time": time.time()}
     sinks: list[Sink] = []
     if "checkpoints_dir" in config.given or folder.is_dir():

@@ -9,13 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from data.sample_files import (
-    COMPRESSIONS,
-    EVERY,
-    for_train,
-    prepared,
-    write,
-)
+from data.sample_files import COMPRESSIONS, EVERY, for_train, prepared, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

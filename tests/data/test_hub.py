@@ -228,9 +228,7 @@ WRONG = {
     "test split": (["--test-split", "nope"], ["no split 'nope' but train, validation"]),
     "column": (
         ["--text-column", "nope", "--streaming"],
-        [
-            f"error: me/set/{TRAIN[0]}: no column 'nope' but id, text, padding; text is in text, padding; choose with",
-        ],
+        [f"error: me/set/{TRAIN[0]}: no column 'nope' but id, text, padding; text is in text, padding; choose with"],
     ),
 }
 

@@ -257,11 +257,7 @@ def test_train_tokenizers_special_tokens_are_read_by_transformers_alike(tmp_path
 def test_the_hub_is_asked_for_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By --tokenizer and, for its own model, by --model; what neither needs stays there."""
     files = FORMS["added_tokens.json and special_tokens_map.json"] | {"chat_template.jinja": "{{ x }}"}
-    model = {
-        "config.json": {"model_type": "gpt2"},
-        "generation_config.json": {"eos_token_id": 7},
-        "tf_model.h5": "?",
-    }
+    model = {"config.json": {"model_type": "gpt2"}, "generation_config.json": {"eos_token_id": 7}, "tf_model.h5": "?"}
     source = write(tmp_path / "source", files | model)
     held = {file.name: file.read_bytes() for file in source.iterdir()}
     for name, value in (

@@ -143,11 +143,7 @@ def test_no_line_waits_for_a_slow_one(wandb: FakeWandb, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["on_init", "on_log"])
 def test_hanging_is_given_up_at_the_end(
-    wandb: FakeWandb,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    place: str,
+    wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
     monkeypatch.setattr(wandb_sink, "_SECONDS_TO_CLOSE", 0.2)
     end = threading.Event()

@@ -146,10 +146,7 @@ def test_killed_in_the_midst_it_leaves_an_earlier_output_alone(model: Path, tmp_
     assert all(json.loads(line)["prompt"] == "Hello" for line in whole)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "culprit"),
-    [(b"\n \n", "holds no prompt"), (b"\xff\xfe", "not UTF-8")],
-)
+@pytest.mark.parametrize(("prompts", "culprit"), [(b"\n \n", "holds no prompt"), (b"\xff\xfe", "not UTF-8")])
 def test_a_file_without_prompts_is_refused_and_nothing_written(
     model: Path, tmp_path: Path, prompts: bytes, culprit: str
 ) -> None:

@@ -14,11 +14,7 @@ from gpt2xla.files import read_json
 _UNFINISHED = re.compile(
     r"\.(npy|bin|ds)\.(gz|zst|xz|bz2|lz4|zip|tar|part|partial|incomplete|crdownload|aria2|tmp)$", re.I
 )
-_SPLITS = {
-    "train": r"train|training",
-    "val": r"val|valid|validation|dev|eval",
-    "test": r"test|testing|holdout|heldout",
-}
+_SPLITS = {"train": r"train|training", "val": r"val|valid|validation|dev|eval", "test": r"test|testing|holdout|heldout"}
 
 
 def shards_of(folder: Path, option: str) -> tuple[list[Path], list[str]]:

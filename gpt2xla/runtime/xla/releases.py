@@ -35,12 +35,7 @@ RELEASES = (
         jax="0.7",
         pins={"torch": "2.9.0", "torch_xla": "2.9.0", "libtpu": "0.0.21.1", "jax": "0.7.2", "jaxlib": "0.7.2"},
     ),
-    Release(
-        torch="2.8",
-        libtpu="0.0.17",
-        jax=None,
-        pins={"torch": "2.8.0", "torch_xla": "2.8.0", "libtpu": "0.0.17"},
-    ),
+    Release(torch="2.8", libtpu="0.0.17", jax=None, pins={"torch": "2.8.0", "torch_xla": "2.8.0", "libtpu": "0.0.17"}),
 )
 NEWEST = RELEASES[0]
 
