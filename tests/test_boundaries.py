@@ -48,7 +48,7 @@ def room_of(module: str) -> str:
 
 def test_rooms_import_downwards_only() -> None:
     graph = {module: {m for m in used if "." in m} for module, used in project_imports().items() if "." in module}
-    assert {room_of(module) for module in graph} <= set(ROOMS)
+    assert {room_of(module) for module in graph} == set(ROOMS)
     upwards = [
         f"{module} imports {used}"
         for module, all_used in graph.items()

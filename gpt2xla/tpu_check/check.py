@@ -25,7 +25,7 @@ _SKIPPED_VARIABLES = ("PJRT_DEVICE", "TPU_", "XLA_", "LIBTPU", "CPU_NUM", "JAX_"
 def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Compile the step of `config` for the devices of one host of `topology`.
 
-    Return what the README describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles, roofline_seconds,
+    Return what docs/will-it-fit.md describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles, roofline_seconds,
     compile_seconds, trace_ms and others; sizes and costs are of one device and one update.
 
     Raises:
