@@ -28,7 +28,7 @@ PAGES = {
     "docs/gpu-and-cpu.md": (1, 2),
     "docs/parallelism.md": (0, 7),
     "docs/optimizers.md": (0, 2),
-    "docs/resuming.md": (0, 2),
+    "docs/resuming.md": (0, 3),
     "docs/run-folder.md": (1, 3),
     "docs/generation.md": (4, 1),
     "docs/evaluation.md": (1, 2),
