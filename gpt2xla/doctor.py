@@ -1,8 +1,7 @@
 """`python -m gpt2xla.doctor`: shows what is installed and which devices answer, and finds known problems, with their fixes.
 
 Exits with 0 if it finds no problem, and with 1 otherwise. The doctor itself takes no device: another process tries the
-runtime, so the doctor can run in a notebook before the launch.
-"""
+runtime, so the doctor can run in a notebook before the launch."""
 
 from __future__ import annotations
 

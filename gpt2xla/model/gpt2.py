@@ -1,7 +1,6 @@
 """GPT-2 (Radford et al. 2019), for any device, with Hugging Face's parameter names.
 
-Shape suffixes: B sequences, T tokens, D d_model, V vocabulary.
-"""
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary."""
 
 from __future__ import annotations
 
@@ -40,8 +39,7 @@ class GPT2(nn.Module):
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed token loss (nats, fp32) and the number of tokens that it sums over, both 0-d.
 
-        `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
-        """
+        `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL."""
         padding = self.config.vocab_padding
         loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT, padding)
         return loss, (labels_BT != IGNORED_LABEL).sum()
@@ -105,8 +103,7 @@ class GPT2(nn.Module):
 
     def flops_per_token(self) -> int:
         """Return the floating-point operations of forward and backward per trained token: 6 N + 12 L D T (Chowdhery et al.
-        2022, PaLM, appendix B). N does not count embeddings that are only looked up, such as positions.
-        """
+        2022, PaLM, appendix B). N does not count embeddings that are only looked up, such as positions."""
         c = self.config
         matrices = self.num_parameters() - self.wpe.weight.numel() - (0 if c.tie_weights else self.wte.weight.numel())
         return 6 * matrices + 12 * c.num_layers * c.d_model * c.seq_length

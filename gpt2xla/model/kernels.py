@@ -32,8 +32,7 @@ class Kernels:
         static_shapes: whether each new shape costs a compile; if so, shapes must not follow the length of a text.
         compiled: called as compiled(block, x, kernels) for sequences of full length; None calls the block itself.
         checkpoint: called as checkpoint(block, x, ...) to keep only the input of a block; None keeps everything.
-        description: for the summary at the start of a run.
-    """
+        description: for the summary at the start of a run."""
 
     attention: Attention | None = None
     cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
@@ -68,8 +67,7 @@ def choose_kernels(
         chunked_loss: computes the loss in pieces.
 
     Raises:
-        InputError: this device, or this model, cannot compute what --attention names.
-    """
+        InputError: this device, or this model, cannot compute what --attention names."""
     name = train.attention if train.attention != "auto" else preferred if model.dropout == 0 else "sdpa"
     if name != "sdpa" and name not in attention:
         raise InputError(

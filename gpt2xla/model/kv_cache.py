@@ -1,7 +1,6 @@
 """The keys and values of the tokens that a model has read, so that it computes only the new tokens.
 
-Shape suffixes: B texts, T new tokens of each text, S slots that attention looks at, D d_model, N = B * T.
-"""
+Shape suffixes: B texts, T new tokens of each text, S slots that attention looks at, D d_model, N = B * T."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class KVCache:
     Args:
         config: of the model.
         dtype: of keys and values: the type in which the model's products compute.
-        to_device: moves a tensor from the host to the model's device.
-    """
+        to_device: moves a tensor from the host to the model's device."""
 
     def __init__(
         self, config: ModelConfig, rows: int, dtype: torch.dtype, to_device: Callable[[Tensor], Tensor]
@@ -42,8 +40,7 @@ class KVCache:
         is either still unused, or holds the row's last token, which the padding repeats.
 
         Args:
-            span: how many slots attention looks at; it is above all positions of the pass.
-        """
+            span: how many slots attention looks at; it is above all positions of the pass."""
         device = starts_B.device
         positions_BT = (starts_B[:, None] + torch.arange(new, device=device)).clamp(max=self.seq_length - 1)
         first_slots_B1 = torch.arange(self.rows, device=device)[:, None] * self.seq_length

@@ -3,8 +3,7 @@
 Each function returns the summed loss in nats, in fp32 (0-d). The last `padding` rows of the head belong to ids without
 tokens: they get no probability, and their gradient is exactly 0. They are masked, not cut off, so that the shapes of the
 products stay aligned.
-Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B * T, C tokens of a chunk.
-"""
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B * T, C tokens of a chunk."""
 
 from __future__ import annotations
 
@@ -36,8 +35,7 @@ def chunked_cross_entropy(
     """Return the same loss without ever holding all logits. The gradient of each chunk is computed together with its logits;
     checkpointing would compute the logits twice.
 
-    Chunks are cut along T, so that a batch may be split over devices; their number is rounded up to a divisor of T.
-    """
+    Chunks are cut along T, so that a batch may be split over devices; their number is rounded up to a divisor of T."""
     length = x_BTD.shape[1]
     chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
     return _ChunkedCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, fence)
@@ -52,8 +50,7 @@ def in_place_cross_entropy(
     Args:
         reads_wait: whether reading a value makes the host wait for the device. If so, no value is read. If not, the sums
             behind the losses follow from the labels' own probabilities unless these are too small, which saves two passes
-            over the logits.
-    """
+            over the logits."""
     return _InPlaceCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, reads_wait)
 
 

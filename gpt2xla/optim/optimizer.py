@@ -23,8 +23,7 @@ def build_optimizer(
 
     Args:
         dtype: the run's compute type.
-        adam: builds the runtime's Adam from parameter groups.
-    """
+        adam: builds the runtime's Adam from parameter groups."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if is_updated_by_muon(config, name, p.shape)}
     others = adam(parameter_groups([p for name, p in named.items() if name not in matrices], config.weight_decay))
@@ -58,8 +57,7 @@ def adam_arguments(config: OptimConfig) -> dict[str, Any]:
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the whole gradient down to `max_norm`, if that is above 0, and return its norm before that (0-d).
 
-    The host never reads the value.
-    """
+    The host never reads the value."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if hasattr(norm, "full_tensor"):  # a DTensor: the gradients are split over processes

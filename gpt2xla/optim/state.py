@@ -40,8 +40,7 @@ def init_state(
     Args:
         saved: what `export_state` returned on any runtime; None starts from zeros.
         count_on_device: whether Adam expects its step count on the device.
-        extra: what Adam expects beside its two moments.
-    """
+        extra: what Adam expects beside its two moments."""
     updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     kept = moment_shapes(config, {name: parameter.shape for name, parameter in model.named_parameters()})
     for name, parameter in model.named_parameters():

@@ -24,8 +24,7 @@ def explain_out_of_memory(runtime: Runtime, doing: str, advice: Callable[[Shorta
 
     Args:
         doing: when it happened, such as "in step 1".
-        advice: called after the failed work's memory is freed; what it returns ends the line.
-    """
+        advice: called after the failed work's memory is freed; what it returns ends the line."""
     shortage: Shortage | None = None
     try:
         yield
@@ -73,8 +72,7 @@ def train_advice(
 
     Args:
         parameters: the number of the model's parameters.
-        fits: tries a number of sequences per device; returns None where that would take a compile.
-    """
+        fits: tries a number of sequences per device; returns None where that would take a compile."""
     share, accum = train.train_batch_size // devices, train.gradient_accum_step
     batches = same_update(share, accum)
     one_fits = fits(1)

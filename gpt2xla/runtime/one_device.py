@@ -31,8 +31,7 @@ class OneDevice:
     Attributes:
         scaler: keeps fp16's gradients in range; None in other precisions. Its state belongs to a checkpoint.
         random_rank: whose random numbers this process draws.
-        state_options: of `init_state`, by what this runtime's Adam expects.
-    """
+        state_options: of `init_state`, by what this runtime's Adam expects."""
 
     def __init__(
         self, device: torch.device, precision: ChosenPrecision = FP32, rank: int = 0, world_size: int = 1

@@ -21,8 +21,7 @@ class DevicePrecision(NamedTuple):
         auto: what --mixed-precision auto takes.
         why: the reason, which follows the device's name.
         fastest: what trains fastest; differs from `auto` where the user must decide.
-        emulates_bf16: whether bf16 works, but slower than fp32.
-    """
+        emulates_bf16: whether bf16 works, but slower than fp32."""
 
     device: str
     auto: Precision
@@ -79,8 +78,7 @@ def of_xla(kind: str, compute_capability: object) -> DevicePrecision:
 
     Args:
         kind: what the device calls itself.
-        compute_capability: of a GPU, as its plugin gives it, such as "8.0".
-    """
+        compute_capability: of a GPU, as its plugin gives it, such as "8.0"."""
     if kind.startswith("TPU"):
         return DevicePrecision(kind, "bf16", "multiplies in bf16", "bf16")
     if compute_capability is None:

@@ -28,8 +28,7 @@ class Stop:
 
     Args:
         signals: None where signals are not handled, as in a notebook.
-        hours: time after which to stop; None for never.
-    """
+        hours: time after which to stop; None for never."""
 
     def __init__(self, runtime: Runtime, signals: StopSignals | None, hours: float | None) -> None:
         self.runtime, self.signals = runtime, signals

@@ -30,8 +30,7 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
 
     Raises:
         InputError: the batch does not divide over the devices, or the topology is unknown.
-        RunFailed: tracing or compiling failed; the message names the error.
-    """
+        RunFailed: tracing or compiling failed; the message names the error."""
     found = TOPOLOGIES[topology]
     share, rest = divmod(config.train.train_batch_size, found.devices)
     if rest or not share:

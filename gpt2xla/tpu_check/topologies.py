@@ -16,8 +16,7 @@ class Topology:
         kind: what its devices call themselves.
         devices: how many PyTorch/XLA counts: cores on v2 and v3, chips on others.
         bandwidth: of one device's memory, in bytes per second, from Google's system architecture pages.
-        memory: of one device as its compiler counts it, in GiB; a little is kept for the runtime.
-    """
+        memory: of one device as its compiler counts it, in GiB; a little is kept for the runtime."""
 
     libtpu_name: str
     kind: str

@@ -189,8 +189,7 @@ def pick_accelerator(place: Place | None) -> Accelerator:
     """Return this process's device: a CUDA GPU if torch sees one, else, without torchrun, MPS if there is one, else the CPU.
 
     Raises:
-        InputError: there are fewer GPUs than processes, or it is unknown which one is this process's.
-    """
+        InputError: there are fewer GPUs than processes, or it is unknown which one is this process's."""
     if not torch.cuda.is_available():
         return Mps() if torch.backends.mps.is_available() and not place else Cpu()
     processes, devices = place.local_world_size if place else 1, torch.cuda.device_count()

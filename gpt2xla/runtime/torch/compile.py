@@ -28,8 +28,7 @@ class CompiledBlock(CompileWatch):
     """Calls a block, compiled; once for each shape, which the first call with it announces.
 
     Args:
-        prints: whether this is the one process that prints.
-    """
+        prints: whether this is the one process that prints."""
 
     def __init__(self, prints: bool) -> None:
         self._prints = prints

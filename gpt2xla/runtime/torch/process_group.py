@@ -66,8 +66,7 @@ def join(place: Place, backend: str) -> None:
 
     Raises:
         InputError: MASTER_PORT is taken, or nobody answers at MASTER_ADDR.
-        RunFailed: other processes did not join.
-    """
+        RunFailed: other processes did not join."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if (
         place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

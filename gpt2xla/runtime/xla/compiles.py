@@ -46,8 +46,7 @@ class XlaCompileWatch(CompileWatch):
 
     Args:
         prints: whether this is the one process that prints.
-        warm_up: how many passes through a part may compile without a warning.
-    """
+        warm_up: how many passes through a part may compile without a warning."""
 
     def __init__(self, prints: bool, warm_up: int = 1) -> None:
         self._prints = prints

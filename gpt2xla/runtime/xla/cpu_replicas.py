@@ -44,8 +44,7 @@ def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: s
     Raises:
         InputError: CPU_NUM_DEVICES and torchrun contradict each other, or variables of several processes are set without it.
         SystemExit: a replica has failed, with its exit code. It has printed why, and the others are killed.
-        RunFailed: a replica was killed by a signal.
-    """
+        RunFailed: a replica was killed by a signal."""
     replicas = _count_replicas()
     if dist.is_torchelastic_launched():
         if replicas > 1:

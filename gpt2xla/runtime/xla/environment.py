@@ -34,8 +34,7 @@ def prepare(environment: MutableMapping[str, str]) -> None:
     (`cuda_plugin.py`): torch_xla 2.9 aborts on its own name for it.
 
     Raises:
-        InputError: PJRT_DEVICE is missing or unknown, or names devices that do not exist.
-    """
+        InputError: PJRT_DEVICE is missing or unknown, or names devices that do not exist."""
     device = environment.get("PJRT_DEVICE")
     if not device:
         raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")

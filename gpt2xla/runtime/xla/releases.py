@@ -19,8 +19,7 @@ class Release(NamedTuple):
         torch: of torch and of torch_xla.
         libtpu: the one it was built with.
         jax: the versions that write flash attention's kernels for this libtpu; None if its compiler takes no such kernel.
-        pins: what pip installs for it, by package.
-    """
+        pins: what pip installs for it, by package."""
 
     torch: str
     libtpu: str

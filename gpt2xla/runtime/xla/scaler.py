@@ -19,8 +19,7 @@ class LossScaler:
     """Scales the loss up and the gradients down, and adapts the scale to overflows.
 
     Args:
-        to_device: puts a host tensor on the device as data, not as a constant of the graph.
-    """
+        to_device: puts a host tensor on the device as data, not as a constant of the graph."""
 
     def __init__(self, to_device: Callable[[Tensor], Tensor]) -> None:
         self.to_device = to_device
