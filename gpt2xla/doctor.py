@@ -77,27 +77,18 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the doctor looks at on a machine. Tests build their own.
-
-    Attributes:
-        versions: of the installed packages, by the name of the distribution.
-        device_files: /dev/accel*, /dev/vfio/* and /dev/nvidia*.
-        holders: "program (pid N)" for each process that has a TPU's file open.
-        lockfile: whether libtpu's lock file exists.
-        free_disk: bytes free for checkpoints; None if nothing can be written there.
-        free_memory: bytes; None if unknown.
-    """
+    """What the doctor looks at on a machine. Tests build their own."""
 
     environment: Mapping[str, str]
     python: tuple[int, int]
-    versions: Mapping[str, str]
+    versions: Mapping[str, str]  # of the installed packages, by the name of the distribution
     tpu_chips: int = 0
     gpus: int = 0
-    device_files: list[str] = field(default_factory=list)
-    holders: list[str] = field(default_factory=list)
-    lockfile: bool = False
-    free_disk: int | None = 10**12
-    free_memory: int | None = None
+    device_files: list[str] = field(default_factory=list)  # /dev/accel*, /dev/vfio/* and /dev/nvidia*
+    holders: list[str] = field(default_factory=list)  # "program (pid N)" for each process that has a TPU's file open
+    lockfile: bool = False  # whether libtpu's lock file exists
+    free_disk: int | None = 10**12  # bytes free for checkpoints; None if nothing can be written there
+    free_memory: int | None = None  # bytes; None if unknown
 
     @classmethod
     def here(cls, checkpoints_dir: Path) -> Machine:
@@ -197,9 +188,7 @@ def notes(machine: Machine) -> Iterator[str]:
 def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) -> dict[str, str | int]:
     """Return what torch_xla sees, as {"type": "TPU", "count": 8, "kind": "TPU v5 lite"}. It runs in another process.
 
-    Raises:
-        RunFailed: it failed, or did not answer within `timeout` seconds; the message holds the fix if it is known.
-    """
+    Raises RunFailed if that fails or does not answer within `timeout` seconds. The message holds the fix if it is known."""
     try:
         answer = subprocess.run(
             [sys.executable, "-c", program], env=dict(environment), capture_output=True, text=True, check=False,

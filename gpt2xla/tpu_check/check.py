@@ -26,11 +26,8 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
     """Compile the step of `config` for the devices of one host of `topology`.
 
     Return what the README describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles, roofline_seconds,
-    compile_seconds, trace_ms and others; sizes and costs are of one device and one update.
-
-    Raises:
-        InputError: the batch does not divide over the devices, or the topology is unknown.
-        RunFailed: tracing or compiling failed; the message names the error."""
+    compile_seconds, trace_ms and others; sizes and costs are of one device and one update. Raises InputError if the batch
+    does not divide over the devices, and RunFailed, which names the error, if tracing or compiling fails."""
     found = TOPOLOGIES[topology]
     share, rest = divmod(config.train.train_batch_size, found.devices)
     if rest or not share:

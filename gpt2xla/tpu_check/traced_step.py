@@ -86,8 +86,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
 def leave_with_graph(output: Path) -> None:
     """Exit when the graph has been written.
 
-    Meanwhile a CPU's compiler is at work. At a kernel made for TPUs it would abort the process, which is no fault either.
-    """
+    Meanwhile a CPU's compiler is at work. At a kernel made for TPUs it would abort the process, which is no fault."""
     while True:
         time.sleep(0.1)
         if graph := graph_in(output):

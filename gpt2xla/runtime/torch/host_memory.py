@@ -6,7 +6,6 @@ import ctypes
 import sys
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
 # The files with a control group's limit and usage, and the line of memory.stat that counts cached files, which the kernel
 # drops when memory runs short: cgroups version 2, then 1.
 _FILES = {
@@ -60,7 +59,7 @@ def _of_groups(root: Path) -> list[int]:
         _, controllers, path = group.split(":", 2)
         if controllers in _FILES or "memory" in controllers.split(","):
             version = _FILES["memory" if controllers else ""]
-            top = root / str(_CGROUPS / ("memory" if controllers else "")).lstrip("/")
+            top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
             # In a container the path may be the host's, while the container's own group is at the top.
             for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
                 free += _of_group(folder, version)
