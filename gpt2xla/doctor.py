@@ -127,7 +127,7 @@ def _about_versions(machine: Machine) -> Iterator[str]:
     for name in ("tensorflow", "tensorflow-tpu"):
         if uses_tpu and name in versions:
             yield f"{name} takes the TPU when something imports it; pip uninstall -y {name} (tensorflow-cpu is fine)"
-    if _minor(versions.get("numpy", "1.26")) < (1, 26):
+    if tuple(map(int, versions.get("numpy", "1.26").split(".")[:2])) < (1, 26):
         yield f"numpy {versions['numpy']} is too old for torch; pip install 'numpy>=1.26'"
 
 
@@ -256,11 +256,6 @@ def _show(title: str, rows: Mapping[str, str]) -> None:
 
 def _uses_tpu(machine: Machine) -> bool:
     return machine.tpu_chips > 0 or machine.environment.get("PJRT_DEVICE") == "TPU"
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version: 2.9.0+cpu -> (2, 9)."""
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _gigabytes(size: int) -> str:

@@ -21,8 +21,7 @@ from gpt2xla.model.loss import IGNORED_LABEL, mask_padding
 class GPT2(nn.Module):
     """The language model.
 
-    Unless `config.tie_weights` is off, the output head uses `wte.weight` itself. A shared attribute would come apart on XLA.
-    """
+    Unless `config.tie_weights` is off, the output head uses `wte.weight`. A shared attribute would come apart on XLA."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -52,8 +51,7 @@ class GPT2(nn.Module):
         """Add new tokens to `cache` and return the logits (B, V) of the token that follows them in each row.
 
         Row b has starts_B[b] tokens in the cache; ids_BT[b] holds counts_B[b] more, then padding that repeats the last of
-        them. Padding past the last slot is stored in that slot, which holds the same token. For `span` see `KVCache.begin`.
-        """
+        them. Padding past the last slot is stored in that slot, which holds the same token. See `KVCache.begin`."""
         cache.begin(starts_B, ids_BT.shape[1], span)
         x_BTD = self.hidden(ids_BT, cache)
         last_B11 = (counts_B - 1).clamp(min=0)[:, None, None]
@@ -88,8 +86,7 @@ class GPT2(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw GPT-2's initial weights: N(0, 0.02) for matrices and embeddings, zero for biases, one for layer norms.
 
-        Projections into the residual stream are divided by sqrt(2 * layers), so that its variance does not grow with depth.
-        """
+        Projections into the residual stream are divided by sqrt(2 * layers), so its variance does not grow with depth."""
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 depth = 2 * self.config.num_layers if name.endswith("c_proj.weight") else 1

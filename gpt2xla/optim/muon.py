@@ -29,11 +29,8 @@ class Muon(torch.optim.Optimizer):
     update as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that both share one rate and one weight decay.
     torch's own class reads the rate on the host, and cannot skip an update on the device.
 
-    Args:
-        matrices: parameter groups with `weight_decay` and `blocks`: how many matrices of equal size each parameter stacks
-            along its rows.
-        others: the other optimizer; it shares its groups and its state with this one.
-        dtype: the type of the matrix products that orthogonalize."""
+    `matrices` are parameter groups with `weight_decay` and `blocks`: how many matrices of equal size each parameter stacks
+    along its rows. `others` shares its groups and its state with this one. Products that orthogonalize are in `dtype`."""
 
     def __init__(self, matrices: list[dict[str, Any]], others: torch.optim.Optimizer, lr: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": lr})

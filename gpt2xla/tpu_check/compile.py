@@ -140,9 +140,7 @@ def _to_stablehlo(graph: bytes) -> tuple[bytes, int]:
     with mlir.make_ir_context():
         parsed: Any = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(module))
         (main,) = [op for op in parsed.body.operations if getattr(op, "name", None) and op.name.value == "main"]
-        attributes = (
-            list(main.attributes["arg_attrs"]) if "arg_attrs" in main.attributes else [{}] * len(main.arguments)
-        )
+        attributes = main.attributes["arg_attrs"] if "arg_attrs" in main.attributes else [{}] * len(main.arguments)
         marked = []
         for number, old in enumerate(attributes):
             new = {a.name: a.attr for a in old if a.name != "jax.buffer_donor"}

@@ -35,7 +35,7 @@ from gpt2xla.model.loss import LOGITS_AT_ONCE, chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import adam, set_matmul_precision
-from gpt2xla.runtime.precision import DevicePrecision, choose, of_xla
+from gpt2xla.runtime.precision import choose, of_xla
 from gpt2xla.runtime.torch.parallel import accumulated
 from gpt2xla.runtime.xla.compiles import XlaCompileWatch
 from gpt2xla.runtime.xla.device import XlaDevice
@@ -60,7 +60,9 @@ class XlaRuntime(XlaDevice):
         self.options, self.train = options, config
         self.rank, self.world_size, self.devices = self._count()
         self.is_main, self.random_rank = self.rank == 0, self.rank
-        self.precision = choose(config.mixed_precision, self._device_precision())
+        attributes = xr.global_runtime_device_attributes() if xr.device_type() in ("CUDA", "GPU") else [{}]
+        there = of_xla(self.device_kind, attributes[0].get("compute_capability"))
+        self.precision = choose(config.mixed_precision, there)
         self.scaler = LossScaler(self.to_device) if self.precision.name == "fp16" else None
         self.state_options = {"max_exp_avg_sq": torch.empty(0)} if options.use_syncfree_optim else {}
         set_matmul_precision(config.matmul_precision)
@@ -83,10 +85,6 @@ class XlaRuntime(XlaDevice):
     def device_kind(self) -> str:
         """What the device calls itself, such as "TPU v3", "TPU v5 lite", or "cpu"."""
         return torch_xla._XLAC._xla_device_kind(str(self.device))
-
-    def _device_precision(self) -> DevicePrecision:
-        attributes = xr.global_runtime_device_attributes() if xr.device_type() in ("CUDA", "GPU") else [{}]
-        return of_xla(self.device_kind, attributes[0].get("compute_capability"))
 
     def seed(self, seed: int, step: int) -> None:
         super().seed(seed, step)

@@ -50,9 +50,8 @@ def _kind_of_host() -> str:
         name = str(tpu.get_tpu_env()[xenv.ACCELERATOR_TYPE]).split("-")[0]
     except (OSError, KeyError, ValueError):
         return "TPU"
-    return {"v5litepod": "TPU v5 lite", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}.get(
-        name, f"TPU {name}"
-    )
+    kinds = {"v5litepod": "TPU v5 lite", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+    return kinds.get(name, f"TPU {name}")
 
 
 class SpmdRuntime(XlaRuntime):
