@@ -119,10 +119,9 @@ def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> d
 
 
 def _trace(folder: Path, config: RunConfig, options: XlaConfig, topology: Topology) -> tuple[str, dict[str, Any]]:
-    names = {field.name for field in dataclasses.fields(XlaConfig)}
     request = {
         "config": config.to_flat(),
-        "options": {name: value for name, value in dataclasses.asdict(options).items() if name in names},
+        "options": {field.name: getattr(options, field.name) for field in dataclasses.fields(XlaConfig)},
         "device_kind": topology.kind,
         "replicas": topology.devices,
         "output": str(folder),

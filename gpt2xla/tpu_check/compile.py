@@ -80,7 +80,7 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
         "arguments_gib": round(arguments / GIB, 3),
         "temporary_gib": round(temporary / GIB, 3),
         "donated": donated,
-        "largest": _by_origin(hlo.largest_at_peak(), 8),
+        "largest": _by_origin(hlo.largest_at_peak()),
         "flops": costs["flops"],
         "bytes": costs["bytes accessed"],
         "cycles": sum(cycles.values()),
@@ -160,9 +160,7 @@ def _module_of(proto: bytes) -> bytes:
 
 
 def _does_not_fit(message: str) -> dict[str, Any] | None:
-    """Return the report of a program that is too large, by the compiler's message, or None for any other message.
-
-    Either the whole program needs too much, or a single array does; then the message has only that array's size."""
+    """Return the report of a program that is too large, by the compiler's message, or None for any other message."""
     figures = compiler_figures(message)
     if figures is None:
         return None
@@ -176,11 +174,11 @@ def _does_not_fit(message: str) -> dict[str, Any] | None:
         Allocation(to_bytes(size, unit), shape.split("{")[0], module_of(name) if name else "unnamed")
         for size, unit, name, shape in re.findall(rf"Size: ([\d.]+)([KMG])\n{operator}\s+Shape: (\S+)", message)
     ]
-    return refused | {"largest": _by_origin(largest, 8)}
+    return refused | {"largest": _by_origin(largest)}
 
 
-def _by_origin(allocations: list[Allocation], count: int) -> list[dict[str, Any]]:
-    """Merge equal arrays of all layers into one entry each; return the largest first."""
+def _by_origin(allocations: list[Allocation]) -> list[dict[str, Any]]:
+    """Merge equal arrays of all layers into one entry each; return the eight largest."""
     groups: Counter[tuple[str, str]] = Counter()
     numbers: Counter[tuple[str, str]] = Counter()
     for allocation in allocations:
@@ -189,7 +187,7 @@ def _by_origin(allocations: list[Allocation], count: int) -> list[dict[str, Any]
         numbers[key] += 1
     return [
         {"gib": round(size / GIB, 3), "count": numbers[shape, origin], "shape": shape, "origin": origin}
-        for (shape, origin), size in groups.most_common(count)
+        for (shape, origin), size in groups.most_common(8)
     ]
 
 

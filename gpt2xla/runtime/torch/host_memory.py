@@ -18,8 +18,8 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes left, or None if the operating system does not say.
 
     That is the least of what the machine has available and what the control groups around this process allow."""
-    free = [*_of_machine(root), *_of_groups(root)]
-    return min(free) if free else None
+    available = [line for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
+    return min([*(int(line.split()[1]) * 1024 for line in available), *_of_groups(root)], default=None)
 
 
 def keep_freed_memory() -> None:
@@ -41,21 +41,16 @@ def keep_freed_memory() -> None:
         mallopt(*never_shrink)
 
 
-def _of_machine(root: Path) -> list[int]:
+def _lines(file: Path) -> list[str]:
     try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
+        return file.read_text().splitlines()
     except OSError:
         return []
-    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
 
 
 def _of_groups(root: Path) -> list[int]:
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
     free = []
-    for group in groups:
+    for group in _lines(root / "proc/self/cgroup"):
         _, controllers, path = group.split(":", 2)
         if controllers in _FILES or "memory" in controllers.split(","):
             version = _FILES["memory" if controllers else ""]

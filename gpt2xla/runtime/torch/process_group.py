@@ -81,12 +81,9 @@ def join(place: Place, backend: str) -> None:
                 "program listens there"
             )
         store.set_timeout(COLLECTIVE_TIMEOUT)
+        store = dist.PrefixStore("default_pg", store)
         dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("default_pg", store),
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT
         )
 
 
@@ -143,10 +140,9 @@ def _meet(announce: Callable[[], object]) -> Any:
 
 def _refuse_a_taken_port(port: int) -> None:
     both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        socket.create_server(
-            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-        ).close()
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         raise InputError(
             f"MASTER_PORT={port}: {os.strerror(error.errno or 0).lower()}; choose another port for all processes"
