@@ -41,9 +41,9 @@ def choose_kernels(
     train: TrainConfig,
     model: ModelConfig,
     *,
-    attention: dict[str, Attention],
-    preferred: str,
-    loss_chunks: int | None,
+    attention: dict[str, Attention],  # what the device can compute beside `sdpa`, by the names of --attention
+    preferred: str,  # the name of the attention that `auto` stands for, in models without dropout
+    loss_chunks: int | None,  # into how many pieces --loss-chunks 0 cuts the loss; None computes it at once
     chunked_loss: Callable[..., Tensor],
     checkpoint: Callable[..., Any],
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
@@ -52,12 +52,7 @@ def choose_kernels(
 ) -> Kernels:
     """Return the kernels that the user asked for or, for options left at their defaults, those that the runtime prefers.
 
-    Raises InputError if this device, or this model, cannot compute what --attention names.
-
-    Args:
-        attention: what the device can compute beside `sdpa`, by the names of --attention.
-        preferred: the name of the attention that `auto` stands for, in models without dropout.
-        loss_chunks: into how many pieces --loss-chunks 0 cuts the loss; None computes it at once."""
+    Raises InputError if this device, or this model, cannot compute what --attention names."""
     name = train.attention if train.attention != "auto" else preferred if model.dropout == 0 else "sdpa"
     if name != "sdpa" and name not in attention:
         raise InputError(
