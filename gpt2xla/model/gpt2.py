@@ -51,7 +51,7 @@ class GPT2(nn.Module):
         """Add new tokens to `cache` and return the logits (B, V) of the token that follows them in each row.
 
         Row b has starts_B[b] tokens in the cache; ids_BT[b] holds counts_B[b] more, then padding that repeats the last of
-        them. Padding past the last slot is stored in that slot, which holds the same token. See `KVCache.begin`."""
+        them. Padding past the last slot is stored in that slot, which holds the same token. `span`: see `KVCache.begin`."""
         cache.begin(starts_B, ids_BT.shape[1], span)
         x_BTD = self.hidden(ids_BT, cache)
         last_B11 = (counts_B - 1).clamp(min=0)[:, None, None]

@@ -20,7 +20,7 @@ STATE_BYTES = 16  # per parameter: its weight, its gradient and Adam's two momen
 
 @contextlib.contextmanager
 def explain_out_of_memory(runtime: Runtime, doing: str, advice: Callable[[Shortage], str]) -> Iterator[None]:
-    """Turn running out of memory inside the block, which is `doing` something ("in step 1"), into a one-line RunFailed.
+    """Turn running out of memory inside the block into a one-line RunFailed that says `doing`, such as "in step 1".
 
     `advice` is called after the failed work's memory is freed; what it returns ends the line."""
     try:
@@ -65,7 +65,7 @@ def estimated(shortage: Shortage, share: int, parameters: int) -> int:
 def train_advice(
     shortage: Shortage, train: TrainConfig, devices: int, parameters: int, fits: Callable[[int], bool | None]
 ) -> str:
-    """Return what to do about a training step of a model of so many `parameters` that does not fit.
+    """Return what to do about a training step that does not fit, of a model with so many `parameters`.
 
     `fits` tries a number of sequences per device; it returns None where that would take a compile."""
     share, accum = train.train_batch_size // devices, train.gradient_accum_step

@@ -65,7 +65,7 @@ def of_cuda(name: str, has_bf16: bool, capability: tuple[int, int]) -> DevicePre
 
 
 def of_xla(kind: str, compute_capability: object) -> DevicePrecision:
-    """Return what an XLA device that calls itself `kind` can compute in. A GPU's plugin gives a capability such as "8.0".
+    """Return what an XLA device that calls itself `kind` can compute in. `compute_capability` is a GPU's, such as "8.0".
 
     All TPUs multiply in bf16. XLA:CPU is fastest in fp32, even where torch is not."""
     if kind.startswith("TPU"):

@@ -24,8 +24,8 @@ class Stop:
     """Agreement between processes that each have their own signals and their own clock.
 
     With every step, the devices sum the number of processes that request a stop. All processes read the same sums, a few
-    steps later, and so decide alike. `signals` is None where they are not handled, as in a notebook, and `hours`, after
-    which to stop, is None for never."""
+    steps later, and so decide alike. `signals` is None where they are not handled, as in a notebook. The run stops
+    after `hours`, or never if that is None."""
 
     def __init__(self, runtime: Runtime, signals: StopSignals | None, hours: float | None) -> None:
         self.runtime, self.signals = runtime, signals

@@ -41,8 +41,8 @@ def count_compiles() -> int:
 class XlaCompileWatch(CompileWatch):
     """Knows in which part of a run programs are compiled.
 
-    A part compiles on the first pass through it, or never. A later compile costs as much time as the first one, so it
-    process that `prints` warns, once for each cause. The first `warm_up` passes through a part may compile unwarned."""
+    A part compiles on the first pass through it, or never. A later compile costs as much time as the first one, so the
+    process that `prints` warns of it, once for each cause. The first `warm_up` passes through a part cause no warning."""
 
     def __init__(self, prints: bool, warm_up: int = 1) -> None:
         self._prints = prints
