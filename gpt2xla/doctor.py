@@ -1,8 +1,7 @@
 """`python -m gpt2xla.doctor`: shows what is installed and which devices answer, and finds known problems, with their fixes.
 
 Exits with 0 if it finds no problem, and with 1 otherwise. The doctor itself takes no device: another process tries the
-runtime, so the doctor can run in a notebook before the launch.
-"""
+runtime, so the doctor can run in a notebook before the launch."""
 
 from __future__ import annotations
 
@@ -78,27 +77,18 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the doctor looks at on a machine. Tests build their own.
-
-    Attributes:
-        versions: of the installed packages, by the name of the distribution.
-        device_files: /dev/accel*, /dev/vfio/* and /dev/nvidia*.
-        holders: "program (pid N)" for each process that has a TPU's file open.
-        lockfile: whether libtpu's lock file exists.
-        free_disk: bytes free for checkpoints; None if nothing can be written there.
-        free_memory: bytes; None if unknown.
-    """
+    """What the doctor looks at on a machine. Tests build their own."""
 
     environment: Mapping[str, str]
     python: tuple[int, int]
-    versions: Mapping[str, str]
+    versions: Mapping[str, str]  # of the installed packages, by the name of the distribution
     tpu_chips: int = 0
     gpus: int = 0
-    device_files: list[str] = field(default_factory=list)
-    holders: list[str] = field(default_factory=list)
-    lockfile: bool = False
-    free_disk: int | None = 10**12
-    free_memory: int | None = None
+    device_files: list[str] = field(default_factory=list)  # /dev/accel*, /dev/vfio/* and /dev/nvidia*
+    holders: list[str] = field(default_factory=list)  # "program (pid N)" for each process that has a TPU's file open
+    lockfile: bool = False  # whether libtpu's lock file exists
+    free_disk: int | None = 10**12  # bytes free for checkpoints; None if nothing can be written there
+    free_memory: int | None = None  # bytes; None if unknown
 
     @classmethod
     def here(cls, checkpoints_dir: Path) -> Machine:
@@ -137,7 +127,7 @@ def _about_versions(machine: Machine) -> Iterator[str]:
     for name in ("tensorflow", "tensorflow-tpu"):
         if uses_tpu and name in versions:
             yield f"{name} takes the TPU when something imports it; pip uninstall -y {name} (tensorflow-cpu is fine)"
-    if _minor(versions.get("numpy", "1.26")) < (1, 26):
+    if tuple(map(int, versions.get("numpy", "1.26").split(".")[:2])) < (1, 26):
         yield f"numpy {versions['numpy']} is too old for torch; pip install 'numpy>=1.26'"
 
 
@@ -198,9 +188,7 @@ def notes(machine: Machine) -> Iterator[str]:
 def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) -> dict[str, str | int]:
     """Return what torch_xla sees, as {"type": "TPU", "count": 8, "kind": "TPU v5 lite"}. It runs in another process.
 
-    Raises:
-        RunFailed: it failed, or did not answer within `timeout` seconds; the message holds the fix if it is known.
-    """
+    Raises RunFailed if that fails or does not answer within `timeout` seconds. The message holds the fix if it is known."""
     try:
         answer = subprocess.run(
             [sys.executable, "-c", program], env=dict(environment), capture_output=True, text=True, check=False,
@@ -268,11 +256,6 @@ def _show(title: str, rows: Mapping[str, str]) -> None:
 
 def _uses_tpu(machine: Machine) -> bool:
     return machine.tpu_chips > 0 or machine.environment.get("PJRT_DEVICE") == "TPU"
-
-
-def _minor(version: str) -> tuple[int, ...]:
-    """Return the first two numbers of a version: 2.9.0+cpu -> (2, 9)."""
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _gigabytes(size: int) -> str:

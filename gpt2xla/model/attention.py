@@ -2,8 +2,7 @@
 
 Each one takes queries, keys and values of shape (B, T, D), with heads side by side in D, and returns (B, T, D).
 Shape suffixes: B sequences, T tokens, D d_model, H heads, K = D / H, C queries of a chunk, S keys that a query or a
-chunk may see, N = B * H.
-"""
+chunk may see, N = B * H."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ def chunked_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: in
     without the keys in a chunk's future (after Rabe and Staats 2021, "Self-attention does not need O(n^2) memory", and
     Dao et al. 2022, FlashAttention). It suits compilers: a few large products, and no loop.
 
-    Without the device's `fence`, a compiler would see that the scores are computed twice, and would keep them.
-    """
+    Without the device's `fence`, a compiler would see that the scores are computed twice, and would keep them."""
     heads = (x.unflatten(-1, (num_heads, -1)) for x in (q_BTD, k_BTD, v_BTD))
     return _ChunkedAttention.apply(*heads, fence).flatten(2)
 

@@ -1,7 +1,6 @@
 """GPT-2 (Radford et al. 2019), for any device, with Hugging Face's parameter names.
 
-Shape suffixes: B sequences, T tokens, D d_model, V vocabulary.
-"""
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ from gpt2xla.model.loss import IGNORED_LABEL, mask_padding
 class GPT2(nn.Module):
     """The language model.
 
-    Unless `config.tie_weights` is off, the output head uses `wte.weight` itself. A shared attribute would come apart on XLA.
-    """
+    Unless `config.tie_weights` is off, the output head uses `wte.weight`. A shared attribute would come apart on XLA."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,8 +38,7 @@ class GPT2(nn.Module):
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed token loss (nats, fp32) and the number of tokens that it sums over, both 0-d.
 
-        `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL.
-        """
+        `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL."""
         padding = self.config.vocab_padding
         loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT, padding)
         return loss, (labels_BT != IGNORED_LABEL).sum()
@@ -54,8 +51,7 @@ class GPT2(nn.Module):
         """Add new tokens to `cache` and return the logits (B, V) of the token that follows them in each row.
 
         Row b has starts_B[b] tokens in the cache; ids_BT[b] holds counts_B[b] more, then padding that repeats the last of
-        them. Padding past the last slot is stored in that slot, which holds the same token. For `span` see `KVCache.begin`.
-        """
+        them. Padding past the last slot is stored in that slot, which holds the same token. `span`: see `KVCache.begin`."""
         cache.begin(starts_B, ids_BT.shape[1], span)
         x_BTD = self.hidden(ids_BT, cache)
         last_B11 = (counts_B - 1).clamp(min=0)[:, None, None]
@@ -90,8 +86,7 @@ class GPT2(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw GPT-2's initial weights: N(0, 0.02) for matrices and embeddings, zero for biases, one for layer norms.
 
-        Projections into the residual stream are divided by sqrt(2 * layers), so that its variance does not grow with depth.
-        """
+        Projections into the residual stream are divided by sqrt(2 * layers), so its variance does not grow with depth."""
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2:
                 depth = 2 * self.config.num_layers if name.endswith("c_proj.weight") else 1
@@ -105,8 +100,7 @@ class GPT2(nn.Module):
 
     def flops_per_token(self) -> int:
         """Return the floating-point operations of forward and backward per trained token: 6 N + 12 L D T (Chowdhery et al.
-        2022, PaLM, appendix B). N does not count embeddings that are only looked up, such as positions.
-        """
+        2022, PaLM, appendix B). N does not count embeddings that are only looked up, such as positions."""
         c = self.config
         matrices = self.num_parameters() - self.wpe.weight.numel() - (0 if c.tie_weights else self.wte.weight.numel())
         return 6 * matrices + 12 * c.num_layers * c.d_model * c.seq_length

@@ -20,39 +20,30 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Kernels:
-    """How the parts of the model are computed. Every choice computes the same function.
+    """How the parts of the model are computed. Every choice computes the same function."""
 
-    Attributes:
-        attention: (q, k, v, num_heads) -> y, each (B, T, D). None means torch's own, the only one that supports dropout.
-        cross_entropy: (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`.
-        layer_norm: (x, module) -> module(x).
-        separate_qkv: project queries, keys and values with three products instead of one. XLA then writes each of them in
-            the layout that attention reads, instead of copying the parts of a joint one.
-        head: (x, head weight) -> logits.
-        static_shapes: whether each new shape costs a compile; if so, shapes must not follow the length of a text.
-        compiled: called as compiled(block, x, kernels) for sequences of full length; None calls the block itself.
-        checkpoint: called as checkpoint(block, x, ...) to keep only the input of a block; None keeps everything.
-        description: for the summary at the start of a run.
-    """
-
+    # (q, k, v, num_heads) -> y, each (B, T, D). None means torch's own, the only one that supports dropout.
     attention: Attention | None = None
+    # (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`
     cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
-    layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm
+    layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm  # (x, module) -> module(x)
+    # Project queries, keys and values with three products instead of one. XLA then writes each of them in the layout that
+    # attention reads, instead of copying the parts of a joint one.
     separate_qkv: bool = False
-    head: Callable[[Tensor, Tensor], Tensor] = F.linear
-    static_shapes: bool = False
-    compiled: Callable[..., Tensor] | None = None
-    checkpoint: Callable[..., Any] | None = None
-    description: str = "torch's own"
+    head: Callable[[Tensor, Tensor], Tensor] = F.linear  # (x, head weight) -> logits
+    static_shapes: bool = False  # whether each new shape costs a compile; if so, shapes must not follow a text's length
+    compiled: Callable[..., Tensor] | None = None  # (block, x, kernels) for full length; None calls the block itself
+    checkpoint: Callable[..., Any] | None = None  # (block, x, ...), keeps only a block's input; None keeps everything
+    description: str = "torch's own"  # for the summary at the start of a run
 
 
 def choose_kernels(
     train: TrainConfig,
     model: ModelConfig,
     *,
-    attention: dict[str, Attention],
-    preferred: str,
-    loss_chunks: int | None,
+    attention: dict[str, Attention],  # what the device can compute beside `sdpa`, by the names of --attention
+    preferred: str,  # the name of the attention that `auto` stands for, in models without dropout
+    loss_chunks: int | None,  # into how many pieces --loss-chunks 0 cuts the loss; None computes it at once
     chunked_loss: Callable[..., Tensor],
     checkpoint: Callable[..., Any],
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
@@ -61,15 +52,7 @@ def choose_kernels(
 ) -> Kernels:
     """Return the kernels that the user asked for or, for options left at their defaults, those that the runtime prefers.
 
-    Args:
-        attention: what the device can compute beside `sdpa`, by the names of --attention.
-        preferred: the name of the attention that `auto` stands for, in models without dropout.
-        loss_chunks: into how many pieces --loss-chunks 0 cuts the loss; None computes it at once.
-        chunked_loss: computes the loss in pieces.
-
-    Raises:
-        InputError: this device, or this model, cannot compute what --attention names.
-    """
+    Raises InputError if this device, or this model, cannot compute what --attention names."""
     name = train.attention if train.attention != "auto" else preferred if model.dropout == 0 else "sdpa"
     if name != "sdpa" and name not in attention:
         raise InputError(

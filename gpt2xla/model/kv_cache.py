@@ -1,7 +1,6 @@
 """The keys and values of the tokens that a model has read, so that it computes only the new tokens.
 
-Shape suffixes: B texts, T new tokens of each text, S slots that attention looks at, D d_model, N = B * T.
-"""
+Shape suffixes: B texts, T new tokens of each text, S slots that attention looks at, D d_model, N = B * T."""
 
 from __future__ import annotations
 
@@ -17,13 +16,8 @@ class KVCache:
     """Buffers for `rows` texts of up to seq_length tokens, allocated once. No shape depends on how long the texts are.
 
     A token's slot in its row is its position, so texts of different lengths lie side by side without padding before them.
-    Slots after a row's last token are never looked at, and are overwritten.
-
-    Args:
-        config: of the model.
-        dtype: of keys and values: the type in which the model's products compute.
-        to_device: moves a tensor from the host to the model's device.
-    """
+    Slots after a row's last token are never looked at, and are overwritten. `dtype` is that of the model's products, and
+    `to_device` moves a tensor from the host to the model's device."""
 
     def __init__(
         self, config: ModelConfig, rows: int, dtype: torch.dtype, to_device: Callable[[Tensor], Tensor]
@@ -38,12 +32,9 @@ class KVCache:
     def begin(self, starts_B: Tensor, new: int, span: int) -> None:
         """Prepare a pass over `new` tokens per row; the first one of row b has position starts_B[b].
 
-        Padding after a row's tokens may reach past the last slot. Then it is read and stored at the last position. That slot
-        is either still unused, or holds the row's last token, which the padding repeats.
-
-        Args:
-            span: how many slots attention looks at; it is above all positions of the pass.
-        """
+        Attention looks at the first `span` slots, which is above all positions of the pass. Padding after a row's tokens may
+        reach past the last slot. Then it is read and stored at the last position. That slot is either still unused, or holds
+        the row's last token, which the padding repeats."""
         device = starts_B.device
         positions_BT = (starts_B[:, None] + torch.arange(new, device=device)).clamp(max=self.seq_length - 1)
         first_slots_B1 = torch.arange(self.rows, device=device)[:, None] * self.seq_length

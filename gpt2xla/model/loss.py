@@ -3,8 +3,7 @@
 Each function returns the summed loss in nats, in fp32 (0-d). The last `padding` rows of the head belong to ids without
 tokens: they get no probability, and their gradient is exactly 0. They are masked, not cut off, so that the shapes of the
 products stay aligned.
-Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B * T, C tokens of a chunk.
-"""
+Shape suffixes: B sequences, T tokens, D d_model, V vocabulary, N = B * T, C tokens of a chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from gpt2xla.model.arithmetic import Fence, compute_dtype, no_fence
 
 IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
-
 
 # Bytes of logits that a kind of device makes at a time, unless the user says otherwise. Larger pieces cost memory, smaller
 # ones keep matrix units less busy.
@@ -36,8 +34,7 @@ def chunked_cross_entropy(
     """Return the same loss without ever holding all logits. The gradient of each chunk is computed together with its logits;
     checkpointing would compute the logits twice.
 
-    Chunks are cut along T, so that a batch may be split over devices; their number is rounded up to a divisor of T.
-    """
+    Chunks are cut along T, so that a batch may be split over devices; their number is rounded up to a divisor of T."""
     length = x_BTD.shape[1]
     chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
     return _ChunkedCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, fence)
@@ -49,11 +46,8 @@ def in_place_cross_entropy(
     """Return the same as `chunked_cross_entropy`, on devices that run each operation when it is called: each pass over the
     logits overwrites them, until they hold their own gradient.
 
-    Args:
-        reads_wait: whether reading a value makes the host wait for the device. If so, no value is read. If not, the sums
-            behind the losses follow from the labels' own probabilities unless these are too small, which saves two passes
-            over the logits.
-    """
+    `reads_wait` says that reading a value makes the host wait for the device. Then no value is read. Otherwise the sums
+    behind the losses follow from the labels' own probabilities, unless these are too small: that saves two passes."""
     return _InPlaceCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, reads_wait)
 
 
@@ -72,7 +66,16 @@ def logits_of_labels(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> Tenso
     return (x_BTD.float() * rows_BTD.float()).sum(-1)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
+    """A loss whose forward pass has saved its gradients."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dx_BTD, dweight_VD = ctx.saved_tensors
+        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None, None
+
+
+class _ChunkedCrossEntropy(_WithGradient):
     @staticmethod
     def forward(
         ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int, chunks: int, fence: Fence
@@ -107,13 +110,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(torch.cat(dx, dim=1), dweight_VD)
         return loss
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx_BTD, dweight_VD = ctx.saved_tensors
-        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None, None
 
-
-class _InPlaceCrossEntropy(torch.autograd.Function):
+class _InPlaceCrossEntropy(_WithGradient):
     @staticmethod
     def forward(
         ctx: Any, x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int, chunks: int, reads_wait: bool
@@ -159,8 +157,3 @@ class _InPlaceCrossEntropy(torch.autograd.Function):
         if wants_gradient:
             ctx.save_for_backward(dx_ND.view_as(x_BTD), dweight_VD)
         return torch.stack(losses).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dx_BTD, dweight_VD = ctx.saved_tensors
-        return dx_BTD * grads[0].to(dx_BTD.dtype), dweight_VD * grads[0], None, None, None, None

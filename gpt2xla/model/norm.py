@@ -19,8 +19,7 @@ def lean_layer_norm(x: Tensor, norm: nn.LayerNorm, fence: Fence = no_fence) -> T
     """Return `norm(x)` over the last dimension, in the type in which products compute.
 
     torch's own keeps its input, which in a bf16 run is the fp32 residual stream, and the next product keeps the output too.
-    Here the normalised input in bf16 serves as both.
-    """
+    Here the normalised input in bf16 serves as both."""
     return _LeanLayerNorm.apply(x, norm.weight, norm.bias, norm.eps, compute_dtype(x), fence)
 
 

@@ -12,8 +12,7 @@ maximum.
 TPU v3 multiplies only fp32 operands (it rounds them to bf16 itself), and unpacks bf16 slowly; `Shape.bf16 = False` is for
 it. Then the scratch memory has another type, and bf16 is read and written differently (`_rows`, `_write`).
 
-Shape suffixes: T tokens, C queries of a chunk, S keys, L the 128 columns of a block, K columns of one head.
-"""
+Shape suffixes: T tokens, C queries of a chunk, S keys, L the 128 columns of a block, K columns of one head."""
 
 from __future__ import annotations
 
@@ -237,8 +236,7 @@ def _rows(shape: Shape, interpret: bool, *refs: Any) -> Any:
     """Return the rows of blocks in fp32, with the indices to write them to.
 
     On TPU v3 these are the even rows and then the odd ones: an even and an odd row share 32-bit words, which TPU v3 splits
-    and scatters faster than it unpacks bf16. On other TPUs they are all rows at once.
-    """
+    and scatters faster than it unpacks bf16. On other TPUs they are all rows at once."""
 
     def inside(x: jax.Array) -> jax.Array:
         # The last block may have fewer heads than the others; its other columns hold arbitrary values.

@@ -29,12 +29,8 @@ class Muon(torch.optim.Optimizer):
     update as large as AdamW's (Liu et al. 2025, arXiv:2502.16982), so that both share one rate and one weight decay.
     torch's own class reads the rate on the host, and cannot skip an update on the device.
 
-    Args:
-        matrices: parameter groups with `weight_decay` and `blocks`: how many matrices of equal size each parameter stacks
-            along its rows.
-        others: the other optimizer; it shares its groups and its state with this one.
-        dtype: the type of the matrix products that orthogonalize.
-    """
+    `matrices` are parameter groups with `weight_decay` and `blocks`: how many matrices of equal size each parameter stacks
+    along its rows. `others` shares its groups and its state with this one. Products that orthogonalize are in `dtype`."""
 
     def __init__(self, matrices: list[dict[str, Any]], others: torch.optim.Optimizer, lr: float, dtype: torch.dtype):
         super().__init__(matrices, {"lr": lr})
@@ -49,8 +45,7 @@ class Muon(torch.optim.Optimizer):
         """Update all parameters, unless `found_inf` is not 0.
 
         `found_inf` comes as an argument, as torch_xla's sync-free optimizers take it, or as an attribute, as torch's fused
-        ones do; `others` gets it in the same way.
-        """
+        ones do; `others` gets it in the same way."""
         assert closure is None
         skip = getattr(self, "found_inf", None) if found_inf is None else found_inf
         for group in self.matrices:
@@ -80,8 +75,7 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `matrices` (N, rows, columns) with their singular values brought near 1, to between about 0.7 and 1.2.
 
     Five steps of a Newton-Schulz iteration, whose coefficients Jordan chose for speed instead of convergence. Products are
-    computed in `dtype`.
-    """
+    computed in `dtype`."""
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices

@@ -21,10 +21,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return `adam` of all parameters or, with --optim-type muon, Muon of the blocks' matrices and `adam` of the rest.
 
-    Args:
-        dtype: the run's compute type.
-        adam: builds the runtime's Adam from parameter groups.
-    """
+    `adam` builds the runtime's Adam from parameter groups; `dtype` is the run's compute type."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if is_updated_by_muon(config, name, p.shape)}
     others = adam(parameter_groups([p for name, p in named.items() if name not in matrices], config.weight_decay))
@@ -50,16 +47,8 @@ def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) ->
     ]
 
 
-def adam_arguments(config: OptimConfig) -> dict[str, Any]:
-    """Return the arguments that every runtime's Adam takes."""
-    return {"lr": config.learning_rate, "betas": config.betas, "eps": ADAM_EPS}
-
-
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the whole gradient down to `max_norm`, if that is above 0, and return its norm before that (0-d).
-
-    The host never reads the value.
-    """
+    """Scale the gradient down to `max_norm`, if above 0; return its norm before that (0-d), which the host never reads."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if hasattr(norm, "full_tensor"):  # a DTensor: the gradients are split over processes

@@ -13,8 +13,7 @@ def learning_rate(config: OptimConfig, d_model: int, step: int) -> float:
     cosine: linear warm-up to `learning_rate` at step `warmup_steps` - 1, then half a cosine down to `min_lr` at step
     `decay_steps`, then constant (Loshchilov and Hutter 2017, SGDR, without restarts).
     noam: `learning_rate` * d_model^-0.5 * min(n^-0.5, n * warmup_steps^-1.5) with n = step + 1 (Vaswani et al. 2017,
-    equation 3).
-    """
+    equation 3)."""
     n = step + 1
     if config.decay_method == "noam":
         ramp = n * max(config.warmup_steps, 1) ** -1.5

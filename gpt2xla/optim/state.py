@@ -37,11 +37,8 @@ def init_state(
     """Give each parameter of `optimizer` its state before the first step, so that a compiled first step is the same graph as
     the later ones.
 
-    Args:
-        saved: what `export_state` returned on any runtime; None starts from zeros.
-        count_on_device: whether Adam expects its step count on the device.
-        extra: what Adam expects beside its two moments.
-    """
+    `saved` is what `export_state` returned on any runtime; None starts from zeros. `extra` is what Adam expects beside its
+    two moments, and its step count is on the device with `count_on_device`."""
     updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     kept = moment_shapes(config, {name: parameter.shape for name, parameter in model.named_parameters()})
     for name, parameter in model.named_parameters():

@@ -29,9 +29,8 @@ class Shortage(NamedTuple):
 
     place: str  # where, in words
     memory: int | None = None  # bytes that one program may use; None if unknown
-    needed: int | None = (
-        None  # bytes that the refused program takes besides its arguments; None if it failed while running
-    )
+    # bytes that the refused program takes besides its arguments; None if it failed while running
+    needed: int | None = None
     state_split: int = 1  # over how many devices weights, gradients and the optimizer's state are divided
 
 
@@ -80,8 +79,7 @@ class Device(Protocol):
     def compile_step(self, step: Callable[P, T], name: str) -> Callable[P, T]:
         """Return `step` as one unit of device work.
 
-        On XLA it is one graph, executed once per call. The first call compiles it and says so on the console, by `name`.
-        """
+        On XLA it is one graph, executed once per call. The first call compiles it, which the console shows by `name`."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which products compute in the run's precision."""
@@ -163,9 +161,8 @@ class Runtime(Device, Processes, Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Reduce, unscale, clip, update, zero: one method, so that the order cannot be wrong. Collective.
 
-        If the loss or the gradient is not finite on any process, no process updates anything. `rate` is the learning rate;
-        a `max_grad_norm` of 0 clips nothing. Return `loss` summed over processes, and the gradient's norm before clipping.
-        """
+        If the loss or the gradient is not finite on any process, no process updates anything. A `max_grad_norm` of 0 clips
+        nothing. Return `loss` summed over processes, and the gradient's norm before clipping."""
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         """Call `callback(*values)`, the 1-d tensor's values as floats, once the device has them; the loop does not wait.

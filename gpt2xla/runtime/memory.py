@@ -20,26 +20,22 @@ STATE_BYTES = 16  # per parameter: its weight, its gradient and Adam's two momen
 
 @contextlib.contextmanager
 def explain_out_of_memory(runtime: Runtime, doing: str, advice: Callable[[Shortage], str]) -> Iterator[None]:
-    """Turn running out of memory inside the block into a one-line RunFailed.
+    """Turn running out of memory inside the block into a one-line RunFailed that says `doing`, such as "in step 1".
 
-    Args:
-        doing: when it happened, such as "in step 1".
-        advice: called after the failed work's memory is freed; what it returns ends the line.
-    """
-    shortage: Shortage | None = None
+    `advice` is called after the failed work's memory is freed; what it returns ends the line."""
     try:
         yield
+        return
     except Exception as error:
         shortage = runtime.memory.shortage(error)
         if shortage is None:
             raise
         # The traceback's local variables hold the activations.
         traceback.clear_frames(error.__traceback__)
-    if shortage is not None:
-        gc.collect()
-        if runtime.world_size > 1:
-            exit_now_on_signal(1)  # another process may report first; its launcher then ends this one
-        raise RunFailed(f"out of memory on {shortage.place} {doing}: {advice(shortage)}")
+    gc.collect()
+    if runtime.world_size > 1:
+        exit_now_on_signal(1)  # another process may report first; its launcher then ends this one
+    raise RunFailed(f"out of memory on {shortage.place} {doing}: {advice(shortage)}")
 
 
 def same_update(share: int, accum: int) -> list[tuple[int, int]]:
@@ -69,12 +65,9 @@ def estimated(shortage: Shortage, share: int, parameters: int) -> int:
 def train_advice(
     shortage: Shortage, train: TrainConfig, devices: int, parameters: int, fits: Callable[[int], bool | None]
 ) -> str:
-    """Return what to do about a training step that does not fit.
+    """Return what to do about a training step that does not fit, of a model with so many `parameters`.
 
-    Args:
-        parameters: the number of the model's parameters.
-        fits: tries a number of sequences per device; returns None where that would take a compile.
-    """
+    `fits` tries a number of sequences per device; it returns None where that would take a compile."""
     share, accum = train.train_batch_size // devices, train.gradient_accum_step
     batches = same_update(share, accum)
     one_fits = fits(1)

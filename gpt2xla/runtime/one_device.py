@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gpt2xla.config import OptimConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.optim.optimizer import adam_arguments, build_optimizer, clip_gradients
+from gpt2xla.optim.optimizer import ADAM_EPS, build_optimizer, clip_gradients
 from gpt2xla.optim.state import MOMENTS, export_state, init_state
 from gpt2xla.runtime.base import CompileWatch, Memory, P, Runtime, T
 from gpt2xla.runtime.precision import ChosenPrecision
@@ -26,23 +26,18 @@ FP32 = ChosenPrecision("none")
 
 
 class OneDevice:
-    """Implements `base.Runtime` for one process. Its collectives fail where there are several, until overridden.
-
-    Attributes:
-        scaler: keeps fp16's gradients in range; None in other precisions. Its state belongs to a checkpoint.
-        random_rank: whose random numbers this process draws.
-        state_options: of `init_state`, by what this runtime's Adam expects.
-    """
+    """Implements `base.Runtime` for one process. Its collectives fail where there are several, until overridden."""
 
     def __init__(
         self, device: torch.device, precision: ChosenPrecision = FP32, rank: int = 0, world_size: int = 1
     ) -> None:
         self.device, self.precision, self.description = device, precision, str(device)
         self.rank, self.world_size, self.devices = rank, world_size, world_size
-        self.is_main, self.random_rank = rank == 0, rank
+        self.is_main = rank == 0
+        self.random_rank = rank  # whose random numbers this process draws
         self.memory, self.watch = Memory(), CompileWatch()
-        self.scaler: Any = None
-        self.state_options: dict[str, Any] = {"count_on_device": False}
+        self.scaler: Any = None  # torch.amp.GradScaler, or the same on XLA; None where gradients stay in range
+        self.state_options: dict[str, Any] = {"count_on_device": False}  # of `init_state`, for this runtime's Adam
 
     # Device
 
@@ -108,7 +103,7 @@ class OneDevice:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self._scaled(loss).backward()
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def optimizer_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, *, rate: float, max_grad_norm: float
@@ -116,7 +111,8 @@ class OneDevice:
         self._set_rate(optimizer, rate)
         self._reduce_gradients(optimizer)
         loss = self.sum(loss)
-        self._unscale(model, optimizer)
+        if self.scaler:
+            self.scaler.unscale_(optimizer)
         grad_norm = clip_gradients(model, max_grad_norm)
         self._update(optimizer, loss, grad_norm)
         optimizer.zero_grad(set_to_none=True)
@@ -163,18 +159,12 @@ class OneDevice:
     def _place_state(self, tensor: Tensor) -> Tensor:
         return self.to_device(tensor)
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss
-
     def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
     def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Add up the gradients of all processes, unless the backward pass did."""
-
-    def _unscale(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Undo `_scaled` in the gradients."""
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
         if torch.isfinite(loss) & torch.isfinite(grad_norm):
@@ -195,7 +185,7 @@ _is_a_runtime: Callable[[torch.device], Runtime] = OneDevice  # which mypy check
 def adam(config: OptimConfig, library: Any = torch.optim, **options: Any) -> partial[torch.optim.Optimizer]:
     """Return what makes `library`'s Adam or AdamW, as --optim-type says, of parameter groups."""
     adam_class = library.Adam if config.optim_type == "adam" else library.AdamW
-    return partial(adam_class, **adam_arguments(config), **options)
+    return partial(adam_class, lr=config.learning_rate, betas=config.betas, eps=ADAM_EPS, **options)
 
 
 def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -14,21 +14,13 @@ PRECISIONS = tuple(DTYPES)
 
 
 class DevicePrecision(NamedTuple):
-    """What a device can compute in.
+    """What a device can compute in."""
 
-    Attributes:
-        device: its name.
-        auto: what --mixed-precision auto takes.
-        why: the reason, which follows the device's name.
-        fastest: what trains fastest; differs from `auto` where the user must decide.
-        emulates_bf16: whether bf16 works, but slower than fp32.
-    """
-
-    device: str
-    auto: Precision
-    why: str
-    fastest: Precision
-    emulates_bf16: bool = False
+    device: str  # its name
+    auto: Precision  # what --mixed-precision auto takes
+    why: str  # the reason, which follows the device's name
+    fastest: Precision  # what trains fastest; differs from `auto` where the user must decide
+    emulates_bf16: bool = False  # whether bf16 works, but slower than fp32
 
 
 class ChosenPrecision(NamedTuple):
@@ -73,14 +65,9 @@ def of_cuda(name: str, has_bf16: bool, capability: tuple[int, int]) -> DevicePre
 
 
 def of_xla(kind: str, compute_capability: object) -> DevicePrecision:
-    """Return what an XLA device can compute in.
+    """Return what an XLA device that calls itself `kind` can compute in. `compute_capability` is a GPU's, such as "8.0".
 
-    All TPUs multiply in bf16. XLA:CPU is fastest in fp32, even where torch is not.
-
-    Args:
-        kind: what the device calls itself.
-        compute_capability: of a GPU, as its plugin gives it, such as "8.0".
-    """
+    All TPUs multiply in bf16. XLA:CPU is fastest in fp32, even where torch is not."""
     if kind.startswith("TPU"):
         return DevicePrecision(kind, "bf16", "multiplies in bf16", "bf16")
     if compute_capability is None:

@@ -24,12 +24,8 @@ class Stop:
     """Agreement between processes that each have their own signals and their own clock.
 
     With every step, the devices sum the number of processes that request a stop. All processes read the same sums, a few
-    steps later, and so decide alike.
-
-    Args:
-        signals: None where signals are not handled, as in a notebook.
-        hours: time after which to stop; None for never.
-    """
+    steps later, and so decide alike. `signals` is None where they are not handled, as in a notebook. The run stops
+    after `hours`, or never if that is None."""
 
     def __init__(self, runtime: Runtime, signals: StopSignals | None, hours: float | None) -> None:
         self.runtime, self.signals = runtime, signals
@@ -45,8 +41,7 @@ class Stop:
     def requested(self) -> Tensor:
         """Return 1.0 on the device if this process requests a stop, else 0.0.
 
-        Every process calls it inside each step of training or evaluation, and gives the sum over processes to `receiver`.
-        """
+        Every process calls it inside each step of training or evaluation, and sends the sum of all to `receiver`."""
         self._steps += 1
         return self.runtime.flag(self.reason != "")
 

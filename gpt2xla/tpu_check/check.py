@@ -26,12 +26,8 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
     """Compile the step of `config` for the devices of one host of `topology`.
 
     Return what docs/will-it-fit.md describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles, roofline_seconds,
-    compile_seconds, trace_ms and others; sizes and costs are of one device and one update.
-
-    Raises:
-        InputError: the batch does not divide over the devices, or the topology is unknown.
-        RunFailed: tracing or compiling failed; the message names the error.
-    """
+    compile_seconds, trace_ms and others; sizes and costs are of one device and one update. Raises InputError if the batch
+    does not divide over the devices, and RunFailed, which names the error, if tracing or compiling fails."""
     found = TOPOLOGIES[topology]
     share, rest = divmod(config.train.train_batch_size, found.devices)
     if rest or not share:
@@ -123,10 +119,9 @@ def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> d
 
 
 def _trace(folder: Path, config: RunConfig, options: XlaConfig, topology: Topology) -> tuple[str, dict[str, Any]]:
-    names = {field.name for field in dataclasses.fields(XlaConfig)}
     request = {
         "config": config.to_flat(),
-        "options": {name: value for name, value in dataclasses.asdict(options).items() if name in names},
+        "options": {field.name: getattr(options, field.name) for field in dataclasses.fields(XlaConfig)},
         "device_kind": topology.kind,
         "replicas": topology.devices,
         "output": str(folder),

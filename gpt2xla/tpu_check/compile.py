@@ -80,7 +80,7 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
         "arguments_gib": round(arguments / GIB, 3),
         "temporary_gib": round(temporary / GIB, 3),
         "donated": donated,
-        "largest": _by_origin(hlo.largest_at_peak(), 8),
+        "largest": _by_origin(hlo.largest_at_peak()),
         "flops": costs["flops"],
         "bytes": costs["bytes accessed"],
         "cycles": sum(cycles.values()),
@@ -140,9 +140,7 @@ def _to_stablehlo(graph: bytes) -> tuple[bytes, int]:
     with mlir.make_ir_context():
         parsed: Any = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(module))
         (main,) = [op for op in parsed.body.operations if getattr(op, "name", None) and op.name.value == "main"]
-        attributes = (
-            list(main.attributes["arg_attrs"]) if "arg_attrs" in main.attributes else [{}] * len(main.arguments)
-        )
+        attributes = main.attributes["arg_attrs"] if "arg_attrs" in main.attributes else [{}] * len(main.arguments)
         marked = []
         for number, old in enumerate(attributes):
             new = {a.name: a.attr for a in old if a.name != "jax.buffer_donor"}
@@ -162,9 +160,7 @@ def _module_of(proto: bytes) -> bytes:
 
 
 def _does_not_fit(message: str) -> dict[str, Any] | None:
-    """Return the report of a program that is too large, by the compiler's message, or None for any other message.
-
-    Either the whole program needs too much, or a single array does; then the message has only that array's size."""
+    """Return the report of a program that is too large, by the compiler's message, or None for any other message."""
     figures = compiler_figures(message)
     if figures is None:
         return None
@@ -178,11 +174,11 @@ def _does_not_fit(message: str) -> dict[str, Any] | None:
         Allocation(to_bytes(size, unit), shape.split("{")[0], module_of(name) if name else "unnamed")
         for size, unit, name, shape in re.findall(rf"Size: ([\d.]+)([KMG])\n{operator}\s+Shape: (\S+)", message)
     ]
-    return refused | {"largest": _by_origin(largest, 8)}
+    return refused | {"largest": _by_origin(largest)}
 
 
-def _by_origin(allocations: list[Allocation], count: int) -> list[dict[str, Any]]:
-    """Merge equal arrays of all layers into one entry each; return the largest first."""
+def _by_origin(allocations: list[Allocation]) -> list[dict[str, Any]]:
+    """Merge equal arrays of all layers into one entry each; return the eight largest."""
     groups: Counter[tuple[str, str]] = Counter()
     numbers: Counter[tuple[str, str]] = Counter()
     for allocation in allocations:
@@ -191,7 +187,7 @@ def _by_origin(allocations: list[Allocation], count: int) -> list[dict[str, Any]
         numbers[key] += 1
     return [
         {"gib": round(size / GIB, 3), "count": numbers[shape, origin], "shape": shape, "origin": origin}
-        for (shape, origin), size in groups.most_common(count)
+        for (shape, origin), size in groups.most_common(8)
     ]
 
 

@@ -16,7 +16,6 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLEE = re.compile(r"(?:to_apply|calls|branch_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)")
-_BITS = re.compile(r"(\d+)")
 
 
 class Allocation(NamedTuple):
@@ -158,7 +157,7 @@ def _arrays(rest: str, opcode: str) -> Iterator[tuple[int, str]]:
     """Yield bytes and shape of each array that an instruction makes; those outside main memory count 0 bytes."""
     for kind, sizes, layout in _ARRAY.findall(rest[: rest.find(f" {opcode}(")]):
         numbers = math.prod(int(size) for size in sizes.split(",") if size)
-        bits = int(found[1]) if (found := _BITS.search(kind)) else 8
+        bits = int(found[0]) if (found := re.search(r"\d+", kind)) else 8
         in_main_memory = "S(" not in layout
         yield numbers * bits // 8 if in_main_memory else 0, f"{kind}[{sizes}]"
 

@@ -9,21 +9,13 @@ from gpt2xla.logs.peak_flops import DEVICE_PEAK_FLOPS
 
 @dataclass(frozen=True)
 class Topology:
-    """One host's TPUs.
+    """One host's TPUs."""
 
-    Attributes:
-        libtpu_name: libtpu's name of it.
-        kind: what its devices call themselves.
-        devices: how many PyTorch/XLA counts: cores on v2 and v3, chips on others.
-        bandwidth: of one device's memory, in bytes per second, from Google's system architecture pages.
-        memory: of one device as its compiler counts it, in GiB; a little is kept for the runtime.
-    """
-
-    libtpu_name: str
-    kind: str
-    devices: int
-    bandwidth: float
-    memory: float
+    libtpu_name: str  # libtpu's name of it
+    kind: str  # what its devices call themselves
+    devices: int  # how many PyTorch/XLA counts: cores on v2 and v3, chips on others
+    bandwidth: float  # of one device's memory, in bytes per second, from Google's system architecture pages
+    memory: float  # of one device as its compiler counts it, in GiB; a little is kept for the runtime
 
     @property
     def flops(self) -> float:

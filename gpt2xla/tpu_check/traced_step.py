@@ -53,9 +53,8 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     from gpt2xla.tpu_check.placeholder_runtime import TracingRuntime, TracingSpmdRuntime, name_operations
     from gpt2xla.training.train_step import TrainStep
 
-    runtime: TracingRuntime = (TracingSpmdRuntime if options.spmd else TracingRuntime)(
-        options, config.train, device_kind, replicas
-    )
+    kind = TracingSpmdRuntime if options.spmd else TracingRuntime
+    runtime = kind(options, config.train, device_kind, replicas)
     with torch.device("meta"):
         model = GPT2(config.model)
     step = TrainStep(config, runtime, model, None)
@@ -71,23 +70,19 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
         loss, grad_norm, _ = step(batches, number)
         results = torch.stack([loss, grad_norm])  # alive until the graph is caught, as its results
         seconds.append(time.perf_counter() - start)
-    return (
-        runtime,
-        (step, results),
-        {
-            "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
-            "parameters": model.num_parameters(),
-            "kernels": model.kernels.description,
-            "precision": label(runtime.precision.name),
-        },
-    )
+    report = {
+        "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
+        "parameters": model.num_parameters(),
+        "kernels": model.kernels.description,
+        "precision": label(runtime.precision.name),
+    }
+    return runtime, (step, results), report
 
 
 def leave_with_graph(output: Path) -> None:
     """Exit when the graph has been written.
 
-    Meanwhile a CPU's compiler is at work. At a kernel made for TPUs it would abort the process, which is no fault either.
-    """
+    Meanwhile a CPU's compiler is at work. At a kernel made for TPUs it would abort the process, which is no fault."""
     while True:
         time.sleep(0.1)
         if graph := graph_in(output):

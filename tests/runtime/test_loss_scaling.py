@@ -58,8 +58,8 @@ def test_unscaling_gives_the_gradients_of_the_unscaled_loss() -> None:
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     scaler = LossScaler(on_device)
-    (model(x).square().sum() * scaler.scale).backward()
-    scaler.unscale(model)
+    scaler.scale(model(x).square().sum()).backward()
+    scaler.unscale_(torch.optim.SGD(model.parameters()))
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 

@@ -19,7 +19,7 @@ from gpt2xla.model.loss import LOGITS_AT_ONCE
 from gpt2xla.runtime.base import GIB, Memory, Shortage
 from gpt2xla.runtime.one_device import set_matmul_precision
 from gpt2xla.runtime.precision import DevicePrecision, of_cuda
-from gpt2xla.runtime.torch.cpu import choose_products, count_threads, share_cores
+from gpt2xla.runtime.torch.cpu import choose_products, share_cores
 from gpt2xla.runtime.torch.host_memory import free_host_memory, keep_freed_memory
 from gpt2xla.runtime.torch.process_group import Place
 
@@ -124,7 +124,9 @@ class Cpu(Accelerator):
         return DevicePrecision("a CPU", "none", "is trained in fp32", "bf16" if has_bf16 else "none")
 
     def describe(self, processes: int) -> str:
-        return f"{super().describe(processes)}, {count_threads(processes)}"
+        count = torch.get_num_threads()
+        threads = f"{count} thread{'s' if count > 1 else ''}{' each' if processes > 1 else ''}"
+        return f"{super().describe(processes)}, {threads}"
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         return measured_cpu_flops(dtype)
@@ -188,9 +190,7 @@ class Mps(Accelerator):
 def pick_accelerator(place: Place | None) -> Accelerator:
     """Return this process's device: a CUDA GPU if torch sees one, else, without torchrun, MPS if there is one, else the CPU.
 
-    Raises:
-        InputError: there are fewer GPUs than processes, or it is unknown which one is this process's.
-    """
+    Raises InputError if there are fewer GPUs than processes, or if it is unknown which one is this process's."""
     if not torch.cuda.is_available():
         return Mps() if torch.backends.mps.is_available() and not place else Cpu()
     processes, devices = place.local_world_size if place else 1, torch.cuda.device_count()

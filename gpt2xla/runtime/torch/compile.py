@@ -25,11 +25,7 @@ def open_compile_cache(folder: str) -> None:
 
 
 class CompiledBlock(CompileWatch):
-    """Calls a block, compiled; once for each shape, which the first call with it announces.
-
-    Args:
-        prints: whether this is the one process that prints.
-    """
+    """Calls a block, compiled; once for each shape, which the first call with it announces if this process `prints`."""
 
     def __init__(self, prints: bool) -> None:
         self._prints = prints

@@ -33,13 +33,8 @@ def share_cores() -> None:
     torchrun's own choice is one thread for each of several processes, whatever the host."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes > 1 and _torchrun_chose():
-        torch.set_num_threads(max(1, _cores() // processes))
-
-
-def count_threads(processes: int) -> str:
-    """Return the threads of one of `processes`, in words, for the summary at start."""
-    count = torch.get_num_threads()
-    return f"{count} thread{'s' if count > 1 else ''}{' each' if processes > 1 else ''}"
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, allowed // processes))
 
 
 def _torchrun_chose() -> bool:
@@ -53,8 +48,3 @@ def _torchrun_chose() -> bool:
     except OSError:
         return True
     return not any(variable.startswith(b"OMP_NUM_THREADS=") for variable in started_with.split(b"\0"))
-
-
-def _cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,7 +6,6 @@ import ctypes
 import sys
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
 # The files with a control group's limit and usage, and the line of memory.stat that counts cached files, which the kernel
 # drops when memory runs short: cgroups version 2, then 1.
 _FILES = {
@@ -19,8 +18,8 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes left, or None if the operating system does not say.
 
     That is the least of what the machine has available and what the control groups around this process allow."""
-    free = [*_of_machine(root), *_of_groups(root)]
-    return min(free) if free else None
+    available = [line for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
+    return min([*(int(line.split()[1]) * 1024 for line in available), *_of_groups(root)], default=None)
 
 
 def keep_freed_memory() -> None:
@@ -42,25 +41,20 @@ def keep_freed_memory() -> None:
         mallopt(*never_shrink)
 
 
-def _of_machine(root: Path) -> list[int]:
+def _lines(file: Path) -> list[str]:
     try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
+        return file.read_text().splitlines()
     except OSError:
         return []
-    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
 
 
 def _of_groups(root: Path) -> list[int]:
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
     free = []
-    for group in groups:
+    for group in _lines(root / "proc/self/cgroup"):
         _, controllers, path = group.split(":", 2)
         if controllers in _FILES or "memory" in controllers.split(","):
             version = _FILES["memory" if controllers else ""]
-            top = root / str(_CGROUPS / ("memory" if controllers else "")).lstrip("/")
+            top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
             # In a container the path may be the host's, while the container's own group is at the top.
             for folder in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
                 free += _of_group(folder, version)

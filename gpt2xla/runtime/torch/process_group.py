@@ -1,10 +1,11 @@
-"""The processes of a run under torchrun: which one this is, by torchrun's variables, and how they meet."""
+"""The processes of a run under torchrun: which this is, by torchrun's variables, how they meet, and which have exited."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import queue
+import select
 import socket
 import sys
 import threading
@@ -64,14 +65,10 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
 def join(place: Place, backend: str) -> None:
     """Make the default process group of all processes. Waits of more than a moment are announced.
 
-    Raises:
-        InputError: MASTER_PORT is taken, or nobody answers at MASTER_ADDR.
-        RunFailed: other processes did not join.
-    """
+    Raises InputError if MASTER_PORT is taken or nobody answers at MASTER_ADDR, and RunFailed if others do not join."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if (
-        place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    ):  # else torchrun itself listens there
+    torchrun_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if place.rank == 0 and not torchrun_listens:
         _refuse_a_taken_port(port)
     else:
         _wait_for_first(place, host, port)
@@ -84,13 +81,37 @@ def join(place: Place, backend: str) -> None:
                 "program listens there"
             )
         store.set_timeout(COLLECTIVE_TIMEOUT)
+        store = dist.PrefixStore("default_pg", store)
         dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("default_pg", store),
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT
         )
+
+
+class Peers:
+    """Tells which of the others on this host has exited: a broken collective does not say.
+
+    All processes of the default group create it together."""
+
+    def __init__(self) -> None:
+        places: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+        dist.all_gather_object(places, (socket.gethostname(), os.getpid()))
+        host = places[dist.get_rank()][0]
+        self._watched: dict[int, int] = {}
+        if hasattr(os, "pidfd_open"):  # only on Linux; unlike a pid, a pidfd never comes to mean another process
+            for rank, (where, process) in enumerate(places):
+                if where == host and rank != dist.get_rank():
+                    try:
+                        self._watched[rank] = os.pidfd_open(process)
+                    except OSError:  # perhaps it is in another container
+                        continue
+
+    def ended(self) -> list[int]:
+        """Return the ranks on this host that have exited in any way."""
+        poll = select.poll()
+        for watched in self._watched.values():
+            poll.register(watched, select.POLLIN)
+        ready = {number for number, event in poll.poll(0)}
+        return [rank for rank, watched in self._watched.items() if watched in ready]
 
 
 def _meet(announce: Callable[[], object]) -> Any:
@@ -119,10 +140,9 @@ def _meet(announce: Callable[[], object]) -> Any:
 
 def _refuse_a_taken_port(port: int) -> None:
     both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
     try:
-        socket.create_server(
-            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-        ).close()
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         raise InputError(
             f"MASTER_PORT={port}: {os.strerror(error.errno or 0).lower()}; choose another port for all processes"

@@ -29,8 +29,7 @@ from gpt2xla.runtime.precision import choose
 from gpt2xla.runtime.torch import parallel
 from gpt2xla.runtime.torch.accelerators import choose_backend, pick_accelerator
 from gpt2xla.runtime.torch.compile import CompiledBlock, open_compile_cache
-from gpt2xla.runtime.torch.peers import Peers
-from gpt2xla.runtime.torch.process_group import find_place, join
+from gpt2xla.runtime.torch.process_group import Peers, find_place, join
 
 
 class TorchRuntime(OneDevice):
@@ -89,9 +88,8 @@ class TorchRuntime(OneDevice):
     def _kernels(self, model: ModelConfig, compiled: CompiledBlock | None) -> Kernels:
         device, dtype, sequences = self.accelerator, self.precision.dtype, self.train.train_batch_size // self.devices
         logits = sequences * model.seq_length * model.vocab_size * dtype.itemsize
-        at_once = (
-            None if dtype == torch.float16 else device.logits_at_once
-        )  # unscaled gradients are not in fp16's range
+        # Unscaled gradients are not in fp16's range.
+        at_once = None if dtype == torch.float16 else device.logits_at_once
         keeps = kept_numbers(sequences, model) * dtype.itemsize <= device.kept_bytes
         return choose_kernels(
             self.train,
@@ -128,13 +126,6 @@ class TorchRuntime(OneDevice):
 
     def backward(self, loss: Tensor) -> None:
         super().backward(loss * self.world_size)  # DDP and FSDP average gradients over processes, but a sum is wanted
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return self.scaler.scale(loss) if self.scaler else loss
-
-    def _unscale(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if self.scaler:
-            self.scaler.unscale_(optimizer)
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
         if self.scaler:

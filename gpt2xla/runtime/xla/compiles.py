@@ -41,13 +41,8 @@ def count_compiles() -> int:
 class XlaCompileWatch(CompileWatch):
     """Knows in which part of a run programs are compiled.
 
-    A part compiles on the first pass through it, or never. A later compile costs as much time as the first one, so it
-    prints a warning, once for each cause.
-
-    Args:
-        prints: whether this is the one process that prints.
-        warm_up: how many passes through a part may compile without a warning.
-    """
+    A part compiles on the first pass through it, or never. A later compile costs as much time as the first one, so the
+    process that `prints` warns of it, once for each cause. The first `warm_up` passes through a part cause no warning."""
 
     def __init__(self, prints: bool, warm_up: int = 1) -> None:
         self._prints = prints
@@ -120,9 +115,8 @@ class XlaCompileWatch(CompileWatch):
             kind, cause = self._cause({name for name, n in fallbacks.items() if n > self._fallbacks.get(name, 0)})
             if (self._part, kind) not in self._warned:
                 self._warned.add((self._part, kind))
-                where = (
-                    self._part if self._part == _BETWEEN else f"in the {self._part}, call {self._calls[self._part] + 1}"
-                )
+                call = f"in the {self._part}, call {self._calls[self._part] + 1}"
+                where = self._part if self._part == _BETWEEN else call
                 self._say(f"warning: XLA compiled again, {where}: {cause}", error=True)
         self._compiled, self._fallbacks, self._odd_shape = compiled, fallbacks, ""
 

@@ -39,14 +39,11 @@ _SECONDS_FOR_LAUNCHER = 10
 def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: str) -> None:
     """Call `run(*arguments)`, which makes an `XlaCpuRuntime`, in CPU_NUM_DEVICES processes; return when all are done.
 
-    Under torchrun this process already is one of the replicas.
-
-    Raises:
-        InputError: CPU_NUM_DEVICES and torchrun contradict each other, or variables of several processes are set without it.
-        SystemExit: a replica has failed, with its exit code. It has printed why, and the others are killed.
-        RunFailed: a replica was killed by a signal.
-    """
-    replicas = _count_replicas()
+    Under torchrun this process already is one of the replicas. Raises InputError if CPU_NUM_DEVICES and torchrun contradict
+    each other, or variables of several processes are set without it. Raises SystemExit with the exit code of a replica that
+    has failed: it has printed why, and the others are killed. Raises RunFailed if a replica was killed by a signal."""
+    replicas = int(os.environ.get("CPU_NUM_DEVICES", "1"))
+    os.environ["CPU_NUM_DEVICES"] = "1"  # each replica has one device
     if dist.is_torchelastic_launched():
         if replicas > 1:
             raise InputError(
@@ -75,12 +72,6 @@ def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: s
                 if process.is_alive():
                     process.kill()
                     process.join()
-
-
-def _count_replicas() -> int:
-    replicas = int(os.environ.get("CPU_NUM_DEVICES", "1"))
-    os.environ["CPU_NUM_DEVICES"] = "1"  # each replica has one device
-    return replicas
 
 
 def _wait_for_all(processes: list[Any]) -> None:
@@ -120,11 +111,11 @@ def _end_with_launcher() -> None:
 class XlaCpuRuntime(XlaRuntime):
     """Implements `base.Runtime` for one replica: one XLA:CPU device, and a gloo process group with the others."""
 
+    averages = False
+
     def __init__(self, options: XlaConfig, config: TrainConfig) -> None:
         if options.ddp:
-            raise InputError(
-                "--ddp reduces gradients on the devices, which hangs between replicas on a CPU; leave it out"
-            )
+            raise InputError("--ddp reduces gradients on the devices, which hangs between CPU replicas; leave it out")
         super().__init__(options, config)
 
     def _count(self) -> tuple[int, int, int]:
@@ -138,9 +129,6 @@ class XlaCpuRuntime(XlaRuntime):
             for parameter in model.parameters():
                 dist.broadcast(parameter.detach(), src=0)
         super().place_parameters(model)
-
-    def backward(self, loss: Tensor) -> None:
-        self._scaled(loss).backward()
 
     def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -31,11 +31,8 @@ def prepare(environment: MutableMapping[str, str]) -> None:
     """Make `environment` one in which torch_xla starts; call it before the import.
 
     On Kaggle and Colab two variables are removed. PJRT_DEVICE=CUDA becomes GPU, our name of JAX's CUDA plugin
-    (`cuda_plugin.py`): torch_xla 2.9 aborts on its own name for it.
-
-    Raises:
-        InputError: PJRT_DEVICE is missing or unknown, or names devices that do not exist.
-    """
+    (`cuda_plugin.py`): torch_xla 2.9 aborts on its own name for it. Raises InputError if PJRT_DEVICE is missing or unknown,
+    or names devices that do not exist."""
     device = environment.get("PJRT_DEVICE")
     if not device:
         raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")

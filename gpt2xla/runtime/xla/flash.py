@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch_xla
@@ -22,7 +22,7 @@ def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attent
     bf16 = not device_kind.startswith("TPU v3")
 
     def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
-        return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, _Kernels(num_heads, bf16, mesh))
+        return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, num_heads, bf16, mesh)
 
     return flash_attention
 
@@ -44,27 +44,20 @@ def why_no_flash_attention(device_kind: str, num_heads: int, head_size: int, len
     return None
 
 
-class _Kernels(NamedTuple):
-    num_heads: int
-    bf16: bool
-    mesh: xs.Mesh | None
-
-
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, kernels: _Kernels) -> Tensor:
-        ctx.kernels = kernels
-        y_BTD, log_sums = _call("forward", [q_BTD, k_BTD, v_BTD], kernels)
+    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, *kernel: Any) -> Tensor:
+        ctx.kernel = kernel
+        y_BTD, log_sums = _call("forward", [q_BTD, k_BTD, v_BTD], *kernel)
         ctx.save_for_backward(q_BTD, k_BTD, v_BTD, y_BTD, log_sums)
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_call("backward", [*ctx.saved_tensors, grads[0]], ctx.kernels), None
+        return *_call("backward", [*ctx.saved_tensors, grads[0]], *ctx.kernel), None, None, None
 
 
-def _call(direction: str, tensors: list[Tensor], kernels: _Kernels) -> list[Tensor]:
-    num_heads, bf16, mesh = kernels
+def _call(direction: str, tensors: list[Tensor], num_heads: int, bf16: bool, mesh: xs.Mesh | None) -> list[Tensor]:
     parts = tensors if mesh is None else [_part(tensor, mesh) for tensor in tensors]
     sequences, length, width = parts[0].shape
     payload, blocks = _lowered((sequences, length, num_heads, width // num_heads, bf16), direction)

@@ -11,11 +11,7 @@ _IS_FULL = ("RESOURCE_EXHAUSTED", "Out of memory allocating", "Out of memory whi
 
 
 class XlaMemory(Memory):
-    """Knows when a device of this kind is out of memory. Trying what fits would take a compile each time.
-
-    Args:
-        state_split: over how many devices weights, gradients and the optimizer's state are divided.
-    """
+    """Knows when a device of this kind is out of memory. Trying what fits would take a compile each time."""
 
     def __init__(self, device_kind: str, state_split: int = 1) -> None:
         self.device_kind, self.state_split = device_kind, state_split

@@ -1,8 +1,7 @@
 """The releases of torch_xla that this program runs on, and the torch, libtpu and jax that go with each.
 
 Every release of torch_xla is built for one torch and one libtpu. This file imports none of them. pyproject.toml's extras
-hold the same versions, so that pip keeps what a host brings: Colab's TPU image has the first release, Kaggle's the second.
-"""
+hold the same versions, so pip keeps what a host brings: Colab's TPU image has the first release, Kaggle's the second."""
 
 from __future__ import annotations
 
@@ -13,19 +12,12 @@ from typing import NamedTuple
 
 
 class Release(NamedTuple):
-    """Versions are prefixes: "0.0.21" also stands for 0.0.21.1, and "2.9" for 2.9.0+cpu.
+    """Versions are prefixes: "0.0.21" also stands for 0.0.21.1, and "2.9" for 2.9.0+cpu."""
 
-    Attributes:
-        torch: of torch and of torch_xla.
-        libtpu: the one it was built with.
-        jax: the versions that write flash attention's kernels for this libtpu; None if its compiler takes no such kernel.
-        pins: what pip installs for it, by package.
-    """
-
-    torch: str
-    libtpu: str
-    jax: str | None
-    pins: Mapping[str, str]
+    torch: str  # of torch and of torch_xla
+    libtpu: str  # the one it was built with
+    jax: str | None  # what writes flash attention's kernels for this libtpu; None if its compiler takes no such kernel
+    pins: Mapping[str, str]  # what pip installs for it, by package
 
 
 RELEASES = (

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch_xla
 import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,7 +35,7 @@ from gpt2xla.model.loss import LOGITS_AT_ONCE, chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import adam, set_matmul_precision
-from gpt2xla.runtime.precision import DevicePrecision, choose, of_xla
+from gpt2xla.runtime.precision import choose, of_xla
 from gpt2xla.runtime.torch.parallel import accumulated
 from gpt2xla.runtime.xla.compiles import XlaCompileWatch
 from gpt2xla.runtime.xla.device import XlaDevice
@@ -47,6 +48,8 @@ class XlaRuntime(XlaDevice):
     """Implements `base.Runtime` for one process, or one thread, of `torch_xla.launch`."""
 
     watch: XlaCompileWatch
+    averages = True  # whether reducing gradients gives their mean over processes, as xm.reduce_gradients and DDP do
+    mesh: xs.Mesh | None = None  # of all devices, where one process traces the program of several
 
     def __init__(self, options: XlaConfig, config: TrainConfig) -> None:
         if options.ddp and torch_xla.device_count() > 1:
@@ -57,7 +60,9 @@ class XlaRuntime(XlaDevice):
         self.options, self.train = options, config
         self.rank, self.world_size, self.devices = self._count()
         self.is_main, self.random_rank = self.rank == 0, self.rank
-        self.precision = choose(config.mixed_precision, self._device_precision())
+        attributes = xr.global_runtime_device_attributes() if xr.device_type() in ("CUDA", "GPU") else [{}]
+        there = of_xla(self.device_kind, attributes[0].get("compute_capability"))
+        self.precision = choose(config.mixed_precision, there)
         self.scaler = LossScaler(self.to_device) if self.precision.name == "fp16" else None
         self.state_options = {"max_exp_avg_sq": torch.empty(0)} if options.use_syncfree_optim else {}
         set_matmul_precision(config.matmul_precision)
@@ -80,10 +85,6 @@ class XlaRuntime(XlaDevice):
     def device_kind(self) -> str:
         """What the device calls itself, such as "TPU v3", "TPU v5 lite", or "cpu"."""
         return torch_xla._XLAC._xla_device_kind(str(self.device))
-
-    def _device_precision(self) -> DevicePrecision:
-        attributes = xr.global_runtime_device_attributes() if xr.device_type() in ("CUDA", "GPU") else [{}]
-        return of_xla(self.device_kind, attributes[0].get("compute_capability"))
 
     def seed(self, seed: int, step: int) -> None:
         super().seed(seed, step)
@@ -126,7 +127,7 @@ class XlaRuntime(XlaDevice):
             raise InputError(f"--attention flash: {flash_is_out}; leave the flag out")
         attention: dict[str, Attention] = {"chunked": partial(chunked_attention, fence=xm.optimization_barrier_)}
         if not flash_is_out:
-            attention["flash"] = self.flash_attention
+            attention["flash"] = flash_attention_for(self.device_kind, self.mesh)
         logits = self.train.train_batch_size * model.seq_length // self.devices * model.vocab_size
         return choose_kernels(
             self.train,
@@ -139,11 +140,6 @@ class XlaRuntime(XlaDevice):
             chunked_loss=partial(chunked_cross_entropy, fence=xm.optimization_barrier_),
             static_shapes=True,
         )
-
-    @property
-    def flash_attention(self) -> Attention:
-        """Flash attention for this kind of device."""
-        return flash_attention_for(self.device_kind)
 
     def _adam(self, config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
         if self.options.use_syncfree_optim:
@@ -171,10 +167,7 @@ class XlaRuntime(XlaDevice):
         return accumulated(model, sync=sync)
 
     def backward(self, loss: Tensor) -> None:
-        super().backward(loss * self.world_size)  # xm.reduce_gradients and DDP average over processes: a sum is wanted
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss * self.scaler.scale if self.scaler else loss
+        super().backward(loss * self.world_size if self.averages else loss)
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
         # A rate of exactly 0 would make the plain optimizers divide 0 by 0 where a second moment is 0, and would be another
@@ -188,14 +181,8 @@ class XlaRuntime(XlaDevice):
         if not self.options.ddp:
             xm.reduce_gradients(optimizer)
 
-    def _unscale(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if self.scaler:
-            self.scaler.unscale(model)
-
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
-        found_inf = (
-            self.scaler.follow(grad_norm) if self.scaler else (~torch.isfinite(loss + grad_norm)).to(torch.float32)
-        )
+        found_inf = self.scaler.follow(grad_norm) if self.scaler else (~torch.isfinite(loss + grad_norm)).float()
         if self.options.use_syncfree_optim:
             optimizer.step(found_inf=found_inf)  # type: ignore[call-overload]
         else:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # GradScaler's own defaults (Micikevicius et al. 2018, Mixed Precision Training, section 3.2, with growth).
 INIT_SCALE, GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL = 65536.0, 2.0, 0.5, 2000
@@ -18,9 +18,7 @@ INIT_SCALE, GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL = 65536.0, 2.0, 0.5, 
 class LossScaler:
     """Scales the loss up and the gradients down, and adapts the scale to overflows.
 
-    Args:
-        to_device: puts a host tensor on the device as data, not as a constant of the graph.
-    """
+    `to_device` puts a host tensor on the device as data, not as a constant of the graph."""
 
     def __init__(self, to_device: Callable[[Tensor], Tensor]) -> None:
         self.to_device = to_device
@@ -28,13 +26,16 @@ class LossScaler:
         self._set(INIT_SCALE, 0)
 
     def _set(self, scale: float, growth_tracker: int) -> None:
-        self.scale = self.to_device(torch.tensor(scale))
+        self._scale = self.to_device(torch.tensor(scale))
         self.growth_tracker = self.to_device(torch.tensor(growth_tracker, dtype=torch.int32))
 
-    def unscale(self, model: nn.Module) -> None:
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss * self._scale
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide every gradient by the scale, in place."""
-        inverse = 1 / self.scale
-        for parameter in model.parameters():
+        inverse = 1 / self._scale
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             if parameter.grad is not None:
                 parameter.grad.mul_(inverse)
 
@@ -46,16 +47,16 @@ class LossScaler:
         skipped = ~torch.isfinite(grad_norm)
         counted = self.growth_tracker + 1
         due = counted == self.growth_interval
-        grown = self.scale * self.growth_factor
-        larger = torch.where(due & torch.isfinite(grown), grown, self.scale)
-        self.scale.copy_(torch.where(skipped, self.scale * self.backoff_factor, larger))
+        grown = self._scale * self.growth_factor
+        larger = torch.where(due & torch.isfinite(grown), grown, self._scale)
+        self._scale.copy_(torch.where(skipped, self._scale * self.backoff_factor, larger))
         self.growth_tracker.copy_(torch.where(skipped | due, torch.zeros_like(counted), counted))
         return skipped.to(torch.float32)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in torch.amp.GradScaler's layout, so that a run moves between runtimes. Reads the device."""
         return {
-            "scale": self.scale.item(),
+            "scale": self._scale.item(),
             "growth_factor": self.growth_factor,
             "backoff_factor": self.backoff_factor,
             "growth_interval": self.growth_interval,

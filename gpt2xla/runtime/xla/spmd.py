@@ -26,9 +26,7 @@ from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
-from gpt2xla.model.kernels import Attention
 from gpt2xla.runtime import sharded_state
-from gpt2xla.runtime.xla.flash import flash_attention_for
 from gpt2xla.runtime.xla.memory import XlaMemory
 from gpt2xla.runtime.xla.runtime import XlaRuntime
 
@@ -52,13 +50,14 @@ def _kind_of_host() -> str:
         name = str(tpu.get_tpu_env()[xenv.ACCELERATOR_TYPE]).split("-")[0]
     except (OSError, KeyError, ValueError):
         return "TPU"
-    return {"v5litepod": "TPU v5 lite", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}.get(
-        name, f"TPU {name}"
-    )
+    kinds = {"v5litepod": "TPU v5 lite", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+    return kinds.get(name, f"TPU {name}")
 
 
 class SpmdRuntime(XlaRuntime):
     """Implements `base.Runtime` for one host's process; `rank` and `world_size` count hosts."""
+
+    averages = False
 
     def __init__(self, options: XlaConfig, config: TrainConfig) -> None:
         if options.ddp:
@@ -92,17 +91,10 @@ class SpmdRuntime(XlaRuntime):
         # SPMD mode has one virtual device, whose kind torch_xla cannot tell; the host's environment can.
         return _kind_of_host() if xr.device_type() == "TPU" else "cpu"
 
-    @property
-    def flash_attention(self) -> Attention:
-        return flash_attention_for(self.device_kind, self.mesh)
-
     def _send(self, batch: Batch) -> Batch:
         # With several hosts, each one's batch is its part of the whole.
         by_rows = xs.ShardingSpec(self.mesh, (_AXIS, None), minibatch=self.world_size > 1)
         return Batch(*xm.send_cpu_data_to_device(list(batch), self.device, by_rows))
-
-    def backward(self, loss: Tensor) -> None:
-        self._scaled(loss).backward()
 
     def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         pass  # they are already those of the whole batch
@@ -167,8 +159,7 @@ class SpmdRuntime(XlaRuntime):
     def _split_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Keep activations, and their gradients, in the batch's layout.
 
-        Otherwise, under --fsdp, the partitioner would follow the weights' layout, and send activations instead of weights.
-        """
+        Under --fsdp the partitioner would otherwise follow the weights' layout, and send activations, not weights."""
         if isinstance(output, Tensor) and output.dim() == 3:
             self._split_rows(output)
             if output.requires_grad:
