@@ -34,7 +34,7 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
     with user_error(f"--output-dir {output}"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        hf.save_model(partial, config, weights, settings=settings)
+        hf.save_model(partial, config, weights, settings)
         if found:
             found.save(partial)
         partial.rename(output)

@@ -91,9 +91,7 @@ def from_hf_config(values: dict[str, Any]) -> ModelConfig:
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the contents of `config.json`, without ids of special tokens. Hugging Face keeps keys that it does not know."""
-    own: dict[str, Any] = {"gpt2xla_bias": config.bias}
-    if config.vocab_padding:
-        own["gpt2xla_vocab_size"] = config.vocab_size
+    padding = {"gpt2xla_vocab_size": config.vocab_size} if config.vocab_padding else {}
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -111,7 +109,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": config.layer_norm_eps,
         "tie_word_embeddings": config.tie_weights,
         "torch_dtype": "float32",
-        **own,
+        "gpt2xla_bias": config.bias,
+        **padding,
     }
 
 
