@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.opening import TrainingData
@@ -17,12 +17,6 @@ from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime import memory
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop, Stopped
-
-
-class _Evaluation(NamedTuple):
-    name: str
-    interval: int
-    run: Callable[[], dict[str, Any]]
 
 
 class Evaluations:
@@ -52,20 +46,22 @@ class Evaluations:
             self.validation = validator.run()
             return self.validation.line()
 
-        self._evaluations = [_Evaluation("validation", config.train.valid_interval, validate)]
+        # The name of each evaluation, its interval in steps, and what makes it.
+        self._all: list[tuple[str, int, Callable[[], dict[str, Any]]]]
+        self._all = [("validation", config.train.valid_interval, validate)]
         if interval := config.train.hellaswag_interval:
             hellaswag = _open_hellaswag(config, runtime, model, data, stop)
-            self._evaluations.append(_Evaluation("HellaSwag", interval, lambda: hellaswag.run().line()))
+            self._all.append(("HellaSwag", interval, lambda: hellaswag.run().line()))
         if interval := config.train.sample_interval:
             sampler = Sampler(config, model, data.tokenizer, settings, runtime)
-            self._evaluations.append(_Evaluation("sampling", interval, lambda: {"sample": sampler.run()}))
+            self._all.append(("sampling", interval, lambda: {"sample": sampler.run()}))
 
     def run(self, step: int, log: Callable[[int, dict[str, Any]], None]) -> bool:
         """Make the evaluations that are due after `step`, and give `log` the step and each result.
 
         Return False if all processes agreed to stop meanwhile.
         """
-        for name, interval, evaluate in self._evaluations:
+        for name, interval, evaluate in self._all:
             if is_due(interval, step, self.config.train_steps):
                 self.runtime.wait()
                 try:

@@ -26,17 +26,16 @@ def move(model: GPT2, name: str, dtype: str) -> Device:
     """
     if dtype == "bf16":
         model.to(torch.bfloat16)
-    device = _xla_device() if name == "xla" else _torch_device(name)
+    if name == "xla":
+        with importing_torch_xla():
+            from gpt2xla.runtime.xla.device import XlaDevice
+        device: OneDevice = XlaDevice()
+    else:
+        device = _torch_device(name)
     device.setup_model(model)
     if device.device.type == "cpu" and (reason := pack_linears(model)):
         print(f"note: generating with torch's own matrix products, half as fast: {reason}", file=sys.stderr)
     return device
-
-
-def _xla_device() -> OneDevice:
-    with importing_torch_xla():
-        from gpt2xla.runtime.xla.device import XlaDevice
-    return XlaDevice()
 
 
 def _torch_device(name: str) -> OneDevice:

@@ -133,16 +133,13 @@ def _is_broken(stream: TextIO) -> bool:
 
 
 def _is_first_to_report() -> bool:
-    file = os.environ.get(REPORT_ONCE) or _file_of_torchrun()
+    file: str | Path | None = os.environ.get(REPORT_ONCE)
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file and own and Path(own).parent.is_dir():
+        file = Path(own).parents[1] / "gpt2xla-reported"  # all processes of this torchrun have their folders there
     try:
         if file:
             os.close(os.open(file, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
-
-
-def _file_of_torchrun() -> Path | None:
-    """Return a path that all processes started by this torchrun share, beside their own folders."""
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(own).parents[1] / "gpt2xla-reported" if own and Path(own).parent.is_dir() else None

@@ -60,27 +60,18 @@ class RunLog:
 
         def log(loss: float, grad_norm: float) -> None:
             self._count_skipped(step, loss, grad_norm)
-            self._write(
-                step,
-                {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-                | self.throughput.step()
-                | {
-                    "compiles": self.runtime.watch.programs(),
-                    "trace_ms": trace_ms,
-                    "skipped": self.skipped,
-                    "time": time.time(),
-                },
-            )
+            values = {
+                "loss": loss, "lr": lr, "grad_norm": grad_norm, **self.throughput.step(),
+                "compiles": self.runtime.watch.programs(), "trace_ms": trace_ms, "skipped": self.skipped,
+                "time": time.time(),
+            }  # fmt: skip
+            self._write(step, values)
 
         return log
 
     def evaluation_line(self, step: int, values: dict[str, Any]) -> None:
         """Log the result of an evaluation after `step`."""
         self._write(step, values)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Do not count the time since the last step as training."""
         self.throughput.restart()
 
     def close(self) -> None:
