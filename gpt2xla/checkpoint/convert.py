@@ -19,10 +19,7 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
     """Write the model `name`, as --from-checkpoint understands it, to the new folder `output`, in fp32.
 
     The folder gets the requested tokenizer, otherwise the one beside the model, if there is one. The model's generation
-    settings are kept.
-
-    Raises:
-        InputError: there is no such model, its tokenizer does not fit, or `output` exists already.
+    settings are kept. Raises InputError if there is no such model, its tokenizer does not fit, or `output` exists already.
     """
     if output.exists():
         raise InputError(f"--output-dir {output} exists already; choose another, or move it away")

@@ -50,8 +50,7 @@ def save(
         weights: by our parameter names, on the CPU.
         shards: the folder with the part of the training state that `sharded_state` wrote. If it exists, it is moved in.
 
-    Raises OSError if the checkpoint could not be written. Nothing is left of it then.
-    """
+    Raises OSError if the checkpoint could not be written. Nothing is left of it then."""
     final = step_folder(root, training["step"])
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -111,8 +110,7 @@ def prepare_folder(root: Path, step: int) -> list[str]:
     """Make `root` ready for a run that continues after `step`, and return lines for the user.
 
     Leftovers of interrupted writes are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so
-    that no later start takes them for this run's.
-    """
+    that no later start takes them for this run's."""
     for partial in root.glob(".*.partial"):
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -125,11 +123,8 @@ def prepare_folder(root: Path, step: int) -> list[str]:
 
 
 def prune(root: Path, newest: Path, limit: int) -> None:
-    """Delete the oldest checkpoints so that `limit` remain (0: keep all).
-
-    Raises:
-        OSError: `newest` is damaged, so nothing was deleted.
-    """
+    """Delete the oldest checkpoints so that `limit` remain (0: keep all). If `newest` is damaged, this deletes nothing and
+    raises OSError."""
     old = [folder for folder in list_checkpoints(root) if folder < newest]
     surplus = old[: max(0, len(old) + 1 - limit)] if limit else []
     if surplus and not (problem := find_damage(newest)):

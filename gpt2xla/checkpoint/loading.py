@@ -23,11 +23,7 @@ from gpt2xla.model.gpt2 import GPT2
 
 def locate(name: str) -> Path:
     """Return the folder or file that a user's `name` means: a path, the newest checkpoint in a folder of checkpoints, an
-    OpenAI size or a hub id.
-
-    Raises:
-        InputError: there is no such model.
-    """
+    OpenAI size or a hub id. Raises InputError if there is no such model."""
     if not name:
         raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
     path = Path(name)
@@ -64,11 +60,8 @@ def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:
     """Return the model with these weights, on the CPU, in fp32. It is filled tensor by tensor: there is one copy of them.
 
-    A vocabulary that `config` pads gets rows of zeros, and positions beyond those of `config` are left out.
-
-    Raises:
-        InputError: `source` cannot be read.
-    """
+    A vocabulary that `config` pads gets rows of zeros, and positions beyond those of `config` are left out. Raises
+    InputError if `source` cannot be read."""
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device="cpu")

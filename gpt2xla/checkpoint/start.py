@@ -41,8 +41,7 @@ class Start:
         source: the checkpoint folder or file; None for new weights.
         weights: the source's weights, still on disk; None for new weights.
         training: the training state that `checkpoint.save` stored; None if a new run begins at step 0.
-        notes: lines for the user, about damaged checkpoints that were skipped and options that changed.
-    """
+        notes: lines for the user, about damaged checkpoints that were skipped and options that changed."""
 
     config: RunConfig
     source: Path | None = None
@@ -78,11 +77,8 @@ class Start:
 def find_start(config: RunConfig) -> Start:
     """Decide by --resume and --from-checkpoint where the run begins, and load it.
 
-    A resumed run keeps its options, except those that the user sets again.
-
-    Raises:
-        InputError: the requested checkpoint is missing, damaged, or contradicts the flags.
-    """
+    A resumed run keeps its options, except those that the user sets again. Raises InputError if the requested checkpoint is
+    missing, damaged, or contradicts the flags."""
     notes: list[str] = []
     with user_error(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
         source, continues = _choose(config.general, notes)

@@ -25,9 +25,7 @@ class Evaluations:
     Attributes:
         validation: the last result of validation; None before the first.
 
-    Raises:
-        InputError: HellaSwag's items or the sample prompt cannot be used.
-    """
+    Raises InputError if HellaSwag's items or the sample prompt cannot be used."""
 
     def __init__(
         self,
@@ -59,8 +57,7 @@ class Evaluations:
     def run(self, step: int, log: Callable[[int, dict[str, Any]], None]) -> bool:
         """Make the evaluations that are due after `step`, and give `log` the step and each result.
 
-        Return False if all processes agreed to stop meanwhile.
-        """
+        Return False if all processes agreed to stop meanwhile."""
         for name, interval, evaluate in self._all:
             if is_due(interval, step, self.config.train_steps):
                 self.runtime.wait()

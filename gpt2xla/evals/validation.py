@@ -25,8 +25,7 @@ class Validation(NamedTuple):
         loss: the mean token loss, in nats.
         standard_error: of `loss`, taking windows as independent draws; None for a single window.
         tokens, windows: how many were counted.
-        bits_per_byte: of the text; None if the split's manifest does not say how many bytes it has.
-    """
+        bits_per_byte: of the text; None if the split's manifest does not say how many bytes it has."""
 
     loss: float
     standard_error: float | None

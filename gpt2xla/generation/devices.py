@@ -21,9 +21,7 @@ def move(model: GPT2, name: str, dtype: str) -> Device:
         name: auto, cpu, cuda, mps or xla, as --device says.
         dtype: fp32 or bf16: the type of the weights and of all that is computed from them.
 
-    Raises:
-        InputError: there is no such device.
-    """
+    Raises InputError if there is no such device."""
     if dtype == "bf16":
         model.to(torch.bfloat16)
     if name == "xla":

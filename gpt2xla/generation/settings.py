@@ -24,8 +24,7 @@ class GenerationSettings:
 
     Attributes:
         config: the ids of special tokens and task_specific_params from `config.json`.
-        generation: all of `generation_config.json`; None if there is no such file.
-    """
+        generation: all of `generation_config.json`; None if there is no such file."""
 
     config: dict[str, Any]
     generation: dict[str, Any] | None
@@ -58,8 +57,7 @@ class GenerationSettings:
     def stop_ids(self, default: int | None) -> frozenset[int]:
         """Return the ids that end a text: eos_token_id of `generation_config.json`, else of `config.json`, else `default`.
 
-        An id that the model does not have, such as -1, counts as stated and ends nothing, as in transformers.
-        """
+        An id that the model does not have, such as -1, counts as stated and ends nothing, as in transformers."""
         stated = next(self._stated("eos_token_id"), default)
         return frozenset(filter(_is_id, stated if isinstance(stated, list) else [stated]))
 

@@ -21,8 +21,7 @@ class Progress:
     Args:
         name: names the work.
         batches: number of batches to do. If None, only the time is shown.
-        shown: whether this process prints.
-    """
+        shown: whether this process prints."""
 
     def __init__(self, name: str, batches: int | None, shown: bool) -> None:
         self._name, self._batches = name, batches

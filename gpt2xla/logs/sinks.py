@@ -33,8 +33,7 @@ class JsonlSink:
     full, lines wait in memory.
 
     A resumed run first drops the lines that a crashed one wrote after its last checkpoint, so that no step appears twice. It
-    also drops the evaluations of the checkpoint's step, unless they are complete.
-    """
+    also drops the evaluations of the checkpoint's step, unless they are complete."""
 
     def __init__(self, file: Path, resumed_step: int | None = None, is_evaluated: bool = True) -> None:
         if resumed_step is not None and file.exists():
@@ -105,8 +104,7 @@ class ConsoleSink:
 class Throughput:
     """Measures tokens per second and model FLOPs utilisation (MFU) of each step, from the times at which steps finish.
 
-    MFU is the share of the devices' peak rate that the model's own arithmetic uses (`GPT2.flops_per_token`).
-    """
+    MFU is the share of the devices' peak rate that the model's own arithmetic uses (`GPT2.flops_per_token`)."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
         self.tokens_per_step, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops

@@ -30,8 +30,7 @@ class WandbSink:
 
     Args:
         folder: the run's folder.
-        run_id: the id in the checkpoint. It is used if the folder has none.
-    """
+        run_id: the id in the checkpoint. It is used if the folder has none."""
 
     def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
         options = config.wandb

@@ -66,8 +66,7 @@ def exit_now_on_signal(code: int) -> int:
 def report(error: BaseException) -> int:
     """Print what went wrong and return the exit code for it.
 
-    Prints nothing if the reader of our output has exited; the code is then that of a program ended by SIGPIPE.
-    """
+    Prints nothing if the reader of our output has exited; the code is then that of a program ended by SIGPIPE."""
     if _has_no_reader(error):
         _silence()
         return _NO_READER
@@ -103,8 +102,7 @@ def _is_disk_full(error: BaseException) -> bool:
 def _open_closed_streams() -> None:
     """Open closed standard streams (as `>&-` leaves them) on /dev/null.
 
-    Otherwise the next files that the program opens would take their numbers, and receive what libraries print.
-    """
+    Otherwise the next files that the program opens would take their numbers, and receive what libraries print."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)

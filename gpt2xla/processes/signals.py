@@ -28,8 +28,7 @@ class StopSignals:
 
     Attributes:
         received: name of the signal that requested the stop; None before.
-        is_handled: whether a trainer has promised to act on `received`.
-    """
+        is_handled: whether a trainer has promised to act on `received`."""
 
     def __init__(self) -> None:
         self.received: str | None = None

@@ -40,8 +40,7 @@ def pretrain(
 
     Raises:
         InputError: data, checkpoint and options do not fit together. Nothing has been written.
-        RunFailed: the loss is no longer a number, memory ran out, or a checkpoint cannot be written.
-    """
+        RunFailed: the loss is no longer a number, memory ran out, or a checkpoint cannot be written."""
     if not config.general.do_test:
         with user_error(_flag(config)):
             refuse_if_locked(*_lock(config))  # by a run that is changing what is read now
@@ -80,8 +79,7 @@ def _open(
 ) -> Callable[[], None]:
     """Open all that training needs, and return the function that trains.
 
-    The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right.
-    """
+    The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right."""
     config, folder = start.config, Path(start.config.general.checkpoints_dir)
     data = TrainingData.open(config, start.source, runtime.rank, runtime.world_size, runtime.devices)
     if start.training and start.source:

@@ -24,8 +24,7 @@ class RunLog:
     """Writes a run's lines to its sinks, which only the main process has. `open` makes it.
 
     Attributes:
-        skipped: updates left out so far because their loss or gradient was not finite.
-    """
+        skipped: updates left out so far because their loss or gradient was not finite."""
 
     def __init__(
         self, config: TrainConfig, runtime: Runtime, order: TrainingOrder, throughput: Throughput, skipped: int = 0
@@ -88,8 +87,7 @@ class RunLog:
 
         All processes see the same values, so all fail at the same step. A save waits until all earlier steps are counted, so
         nothing is saved afterwards. With fp16 the scaler skips an update whose gradient overflowed, which is normal, and
-        halves its scale; only after many of them in a row is something else wrong.
-        """
+        halves its scale; only after many of them in a row is something else wrong."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._overflows = 0
             return

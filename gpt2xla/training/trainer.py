@@ -40,9 +40,7 @@ class Trainer:
             first_step: updates already made.
             is_evaluated: whether the evaluations due after them are done.
 
-        Raises:
-            RunFailed: the last checkpoint could not be written, the loss is no longer a number, or memory ran out.
-        """
+        Raises RunFailed if the last checkpoint could not be written, the loss is no longer a number, or memory ran out."""
         try:
             step = self._loop(first_step, is_evaluated)
         finally:
@@ -98,7 +96,7 @@ class Trainer:
         """Advise a batch that fits, tried on this device where that is cheap."""
         runtime, train_step = self.runtime, self.train_step
 
-        def fits(sequences: int) -> bool:
+        def fits(sequences: int) -> bool | None:
             return runtime.memory.has_room_for(partial(train_step.rehearse, sequences))
 
         return memory.train_advice(shortage, self.config, runtime.devices, train_step.model.num_parameters(), fits)

@@ -39,11 +39,8 @@ _OTHER_FUNCTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Return the configuration in the folder's `config.json`, and lines for the user about differences to it.
-
-    Raises:
-        InputError: there is no `config.json`, or its model is not a GPT-2 that `gpt2.py` supports.
-    """
+    """Return the configuration in the folder's `config.json`, and lines for the user about differences to it. Raises
+    InputError if there is no `config.json`, or its model is not a GPT-2 that `gpt2.py` supports."""
     file = folder / "config.json"
     try:
         values = read_json(file)

@@ -52,11 +52,8 @@ def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], s
 
 
 def load_model(folder: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Return configuration and weights of a Hugging Face GPT-2 folder. The weights may be in parts with an index.
-
-    Raises:
-        InputError: the folder does not hold a GPT-2 that is supported here, or no weights.
-    """
+    """Return configuration and weights of a Hugging Face GPT-2 folder. The weights may be in parts with an index. Raises
+    InputError if the folder does not hold a GPT-2 that is supported here, or no weights."""
     if (folder / "adapter_config.json").exists():
         raise InputError(
             f"{folder} is a LoRA or other PEFT adapter, not a whole model; merge it into its base model with peft "
@@ -71,11 +68,8 @@ def load_model(folder: Path) -> tuple[ModelConfig, StoredWeights]:
 def weights_in(
     files: list[Path], source: Path, config: ModelConfig, notes: tuple[str, ...]
 ) -> tuple[ModelConfig, StoredWeights]:
-    """Return the weights in these files of `source`, and `config`, with biases if the weights have any.
-
-    Raises:
-        InputError: a file is damaged, or its tensors do not fit the configuration.
-    """
+    """Return the weights in these files of `source`, and `config`, with biases if the weights have any. Raises InputError if
+    a file is damaged, or its tensors do not fit the configuration."""
     stored = {name: tensor for file in files for name, tensor in _stored(file).items()}
     tensors = in_our_names(stored, source)
     if not config.bias:
@@ -146,11 +140,8 @@ def _read(file: Path, name: str) -> Tensor:
 def find_folder(name: str) -> Path:
     """Return a local folder as it is; look any other name up on the Hugging Face hub and fetch it into the hub's cache.
 
-    Every process of a host may call this at once, before there is a runtime: one of them fetches, the others wait.
-
-    Raises:
-        InputError: there is neither such a folder nor, as far as can be seen from here, such a model.
-    """
+    Every process of a host may call this at once, before there is a runtime: one of them fetches, the others wait. Raises
+    InputError if there is neither such a folder nor, as far as can be seen from here, such a model."""
     if Path(name).is_dir():
         return Path(name)
     hub_id = f"openai-community/{name}" if name in PRESETS else name

@@ -25,8 +25,7 @@ class StoredTensor:
         name: the name in the file.
         shape: the shape that `read` returns.
         dtype: the file's name for the type if torch has no such type.
-        read: returns the tensor, possibly as a view of the mapped file.
-    """
+        read: returns the tensor, possibly as a view of the mapped file."""
 
     name: str
     shape: torch.Size
@@ -47,9 +46,7 @@ class StoredWeights(Mapping[str, Tensor]):
         source: the file or folder, for messages.
         notes: lines for the user about how the weights are read.
 
-    Raises:
-        InputError: these are not the tensors of such a model. The message names the first one that is wrong.
-    """
+    Raises InputError if these are not the tensors of such a model. The message names the first one that is wrong."""
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, StoredTensor], source: Path, notes: tuple[str, ...] = ()

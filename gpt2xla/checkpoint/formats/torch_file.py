@@ -18,8 +18,7 @@ from gpt2xla.errors import InputError
 
 class PlainConfig:
     """Stands in for a pickled `GPTConfig`, a dataclass of numbers that build-nanogpt and others save with a model. It only
-    keeps the state that the file gives it.
-    """
+    keeps the state that the file gives it."""
 
     state: Any = None
 
@@ -30,11 +29,8 @@ class PlainConfig:
 def load_plain(file: Path, mapped: bool = False) -> Any:
     """Return the file's contents: tensors, plain values and PlainConfigs.
 
-    With `mapped`, tensors stay on disk until they are used, if the format allows it.
-
-    Raises:
-        InputError: the file is damaged, or holds other objects. None of them is created.
-    """
+    With `mapped`, tensors stay on disk until they are used, if the format allows it. Raises InputError if the file is
+    damaged, or holds other objects. None of them is created."""
     try:
         is_zip = zipfile.is_zipfile(file)  # torch's older format is not, and must be read whole
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if is_zip else []
