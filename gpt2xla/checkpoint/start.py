@@ -34,20 +34,13 @@ _RESIZED = ("vocab_size", "seq_length")
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with.
+    """What a run begins with."""
 
-    Attributes:
-        config: the run's options. Those that the user did not set come from the checkpoint.
-        source: the checkpoint folder or file; None for new weights.
-        weights: the source's weights, still on disk; None for new weights.
-        training: the training state that `checkpoint.save` stored; None if a new run begins at step 0.
-        notes: lines for the user, about damaged checkpoints that were skipped and options that changed."""
-
-    config: RunConfig
-    source: Path | None = None
-    weights: StoredWeights | None = None
-    training: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
+    config: RunConfig  # options that the user did not set come from the checkpoint
+    source: Path | None = None  # the checkpoint folder or file; None for new weights
+    weights: StoredWeights | None = None  # the source's weights, still on disk; None for new weights
+    training: dict[str, Any] | None = None  # what `checkpoint.save` stored; None if a new run begins at step 0
+    notes: tuple[str, ...] = ()  # for the user: damaged checkpoints that were skipped, and options that changed
 
     @property
     def step(self) -> int:

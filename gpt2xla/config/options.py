@@ -77,14 +77,10 @@ def expanded(path: str) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a dataclass.
-
-    Attributes:
-        kind: the type of its value, without the None that a default may be.
-        is_path, aliases, joins: see `option`."""
+    """One option of a dataclass. For `is_path`, `aliases` and `joins` see `option`."""
 
     name: str
-    kind: Any
+    kind: Any  # the type of its value, without the None that a default may be
     default: Any
     help: str
     is_path: bool

@@ -40,35 +40,22 @@ class Item(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """Items as tokens: four rows for each item, one for each ending.
+    """Items as tokens: four rows for each item, one for each ending."""
 
-    Attributes:
-        rows: the tokens of context and ending, at most seq_length + 1: the last one is only predicted.
-        ending_tokens: how many tokens at the end of each row belong to the ending.
-        ending_characters: (items, 4), the length of each ending's text.
-        labels: (items), which ending is the right one.
-        seq_length: of the model."""
-
-    rows: list[list[int]]
-    ending_tokens: list[int]
-    ending_characters: np.ndarray
-    labels: np.ndarray
-    seq_length: int
+    rows: list[list[int]]  # the tokens of context and ending, at most seq_length + 1: the last one is only predicted
+    ending_tokens: list[int]  # how many tokens at the end of each row belong to the ending
+    ending_characters: np.ndarray  # (items, 4), the length of each ending's text
+    labels: np.ndarray  # (items), which ending is the right one
+    seq_length: int  # of the model
 
 
 class Accuracy(NamedTuple):
-    """How many endings the model got right.
+    """How many endings the model got right."""
 
-    Attributes:
-        acc: share of the items whose right ending has the highest sum of log-probabilities.
-        acc_norm: the same with each sum divided by the ending's number of characters.
-        items: how many were asked.
-        log_probabilities: (items, 4), in nats."""
-
-    acc: float
-    acc_norm: float
-    items: int
-    log_probabilities: np.ndarray
+    acc: float  # share of the items whose right ending has the highest sum of log-probabilities
+    acc_norm: float  # the same with each sum divided by the ending's number of characters
+    items: int  # how many were asked
+    log_probabilities: np.ndarray  # (items, 4), in nats
 
     def line(self) -> dict[str, Any]:
         """Return what a run logs of it."""

@@ -20,12 +20,8 @@ from gpt2xla.runtime.stop import Stop, Stopped
 
 
 class Evaluations:
-    """The evaluations of a run. They are opened before it writes anything, so that wrong input shows at once.
-
-    Attributes:
-        validation: the last result of validation; None before the first.
-
-    Raises InputError if HellaSwag's items or the sample prompt cannot be used."""
+    """The evaluations of a run. They are opened before it writes anything, so that wrong input shows at once:
+    InputError is raised if HellaSwag's items or the sample prompt cannot be used."""
 
     def __init__(
         self,
@@ -37,7 +33,7 @@ class Evaluations:
         stop: Stop,
     ) -> None:
         self.config, self.runtime = config.train, runtime
-        self.validation: Validation | None = None
+        self.validation: Validation | None = None  # the last result
         validator = Validator(config, data.validation, model, runtime, stop=stop)
 
         def validate() -> dict[str, Any]:

@@ -21,16 +21,13 @@ _MOST_OVERFLOWS = 40  # in a row: as many halvings take fp16's first scale from 
 
 
 class RunLog:
-    """Writes a run's lines to its sinks, which only the main process has. `open` makes it.
-
-    Attributes:
-        skipped: updates left out so far because their loss or gradient was not finite."""
+    """Writes a run's lines to its sinks, which only the main process has. `open` makes it."""
 
     def __init__(
         self, config: TrainConfig, runtime: Runtime, order: TrainingOrder, throughput: Throughput, skipped: int = 0
     ) -> None:
         self.config, self.runtime, self.order, self.throughput = config, runtime, order, throughput
-        self.skipped = skipped
+        self.skipped = skipped  # updates left out so far because their loss or gradient was not finite
         self.sinks: list[Sink] = []
         self._wandb: WandbSink | None = None
         self._overflows = 0  # in a row

@@ -19,18 +19,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor by its file's header.
+    """A tensor by its file's header."""
 
-    Attributes:
-        name: the name in the file.
-        shape: the shape that `read` returns.
-        dtype: the file's name for the type if torch has no such type.
-        read: returns the tensor, possibly as a view of the mapped file."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype | str
-    read: Callable[[], Tensor]
+    name: str  # in the file
+    shape: torch.Size  # of what `read` returns
+    dtype: torch.dtype | str  # the file's name for the type if torch has no such type
+    read: Callable[[], Tensor]  # returns the tensor, possibly as a view of the mapped file
 
     def transposed(self) -> StoredTensor:
         return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().t())
