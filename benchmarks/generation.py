@@ -31,6 +31,7 @@ from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.packed_linear import pack_linears
 from gpt2xla.generation.sampling import GREEDY
+from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 
 PROMPT_TOKENS, NEW_TOKENS = 20, 100
@@ -135,7 +136,7 @@ def main() -> None:
     model.init_weights(generator)
     prompt = torch.randint(0, config.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
     with tempfile.TemporaryDirectory() as folder:
-        hf.save_model(Path(folder), config, model.state_dict(), eot_id=None)
+        hf.save_model(Path(folder), config, model.state_dict(), GenerationSettings.ending_with(None))
         del model
         dtypes = {name: measure(Path(folder), name, prompt, rounds) for name in DTYPES}
     results = {

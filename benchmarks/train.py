@@ -33,6 +33,7 @@ import transformers
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import PRESETS, ModelConfig
+from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.logs.peak_flops import named_peak_flops
 from gpt2xla.model.gpt2 import GPT2
 
@@ -113,7 +114,7 @@ def measure(args: argparse.Namespace, chosen: list[Contender], size: str, precis
     model = GPT2(config)
     model.init_weights(torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as name:
-        hf.save_model(Path(name), config, model.state_dict(), eot_id=None)
+        hf.save_model(Path(name), config, model.state_dict(), GenerationSettings.ending_with(None))
         flops = model.flops_per_token()
         del model
         profiled = Running(chosen[0], Path(name), batch, precision, args.device, "--profile")

@@ -49,11 +49,8 @@ class SourceConfig:
 def parse_run(
     runtime_group: type[Options], argv: Sequence[str] | None = None, description: str = _PRETRAIN
 ) -> tuple[RunConfig, Options]:
-    """Return the run and the runner's own options that `argv` asks for; by default, the process's arguments.
-
-    Raises:
-        InputError: a flag, preset or file is wrong.
-    """
+    """Return the run and the runner's own options that `argv` asks for; by default, the process's arguments. Raises
+    InputError if a flag, preset or file is wrong."""
     groups = (SourceConfig, *GROUPS.values(), runtime_group)
     given = _parse(groups, description, argv)
     options: dict[str, Any] = {}

@@ -17,8 +17,7 @@ def read_json(file: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON in UTF-8, or is nested too deeply.
-    """
+        ValueError: it is not JSON in UTF-8, or is nested too deeply."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
@@ -28,11 +27,8 @@ def read_json(file: Path) -> Any:
 
 
 def read_json_object(file: Path) -> dict[str, Any] | None:
-    """Return the options in a model's or tokenizer's JSON file; None if there is no such file.
-
-    Raises:
-        InputError: it cannot be read, or does not hold a JSON object.
-    """
+    """Return the options in a model's or tokenizer's JSON file; None if there is no such file. Raises InputError if it
+    cannot be read, or does not hold a JSON object."""
     try:
         values = read_json(file)
     except FileNotFoundError:
@@ -47,8 +43,7 @@ def read_json_object(file: Path) -> dict[str, Any] | None:
 def write_whole(file: Path, content: bytes | str) -> None:
     """Write `file` so that a reader, or a crash, finds the old content or the new one, never a part.
 
-    Several threads or processes may write the same file at once; one of them wins.
-    """
+    Several threads or processes may write the same file at once; one of them wins."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with partial.open("wb") as stream:

@@ -19,10 +19,7 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
     """Write the model `name`, as --from-checkpoint understands it, to the new folder `output`, in fp32.
 
     The folder gets the requested tokenizer, otherwise the one beside the model, if there is one. The model's generation
-    settings are kept.
-
-    Raises:
-        InputError: there is no such model, its tokenizer does not fit, or `output` exists already.
+    settings are kept. Raises InputError if there is no such model, its tokenizer does not fit, or `output` exists already.
     """
     if output.exists():
         raise InputError(f"--output-dir {output} exists already; choose another, or move it away")
@@ -34,7 +31,7 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
     with user_error(f"--output-dir {output}"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        hf.save_model(partial, config, weights, settings=settings)
+        hf.save_model(partial, config, weights, settings)
         if found:
             found.save(partial)
         partial.rename(output)

@@ -39,8 +39,8 @@ def save(
     weights: dict[str, Tensor],
     training: dict[str, Any],
     tokenizer: Tokenizer | None,
-    settings: GenerationSettings | None = None,
-    shards: Path | None = None,
+    settings: GenerationSettings,
+    shards: Path,
 ) -> Path:
     """Write `step-XXXXXXXX` under `root` for `training["step"]`; return it once it is safely on disk.
 
@@ -48,55 +48,36 @@ def save(
 
     Args:
         weights: by our parameter names, on the CPU.
-        settings: generation settings; default: the tokenizer's.
-        shards: a folder with the part of the training state that `sharded_state` wrote. If it exists, it is moved in.
+        shards: the folder with the part of the training state that `sharded_state` wrote. If it exists, it is moved in.
 
-    Raises:
-        OSError: the checkpoint could not be written. Nothing is left of it.
-    """
+    Raises OSError if the checkpoint could not be written. Nothing is left of it then."""
     final = step_folder(root, training["step"])
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write(partial, config, weights, training, tokenizer, settings, shards)
+        hf.save_model(partial, config.model, weights, settings)
+        if tokenizer:
+            tokenizer.save(partial)
+        with (partial / TRAINING_STATE).open("wb") as state:  # given a path, torch would hide the error of the disk
+            torch.save(training, state)
+        if shards.is_dir():
+            shards.rename(partial / SHARDS)
+        write_run_config(partial, config)
+        seal(partial, training["step"])
+        for file in [*partial.rglob("*"), partial]:
+            _fsync(file)
         if final.exists():
             _set_aside(final)
         os.rename(partial, final)
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors raise their own errors on a full disk
+    # On a full disk, torch and safetensors raise their own errors.
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if shards:
-            shutil.rmtree(shards, ignore_errors=True)
+        shutil.rmtree(shards, ignore_errors=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{final} could not be saved: {cause}") from None
     _fsync(root)
     return final
-
-
-def _write(
-    folder: Path,
-    config: RunConfig,
-    weights: dict[str, Tensor],
-    training: dict[str, Any],
-    tokenizer: Tokenizer | None,
-    settings: GenerationSettings | None,
-    shards: Path | None,
-) -> None:
-    hf.save_model(folder, config.model, weights, settings=settings or GenerationSettings.of(tokenizer))
-    if tokenizer:
-        tokenizer.save(folder)
-    with (folder / TRAINING_STATE).open("wb") as state:  # given a path, torch would hide the error of the disk
-        torch.save(training, state)
-    if shards and shards.is_dir():
-        shards.rename(folder / SHARDS)
-    write_run_config(folder, config)
-    seal(folder, training["step"])
-    for file in [*folder.rglob("*"), folder]:
-        _fsync(file)
 
 
 def seal(folder: Path, step: int) -> None:
@@ -129,8 +110,7 @@ def prepare_folder(root: Path, step: int) -> list[str]:
     """Make `root` ready for a run that continues after `step`, and return lines for the user.
 
     Leftovers of interrupted writes are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so
-    that no later start takes them for this run's.
-    """
+    that no later start takes them for this run's."""
     for partial in root.glob(".*.partial"):
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -143,11 +123,8 @@ def prepare_folder(root: Path, step: int) -> list[str]:
 
 
 def prune(root: Path, newest: Path, limit: int) -> None:
-    """Delete the oldest checkpoints so that `limit` remain (0: keep all).
-
-    Raises:
-        OSError: `newest` is damaged, so nothing was deleted.
-    """
+    """Delete the oldest checkpoints so that `limit` remain (0: keep all). If `newest` is damaged, this deletes nothing and
+    raises OSError."""
     old = [folder for folder in list_checkpoints(root) if folder < newest]
     surplus = old[: max(0, len(old) + 1 - limit)] if limit else []
     if surplus and not (problem := find_damage(newest)):

@@ -23,11 +23,7 @@ from gpt2xla.model.gpt2 import GPT2
 
 def locate(name: str) -> Path:
     """Return the folder or file that a user's `name` means: a path, the newest checkpoint in a folder of checkpoints, an
-    OpenAI size or a hub id.
-
-    Raises:
-        InputError: there is no such model.
-    """
+    OpenAI size or a hub id. Raises InputError if there is no such model."""
     if not name:
         raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
     path = Path(name)
@@ -48,32 +44,24 @@ def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:
     kind = kind_of(source)
     if kind == "llm.c":
         return load_llmc_model(source)
-    return load_pt_model(source) if kind == "torch" else _load_safetensors(source)
-
-
-def _load_safetensors(file: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Read the file by the `config.json` beside it.
-
-    Without one it is refused, even if the shapes are GPT-2's: models of equal shapes may differ in other ways, as Stanford's
-    do in the scale of their attention.
-    """
-    if not (file.parent / "config.json").is_file():
+    if kind == "torch":
+        return load_pt_model(source)
+    # Shapes alone do not tell: models of equal shapes may differ in other ways, as Stanford's do in the scale of their
+    # attention.
+    if not (source.parent / "config.json").is_file():
         raise InputError(
-            f"{file} holds only weights, and there is no config.json beside it: weights do not show the number of heads or "
-            "the activation; copy the model's config.json there"
+            f"{source} holds only weights, and there is no config.json beside it: weights do not show the number of heads "
+            "or the activation; copy the model's config.json there"
         )
-    config, notes = read_config(file.parent)
-    return hf.weights_in([file], file, config, notes)
+    config, notes = read_config(source.parent)
+    return hf.weights_in([source], source, config, notes)
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path) -> GPT2:
     """Return the model with these weights, on the CPU, in fp32. It is filled tensor by tensor: there is one copy of them.
 
-    A vocabulary that `config` pads gets rows of zeros, and positions beyond those of `config` are left out.
-
-    Raises:
-        InputError: `source` cannot be read.
-    """
+    A vocabulary that `config` pads gets rows of zeros, and positions beyond those of `config` are left out. Raises
+    InputError if `source` cannot be read."""
     with torch.device("meta"):
         model = GPT2(config)
     model.to_empty(device="cpu")

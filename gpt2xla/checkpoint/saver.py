@@ -26,8 +26,7 @@ class Saver:
 
     Args:
         run_state: returns what a resumed run needs beside weights, optimizer and runtime: plain values. Called by the main
-            process when all updates before the checkpoint are logged.
-    """
+            process when all updates before the checkpoint are logged."""
 
     def __init__(
         self,
@@ -49,8 +48,7 @@ class Saver:
         """Copy the state after `step` to host memory and start writing it. Collective.
 
         Args:
-            is_evaluated: whether the evaluations due after `step` are done; if not, a resumed run makes up for them.
-        """
+            is_evaluated: whether the evaluations due after `step` are done; if not, a resumed run makes up for them."""
         shards = checkpoint.shards_folder(self.folder, step)
         weights, state = self.runtime.snapshot(self.model, self.optimizer, shards)
         if self.runtime.is_main:
@@ -79,8 +77,7 @@ class BackgroundSaves:
     """Writes in a thread, one checkpoint at a time.
 
     Args:
-        failed: called in that thread with the OSError of a write that failed.
-    """
+        failed: called in that thread with the OSError of a write that failed."""
 
     def __init__(self, failed: Callable[[OSError], None]) -> None:
         self._failed = failed

@@ -10,20 +10,12 @@ from typing import Any
 
 import torch
 
-from gpt2xla.checkpoint.folder import (
-    COMPLETE,
-    RUN_CONFIG,
-    SHARDS,
-    TRAINING_STATE,
-    find_damage,
-    list_checkpoints,
-    list_folders,
-)
+from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
-from gpt2xla.config import GeneralConfig, ModelConfig, Precision, RunConfig, flag, options_of
+from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
@@ -42,21 +34,13 @@ _RESIZED = ("vocab_size", "seq_length")
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with.
+    """What a run begins with."""
 
-    Attributes:
-        config: the run's options. Those that the user did not set come from the checkpoint.
-        source: the checkpoint folder or file; None for new weights.
-        weights: the source's weights, still on disk; None for new weights.
-        training: the training state that `checkpoint.save` stored; None if a new run begins at step 0.
-        notes: lines for the user, about damaged checkpoints that were skipped and options that changed.
-    """
-
-    config: RunConfig
-    source: Path | None = None
-    weights: StoredWeights | None = None
-    training: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
+    config: RunConfig  # options that the user did not set come from the checkpoint
+    source: Path | None = None  # the checkpoint folder or file; None for new weights
+    weights: StoredWeights | None = None  # the source's weights, still on disk; None for new weights
+    training: dict[str, Any] | None = None  # what `checkpoint.save` stored; None if a new run begins at step 0
+    notes: tuple[str, ...] = ()  # for the user: damaged checkpoints that were skipped, and options that changed
 
     @property
     def step(self) -> int:
@@ -72,10 +56,6 @@ class Start:
         """Whether the run has made all its steps and evaluations."""
         return 0 < self.step == self.config.train.train_steps and self.is_evaluated
 
-    def in_precision(self, name: Precision) -> Start:
-        """Return the same start with --mixed-precision auto decided."""
-        return dataclasses.replace(self, config=self.config.in_precision(name))
-
     def build_model(self) -> GPT2:
         """Return the model with its first weights, on the CPU. Raises InputError if they cannot be read."""
         if self.source is not None and self.weights is not None:
@@ -90,11 +70,8 @@ class Start:
 def find_start(config: RunConfig) -> Start:
     """Decide by --resume and --from-checkpoint where the run begins, and load it.
 
-    A resumed run keeps its options, except those that the user sets again.
-
-    Raises:
-        InputError: the requested checkpoint is missing, damaged, or contradicts the flags.
-    """
+    A resumed run keeps its options, except those that the user sets again. Raises InputError if the requested checkpoint is
+    missing, damaged, or contradicts the flags."""
     notes: list[str] = []
     with user_error(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
         source, continues = _choose(config.general, notes)
@@ -124,7 +101,7 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
     root = Path(general.checkpoints_dir)
     named = None if general.resume in ("auto", "never") else Path(general.resume)
     is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())
-    if is_other_run and not general.do_test and (existing := list_checkpoints(root)):
+    if is_other_run and not general.do_test and (existing := checkpoint.list_checkpoints(root)):
         raise InputError(
             f"--resume {general.resume}: --checkpoints-dir {root} already holds {existing[-1].name} of another run; choose "
             "another folder or move it away"
@@ -142,7 +119,9 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
         source = locate(general.from_checkpoint)
     except InputError as error:
         raise InputError(f"--from-checkpoint {error}") from None
-    if source.is_file() or not any((source / name).exists() for name in (COMPLETE, TRAINING_STATE)):
+    if source.is_file() or not any(
+        (source / name).exists() for name in (checkpoint.COMPLETE, checkpoint.TRAINING_STATE)
+    ):
         return source, False
     return _verified(source, f"--from-checkpoint {source}"), general.resume != "never"
 
@@ -152,14 +131,14 @@ def _verified(folder: Path, asked: str) -> Path:
         raise InputError(
             f"{asked}: no such checkpoint folder; use auto, never or a path like checkpoints/step-00001000"
         )
-    if damage := find_damage(folder):
+    if damage := checkpoint.find_damage(folder):
         raise InputError(f"{asked}: {damage}; choose another checkpoint")
     return folder
 
 
 def _newest_good(root: Path, notes: list[str]) -> Path | None:
-    for folder in reversed(list_folders(root)):
-        damage = find_damage(folder)
+    for folder in reversed(checkpoint.list_folders(root)):
+        damage = checkpoint.find_damage(folder)
         if damage is None:
             return folder
         notes.append(f"skipped a checkpoint: {damage}")
@@ -180,7 +159,7 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
     """Return `config` with the options that the user did not set taken from the resumed run."""
     now, options = config.to_flat(), {}
     try:
-        saved = in_todays_words(read_json(source / RUN_CONFIG))
+        saved = in_todays_words(read_json(source / checkpoint.RUN_CONFIG))
         for name, value in saved.items():
             if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
                 continue
@@ -193,7 +172,7 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
                 notes.append(f"changed: {flag(name)} {_as_given(value)} -> {_as_given(now[name])}")
         completed = RunConfig.from_flat({name: now[name] for name in config.given} | options)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{source / RUN_CONFIG} cannot be used: {error}") from None
+        raise InputError(f"{source / checkpoint.RUN_CONFIG} cannot be used: {error}") from None
     asked = completed.optim.optim_type
     trained = saved.get("optim_type", asked)
     if asked != trained and "muon" in (asked, trained) and not config.general.do_test:
@@ -262,14 +241,14 @@ def _memory_bytes() -> int:
 
 
 def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
-    file, moments = source / TRAINING_STATE, moment_shapes(config.optim, parameter_shapes(config.model))
+    file, moments = source / checkpoint.TRAINING_STATE, moment_shapes(config.optim, parameter_shapes(config.model))
     training = load_plain(file)
     try:
         step, optimizer = training["step"], training["optimizer"]
-        if (source / SHARDS).is_dir():
+        if (source / checkpoint.SHARDS).is_dir():
             from gpt2xla.runtime import sharded_state  # whose library takes half a second
 
-            file = source / SHARDS
+            file = source / checkpoint.SHARDS
             optimizer |= sharded_state.load(file, moments)
         found = {key: {name: t.shape for name, t in optimizer[key].items()} for key in moments}
         is_whole = found == moments and all(

@@ -42,11 +42,8 @@ _Value = str | None | list[Any]
 
 
 def read_config_file(file: Path, options: Mapping[str, Option]) -> dict[str, Any]:
-    """Return the values of the options that `file` sets. Keys may be spelled with dashes; null leaves the default.
-
-    Raises:
-        InputError: the file cannot be read, or one of its keys or values is wrong; the message names the key.
-    """
+    """Return the values of the options that `file` sets. Keys may be spelled with dashes; null leaves the default. Raises
+    InputError if the file cannot be read, or one of its keys or values is wrong; the message names the key."""
     try:
         pairs = _parse(file.read_bytes())
     except OSError as error:

@@ -31,8 +31,7 @@ def option(
         default: MISSING makes the flag a required one.
         is_path: whether a leading ~ is the user's home folder.
         aliases: other words for some of the values.
-        joins: whether a list in a config file stands for its parts with commas between them.
-    """
+        joins: whether a list in a config file stands for its parts with commas between them."""
     metadata = {"help": help, "is_path": is_path, "aliases": aliases or {}, "joins": joins}
     return field(default=default, metadata=metadata)
 
@@ -78,15 +77,10 @@ def expanded(path: str) -> str:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a dataclass.
-
-    Attributes:
-        kind: the type of its value, without the None that a default may be.
-        is_path, aliases, joins: see `option`.
-    """
+    """One option of a dataclass. For `is_path`, `aliases` and `joins` see `option`."""
 
     name: str
-    kind: Any
+    kind: Any  # the type of its value, without the None that a default may be
     default: Any
     help: str
     is_path: bool

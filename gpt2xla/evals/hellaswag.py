@@ -40,37 +40,22 @@ class Item(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """Items as tokens: four rows for each item, one for each ending.
+    """Items as tokens: four rows for each item, one for each ending."""
 
-    Attributes:
-        rows: the tokens of context and ending, at most seq_length + 1: the last one is only predicted.
-        ending_tokens: how many tokens at the end of each row belong to the ending.
-        ending_characters: (items, 4), the length of each ending's text.
-        labels: (items), which ending is the right one.
-        seq_length: of the model.
-    """
-
-    rows: list[list[int]]
-    ending_tokens: list[int]
-    ending_characters: np.ndarray
-    labels: np.ndarray
-    seq_length: int
+    rows: list[list[int]]  # the tokens of context and ending, at most seq_length + 1: the last one is only predicted
+    ending_tokens: list[int]  # how many tokens at the end of each row belong to the ending
+    ending_characters: np.ndarray  # (items, 4), the length of each ending's text
+    labels: np.ndarray  # (items), which ending is the right one
+    seq_length: int  # of the model
 
 
 class Accuracy(NamedTuple):
-    """How many endings the model got right.
+    """How many endings the model got right."""
 
-    Attributes:
-        acc: share of the items whose right ending has the highest sum of log-probabilities.
-        acc_norm: the same with each sum divided by the ending's number of characters.
-        items: how many were asked.
-        log_probabilities: (items, 4), in nats.
-    """
-
-    acc: float
-    acc_norm: float
-    items: int
-    log_probabilities: np.ndarray
+    acc: float  # share of the items whose right ending has the highest sum of log-probabilities
+    acc_norm: float  # the same with each sum divided by the ending's number of characters
+    items: int  # how many were asked
+    log_probabilities: np.ndarray  # (items, 4), in nats
 
     def line(self) -> dict[str, Any]:
         """Return what a run logs of it."""
@@ -85,8 +70,7 @@ class HellaSwag:
     """Scores a model. Rows are padded to one of a few lengths, and each length is a step that compiles once.
 
     Args:
-        batch_size: sequences of full length per batch, over all devices together; batches of shorter rows hold more.
-    """
+        batch_size: sequences of full length per batch, over all devices together; batches of shorter rows hold more."""
 
     def __init__(
         self, questions: Questions, model: GPT2, runtime: Runtime, batch_size: int, stop: Stop | None = None
@@ -157,11 +141,8 @@ def bucket_lengths(seq_length: int) -> list[int]:
 
 def encode_items(items: list[Item], tokenizer: Tokenizer, seq_length: int) -> Questions:
     """Encode each context together with each of its endings, joined by a blank. What follows the context's own tokens is the
-    ending; blanks at the end of a context belong to it. A context that is too long loses its beginning.
-
-    Raises:
-        InputError: an ending has no token, or more tokens than a model of `seq_length` can predict.
-    """
+    ending; blanks at the end of a context belong to it. A context that is too long loses its beginning. Raises InputError if
+    an ending has no token, or more tokens than a model of `seq_length` can predict."""
     contexts = [item.context.rstrip() for item in items]
     texts = [f"{item.context} {ending}" for item in items for ending in item.endings]
     context_tokens = [len(ids) for ids in tokenizer.encode_batch(contexts)]
@@ -182,11 +163,8 @@ def encode_items(items: list[Item], tokenizer: Tokenizer, seq_length: int) -> Qu
 
 def read_items(file: str | None, option: str) -> list[Item]:
     """Read items from a JSON lines file with the data set's fields activity_label, ctx_a, ctx_b, endings and label. Without
-    a file, read the validation split from the Hugging Face hub; its labels are public.
-
-    Raises:
-        InputError: there is no such file, an item lacks something, or the hub did not return the data set.
-    """
+    a file, read the validation split from the Hugging Face hub; its labels are public. Raises InputError if there is no such
+    file, an item lacks something, or the hub did not return the data set."""
     if file is None:
         return [_item(values, f"{_HUB_ID}, item {number}") for number, values in enumerate(_from_hub(option), 1)]
     items = []

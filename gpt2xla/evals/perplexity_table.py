@@ -38,11 +38,8 @@ class Row:
 
 
 def measure(models: list[str], valid_dir: str, train: TrainConfig, runtime: Runtime) -> list[Row]:
-    """Measure each model's loss on the split, in windows of the model's own length. Collective.
-
-    Raises:
-        InputError: there is no such model or split, or a model does not know the split's tokens.
-    """
+    """Measure each model's loss on the split, in windows of the model's own length. Collective. Raises InputError if there
+    is no such model or split, or a model does not know the split's tokens."""
     sources = {model: locate(model) for model in models}  # a missing model shows before hours of measuring
     return [_measure(model, source, valid_dir, train, runtime) for model, source in sources.items()]
 

@@ -29,8 +29,7 @@ class RowLosses:
 
     Args:
         name: of the step, for runtimes that compile; batches of another shape need another RowLosses.
-        stop: the stop request of the run, if it may interrupt the evaluation.
-    """
+        stop: the stop request of the run, if it may interrupt the evaluation."""
 
     def __init__(self, model: GPT2, runtime: Runtime, name: str, stop: Stop | None = None) -> None:
         self.model, self.runtime, self.name, self.stop = model, runtime, name, stop
@@ -44,8 +43,7 @@ class RowLosses:
 
         Raises:
             Stopped: on all processes, when they have agreed to stop.
-            RunFailed: on all processes, when a loss is NaN or infinite.
-        """
+            RunFailed: on all processes, when a loss is NaN or infinite."""
         self._values: list[np.ndarray] = []
         self._progress = progress
         was_training = self.model.training
@@ -91,8 +89,7 @@ class RowLosses:
 def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
     """Return the summed cross-entropy of each sequence (B), in nats and fp32; the last `padding` ids have no probability.
 
-    Logits are computed in pieces along T; a label's logit comes from the label's own row of the head.
-    """
+    Logits are computed in pieces along T; a label's logit comes from the label's own row of the head."""
     x_BTD = x_BTD.to(compute_dtype(x_BTD))
     weight_VD = weight_VD.to(x_BTD.dtype)
     label_logits_BT = logits_of_labels(x_BTD, weight_VD, labels_BT)

@@ -22,10 +22,8 @@ _SAMPLING = SamplingConfig(temperature=0.8, top_k=40)
 class Sampler:
     """Continues --sample-prompt, each time with the same random numbers: only what the model has learned changes the sample.
 
-    Raises:
-        InputError: there is no tokenizer, or the prompt leaves no room in the model's context, or one process computes for
-            several devices: XLA's partitioner aborts on the cache's writes when it splits a batch of one text.
-    """
+    Raises InputError if there is no tokenizer, or the prompt leaves no room in the model's context, or one process computes
+    for several devices: XLA's partitioner aborts on the cache's writes when it splits a batch of one text."""
 
     def __init__(
         self,

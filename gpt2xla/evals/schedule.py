@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.opening import TrainingData
@@ -19,21 +19,9 @@ from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop, Stopped
 
 
-class _Evaluation(NamedTuple):
-    name: str
-    interval: int
-    run: Callable[[], dict[str, Any]]
-
-
 class Evaluations:
-    """The evaluations of a run. They are opened before it writes anything, so that wrong input shows at once.
-
-    Attributes:
-        validation: the last result of validation; None before the first.
-
-    Raises:
-        InputError: HellaSwag's items or the sample prompt cannot be used.
-    """
+    """The evaluations of a run. They are opened before it writes anything, so that wrong input shows at once:
+    InputError is raised if HellaSwag's items or the sample prompt cannot be used."""
 
     def __init__(
         self,
@@ -45,27 +33,28 @@ class Evaluations:
         stop: Stop,
     ) -> None:
         self.config, self.runtime = config.train, runtime
-        self.validation: Validation | None = None
+        self.validation: Validation | None = None  # the last result
         validator = Validator(config, data.validation, model, runtime, stop=stop)
 
         def validate() -> dict[str, Any]:
             self.validation = validator.run()
             return self.validation.line()
 
-        self._evaluations = [_Evaluation("validation", config.train.valid_interval, validate)]
+        # The name of each evaluation, its interval in steps, and what makes it.
+        self._all: list[tuple[str, int, Callable[[], dict[str, Any]]]]
+        self._all = [("validation", config.train.valid_interval, validate)]
         if interval := config.train.hellaswag_interval:
             hellaswag = _open_hellaswag(config, runtime, model, data, stop)
-            self._evaluations.append(_Evaluation("HellaSwag", interval, lambda: hellaswag.run().line()))
+            self._all.append(("HellaSwag", interval, lambda: hellaswag.run().line()))
         if interval := config.train.sample_interval:
             sampler = Sampler(config, model, data.tokenizer, settings, runtime)
-            self._evaluations.append(_Evaluation("sampling", interval, lambda: {"sample": sampler.run()}))
+            self._all.append(("sampling", interval, lambda: {"sample": sampler.run()}))
 
     def run(self, step: int, log: Callable[[int, dict[str, Any]], None]) -> bool:
         """Make the evaluations that are due after `step`, and give `log` the step and each result.
 
-        Return False if all processes agreed to stop meanwhile.
-        """
-        for name, interval, evaluate in self._evaluations:
+        Return False if all processes agreed to stop meanwhile."""
+        for name, interval, evaluate in self._all:
             if is_due(interval, step, self.config.train_steps):
                 self.runtime.wait()
                 try:

@@ -19,20 +19,13 @@ from gpt2xla.runtime.stop import Stop
 
 
 class Validation(NamedTuple):
-    """What a validation measured.
+    """What a validation measured."""
 
-    Attributes:
-        loss: the mean token loss, in nats.
-        standard_error: of `loss`, taking windows as independent draws; None for a single window.
-        tokens, windows: how many were counted.
-        bits_per_byte: of the text; None if the split's manifest does not say how many bytes it has.
-    """
-
-    loss: float
-    standard_error: float | None
-    tokens: int
-    windows: int
-    bits_per_byte: float | None
+    loss: float  # the mean token loss, in nats
+    standard_error: float | None  # of `loss`, taking windows as independent draws; None for a single window
+    tokens: int  # counted
+    windows: int  # counted
+    bits_per_byte: float | None  # of the text; None if the split's manifest does not say how many bytes it has
 
     def line(self) -> dict[str, Any]:
         """Return what a run logs of it."""

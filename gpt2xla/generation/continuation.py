@@ -25,8 +25,7 @@ class Continuation:
         prompt_tokens: ids of the prompt, including hidden ones.
         text: what has been returned so far, without the prompt.
         tokens: new ids so far, including those of a stop string.
-        stopped: whether a stop string was found.
-    """
+        stopped: whether a stop string was found."""
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = (), hidden_ids: int = 0
@@ -113,8 +112,7 @@ def continue_texts(
         show: receives the pieces of the first text as they are generated.
         rows, device: see `generate`.
 
-    Raises as `prompt_ids` and `generate` do.
-    """
+    Raises as `prompt_ids` and `generate` do."""
     settings, known = settings or GenerationSettings.of(tokenizer), model.config.real_vocab_size
     stop_ids = settings.stop_ids(tokenizer.eot_id)
     ids = [prompt_ids(tokenizer, prompt, settings, known) for prompt in prompts]

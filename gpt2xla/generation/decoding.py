@@ -61,9 +61,7 @@ def generate(
         rows: compute at least this many texts, so that smaller calls do not compile another program.
         device: by default, plain torch on the model's device.
 
-    Raises:
-        RunFailed: the model computes NaN.
-    """
+    Raises RunFailed if the model computes NaN."""
     model.eval()
     device = device or OneDevice(model.wte.weight.device)
     seeds = [seeds] * len(prompts) if isinstance(seeds, int) else seeds
@@ -102,8 +100,7 @@ class _Reader:
     """Runs the model with a cache, on its device.
 
     If each shape costs a compile, it uses few shapes: one token per text, or one of the buckets for prompts, always over the
-    whole cache.
-    """
+    whole cache."""
 
     def __init__(self, model: GPT2, rows: int, device: Device) -> None:
         self.model, self.rows, self.device = model, rows, device

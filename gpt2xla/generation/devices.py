@@ -21,22 +21,19 @@ def move(model: GPT2, name: str, dtype: str) -> Device:
         name: auto, cpu, cuda, mps or xla, as --device says.
         dtype: fp32 or bf16: the type of the weights and of all that is computed from them.
 
-    Raises:
-        InputError: there is no such device.
-    """
+    Raises InputError if there is no such device."""
     if dtype == "bf16":
         model.to(torch.bfloat16)
-    device = _xla_device() if name == "xla" else _torch_device(name)
+    if name == "xla":
+        with importing_torch_xla():
+            from gpt2xla.runtime.xla.device import XlaDevice
+        device: OneDevice = XlaDevice()
+    else:
+        device = _torch_device(name)
     device.setup_model(model)
     if device.device.type == "cpu" and (reason := pack_linears(model)):
         print(f"note: generating with torch's own matrix products, half as fast: {reason}", file=sys.stderr)
     return device
-
-
-def _xla_device() -> OneDevice:
-    with importing_torch_xla():
-        from gpt2xla.runtime.xla.device import XlaDevice
-    return XlaDevice()
 
 
 def _torch_device(name: str) -> OneDevice:

@@ -21,8 +21,7 @@ def pack_linears(model: GPT2) -> str | None:
     """Replace the linear layers and the output head of a model on the CPU by packed ones; it cannot train afterwards.
 
     Returns:
-        None, or why it could not be done; the model is unchanged then.
-    """
+        None, or why it could not be done; the model is unchanged then."""
     dtype = model.wte.weight.dtype
     if not torch.backends.mkldnn.is_available():
         return "this torch has no oneDNN"

@@ -18,10 +18,7 @@ from gpt2xla.generation.continuation import Continuation
 
 def read_prompts(file: Path) -> list[str]:
     """Read one prompt from each line of `file`, without its line ending or a byte order mark; blank lines are left out.
-
-    Raises:
-        InputError: the file cannot be read, is not UTF-8 or holds no prompt.
-    """
+    Raises InputError if the file cannot be read, is not UTF-8 or holds no prompt."""
     with user_error(f"--prompts-file {file}"):
         content = file.read_bytes()
     try:

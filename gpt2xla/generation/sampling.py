@@ -64,8 +64,7 @@ def probabilities(logits_V: Tensor, sampling: SamplingConfig) -> Tensor:
     """Apply temperature, then top-k, then top-p, and return what is drawn from. With top-p the sum may be below 1.
 
     Top-p keeps the smallest set of likeliest tokens whose probability reaches p (Holtzman et al. 2020, "The Curious Case of
-    Neural Text Degeneration").
-    """
+    Neural Text Degeneration")."""
     logits_V = logits_V / sampling.temperature
     if 0 < sampling.top_k < len(logits_V):
         smallest = logits_V.topk(sampling.top_k).values[-1]

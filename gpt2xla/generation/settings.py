@@ -20,15 +20,10 @@ _NEUTRAL: tuple[Any, ...] = (None, [], {}, False, 0, 1, 1.0)  # values with whic
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What a model's files say about generation, kept as it is so that it can be written again.
+    """What a model's files say about generation, kept as it is so that it can be written again."""
 
-    Attributes:
-        config: the ids of special tokens and task_specific_params from `config.json`.
-        generation: all of `generation_config.json`; None if there is no such file.
-    """
-
-    config: dict[str, Any]
-    generation: dict[str, Any] | None
+    config: dict[str, Any]  # the ids of special tokens and task_specific_params from `config.json`
+    generation: dict[str, Any] | None  # all of `generation_config.json`; None if there is no such file
 
     @classmethod
     def load(cls, folder: Path) -> GenerationSettings:
@@ -58,8 +53,7 @@ class GenerationSettings:
     def stop_ids(self, default: int | None) -> frozenset[int]:
         """Return the ids that end a text: eos_token_id of `generation_config.json`, else of `config.json`, else `default`.
 
-        An id that the model does not have, such as -1, counts as stated and ends nothing, as in transformers.
-        """
+        An id that the model does not have, such as -1, counts as stated and ends nothing, as in transformers."""
         stated = next(self._stated("eos_token_id"), default)
         return frozenset(filter(_is_id, stated if isinstance(stated, list) else [stated]))
 

@@ -48,30 +48,14 @@ DEVICE_PEAK_FLOPS = {
     # "NVIDIA Ampere GA102 GPU Architecture", "NVIDIA Ada GPU Architecture" and "NVIDIA RTX Blackwell GPU Architecture",
     # their tables' rows "Peak FP16 Tensor TFLOPS with FP32 Accumulate". Cards missing there follow by the same arithmetic:
     # a multiprocessor does 512 such operations per clock, at the boost clock of NVIDIA's product page.
-    "RTX 3060": 25.5e12,
-    "RTX 3060 Ti": 32.4e12,
-    "RTX 3070": 40.6e12,
-    "RTX 3070 Ti": 43.5e12,
-    "RTX 3080": 59.5e12,
-    "RTX 3080 Ti": 68.2e12,
-    "RTX 3090": 71.2e12,
-    "RTX 3090 Ti": 80.0e12,
-    "RTX 4060": 30.2e12,
-    "RTX 4060 Ti": 44.1e12,
-    "RTX 4070": 58.3e12,
-    "RTX 4070 SUPER": 71.0e12,
-    "RTX 4070 Ti": 80.2e12,
-    "RTX 4070 Ti SUPER": 88.2e12,
-    "RTX 4080": 97.5e12,
-    "RTX 4080 SUPER": 104.4e12,
+    "RTX 3060": 25.5e12, "RTX 3060 Ti": 32.4e12, "RTX 3070": 40.6e12, "RTX 3070 Ti": 43.5e12,
+    "RTX 3080": 59.5e12, "RTX 3080 Ti": 68.2e12, "RTX 3090": 71.2e12, "RTX 3090 Ti": 80.0e12,
+    "RTX 4060": 30.2e12, "RTX 4060 Ti": 44.1e12, "RTX 4070": 58.3e12, "RTX 4070 SUPER": 71.0e12,
+    "RTX 4070 Ti": 80.2e12, "RTX 4070 Ti SUPER": 88.2e12, "RTX 4080": 97.5e12, "RTX 4080 SUPER": 104.4e12,
     "RTX 4090": 165.2e12,
-    "RTX 5060": 38.4e12,
-    "RTX 5060 Ti": 47.4e12,
-    "RTX 5070": 61.7e12,
-    "RTX 5070 Ti": 87.9e12,
-    "RTX 5080": 112.6e12,
-    "RTX 5090": 209.5e12,
-}
+    "RTX 5060": 38.4e12, "RTX 5060 Ti": 47.4e12, "RTX 5070": 61.7e12, "RTX 5070 Ti": 87.9e12,
+    "RTX 5080": 112.6e12, "RTX 5090": 209.5e12,
+}  # fmt: skip
 # Words that, after a name, mean another device: "RTX 4090 Laptop GPU", "RTX 5090 D", "A100-SXM4-40GB MIG 1g.5gb".
 _OTHER_DEVICES = {"Ti", "SUPER", "D", "Laptop", "Mobile", "Max", "MIG", "ADA", "Ada"}
 

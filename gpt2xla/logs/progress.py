@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -22,8 +21,7 @@ class Progress:
     Args:
         name: names the work.
         batches: number of batches to do. If None, only the time is shown.
-        shown: whether this process prints.
-    """
+        shown: whether this process prints."""
 
     def __init__(self, name: str, batches: int | None, shown: bool) -> None:
         self._name, self._batches = name, batches
@@ -38,9 +36,7 @@ class Progress:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         if self._thread:
             self._thread.join()

@@ -33,8 +33,7 @@ class JsonlSink:
     full, lines wait in memory.
 
     A resumed run first drops the lines that a crashed one wrote after its last checkpoint, so that no step appears twice. It
-    also drops the evaluations of the checkpoint's step, unless they are complete.
-    """
+    also drops the evaluations of the checkpoint's step, unless they are complete."""
 
     def __init__(self, file: Path, resumed_step: int | None = None, is_evaluated: bool = True) -> None:
         if resumed_step is not None and file.exists():
@@ -81,17 +80,8 @@ class ConsoleSink:
 
     def write(self, line: dict[str, Any]) -> None:
         step = line["step"]
-        if "valid_loss" in line:
-            loss = line["valid_loss"]
-            text = f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f} on {line['valid_tokens']:,} tokens"
-            say(f"step {step:>6}: {text}")
-            return
-        if "hellaswag_acc" in line:
-            acc, acc_norm, items = (line[f"hellaswag_{name}"] for name in ("acc", "acc_norm", "items"))
-            say(f"step {step:>6}: HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items")
-            return
-        if "sample" in line:
-            say(f"step {step:>6}: sample: {line['sample']}")
+        if "loss" not in line:
+            say(f"step {step:>6}: {_evaluation_text(line)}")
             return
         mfu = "" if line["mfu"] is None else f", mfu {line['mfu']:.1%}"
         text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {line['tokens_per_second']:,.0f} tokens/s{mfu}"
@@ -102,11 +92,10 @@ class ConsoleSink:
         is_due = step in (self._first + 1, self._last) or now - self._last_line >= _SECONDS_BETWEEN_LINES
         if self._bar.disable and is_due:
             self._last_line = now
-            done = step - self._first - 1
-            left = (
-                f", {tqdm.format_interval((now - self._first_done) / done * (self._last - step))} left" if done else ""
-            )
-            say(f"step {step:>6}/{self._last}: {text}{left}")
+            if done := step - self._first - 1:
+                seconds = (now - self._first_done) / done * (self._last - step)
+                text += f", {tqdm.format_interval(seconds)} left"
+            say(f"step {step:>6}/{self._last}: {text}")
 
     def close(self) -> None:
         self._bar.close()
@@ -115,13 +104,10 @@ class ConsoleSink:
 class Throughput:
     """Measures tokens per second and model FLOPs utilisation (MFU) of each step, from the times at which steps finish.
 
-    MFU is the share of the devices' peak rate that the model's own arithmetic uses (`GPT2.flops_per_token`).
-    """
+    MFU is the share of the devices' peak rate that the model's own arithmetic uses (`GPT2.flops_per_token`)."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
-        self.tokens_per_step = tokens_per_step
-        self._flops = flops_per_token
-        self._peak = peak_flops
+        self.tokens_per_step, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
         self.restart()
 
     def restart(self) -> None:
@@ -137,6 +123,16 @@ class Throughput:
 
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def _evaluation_text(line: dict[str, Any]) -> str:
+    if "valid_loss" in line:
+        loss = line["valid_loss"]
+        return f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f} on {line['valid_tokens']:,} tokens"
+    if "hellaswag_acc" in line:
+        acc, acc_norm, items = (line[f"hellaswag_{name}"] for name in ("acc", "acc_norm", "items"))
+        return f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items"
+    return f"sample: {line['sample']}"
 
 
 def _truncate_after(file: Path, step: int, is_evaluated: bool) -> None:

@@ -30,8 +30,7 @@ class WandbSink:
 
     Args:
         folder: the run's folder.
-        run_id: the id in the checkpoint. It is used if the folder has none.
-    """
+        run_id: the id in the checkpoint. It is used if the folder has none."""
 
     def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
         options = config.wandb
@@ -41,7 +40,8 @@ class WandbSink:
         known_id = options.wandb_resume_id or kept_id or run_id
         if known_id != kept_id:
             self._sent = 0
-        self.run_id: str = known_id or _new_id()
+        letters = string.ascii_lowercase + string.digits  # those of wandb's own ids
+        self.run_id: str = known_id or "".join(secrets.choice(letters) for _ in range(8))
         self._settings: dict[str, Any] = {
             "project": options.wandb_project,
             "name": options.wandb_name,
@@ -137,8 +137,3 @@ def _read(file: Path | None) -> tuple[str | None, int]:
         return (run_id, step) if isinstance(run_id, str) and isinstance(step, int) else (None, 0)
     except (OSError, ValueError, AttributeError):
         return None, 0
-
-
-def _new_id() -> str:
-    """Return a new id of the form that wandb uses."""
-    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))

@@ -66,8 +66,7 @@ def exit_now_on_signal(code: int) -> int:
 def report(error: BaseException) -> int:
     """Print what went wrong and return the exit code for it.
 
-    Prints nothing if the reader of our output has exited; the code is then that of a program ended by SIGPIPE.
-    """
+    Prints nothing if the reader of our output has exited; the code is then that of a program ended by SIGPIPE."""
     if _has_no_reader(error):
         _silence()
         return _NO_READER
@@ -103,8 +102,7 @@ def _is_disk_full(error: BaseException) -> bool:
 def _open_closed_streams() -> None:
     """Open closed standard streams (as `>&-` leaves them) on /dev/null.
 
-    Otherwise the next files that the program opens would take their numbers, and receive what libraries print.
-    """
+    Otherwise the next files that the program opens would take their numbers, and receive what libraries print."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -133,16 +131,13 @@ def _is_broken(stream: TextIO) -> bool:
 
 
 def _is_first_to_report() -> bool:
-    file = os.environ.get(REPORT_ONCE) or _file_of_torchrun()
+    file: str | Path | None = os.environ.get(REPORT_ONCE)
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file and own and Path(own).parent.is_dir():
+        file = Path(own).parents[1] / "gpt2xla-reported"  # all processes of this torchrun have their folders there
     try:
         if file:
             os.close(os.open(file, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     return True
-
-
-def _file_of_torchrun() -> Path | None:
-    """Return a path that all processes started by this torchrun share, beside their own folders."""
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(own).parents[1] / "gpt2xla-reported" if own and Path(own).parent.is_dir() else None

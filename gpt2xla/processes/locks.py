@@ -18,11 +18,8 @@ _NOT_SUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)  # on
 
 @contextlib.contextmanager
 def locked(file: Path, what: str) -> Iterator[None]:
-    """Hold the lock `file`, which records our process and host. The lock dies with the process.
-
-    Raises:
-        InputError: another process holds it. The message begins with `what`, the flag and the folder.
-    """
+    """Hold the lock `file`, which records our process and host. The lock dies with the process. Raises InputError if another
+    process holds it. The message begins with `what`, the flag and the folder."""
     with file.open("a+", encoding="utf-8") as lock:
         _lock(lock, fcntl.LOCK_EX, what)
         lock.truncate(0)

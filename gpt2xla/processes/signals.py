@@ -24,16 +24,11 @@ class StopSignals:
     they did before.
 
     Workers get the signals too. Pickled as an argument of a worker process, this object becomes a new, active one in the
-    worker's main thread, which is the only thread where Python lets signals be handled.
-
-    Attributes:
-        received: name of the signal that requested the stop; None before.
-        is_handled: whether a trainer has promised to act on `received`.
-    """
+    worker's main thread, which is the only thread where Python lets signals be handled."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
-        self.is_handled = False
+        self.received: str | None = None  # name of the signal that requested the stop
+        self.is_handled = False  # whether a trainer has promised to act on `received`
         self._at = -math.inf
         self._before: dict[int, Any] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,15 +40,14 @@ def pretrain(
 
     Raises:
         InputError: data, checkpoint and options do not fit together. Nothing has been written.
-        RunFailed: the loss is no longer a number, memory ran out, or a checkpoint cannot be written.
-    """
+        RunFailed: the loss is no longer a number, memory ran out, or a checkpoint cannot be written."""
     if not config.general.do_test:
         with user_error(_flag(config)):
             refuse_if_locked(*_lock(config))  # by a run that is changing what is read now
     start = find_start(config)
     is_chosen_here = start.config.train.mixed_precision == "auto"
     runtime = make_runtime(start.config.train)
-    start = start.in_precision(runtime.precision.name)
+    start = dataclasses.replace(start, config=start.config.in_precision(runtime.precision.name))
     with leaving_together(runtime):
         _check_agreement(runtime, start, is_chosen_here)
         if config.general.do_test:
@@ -79,11 +79,15 @@ def _open(
 ) -> Callable[[], None]:
     """Open all that training needs, and return the function that trains.
 
-    The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right.
-    """
+    The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right."""
     config, folder = start.config, Path(start.config.general.checkpoints_dir)
     data = TrainingData.open(config, start.source, runtime.rank, runtime.world_size, runtime.devices)
-    _check_continues(start, data)
+    if start.training and start.source:
+        data.check_continues(start.training["data"], start.source)
+    if start.step > config.train.train_steps:
+        raise InputError(
+            f"--train-steps {config.train.train_steps}: {start.source} is already at step {start.step}; raise it"
+        )
     settings = settings_of(start.source, data.tokenizer)
     model = start.build_model()
     stop = Stop(runtime, signals, config.train.max_hours)
@@ -113,15 +117,6 @@ def _open(
             print_end(config, step, stop.reason, evaluations.validation)
 
     return run
-
-
-def _check_continues(start: Start, data: TrainingData) -> None:
-    if start.training and start.source:
-        data.check_continues(start.training["data"], start.source)
-    if start.step > start.config.train.train_steps:
-        raise InputError(
-            f"--train-steps {start.config.train.train_steps}: {start.source} is already at step {start.step}; raise it"
-        )
 
 
 def _lock(config: RunConfig) -> tuple[Path, str]:

@@ -21,17 +21,13 @@ _MOST_OVERFLOWS = 40  # in a row: as many halvings take fp16's first scale from 
 
 
 class RunLog:
-    """Writes a run's lines to its sinks, which only the main process has. `open` makes it.
-
-    Attributes:
-        skipped: updates left out so far because their loss or gradient was not finite.
-    """
+    """Writes a run's lines to its sinks, which only the main process has. `open` makes it."""
 
     def __init__(
         self, config: TrainConfig, runtime: Runtime, order: TrainingOrder, throughput: Throughput, skipped: int = 0
     ) -> None:
         self.config, self.runtime, self.order, self.throughput = config, runtime, order, throughput
-        self.skipped = skipped
+        self.skipped = skipped  # updates left out so far because their loss or gradient was not finite
         self.sinks: list[Sink] = []
         self._wandb: WandbSink | None = None
         self._overflows = 0  # in a row
@@ -60,27 +56,18 @@ class RunLog:
 
         def log(loss: float, grad_norm: float) -> None:
             self._count_skipped(step, loss, grad_norm)
-            self._write(
-                step,
-                {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-                | self.throughput.step()
-                | {
-                    "compiles": self.runtime.watch.programs(),
-                    "trace_ms": trace_ms,
-                    "skipped": self.skipped,
-                    "time": time.time(),
-                },
-            )
+            values = {
+                "loss": loss, "lr": lr, "grad_norm": grad_norm, **self.throughput.step(),
+                "compiles": self.runtime.watch.programs(), "trace_ms": trace_ms, "skipped": self.skipped,
+                "time": time.time(),
+            }  # fmt: skip
+            self._write(step, values)
 
         return log
 
     def evaluation_line(self, step: int, values: dict[str, Any]) -> None:
         """Log the result of an evaluation after `step`."""
         self._write(step, values)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Do not count the time since the last step as training."""
         self.throughput.restart()
 
     def close(self) -> None:
@@ -97,8 +84,7 @@ class RunLog:
 
         All processes see the same values, so all fail at the same step. A save waits until all earlier steps are counted, so
         nothing is saved afterwards. With fp16 the scaler skips an update whose gradient overflowed, which is normal, and
-        halves its scale; only after many of them in a row is something else wrong.
-        """
+        halves its scale; only after many of them in a row is something else wrong."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._overflows = 0
             return

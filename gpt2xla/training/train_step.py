@@ -20,8 +20,7 @@ class TrainStep:
 
     Args:
         model: on the CPU; it is moved to the device.
-        saved: the states of optimizer and runtime, as a checkpoint stored them; None starts from zeros.
-    """
+        saved: the states of optimizer and runtime, as a checkpoint stored them; None starts from zeros."""
 
     def __init__(self, config: RunConfig, runtime: Runtime, model: GPT2, saved: dict[str, Any] | None) -> None:
         self.config, self.runtime, self.model = config, runtime, model
@@ -35,8 +34,7 @@ class TrainStep:
 
         Returns:
             The loss per token (nats) over all processes, the norm of the gradient before clipping, both on the device, and
-            the learning rate.
-        """
+            the learning rate."""
         runtime = self.runtime
         runtime.seed(self.config.general.seed, step)
         lr = learning_rate(self.config.optim, self.config.model.d_model, step)
@@ -57,8 +55,7 @@ class TrainStep:
         """Use as much memory as an update of several micro-steps does at its peak, with `sequences` on this device.
 
         It holds their activations beside whole gradients. Only this process takes part, and nothing is updated: it is for a
-        run that has failed.
-        """
+        run that has failed."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,22 +20,18 @@ from gpt2xla.training.run_log import RunLog
 from gpt2xla.training.train_step import TrainStep
 
 
+@dataclass
 class Trainer:
     """The loop of one process. `pretrain` opens everything that it drives."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        runtime: Runtime,
-        order: TrainingOrder,
-        train_step: TrainStep,
-        evaluations: Evaluations,
-        saver: Saver,
-        log: RunLog,
-        stop: Stop,
-    ) -> None:
-        self.config, self.runtime, self.order, self.train_step = config, runtime, order, train_step
-        self.evaluations, self.saver, self.log, self.stop = evaluations, saver, log, stop
+    config: TrainConfig
+    runtime: Runtime
+    order: TrainingOrder
+    train_step: TrainStep
+    evaluations: Evaluations
+    saver: Saver
+    log: RunLog
+    stop: Stop
 
     def run(self, first_step: int, is_evaluated: bool) -> int:
         """Train, and return the step reached: the last one, or an earlier one if all processes agreed to stop.
@@ -43,9 +40,7 @@ class Trainer:
             first_step: updates already made.
             is_evaluated: whether the evaluations due after them are done.
 
-        Raises:
-            RunFailed: the last checkpoint could not be written, the loss is no longer a number, or memory ran out.
-        """
+        Raises RunFailed if the last checkpoint could not be written, the loss is no longer a number, or memory ran out."""
         try:
             step = self._loop(first_step, is_evaluated)
         finally:
@@ -61,18 +56,19 @@ class Trainer:
         step, stopping = first_step, False
         self.train_step.model.train()
         if not is_evaluated:
-            stopping = not self._evaluate(step)
-            self._save(step, is_evaluated=not stopping)
+            is_evaluated = self.evaluations.run(step, self.log.evaluation_line)
+            stopping = not is_evaluated
+            self._save(step, is_evaluated)
         batches = self.runtime.device_batches(self.order.batches(step))
-        self.log.restart_clock()
+        self.log.throughput.restart()
         while step < self.config.train_steps and not stopping:
             with memory.explain_out_of_memory(self.runtime, f"in step {step + 1}", self._smaller_batch):
                 update(batches, step)
                 step += 1
                 if step == first_step + 1:  # where anything is compiled, this step was: the clock starts after it
                     self.runtime.wait()
-                    self.log.restart_clock()
-            is_evaluated = not self.stop.agreed() and self._evaluate(step)
+                    self.log.throughput.restart()
+            is_evaluated = not self.stop.agreed() and self.evaluations.run(step, self.log.evaluation_line)
             stopping = not is_evaluated
             if stopping or is_due(self.config.save_interval, step, self.config.train_steps):
                 self._save(step, is_evaluated)
@@ -91,21 +87,16 @@ class Trainer:
 
         self.runtime.when_ready(ready, torch.stack([loss, grad_norm, requests]))
 
-    def _evaluate(self, step: int) -> bool:
-        return self.evaluations.run(step, self.log.evaluation_line)
-
     def _save(self, step: int, is_evaluated: bool) -> None:
         with self.runtime.watch.part("saving"):
             self.saver.save(step, is_evaluated)
-        self.log.restart_clock()
+        self.log.throughput.restart()
 
     def _smaller_batch(self, shortage: Shortage) -> str:
         """Advise a batch that fits, tried on this device where that is cheap."""
         runtime, train_step = self.runtime, self.train_step
-        return memory.train_advice(
-            shortage,
-            self.config,
-            runtime.devices,
-            train_step.model.num_parameters(),
-            lambda sequences: runtime.memory.has_room_for(partial(train_step.rehearse, sequences)),
-        )
+
+        def fits(sequences: int) -> bool | None:
+            return runtime.memory.has_room_for(partial(train_step.rehearse, sequences))
+
+        return memory.train_advice(shortage, self.config, runtime.devices, train_step.model.num_parameters(), fits)

@@ -20,8 +20,7 @@ from gpt2xla.runtime.base import Runtime
 def validate(start: Start, runtime: Runtime) -> None:
     """Print loss and perplexity of the checkpoint on the validation split.
 
-    If --checkpoints-dir was given or exists, its test.jsonl gets a line; the log of a run stays as it is.
-    """
+    If --checkpoints-dir was given or exists, its test.jsonl gets a line; the log of a run stays as it is."""
     if start.source is None:
         raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
     config = start.config

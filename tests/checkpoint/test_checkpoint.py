@@ -18,6 +18,7 @@ from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, TorchConfig
 from gpt2xla.errors import InputError
+from gpt2xla.generation.settings import GenerationSettings
 
 
 @pytest.fixture
@@ -192,6 +193,7 @@ def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
     assert start.weights is not None
     assert start.training is not None
     saved = {"weights": start.weights, "training": start.training | {"step": 30}, "tokenizer": None}
+    saved |= {"settings": GenerationSettings.of(None), "shards": checkpoint.shards_folder(root, 30)}
     config = options(root, *SMALL_RUN)
 
     def full_disk(*_: object) -> None:

@@ -16,6 +16,7 @@ from gpt2xla.checkpoint.formats.hf_config import to_hf_config
 from gpt2xla.checkpoint.loading import build_model
 from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.errors import InputError
+from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 
 CONFIGS = {
@@ -44,7 +45,7 @@ def random_model(config: ModelConfig) -> GPT2:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_round_trip_through_hugging_face(config: ModelConfig, tmp_path: Path) -> None:
     ours = random_model(config)
-    hf.save_model(tmp_path, config, ours.state_dict(), eot_id=60)
+    hf.save_model(tmp_path, config, ours.state_dict(), GenerationSettings.ending_with(60))
     theirs, problems = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not problems["missing_keys"]
     assert not problems["unexpected_keys"]
@@ -66,7 +67,7 @@ def test_round_trip_through_hugging_face(config: ModelConfig, tmp_path: Path) ->
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_our_own_folder_reads_back_bit_for_bit(config: ModelConfig, tmp_path: Path) -> None:
     ours = random_model(config)
-    hf.save_model(tmp_path, config, ours.state_dict(), eot_id=None)
+    hf.save_model(tmp_path, config, ours.state_dict(), GenerationSettings.ending_with(None))
     read_config, weights = hf.load_model(tmp_path)
     assert read_config == config
     state = build_model(config, weights, tmp_path).state_dict()
@@ -102,7 +103,7 @@ def test_openais_layout_without_prefix_and_with_masks_is_read(tmp_path: Path) ->
 )
 def test_unsupported_models_are_refused_by_name(change: dict, culprit: str, tmp_path: Path) -> None:
     config = CONFIGS["gpt2"]
-    hf.save_model(tmp_path, config, random_model(config).state_dict(), eot_id=None)
+    hf.save_model(tmp_path, config, random_model(config).state_dict(), GenerationSettings.ending_with(None))
     values = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match=culprit):
@@ -132,7 +133,7 @@ def test_parts_and_narrow_types_are_read_and_widened(dtype: torch.dtype, shards:
 
 def test_biases_that_hugging_face_trained_are_not_lost(tmp_path: Path) -> None:
     config = CONFIGS["no biases"]
-    hf.save_model(tmp_path, config, random_model(config).state_dict(), eot_id=60)
+    hf.save_model(tmp_path, config, random_model(config).state_dict(), GenerationSettings.ending_with(60))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         theirs.transformer.h[1].mlp.c_fc.bias[3] = 1.0
@@ -208,7 +209,7 @@ def test_openais_sizes_equal_hugging_face(size: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours.logits(ids), expected.logits, rtol=0, atol=1e-4)
         loss, count = ours(ids[:, :-1], ids[:, 1:])
     assert (loss / count).item() == pytest.approx(expected.loss.item(), rel=1e-5)
-    hf.save_model(tmp_path, config, ours.state_dict(), eot_id=50256)
+    hf.save_model(tmp_path, config, ours.state_dict(), GenerationSettings.ending_with(50256))
     del ours
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -263,7 +264,7 @@ def test_a_trained_model_is_a_model_tokenizer_and_pipeline_of_hugging_face(tmp_p
 
 def test_a_cut_weights_file_is_refused(tmp_path: Path) -> None:
     config = CONFIGS["gpt2"]
-    hf.save_model(tmp_path, config, random_model(config).state_dict(), eot_id=None)
+    hf.save_model(tmp_path, config, random_model(config).state_dict(), GenerationSettings.ending_with(None))
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"model\.safetensors is damaged"):

@@ -22,6 +22,7 @@ from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.errors import InputError
 from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.sampling import SamplingConfig
+from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels
 from gpt2xla.model.loss import chunked_cross_entropy
@@ -125,7 +126,7 @@ def test_padding_is_never_drawn_and_carries_no_probability_where_zero_would_win(
 
 def test_what_is_saved_is_cut_back_and_padded_again(folder: Path, tmp_path: Path) -> None:
     model = start(folder, "--vocab-size", 128, "--seq-length", 16).build_model().eval()
-    hf.save_model(tmp_path, model.config, model.state_dict(), eot_id=96)
+    hf.save_model(tmp_path, model.config, model.state_dict(), GenerationSettings.ending_with(96))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert theirs.get_input_embeddings().weight.shape == (97, 32)
     ids, _ = batch()
@@ -141,7 +142,7 @@ def test_what_is_saved_is_cut_back_and_padded_again(folder: Path, tmp_path: Path
 
 def test_a_vocabulary_that_hugging_face_grew_stays_aligned_or_unpadded(folder: Path, tmp_path: Path) -> None:
     model = start(folder, "--vocab-size", 128).build_model()
-    hf.save_model(tmp_path, model.config, model.state_dict(), eot_id=96)
+    hf.save_model(tmp_path, model.config, model.state_dict(), GenerationSettings.ending_with(96))
     for size, padding in ((100, 28), (150, 0)):
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
         theirs.resize_token_embeddings(size)

@@ -18,6 +18,7 @@ from gpt2xla.checkpoint.formats.hugging_face import save_model
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.tokenizer import load_tokenizer
+from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 
 MODEL_FLAGS = [
@@ -35,7 +36,7 @@ def make_model(folder: Path, seq_length: int = 192, seed: int = 0) -> Path:
     model.init_weights(torch.Generator().manual_seed(seed))
     folder.mkdir()
     state = {name: tensor * 6 if tensor.dim() > 1 else tensor for name, tensor in model.state_dict().items()}
-    save_model(folder, model.config, state, 256)
+    save_model(folder, model.config, state, GenerationSettings.ending_with(256))
     load_tokenizer("bytes").save(folder)
     return folder
 

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 from gpt2xla.checkpoint.formats.hugging_face import save_model
 from gpt2xla.config import ModelConfig, TorchConfig, TrainConfig
 from gpt2xla.evals.perplexity_table import measure
+from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
@@ -50,7 +51,7 @@ def test_parameters_are_those_that_hugging_face_counts_without_padding(tied: boo
     config = ModelConfig(264, 64, 32, 2, 2, tie_weights=tied, vocab_padding=7)
     model = GPT2(config)
     model.init_weights(torch.Generator().manual_seed(0))
-    save_model(tmp_path, config, model.state_dict(), 256)
+    save_model(tmp_path, config, model.state_dict(), GenerationSettings.ending_with(256))
     runtime = TorchRuntime(TorchConfig(), TrainConfig())
     (row,) = measure([str(tmp_path)], str(make_split(tmp_path / "data")), TrainConfig(), runtime)
     assert row.parameters == GPT2LMHeadModel.from_pretrained(tmp_path).num_parameters()

@@ -17,6 +17,7 @@ from conftest import ROOT, run, run_here, run_xla, succeed
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import load_tokenizer
+from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 
 
@@ -30,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         end_of_text = gpt2.wte.weight[256]
         gpt2.ln_f.bias.copy_(-5 * end_of_text / end_of_text.square().sum())  # its logit is lower by 5
-    hf.save_model(folder, config, gpt2.state_dict(), eot_id=256)
+    hf.save_model(folder, config, gpt2.state_dict(), GenerationSettings.ending_with(256))
     load_tokenizer("bytes").save(folder)
     return folder
 

@@ -36,7 +36,7 @@ def chat_model(folder: Path, config: dict[str, Any], generation: dict[str, Any] 
         model.ln_f.weight.zero_()
         model.ln_f.bias.copy_(model.wte.weight[always])
     folder.mkdir()
-    hf.save_model(folder, CONFIG, model.state_dict(), settings=GenerationSettings(config, generation))
+    hf.save_model(folder, CONFIG, model.state_dict(), GenerationSettings(config, generation))
     backend = load_tokenizer("bytes").backend
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_end|>", "<|pad|>", "<|im_start|>")])
     backend.save(str(folder / "tokenizer.json"))

@@ -78,23 +78,11 @@ def describe_folder(folder: Path, missing: str) -> str:
     for patterns, sentence in _FOLDERS:
         if any(found for pattern in patterns for found in folder.glob(pattern)):
             return f"{folder} is {sentence}"
-    models = [
-        file.parent for pattern in ("checkpoint-*", "snapshots/*") for file in folder.glob(f"{pattern}/config.json")
-    ]
-    if models:
-        return f"{folder} has no {missing}; give the folder of one model in it, such as {max(models)}"
+    if models := [*folder.glob("checkpoint-*/config.json"), *folder.glob("snapshots/*/config.json")]:
+        return f"{folder} has no {missing}; give the folder of one model in it, such as {max(models).parent}"
     files = sorted(file for pattern in _FILES for file in folder.glob(pattern))
     hint = f"give the file itself, such as {files[0]}" if files else "give the folder of a Hugging Face model"
     return f"{folder} has no {missing}; {hint}"
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raise InputError if the folder holds an adapter instead of a whole model."""
-    if (folder / "adapter_config.json").exists():
-        raise InputError(
-            f"{folder} is a LoRA or other PEFT adapter, not a whole model; merge it into its base model with peft "
-            "(merge_and_unload) and save that with save_pretrained"
-        )
 
 
 def _refuse_other_archives(file: Path) -> None:
@@ -117,9 +105,8 @@ def _foreign(head: bytes, name: str) -> str:
         return "is a web page, not a model; download the file itself"
     if text.startswith(b"{"):
         return "is JSON text, not weights; give the folder of the model"
-    if (
-        0x81 <= head[0] <= 0x8F and head[1:2] and (0xA1 <= head[1] <= 0xBF or head[1] == 0xD9)
-    ):  # a map whose keys are text
+    # A map (0x81 ...) whose first key is text (0xa1 ... or 0xd9).
+    if 0x81 <= head[0] <= 0x8F and head[1:2] and (0xA1 <= head[1] <= 0xBF or head[1] == 0xD9):
         return f"is a msgpack file, as Flax writes its models; {_FLAX}"
     if ".ckpt." in name or name.endswith((".index", ".meta")) or ".data-0" in name:
         return f"is a part of a TensorFlow checkpoint; {_TENSORFLOW}"

@@ -39,11 +39,8 @@ _OTHER_FUNCTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Return the configuration in the folder's `config.json`, and lines for the user about differences to it.
-
-    Raises:
-        InputError: there is no `config.json`, or its model is not a GPT-2 that `gpt2.py` supports.
-    """
+    """Return the configuration in the folder's `config.json`, and lines for the user about differences to it. Raises
+    InputError if there is no `config.json`, or its model is not a GPT-2 that `gpt2.py` supports."""
     file = folder / "config.json"
     try:
         values = read_json(file)
@@ -91,9 +88,7 @@ def from_hf_config(values: dict[str, Any]) -> ModelConfig:
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     """Return the contents of `config.json`, without ids of special tokens. Hugging Face keeps keys that it does not know."""
-    own: dict[str, Any] = {"gpt2xla_bias": config.bias}
-    if config.vocab_padding:
-        own["gpt2xla_vocab_size"] = config.vocab_size
+    padding = {"gpt2xla_vocab_size": config.vocab_size} if config.vocab_padding else {}
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -111,7 +106,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": config.layer_norm_eps,
         "tie_word_embeddings": config.tie_weights,
         "torch_dtype": "float32",
-        **own,
+        "gpt2xla_bias": config.bias,
+        **padding,
     }
 
 

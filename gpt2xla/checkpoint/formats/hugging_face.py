@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2xla import hub
-from gpt2xla.checkpoint.formats.file_kind import describe_folder, kind_of, refuse_adapter
+from gpt2xla.checkpoint.formats.file_kind import describe_folder, kind_of
 from gpt2xla.checkpoint.formats.hf_config import read_config, to_hf_config
 from gpt2xla.checkpoint.formats.parameter_names import in_our_names, is_bias, to_hf_state, with_tied_head
 from gpt2xla.checkpoint.formats.stored_weights import StoredTensor, StoredWeights
@@ -40,18 +40,8 @@ _HUB_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_mo
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
-def save_model(
-    folder: Path,
-    config: ModelConfig,
-    state: Mapping[str, Tensor],
-    eot_id: int | None = None,
-    settings: GenerationSettings | None = None,
-) -> None:
-    """Write `config.json`, `generation_config.json` and `model.safetensors`, as `GPT2LMHeadModel` reads them.
-
-    `settings` says which tokens begin and end a text. By default `eot_id` does both.
-    """
-    settings = settings or GenerationSettings.ending_with(eot_id)
+def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], settings: GenerationSettings) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors`, as `GPT2LMHeadModel` reads them."""
     values = to_hf_config(config) | settings.config
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if settings.generation is not None:
@@ -62,12 +52,13 @@ def save_model(
 
 
 def load_model(folder: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Return configuration and weights of a Hugging Face GPT-2 folder. The weights may be in parts with an index.
-
-    Raises:
-        InputError: the folder does not hold a GPT-2 that is supported here, or no weights.
-    """
-    refuse_adapter(folder)
+    """Return configuration and weights of a Hugging Face GPT-2 folder. The weights may be in parts with an index. Raises
+    InputError if the folder does not hold a GPT-2 that is supported here, or no weights."""
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"{folder} is a LoRA or other PEFT adapter, not a whole model; merge it into its base model with peft "
+            "(merge_and_unload) and save that with save_pretrained"
+        )
     if not (folder / "config.json").exists():
         raise InputError(describe_folder(folder, "config.json"))
     config, notes = read_config(folder)
@@ -77,19 +68,16 @@ def load_model(folder: Path) -> tuple[ModelConfig, StoredWeights]:
 def weights_in(
     files: list[Path], source: Path, config: ModelConfig, notes: tuple[str, ...]
 ) -> tuple[ModelConfig, StoredWeights]:
-    """Return the weights in these files of `source`, and `config`, with biases if the weights have any.
-
-    Raises:
-        InputError: a file is damaged, or its tensors do not fit the configuration.
-    """
+    """Return the weights in these files of `source`, and `config`, with biases if the weights have any. Raises InputError if
+    a file is damaged, or its tensors do not fit the configuration."""
     stored = {name: tensor for file in files for name, tensor in _stored(file).items()}
     tensors = in_our_names(stored, source)
-    biases = {name: tensor for name, tensor in tensors.items() if is_bias(name)}
-    if not config.bias and any(tensor.read().any() for tensor in biases.values()):
-        # Hugging Face has no GPT-2 without biases: it trained those of a model that was saved here without any.
-        config = dataclasses.replace(config, bias=True)
     if not config.bias:
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
+        if any(tensor.read().any() for name, tensor in tensors.items() if is_bias(name)):
+            # Hugging Face has no GPT-2 without biases: it trained those of a model that was saved here without any.
+            config = dataclasses.replace(config, bias=True)
+        else:
+            tensors = {name: tensor for name, tensor in tensors.items() if not is_bias(name)}
     if config.tie_weights:
         keep = 'to keep both, write "tie_word_embeddings": false into config.json'
         tensors = with_tied_head(tensors, source, keep)
@@ -152,11 +140,8 @@ def _read(file: Path, name: str) -> Tensor:
 def find_folder(name: str) -> Path:
     """Return a local folder as it is; look any other name up on the Hugging Face hub and fetch it into the hub's cache.
 
-    Every process of a host may call this at once, before there is a runtime: one of them fetches, the others wait.
-
-    Raises:
-        InputError: there is neither such a folder nor, as far as can be seen from here, such a model.
-    """
+    Every process of a host may call this at once, before there is a runtime: one of them fetches, the others wait. Raises
+    InputError if there is neither such a folder nor, as far as can be seen from here, such a model."""
     if Path(name).is_dir():
         return Path(name)
     hub_id = f"openai-community/{name}" if name in PRESETS else name

@@ -22,11 +22,8 @@ _DTYPES = {3: torch.float32, 5: torch.bfloat16}
 
 
 def load_llmc_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Return the configuration and the weights, without the rows that pad the vocabulary.
-
-    Raises:
-        InputError: the file is damaged, or of another version.
-    """
+    """Return the configuration and the weights, without the rows that pad the vocabulary. Raises InputError if the file is
+    damaged, or of another version."""
     with user_error(str(file)):
         header = np.fromfile(file, "<i4", 8).tolist()
         size = file.stat().st_size

@@ -39,11 +39,8 @@ _INSIDE = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mod
 
 
 def in_our_names(tensors: Mapping[str, StoredTensor], source: Path) -> dict[str, StoredTensor]:
-    """Return the tensors by our names, matrices in the layout of nn.Linear, without causal masks. Unknown names stay.
-
-    Raises:
-        InputError: the tensors have different prefixes, so they may not belong to one model.
-    """
+    """Return the tensors by our names, matrices in the layout of nn.Linear, without causal masks. Unknown names stay. Raises
+    InputError if the tensors have different prefixes, and so may not belong to one model."""
     out: dict[str, StoredTensor] = {}
     bodies: dict[str, str] = {}  # each prefix, and a tensor that has it
     heads: dict[str, str] = {}  # the same for lm_head, which Hugging Face has beside "transformer.", not in it
@@ -79,10 +76,7 @@ def _as_linear(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 def with_tied_head(tensors: dict[str, StoredTensor], source: Path, fix: str) -> dict[str, StoredTensor]:
     """Return the tensors without lm_head, for a model whose head is its token embedding. A file may have either or both.
-
-    Raises:
-        InputError: both are present and differ. `fix` says what to do.
-    """
+    Raises InputError if both are present and differ; `fix` says what to do."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight")
     if head is None:
         return tensors

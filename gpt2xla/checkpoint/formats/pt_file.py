@@ -37,11 +37,8 @@ _FOREIGN: tuple[tuple[set[str], str], ...] = (
 
 
 def load_pt_model(file: Path) -> tuple[ModelConfig, StoredWeights]:
-    """Return the configuration and the weights, which stay on disk until they are used.
-
-    Raises:
-        InputError: the file is damaged, holds objects other than tensors and plain values, or has another layout.
-    """
+    """Return the configuration and the weights, which stay on disk until they are used. Raises InputError if the file is
+    damaged, holds objects other than tensors and plain values, or has another layout."""
     saved = load_plain(file, mapped=True)
     if not isinstance(saved, dict):
         raise InputError(f"{file} holds a {type(saved).__name__}, not a model; choose another file")
@@ -91,8 +88,7 @@ def _configuration(file: Path, saved: dict[str, Any]) -> tuple[ModelConfig, tupl
 def _of_gpt_config(file: Path, values: Any) -> tuple[ModelConfig, tuple[str, ...]]:
     """Read the fields of nanoGPT's GPTConfig, or build-nanogpt's and llm.c's, which have neither dropout nor bias.
 
-    With biases as an option it is nanoGPT, which soon after switched to the exact GELU. All others have GPT-2's.
-    """
+    With biases as an option it is nanoGPT, which soon after switched to the exact GELU. All others have GPT-2's."""
     is_plain_config = isinstance(values, dict) and all(
         isinstance(value, bool | int | float) for value in values.values()
     )

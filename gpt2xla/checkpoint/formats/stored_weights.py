@@ -19,19 +19,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor by its file's header.
+    """A tensor by its file's header."""
 
-    Attributes:
-        name: the name in the file.
-        shape: the shape that `read` returns.
-        dtype: the file's name for the type if torch has no such type.
-        read: returns the tensor, possibly as a view of the mapped file.
-    """
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype | str
-    read: Callable[[], Tensor]
+    name: str  # in the file
+    shape: torch.Size  # of what `read` returns
+    dtype: torch.dtype | str  # the file's name for the type if torch has no such type
+    read: Callable[[], Tensor]  # returns the tensor, possibly as a view of the mapped file
 
     def transposed(self) -> StoredTensor:
         return dataclasses.replace(self, shape=self.shape[::-1], read=lambda: self.read().t())
@@ -47,9 +40,7 @@ class StoredWeights(Mapping[str, Tensor]):
         source: the file or folder, for messages.
         notes: lines for the user about how the weights are read.
 
-    Raises:
-        InputError: these are not the tensors of such a model. The message names the first one that is wrong.
-    """
+    Raises InputError if these are not the tensors of such a model. The message names the first one that is wrong."""
 
     def __init__(
         self, config: ModelConfig, tensors: Mapping[str, StoredTensor], source: Path, notes: tuple[str, ...] = ()

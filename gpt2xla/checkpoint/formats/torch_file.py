@@ -18,8 +18,7 @@ from gpt2xla.errors import InputError
 
 class PlainConfig:
     """Stands in for a pickled `GPTConfig`, a dataclass of numbers that build-nanogpt and others save with a model. It only
-    keeps the state that the file gives it.
-    """
+    keeps the state that the file gives it."""
 
     state: Any = None
 
@@ -30,14 +29,12 @@ class PlainConfig:
 def load_plain(file: Path, mapped: bool = False) -> Any:
     """Return the file's contents: tensors, plain values and PlainConfigs.
 
-    With `mapped`, tensors stay on disk until they are used, if the format allows it.
-
-    Raises:
-        InputError: the file is damaged, or holds other objects. None of them is created.
-    """
+    With `mapped`, tensors stay on disk until they are used, if the format allows it. Raises InputError if the file is
+    damaged, or holds other objects. None of them is created."""
     try:
         is_zip = zipfile.is_zipfile(file)  # torch's older format is not, and must be read whole
-        stand_ins = _stand_ins(file) if is_zip else []
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if is_zip else []
+        stand_ins: list[Any] = [(PlainConfig, name) for name in names if name.rpartition(".")[2] == "GPTConfig"]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on formats
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
@@ -67,11 +64,6 @@ def is_plain(tensor: Any) -> bool:
         and tensor.device.type == "cpu"
         and not tensor.is_quantized
     )
-
-
-def _stand_ins(file: Path) -> list[Any]:
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
-    return [(PlainConfig, name) for name in unknown if name.rpartition(".")[2] == "GPTConfig"]
 
 
 def _why(file: Path, error: Exception) -> str:
