@@ -178,7 +178,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "ragged.csv": (b"id,text\n1,a\n2,b,c\n", "line 3: 3 columns, but the header has 2"),
     "quote.csv": (b'id,text\n1,"a\n', "line 2: unexpected end of data"),
     "quotes.tsv": (b'id\ttext\n1\t"a" b\n', "line 2: "),
-    "header.csv": (b"id,body\n1,a\n", "its first line, the header, holds id, body; choose with --text-column"),
+    "header.csv": (b"id,body\n1,a\n", "its first line, the header, has id, body; choose with --text-column"),
     "names.csv": (b"text,text\n1,a\n", "its header names 'text' 2 times"),
     "latin.csv": ("text\nnaïve\n".encode("latin-1"), "holds bytes that are not UTF-8"),
 }  # fmt: skip
@@ -216,7 +216,7 @@ def test_edges(name: str, content: bytes, expected: list[str], tmp_path: Path) -
 
 def test_long_files_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few bytes and characters, so that everything lies across two of them somewhere."""
-    for module in ("json_lines.LONGEST", "json_values._BLOCK_CHARACTERS", "csv_file._BLOCK_CHARACTERS"):
+    for module in ("json_lines.LONGEST", "json_values._BLOCK_CHARACTERS", "corpus._ARRAY_CHARACTERS"):
         monkeypatch.setattr(f"gpt2xla.data.documents.{module}", 150)
     for size in (1, 2, 3, 7, 20):
         monkeypatch.setattr(text_file, "_BLOCK_BYTES", size)

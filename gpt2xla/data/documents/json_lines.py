@@ -15,11 +15,8 @@ from gpt2xla.errors import InputError
 
 
 def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
-    """Yield the texts in the field `column`, null where a line has none, in arrays of a few MB.
-
-    Raises:
-        InputError: none of the first lines, 8 MB of them, has the field, or a line cannot be read.
-    """
+    """Yield the texts in the field `column`, null where a line has none, in arrays of a few MB. Raises InputError if none of
+    the first lines, 8 MB of them, has the field, or a line cannot be read."""
     parse = pyarrow.json.ParseOptions(
         explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore"
     )
