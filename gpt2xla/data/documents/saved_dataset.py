@@ -63,7 +63,5 @@ def _read(file: Path, option: str) -> dict[str, Any]:
     except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
-        raise InputError(
-            f"{option} {file} cannot be read, or is not JSON as datasets writes it; save the data set again"
-        )
+        raise InputError(f"{option} {file} cannot be read as the JSON that datasets writes; save the dataset again")
     return values

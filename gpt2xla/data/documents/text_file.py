@@ -113,7 +113,7 @@ def _between(separator: str, blocks: Iterable[str], name: str) -> Iterator[str]:
 
 def _binary(name: str) -> InputError:
     return InputError(
-        f"{name} holds NUL bytes, like binary files and UTF-16; save it as UTF-8, or leave it out (--exclude)"
+        f"{name} holds NUL bytes, like binary files and UTF-16; save it as UTF-8 or leave it out (--exclude)"
     )
 
 

@@ -18,11 +18,8 @@ class SpelledInCorpus:
         self._said: Counter[str] = Counter()
 
     def add(self, spelled: Mapping[int, Counter[str]], parts: Sequence[Part], start: Position) -> None:
-        """Add what the documents of a block spell, by their number in it. The block begins at `start`.
-
-        Raises:
-            InputError: special tokens are to be refused. It names the first document that spells one.
-        """
+        """Add what the documents of a block spell, by their number in it. The block begins at `start`. Raises InputError,
+        naming the first document that spells a special token, if these are to be refused."""
         if not spelled:
             return
         if self.mode == "refuse":

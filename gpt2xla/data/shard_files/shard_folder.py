@@ -19,15 +19,10 @@ _SPLITS = {"train": r"train|training", "val": r"val|valid|validation|dev|eval", 
 
 def shards_of(folder: Path, option: str) -> tuple[list[Path], list[str]]:
     """Return the shards that `option` reads, in the order of their names, and notes about the choice. Hidden files are none.
-
-    Raises:
-        InputError: it is unclear whether some files belong to them.
-    """
+    Raises InputError if it is unclear whether some files belong to them."""
     seen = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     if unfinished := [file for file in seen if _UNFINISHED.search(file.name)]:
-        raise InputError(
-            f"{unfinished[0]} is compressed or not complete, and would be left out; decompress or remove it"
-        )
+        raise InputError(f"{unfinished[0]} is compressed or incomplete, and would be left out; decompress or remove it")
     files = [file for file in seen if file.suffix.lower() in SUFFIXES and not file.is_dir()]
     _refuse_litdata(folder)
     _refuse_twins(files)
@@ -60,9 +55,7 @@ def _refuse_twins(files: list[Path]) -> None:
     by_content: dict[tuple[int, int], Path] = {}
     for file in files:
         if (other := by_stem.setdefault(file.stem, file)) is not file:
-            raise InputError(
-                f"{other} and {file.name} may be the same tokens in two formats; move one out of the folder"
-            )
+            raise InputError(f"{other} and {file.name} may be the same tokens in two formats; move one elsewhere")
         if file.exists():
             status = file.stat()
             if (other := by_content.setdefault((status.st_dev, status.st_ino), file)) is not file:
@@ -85,9 +78,7 @@ def _of_split(folder: Path, files: list[Path], option: str) -> tuple[list[Path],
             f"{option} {folder} holds shards of several splits by their names: {named}; give each its own folder"
         )
     others = ", ".join(f"{other} ({_some(chosen)})" for other, chosen in splits.items() if other != name)
-    return splits[name], [
-        f"note: {option} {folder} reads the shards named {name} ({_some(splits[name])}), not {others}"
-    ]
+    return splits[name], [f"note: {option} {folder} reads shards named {name} ({_some(splits[name])}), not {others}"]
 
 
 def _some(files: list[Path]) -> str:
