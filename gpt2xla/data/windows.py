@@ -71,9 +71,7 @@ class Windows:
             if window >= 0:
                 count = (length if window < self.count else self.rest) + 1
                 row[:count] = stream.read(window * length, count)
-        if self._has_foreign(rows):
-            for row, window in zip(rows, windows.tolist(), strict=True):
-                self._check(row, window * length)
+                self._check(row[:count], window * length)
         labels = rows[:, 1:].astype(np.int64)
         labels[windows < 0] = IGNORED_LABEL
         labels[windows == self.count, self.rest :] = IGNORED_LABEL
@@ -88,15 +86,12 @@ class Windows:
         return Batch(run[:-1].view(-1, self.seq_length), run[1:].view(-1, self.seq_length))
 
     def _check(self, tokens: np.ndarray, start: int) -> None:
-        if self._has_foreign(tokens):
+        if tokens.max() >= self.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
             raise InputError(
                 f"{self.stream.file_of(start + place)}: id {tokens[place]} does not fit --vocab-size {self.vocab_size}; use "
                 "a larger one or prepare the data again"
             )
-
-    def _has_foreign(self, tokens: np.ndarray) -> bool:
-        return bool(tokens.max() >= self.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0))
 
 
 @dataclass(frozen=True)
@@ -200,9 +195,7 @@ class TrainingOrder:
         """Return in words which windows update `step` reads, on all processes together."""
         first, count = step * self.accum * self.batch_size, self.accum * self.batch_size
         parts = []
-        for number, rows, start in (
-            self.mixture.runs(first, count) if len(self.sets) > 1 else [(0, range(count), first)]
-        ):
+        for number, rows, start in self.mixture.runs(first, count):
             windows = np.asarray(self.epochs[number].windows(start, len(rows)))
             is_run = len(windows) > 1 and bool((np.diff(windows) == 1).all())
             listed = f"{windows[0]} to {windows[-1]}" if is_run else ", ".join(map(str, windows))

@@ -55,10 +55,8 @@ def _refuse_twins(files: list[Path], option: str) -> None:
         while content.suffix.lower() in PACKED:
             content = content.with_suffix("")
         if (other := by_content.setdefault(content, file)) is not file:
-            raise InputError(
-                f"{option} {other} and {file.name} may be the same text, compressed or not; move one away, or leave it out "
-                "(--exclude)"
-            )
+            same = "may be the same text, compressed or not"
+            raise InputError(f"{option} {other} and {file.name} {same}; move one away, or leave it out (--exclude)")
 
 
 def _examples(names: list[str]) -> str:
@@ -127,10 +125,8 @@ class _Search:
             else:
                 self._file(path)
         if len(folders) > 1 and folder.name == "snapshots" and (folder.parent / "blobs").is_dir():
-            raise InputError(
-                f"{self.option} {folder} holds {len(folders)} revisions of the same files, as the hub's cache does; name "
-                "the folder of one"
-            )
+            held = f"{len(folders)} revisions of the same files, as the hub's cache does"
+            raise InputError(f"{self.option} {folder} holds {held}; name the folder of one")
         for path in folders:
             self._folder(path, top, seen)
 

@@ -110,6 +110,4 @@ class _Values:
         return bool(more)
 
     def _error(self, reason: str) -> InputError:
-        return InputError(
-            f"{self.name} is not JSON at or after its value {self.number} ({reason}); fix or make it again"
-        )
+        return InputError(f"{self.name} is not JSON at or after value {self.number} ({reason}); fix or make it again")

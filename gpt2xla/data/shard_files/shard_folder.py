@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -38,16 +39,13 @@ def refuse_others(folder: Path, named: list[Path], manifest: str) -> None:
 
 
 def _refuse_litdata(folder: Path) -> None:
-    index = folder / "index.json"
-    if index.exists():
-        try:
-            is_litdata = "chunks" in read_json(index)
-        except (OSError, ValueError, TypeError):
-            return
-        if is_litdata:
-            raise InputError(
-                f"{index} makes its folder a litdata data set, which is not supported; prepare its text instead"
-            )
+    index, is_litdata = folder / "index.json", False
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is another one
+        is_litdata = "chunks" in read_json(index)
+    if is_litdata:
+        raise InputError(
+            f"{index} makes its folder a litdata data set, which is not supported; prepare its text instead"
+        )
 
 
 def _refuse_twins(files: list[Path]) -> None:
