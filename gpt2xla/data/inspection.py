@@ -106,10 +106,9 @@ def tokenizer_of(stream: TokenStream, asked: str | None) -> Tokenizer | None:
         return None
     tokenizer = load_tokenizer(asked or str(stream.folder))
     if stream.manifest and stream.manifest.tokenizer_sha256 != tokenizer.sha256:
-        raise InputError(
-            f"{'--tokenizer ' + asked if asked else stream.folder / 'tokenizer.json'} is not the tokenizer that the "
-            f"manifest names ({stream.manifest.tokenizer}); give that one, or prepare the data again"
-        )
+        other = f"--tokenizer {asked}" if asked else stream.folder / "tokenizer.json"
+        right = f"the tokenizer that the manifest names ({stream.manifest.tokenizer})"
+        raise InputError(f"{other} is not {right}; give that one, or prepare the data again")
     return tokenizer
 
 

@@ -68,10 +68,8 @@ class RemoteFolder:
             raise InputError(f"{option} {self.url} cannot be opened: {in_one_line(error)}") from None
         text = self._read_small(manifest)
         if text is None:
-            raise InputError(
-                f"{option} {url} has no {manifest}, without which a remote folder cannot be read; make it with "
-                "scripts/prepare_text.py, or copy the shards here"
-            )
+            fix = "make it with scripts/prepare_text.py, or copy the shards here"
+            raise InputError(f"{option} {url} has no {manifest}, without which a remote folder cannot be read; {fix}")
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", self.url)[-80:].strip("-.")
         root = cache.folder.expanduser()
         self.folder = root / f"{name}-{hashlib.sha256(self.url.encode() + text).hexdigest()[:16]}"

@@ -138,10 +138,8 @@ class TokenStream:
         self._starts = [0, *self._ends[:-1]]
         self.length = self._ends[-1]
         if self.manifest and self.manifest.tokens != self.length:
-            raise InputError(
-                f"{self.folder / MANIFEST} promises {self.manifest.tokens} tokens but its shards hold {self.length}; "
-                "prepare the data again"
-            )
+            wrong = f"promises {self.manifest.tokens} tokens but its shards hold {self.length}"
+            raise InputError(f"{self.folder / MANIFEST} {wrong}; prepare the data again")
         self.dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.int64)
         marks: list = [(file.name, length) for file, length in zip(self.files, lengths, strict=True)]
         if self.manifest:
@@ -184,10 +182,8 @@ class TokenStream:
         largest, file = max(((largest_sampled(shard), file) for shard, file in here), default=(0, self.folder))
         if self.manifest:
             if largest >= self.manifest.vocab_size:
-                raise InputError(
-                    f"{file} holds id {largest}, but {MANIFEST} says that ids lie below {self.manifest.vocab_size}: it is "
-                    "damaged; copy or prepare it again"
-                )
+                wrong = f"holds id {largest}, but {MANIFEST} says that ids lie below {self.manifest.vocab_size}"
+                raise InputError(f"{file} {wrong}: it is damaged; copy or prepare it again")
             largest, file = self.manifest.vocab_size - 1, self.folder / MANIFEST
         if largest >= vocab_size:
             raise InputError(
@@ -245,10 +241,8 @@ class TokenStream:
         if manifest:
             tokens = manifest.shards[number].tokens
             if len(shard.tokens) != tokens or shard.tokens.dtype != np.dtype(manifest.dtype):
-                raise InputError(
-                    f"{file} holds {len(shard.tokens)} {shard.tokens.dtype} tokens but {MANIFEST} says {tokens} "
-                    f"{manifest.dtype}; prepare the data again"
-                )
+                held = f"holds {len(shard.tokens)} {shard.tokens.dtype} tokens"
+                raise InputError(f"{file} {held} but {MANIFEST} says {tokens} {manifest.dtype}; prepare the data again")
         return shard
 
 

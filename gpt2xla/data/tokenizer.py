@@ -152,10 +152,8 @@ def load_tokenizer(name: str) -> Tokenizer:
             raise InputError(f"tokenizer {name!r}: the folder holds {held}") from None
         if "/" in name and hub.is_id(name):
             return _from_hub(name)
-        raise InputError(
-            f"tokenizer {name!r}: neither a file, nor a folder with a tokenizer, nor owner/name on the hub, nor one of "
-            f"tiktoken's ({', '.join(known)})"
-        ) from None
+        nor = f"nor a folder with a tokenizer, nor owner/name on the hub, nor one of tiktoken's ({', '.join(known)})"
+        raise InputError(f"tokenizer {name!r}: neither a file, {nor}") from None
     except OSError as error:
         raise InputError(
             f"tokenizer {name!r}: tiktoken could not download it ({type(error).__name__}); go online once, or set "
@@ -203,10 +201,8 @@ def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenize
     """
     folder = model_folder(source)
     if asked is None and not has_tokenizer(folder):
-        raise InputError(
-            f"{source} has no tokenizer; name the one that it was trained with: --tokenizer gpt2 (OpenAI's), bytes, a "
-            "folder or a hub id"
-        )
+        fix = "name the one that it was trained with: --tokenizer gpt2 (OpenAI's), bytes, a folder or a hub id"
+        raise InputError(f"{source} has no tokenizer; {fix}")
     tokenizer = load_tokenizer(asked or str(folder))
     check_ids(tokenizer, tokenizer.text_vocab_size, vocab_size, source)
     return tokenizer
@@ -216,9 +212,8 @@ def check_ids(tokenizer: Tokenizer, ids: int, vocab_size: int, source: object, f
     """Raise InputError if `ids` of the tokenizer are more than the `vocab_size` that `source` has."""
     if ids > vocab_size:
         fix = fix or "name the tokenizer that the model was trained with"
-        raise InputError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, {source} only {vocab_size}; {fix}"
-        )
+        has = f"has {tokenizer.vocab_size} ids, but {source} only {vocab_size}"
+        raise InputError(f"tokenizer {tokenizer.name} {has}; {fix}")
 
 
 def match_tokenizer(

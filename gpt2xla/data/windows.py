@@ -45,10 +45,9 @@ class Windows:
 
     def __post_init__(self) -> None:
         if self.count == 0:
-            raise InputError(
-                f"{self.stream.option} {self.stream.name} holds {self.stream.length} tokens, too few for one window of "
-                f"--seq-length {self.seq_length} + 1; prepare more text or shorten --seq-length"
-            )
+            few = f"{self.stream.length} tokens, too few for one window of --seq-length {self.seq_length} + 1"
+            fix = "prepare more text or shorten --seq-length"
+            raise InputError(f"{self.stream.option} {self.stream.name} holds {few}; {fix}")
         self.stream.check_ids(self.vocab_size)
 
     @property
@@ -88,10 +87,9 @@ class Windows:
     def _check(self, tokens: np.ndarray, start: int) -> None:
         if tokens.max() >= self.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
-            raise InputError(
-                f"{self.stream.file_of(start + place)}: id {tokens[place]} does not fit --vocab-size {self.vocab_size}; use "
-                "a larger one or prepare the data again"
-            )
+            wrong = f"id {tokens[place]} does not fit --vocab-size {self.vocab_size}"
+            fix = "use a larger one or prepare the data again"
+            raise InputError(f"{self.stream.file_of(start + place)}: {wrong}; {fix}")
 
 
 @dataclass(frozen=True)
@@ -235,8 +233,6 @@ def padded_share(batch_size: int, world_size: int, devices: int) -> int:
 def share_of(option: str, batch_size: int, world_size: int) -> int:
     """Return one process's share of a global batch. Raises InputError if it does not divide evenly."""
     if batch_size % world_size:
-        raise InputError(
-            f"{option} {batch_size} does not divide over {world_size} devices; use a multiple of {world_size}, such as "
-            f"{-(-batch_size // world_size) * world_size}"
-        )
+        fix = f"use a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"
+        raise InputError(f"{option} {batch_size} does not divide over {world_size} devices; {fix}")
     return batch_size // world_size

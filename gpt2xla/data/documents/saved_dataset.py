@@ -30,10 +30,8 @@ def data_files(folder: Path, option: str) -> list[Path]:
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{option} {folder / STATE} names no data files; save the dataset again") from None
     if any(value for key, value in state.items() if key.startswith("_indices")):
-        raise InputError(
-            f"{option} {folder} holds rows in the order of a separate list of indices; load it with an old version of "
-            "datasets, and save flatten_indices() of it"
-        )
+        fix = "load it with an old version of datasets, and save flatten_indices() of it"
+        raise InputError(f"{option} {folder} holds rows in the order of a separate list of indices; {fix}")
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{option} {folder} lacks {name}, although {STATE} names it; copy it again")

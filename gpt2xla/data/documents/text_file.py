@@ -24,6 +24,7 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
+_OR_LEAVE_OUT = "or leave it out (--exclude)"
 _JAPANESE = re.compile(rb"\x1b\$[@B][!-~]+\x1b\([BJ]")  # ASCII, by its bytes
 
 
@@ -31,17 +32,15 @@ def check_head(head: bytes, name: str) -> None:
     """Raise InputError, naming the file `name`, if its first bytes are not text in UTF-8."""
     for mark, encoding in _OTHER_ENCODINGS.items():
         if head.startswith(mark):
-            raise InputError(f"{name} is text in {encoding}; save it as UTF-8, or leave it out (--exclude)")
+            raise InputError(f"{name} is text in {encoding}; save it as UTF-8, {_OR_LEAVE_OUT}")
     if _JAPANESE.search(head):
-        raise InputError(f"{name} is text in ISO-2022-JP; save it as UTF-8, or leave it out (--exclude)")
+        raise InputError(f"{name} is text in ISO-2022-JP; save it as UTF-8, {_OR_LEAVE_OUT}")
     if b"\0" in head:
         raise _binary(name)
     text = codecs.getincrementaldecoder("utf-8")("ignore").decode(head)  # a character may be cut at the end
     bad = len(head) - len(text.encode())
     if bad > _MOST_BAD_BYTES * len(head) + 3 or 2 * bad > len(head):
-        raise InputError(
-            f"{name} is binary, or text that is not UTF-8; convert it to UTF-8, or leave it out (--exclude)"
-        )
+        raise InputError(f"{name} is binary, or text that is not UTF-8; convert it to UTF-8, {_OR_LEAVE_OUT}")
 
 
 def read(
@@ -112,9 +111,7 @@ def _between(separator: str, blocks: Iterable[str], name: str) -> Iterator[str]:
 
 
 def _binary(name: str) -> InputError:
-    return InputError(
-        f"{name} holds NUL bytes, like binary files and UTF-16; save it as UTF-8 or leave it out (--exclude)"
-    )
+    return InputError(f"{name} holds NUL bytes, as binary files and UTF-16 do; save it as UTF-8, {_OR_LEAVE_OUT}")
 
 
 def _count(opened: Callable[[], AbstractContextManager[pa.NativeFile]], wanted: bytes) -> int:

@@ -64,7 +64,7 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
     or split, or its files are not supported, and RunFailed if the hub does not answer."""
     if not options.dataset:
         raise InputError("--dataset is empty; give a name on the hub, or a local folder")
-    folder = Path(options.dataset)
+    folder, what = Path(options.dataset), f"--dataset {options.dataset}"
     if not folder.is_dir():
         return _Hub(options, say).parts()
     local = partial(
@@ -75,18 +75,14 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
     by_split = {} if is_saved else _splits_by_name(options, folder)
     if not (is_saved or by_split):
         if options.split != "train" or options.test_split:
-            raise InputError(
-                f"--dataset {folder} is a folder of files without splits; leave --split and --test-split out"
-            )
+            raise InputError(f"{what} is a folder of files without splits; leave --split and --test-split out")
         return local([folder], exclude=(_CARD,) if (folder / _CARD).exists() else ())  # as datasets does
 
     def files_of(split: str) -> list[Path]:
         if is_saved:
             return [saved_dataset.split_folder(folder, split, "--dataset")]
         if split not in by_split:
-            raise InputError(
-                f"--dataset {folder} has no split {split!r} but {', '.join(by_split)}; choose with --split"
-            )
+            raise InputError(f"{what} has no split {split!r} but {', '.join(by_split)}; choose with --split")
         return by_split[split]
 
     parts = local(files_of(options.split))

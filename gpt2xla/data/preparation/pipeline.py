@@ -183,9 +183,8 @@ class _Preparation:
                 f"{free / 1e9:.1f} GB are free there; choose another disk, or --max-tokens"
             )
         if self.tokenizer.eot_id is None:
-            self.say(
-                f"note: tokenizer {self.tokenizer.name} has no end-of-text token: no border is stored between documents"
-            )
+            effect = "no border is stored between documents"
+            self.say(f"note: tokenizer {self.tokenizer.name} has no end-of-text token: {effect}")
 
     def run(self) -> None:
         """Continue to the end of the corpus, or to --max-tokens."""

@@ -25,10 +25,9 @@ class SpelledInCorpus:
         if self.mode == "refuse":
             document, found = next(iter(spelled.items()))
             name, number = _place(parts, start, document)
-            raise InputError(
-                f"{name}, document {number + 1}: it spells the special token {next(iter(found))}; remove it there, or use "
-                "--special-tokens-in-text as-text or as-ids"
-            )
+            wrong = f"it spells the special token {next(iter(found))}"
+            fix = "remove it there, or use --special-tokens-in-text as-text or as-ids"
+            raise InputError(f"{name}, document {number + 1}: {wrong}; {fix}")
         is_first = not self.counts
         for found in spelled.values():
             self.counts.update(found)

@@ -43,9 +43,7 @@ def _refuse_litdata(folder: Path) -> None:
     with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is another one
         is_litdata = "chunks" in read_json(index)
     if is_litdata:
-        raise InputError(
-            f"{index} makes its folder a litdata data set, which is not supported; prepare its text instead"
-        )
+        raise InputError(f"{index} makes its folder a litdata data set: not supported; prepare its text instead")
 
 
 def _refuse_twins(files: list[Path]) -> None:
@@ -72,9 +70,8 @@ def _of_split(folder: Path, files: list[Path], option: str) -> tuple[list[Path],
         return files, []
     if "" in splits or not (name := next((name for name in wanted if name in splits), "")):
         named = ", ".join(f"{name or 'no split'} ({_some(chosen)})" for name, chosen in splits.items())
-        raise InputError(
-            f"{option} {folder} holds shards of several splits by their names: {named}; give each its own folder"
-        )
+        held = f"shards of several splits by their names: {named}"
+        raise InputError(f"{option} {folder} holds {held}; give each its own folder")
     others = ", ".join(f"{other} ({_some(chosen)})" for other, chosen in splits.items() if other != name)
     return splits[name], [f"note: {option} {folder} reads shards named {name} ({_some(splits[name])}), not {others}"]
 

@@ -92,10 +92,8 @@ def _open(file: Path) -> Shard:
     layout = companions.datatrove(file) if suffix == ".ds" else companions.dolma(file)
     if layout is None:
         missing = "a .ds.metadata" if suffix == ".ds" else "a header, or dolma's .csv.gz beside it,"
-        raise InputError(
-            f"{file} holds ids of an unknown type: {missing} is missing; copy that too, or convert it: "
-            "np.save(NEW, np.fromfile(FILE, TYPE)) with '<u2' or '<u4'"
-        )
+        fix = "copy that too, or convert it: np.save(NEW, np.fromfile(FILE, TYPE)) with '<u2' or '<u4'"
+        raise InputError(f"{file} holds ids of an unknown type: {missing} is missing; {fix}")
     return Shard(_map(file, layout.dtype, layout.tokens, size), layout.format)
 
 
