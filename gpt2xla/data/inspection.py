@@ -100,19 +100,15 @@ def check(stream: TokenStream, found: Contents, verify: bool) -> None:
 
 
 def tokenizer_of(stream: TokenStream, asked: str | None) -> Tokenizer | None:
-    """Return the requested tokenizer, otherwise the one beside the shards, or None.
-
-    Raises:
-        InputError: by the manifest, the shards were made with another one.
-    """
+    """Return the requested tokenizer, otherwise the one beside the shards, or None. Raises InputError if by the manifest the
+    shards were made with another one."""
     if not asked and not has_tokenizer(stream.folder):
         return None
     tokenizer = load_tokenizer(asked or str(stream.folder))
     if stream.manifest and stream.manifest.tokenizer_sha256 != tokenizer.sha256:
-        raise InputError(
-            f"{'--tokenizer ' + asked if asked else stream.folder / 'tokenizer.json'} is not the tokenizer that the "
-            f"manifest names ({stream.manifest.tokenizer}); give that one, or prepare the data again"
-        )
+        other = f"--tokenizer {asked}" if asked else stream.folder / "tokenizer.json"
+        right = f"the tokenizer that the manifest names ({stream.manifest.tokenizer})"
+        raise InputError(f"{other} is not {right}; give that one, or prepare the data again")
     return tokenizer
 
 
@@ -145,11 +141,7 @@ def _start_of_document(stream: TokenStream, position: int, eot_id: int) -> int:
 
 def splits(folder: str) -> dict[str, TokenStream]:
     """Return the splits in a folder by name: `train/` and `test/` if it has them, otherwise its own shards, whose names may
-    be those of two splits (llm.c, nanoGPT).
-
-    Raises:
-        InputError: there are no shards, or some are damaged.
-    """
+    be those of two splits (llm.c, nanoGPT). Raises InputError if there are no shards, or some are damaged."""
     if not folder:
         raise InputError("DIR is empty; name a folder, the one you are in as .")
     below = [split for name in ("train", "test") if (split := Path(folder, name)).is_dir()]

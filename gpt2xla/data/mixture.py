@@ -68,13 +68,14 @@ def parse_weights(option: str, entries: Sequence[str]) -> tuple[list[str], list[
     weights: list[float] = []
     for entry in entries:
         folder, _, text = entry.rpartition("=")
-        weight = _as_number(text)
+        try:
+            weight: float | None = float(text)
+        except ValueError:
+            weight = None
         if not folder or weight is None:
             if len(entries) == 1:  # a folder may have = in its name
                 return [entry], [1.0]
-            raise InputError(
-                f"{option} {entry} has no weight: with several folders each needs one, such as {entry}=0.5"
-            )
+            raise InputError(f"{option} {entry} has no weight: of several folders each needs one, such as {entry}=0.5")
         if not (math.isfinite(weight) and weight > 0):
             raise InputError(f"{option} {entry}: choose a weight above 0, or leave the folder out")
         folders.append(folder)
@@ -88,13 +89,6 @@ def parse_weights(option: str, entries: Sequence[str]) -> tuple[list[str], list[
     if len(folders) > PATTERN:
         raise InputError(f"{option} names {len(folders)} folders; at most {PATTERN} can be mixed")
     return folders, weights
-
-
-def _as_number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _apportion(weights: Sequence[float]) -> tuple[int, ...]:

@@ -38,22 +38,16 @@ class TrainingData:
         Args:
             source: the checkpoint that the run starts from. Its tokenizer comes before the shards'.
 
-        Raises:
-            InputError: data, tokenizer and options do not fit together.
+        Raises InputError if data, tokenizer and options do not fit together.
         """
         sets, mixture = open_training(config)
         validation = open_validation(config)
         share_of("--train-batch-size", config.train.train_batch_size, devices)
         order = TrainingOrder(
-            sets,
-            mixture,
-            batch_size=config.train.train_batch_size,
-            accum=config.train.gradient_accum_step,
-            rank=rank,
-            world_size=world_size,
-            drop_last=config.data.drop_last,
+            sets, mixture, batch_size=config.train.train_batch_size, accum=config.train.gradient_accum_step, rank=rank,
+            world_size=world_size, drop_last=config.data.drop_last,
             shuffle_seed=config.general.seed if config.data.shuffle else None,
-        )
+        )  # fmt: skip
         folders = [*([source] if source else []), *(windows.stream.folder for windows in sets)]
         return cls(config, order, validation, tokenizer_of(config, folders, [*sets, validation]))
 
@@ -99,12 +93,17 @@ class TrainingData:
 
 
 def tokenizer_of(config: RunConfig, folders: list[Path], windows: Sequence[Windows]) -> Tokenizer | None:
-    """Return the tokenizer of a run: --tokenizer, or the one in the first of `folders` that has one.
-
-    Raises InputError if it is not the one that made the data `windows`.
-    """
-    check_same_tokenizer(windows)
-    manifests = [w.stream.manifest for w in windows if w.stream.manifest]
+    """Return the tokenizer of a run: --tokenizer, or the one in the first of `folders` that has one. Raises InputError if it
+    is not the one that made the data `windows`, or these were made with different ones."""
+    known = [(w.stream, w.stream.manifest) for w in windows if w.stream.manifest]
+    for stream, manifest in known[1:]:
+        first_stream, first = known[0]
+        if manifest.tokenizer_sha256 != first.tokenizer_sha256:
+            raise InputError(
+                f"{stream.option} {stream.name} was made with another tokenizer ({manifest.tokenizer}) than "
+                f"{first_stream.option} {first_stream.name} ({first.tokenizer}); prepare both with one"
+            )
+    manifests = [manifest for _, manifest in known]
     return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.real_vocab_size)
 
 
@@ -119,18 +118,6 @@ def open_training(config: RunConfig) -> tuple[list[Windows], Mixture]:
 def open_validation(config: RunConfig) -> Windows:
     """Open the split of --valid-dir. Raises InputError."""
     return _open(config, config.data.valid_dir, "--valid-dir")
-
-
-def check_same_tokenizer(sets: Sequence[Windows]) -> None:
-    """Raise InputError if manifests say that data sets were made with different tokenizers."""
-    known = [(w.stream, w.stream.manifest) for w in sets if w.stream.manifest]
-    for stream, manifest in known[1:]:
-        first_stream, first = known[0]
-        if manifest.tokenizer_sha256 != first.tokenizer_sha256:
-            raise InputError(
-                f"{stream.option} {stream.name} was made with another tokenizer ({manifest.tokenizer}) than "
-                f"{first_stream.option} {first_stream.name} ({first.tokenizer}); prepare both with one"
-            )
 
 
 def _open(config: RunConfig, folder: str, option: str) -> Windows:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import fsspec
 
@@ -51,24 +51,25 @@ def is_url(name: str) -> bool:
 
 
 class RemoteFolder:
-    """A folder behind a URL.
+    """A folder behind a URL. Raises InputError if it cannot be read, or has no manifest.
 
     Attributes:
         folder: where its files appear on this machine. Each manifest at a URL has its own folder.
-
-    Raises:
-        InputError: the URL cannot be read, or has no manifest.
     """
 
     def __init__(self, url: str, option: str, cache: Cache, manifest: str) -> None:
         self.url, self.option, self.cache = url.rstrip("/"), option, cache
-        self._files, self._path = self._connect()
+        try:
+            self._files, self._path = fsspec.core.url_to_fs(self.url)
+        except ImportError as error:
+            package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
+            raise InputError(f"{option} {self.url} needs another package: pip install {package}") from None
+        except Exception as error:  # each storage has its own errors, also for credentials
+            raise InputError(f"{option} {self.url} cannot be opened: {in_one_line(error)}") from None
         text = self._read_small(manifest)
         if text is None:
-            raise InputError(
-                f"{option} {url} has no {manifest}, without which a remote folder cannot be read; make it with "
-                "scripts/prepare_text.py, or copy the shards here"
-            )
+            fix = "make it with scripts/prepare_text.py, or copy the shards here"
+            raise InputError(f"{option} {url} has no {manifest}, without which a remote folder cannot be read; {fix}")
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", self.url)[-80:].strip("-.")
         root = cache.folder.expanduser()
         self.folder = root / f"{name}-{hashlib.sha256(self.url.encode() + text).hexdigest()[:16]}"
@@ -83,12 +84,8 @@ class RemoteFolder:
     @contextlib.contextmanager
     def at_hand(self, file: str, sha256: str) -> Iterator[Path]:
         """Have the shard on this machine, fetched if it is missing. No process removes it inside the block, and what is
-        mapped there can be read afterwards in any case.
-
-        Raises:
-            InputError: the shard is missing, or is not what the manifest says.
-            RunFailed: it could not be fetched.
-        """
+        mapped there can be read afterwards in any case. Raises InputError if the shard is missing at the URL, or is not what
+        the manifest says, and RunFailed if it could not be fetched."""
         shard = self.folder / file
         with in_turn(_lock_file(shard)):
             if not shard.exists():
@@ -110,15 +107,6 @@ class RemoteFolder:
         self._ahead = threading.Thread(target=fetch, daemon=True, name="fetch-ahead")
         self._ahead.start()
 
-    def _connect(self) -> tuple[Any, str]:
-        try:
-            return fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
-            raise InputError(f"{self.option} {self.url} needs another package: pip install {package}") from None
-        except Exception as error:  # each storage has its own errors, also for credentials
-            raise InputError(f"{self.option} {self.url} cannot be opened: {in_one_line(error)}") from None
-
     def _read_small(self, file: str) -> bytes | None:
         """Return the file's bytes, or None if there is no such file."""
         try:
@@ -126,9 +114,8 @@ class RemoteFolder:
         except FileNotFoundError:
             return None
         except Exception as error:  # as above
-            raise InputError(
-                f"{self.option} {self.url}/{file} cannot be read: {in_one_line(error)}; check address and credentials"
-            ) from None
+            what = f"{self.option} {self.url}/{file} cannot be read"
+            raise InputError(f"{what}: {in_one_line(error)}; check address and credentials") from None
 
     def _fetch(self, file: str, sha256: str) -> None:
         partial = self.folder / f".{file}.partial"
@@ -162,11 +149,11 @@ class RemoteFolder:
         """Remove the shards longest unread, except `keep`, until the rest fits the limit."""
         if not self.cache.limit:
             return
-        shards = [file for file in self.cache.folder.expanduser().glob("*/[!.]*") if file.suffix in SUFFIXES]
         found = []
-        for file in shards:
+        for file in self.cache.folder.expanduser().glob("*/[!.]*"):
             with contextlib.suppress(FileNotFoundError):  # another process may remove it
-                found.append((file.stat().st_mtime, file.stat().st_size, file))
+                if file.suffix in SUFFIXES:
+                    found.append((file.stat().st_mtime, file.stat().st_size, file))
         total = sum(size for _, size, _ in found)
         for _, size, file in sorted(found):
             if total <= self.cache.limit:

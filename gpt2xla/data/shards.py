@@ -67,9 +67,7 @@ class Manifest:
             values = read_json(file)
             shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
             manifest = cls(**values, shards=shards)
-            _check_types(manifest)
-            for shard in shards:
-                _check_types(shard)
+            _check_types(manifest, *shards)
             if manifest.dtype not in ("uint16", "uint32"):
                 raise ValueError(f"dtype is {manifest.dtype[:80]!r}")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -82,7 +80,9 @@ class Manifest:
 class TokenStream:
     """All tokens of a split as one sequence.
 
-    Shards of a local folder are memory-mapped at once; those behind a URL are fetched when they are first read.
+    Shards of a local folder are memory-mapped at once; those behind a URL are fetched when they are first read. Raises
+    InputError if the folder is missing or empty, or a shard is damaged, of an unknown format, or does not fit the manifest
+    or the other shards.
 
     Attributes:
         name: the folder or URL, as the user wrote it.
@@ -93,10 +93,6 @@ class TokenStream:
         fingerprint: changes when the tokens change; without a manifest, when names or lengths of shards change.
         format: name of the shards' format.
         notes: notes for the user: which files were chosen, what is odd about them.
-
-    Raises:
-        InputError: the folder is missing or empty, or a shard is damaged, of an unknown format, or does not fit the manifest
-            or the other shards.
     """
 
     def __init__(self, folder: str | Path, option: str = "--train-dir", cache: Cache = DEFAULT_CACHE) -> None:
@@ -114,10 +110,9 @@ class TokenStream:
             else:
                 self.files, self.notes = shards_of(self.folder, option)
         if not self.files:
-            train = self.folder / "train"
-            fix = (
-                f"its splits are folders: name {train}" if train.is_dir() else "make some with scripts/prepare_text.py"
-            )
+            fix = "make some with scripts/prepare_text.py"
+            if (train := self.folder / "train").is_dir():
+                fix = f"its splits are folders: name {train}"
             raise InputError(f"{option} {folder} holds no shards ({', '.join(SUFFIXES)}); {fix}")
         self._shards: list[np.ndarray | None]  # a remote one is None until it is read
         self.format = "numpy"
@@ -128,7 +123,13 @@ class TokenStream:
             shards = [self._open(number) for number in range(len(self.files))]
             self._shards = [shard.tokens for shard in shards]
             lengths, dtypes = [len(shard.tokens) for shard in shards], {shard.tokens.dtype for shard in shards}
-            self.format = self._one_format([shard.format for shard in shards])
+            self.format = shards[0].format
+            for shard, file in zip(shards, self.files, strict=True):
+                if shard.format != self.format:
+                    raise InputError(
+                        f"{option} {folder} holds shards of two formats: {self.files[0].name} ({self.format}) and "
+                        f"{file.name} ({shard.format}); give each its own folder, or move away what is not a shard"
+                    )
             self.notes += [f"note: {shard.note}" for shard in shards if shard.note]
             if self.manifest:
                 refuse_others(self.folder, self.files, MANIFEST)
@@ -137,12 +138,13 @@ class TokenStream:
         self._starts = [0, *self._ends[:-1]]
         self.length = self._ends[-1]
         if self.manifest and self.manifest.tokens != self.length:
-            raise InputError(
-                f"{self.folder / MANIFEST} promises {self.manifest.tokens} tokens but its shards hold {self.length}; "
-                "prepare the data again"
-            )
+            wrong = f"promises {self.manifest.tokens} tokens but its shards hold {self.length}"
+            raise InputError(f"{self.folder / MANIFEST} {wrong}; prepare the data again")
         self.dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.int64)
-        self.fingerprint = self._fingerprint(lengths)
+        marks: list = [(file.name, length) for file, length in zip(self.files, lengths, strict=True)]
+        if self.manifest:
+            marks = [shard.sha256 for shard in self.manifest.shards]
+        self.fingerprint = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return tokens start .. start + count - 1, across shard borders; no copy if they lie in one shard."""
@@ -151,14 +153,11 @@ class TokenStream:
         part = self._part(number, start, count)
         if len(part) == count:
             return part
-        out = np.empty(count, dtype=self.dtype)
-        filled = 0
-        while filled < count:
-            part = self._part(number, start + filled, count - filled)
-            out[filled : filled + len(part)] = part
-            filled += len(part)
+        parts = [part]
+        while missing := count - sum(map(len, parts)):
             number += 1
-        return out
+            parts.append(self._part(number, self._starts[number], missing))
+        return np.concatenate(parts, dtype=self.dtype)
 
     @property
     def is_remote(self) -> bool:
@@ -179,16 +178,12 @@ class TokenStream:
     def check_ids(self, vocab_size: int) -> None:
         """Raise InputError if ids do not fit the model: by the manifest, and by a sample of each shard on this machine. All
         ids are checked when they are read."""
-        largest, file = max(
-            ((largest_sampled(shard), file) for shard, file in zip(self._shards, self.files, strict=True)
-             if shard is not None), default=(0, self.folder),
-        )  # fmt: skip
+        here = [(shard, file) for shard, file in zip(self._shards, self.files, strict=True) if shard is not None]
+        largest, file = max(((largest_sampled(shard), file) for shard, file in here), default=(0, self.folder))
         if self.manifest:
             if largest >= self.manifest.vocab_size:
-                raise InputError(
-                    f"{file} holds id {largest}, but {MANIFEST} says that ids lie below {self.manifest.vocab_size}: it is "
-                    "damaged; copy or prepare it again"
-                )
+                wrong = f"holds id {largest}, but {MANIFEST} says that ids lie below {self.manifest.vocab_size}"
+                raise InputError(f"{file} {wrong}: it is damaged; copy or prepare it again")
             largest, file = self.manifest.vocab_size - 1, self.folder / MANIFEST
         if largest >= vocab_size:
             raise InputError(
@@ -200,19 +195,17 @@ class TokenStream:
         """Compare every shard with the hash in the manifest, several at a time. Raises InputError, naming the first one that
         differs, or if there is no manifest."""
         if not self.manifest:
-            raise InputError(
-                f"--verify-data: {self.name} has no {MANIFEST} with hashes to check; prepare it again or leave the flag out"
-            )
+            fix = "prepare it again or leave the flag out"
+            raise InputError(f"--verify-data: {self.name} has no {MANIFEST} with hashes to check; {fix}")
 
         def check(number_and_shard: tuple[int, ShardEntry]) -> None:
             number, shard = number_and_shard
             with self._local_file(number) as file:
                 found = file_sha256(file)
             if found != shard.sha256:
-                raise InputError(
-                    f"{self.files[number]} is not what {MANIFEST} says (sha256 differs): it is damaged; "
-                    f"{'remove' if self._remote else 'copy or prepare'} it {'and start' if self._remote else ''} again"
-                )
+                fix = "remove it and start again" if self._remote else "copy or prepare it again"
+                wrong = f"is not what {MANIFEST} says (sha256 differs): it is damaged"
+                raise InputError(f"{self.files[number]} {wrong}; {fix}")
 
         # hashlib lets other threads run while it works.
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
@@ -226,12 +219,11 @@ class TokenStream:
     def _fetch(self, number: int) -> np.ndarray:
         assert self._remote is not None
         assert self.manifest is not None
-        shards = self.manifest.shards
         if self._remote.cache.limit:  # a mapped file takes room on the disk even after it is deleted
             self._shards = [None] * len(self.files)
-        with self._remote.at_hand(shards[number].file, shards[number].sha256):
+        with self._local_file(number):
             shard = self._shards[number] = self._open(number).tokens
-        following = shards[(number + 1) % len(shards)]
+        following = self.manifest.shards[(number + 1) % len(self.files)]
         self._remote.fetch_ahead(following.file, following.sha256)
         return shard
 
@@ -249,31 +241,14 @@ class TokenStream:
         if manifest:
             tokens = manifest.shards[number].tokens
             if len(shard.tokens) != tokens or shard.tokens.dtype != np.dtype(manifest.dtype):
-                raise InputError(
-                    f"{file} holds {len(shard.tokens)} {shard.tokens.dtype} tokens but {MANIFEST} says {tokens} "
-                    f"{manifest.dtype}; prepare the data again"
-                )
+                held = f"holds {len(shard.tokens)} {shard.tokens.dtype} tokens"
+                raise InputError(f"{file} {held} but {MANIFEST} says {tokens} {manifest.dtype}; prepare the data again")
         return shard
 
-    def _one_format(self, formats: list[str]) -> str:
-        for file, name in zip(self.files, formats, strict=True):
-            if name != formats[0]:
-                raise InputError(
-                    f"{self.option} {self.name} holds shards of two formats: {self.files[0].name} ({formats[0]}) and "
-                    f"{file.name} ({name}); give each its own folder, or move away what is not a shard"
-                )
-        return formats[0]
 
-    def _fingerprint(self, lengths: list[int]) -> str:
-        if self.manifest:
-            parts: list = [shard.sha256 for shard in self.manifest.shards]
-        else:
-            parts = [(file.name, length) for file, length in zip(self.files, lengths, strict=True)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _check_types(part: Manifest | ShardEntry) -> None:
-    for name, kind in get_type_hints(type(part)).items():
-        plain = tuple if get_origin(kind) is tuple else kind
-        if not isinstance(getattr(part, name), plain):
-            raise ValueError(f"{name} is {repr(getattr(part, name))[:80]}")
+def _check_types(*parts: Manifest | ShardEntry) -> None:
+    for part in parts:
+        for name, kind in get_type_hints(type(part)).items():
+            plain = tuple if get_origin(kind) is tuple else kind
+            if not isinstance(getattr(part, name), plain):
+                raise ValueError(f"{name} is {repr(getattr(part, name))[:80]}")

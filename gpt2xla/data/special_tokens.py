@@ -37,9 +37,6 @@ class SpelledTokens:
         found = pc.indices_nonzero(self.found_in(texts)).to_pylist()
         return {number: self.count(texts[number].as_py()) for number in found}
 
-    def occur_in(self, texts: pa.LargeStringArray) -> bool:
-        return bool(self.found_in(texts).true_count)
-
     def blanked(self, texts: pa.LargeStringArray) -> pa.LargeStringArray:
         """Return the texts with each token replaced by a space."""
         import pyarrow.compute as pc

@@ -25,6 +25,7 @@ from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError, user_error
 
 END_OF_TEXT = "<|endoftext|>"
+_ROLES: dict[str, Any] = dict.fromkeys(("bos_token", "unk_token", "eos_token"), END_OF_TEXT)  # of GPT-2's tokenizer
 
 
 class Tokenizer:
@@ -129,14 +130,11 @@ def _hash_of_vocabulary(backend: HFTokenizer) -> str:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """Return a tokenizer by name: a tiktoken encoding or model ("gpt2"), "bytes", the path of a tokenizer.json or of a
-    folder with a tokenizer that transformers reads, or the id of a model on the Hugging Face hub ("owner/name").
-
-    Raises:
-        InputError: there is no such tokenizer, or it cannot be downloaded.
-    """
+    folder with a tokenizer that transformers reads, or the id of a model on the Hugging Face hub ("owner/name"). Raises
+    InputError if there is no such tokenizer, or it cannot be downloaded."""
     if name == "bytes":
         vocab = {char: byte for byte, char in _byte_alphabet().items()}
-        return Tokenizer(name, _byte_level_bpe(vocab, [], {END_OF_TEXT: 256}), _all_roles())
+        return Tokenizer(name, _byte_level_bpe(vocab, [], {END_OF_TEXT: 256}), _ROLES)
     path, known = Path(name), tiktoken.list_encoding_names()
     with user_error(f"tokenizer {name!r}"):  # no permission, or a name that is too long
         if path.is_file():
@@ -150,15 +148,12 @@ def load_tokenizer(name: str) -> Tokenizer:
         encoding = tiktoken.get_encoding(name) if name in known else tiktoken.encoding_for_model(name)
     except KeyError:
         if is_folder:
-            raise InputError(
-                f"tokenizer {name!r}: the folder holds neither tokenizer.json nor vocab.json and merges.txt"
-            ) from None
+            held = "neither tokenizer.json nor vocab.json and merges.txt"
+            raise InputError(f"tokenizer {name!r}: the folder holds {held}") from None
         if "/" in name and hub.is_id(name):
             return _from_hub(name)
-        raise InputError(
-            f"tokenizer {name!r}: neither a file, nor a folder with a tokenizer, nor owner/name on the hub, nor one of "
-            f"tiktoken's ({', '.join(known)})"
-        ) from None
+        nor = f"nor a folder with a tokenizer, nor owner/name on the hub, nor one of tiktoken's ({', '.join(known)})"
+        raise InputError(f"tokenizer {name!r}: neither a file, {nor}") from None
     except OSError as error:
         raise InputError(
             f"tokenizer {name!r}: tiktoken could not download it ({type(error).__name__}); go online once, or set "
@@ -173,10 +168,8 @@ def train_bpe(
     """Train a byte-level byte-pair tokenizer that splits words as GPT-2's does.
 
     Its ids are the 256 bytes, the merges, end-of-text, then `special_tokens` in their order: `vocab_size` in all, or fewer
-    if no more pairs occur `min_frequency` times. Documents are read once; memory holds their distinct words.
-
-    Raises:
-        InputError: a special token could also result from merges, or is given twice.
+    if no more pairs occur `min_frequency` times. Documents are read once; memory holds their distinct words. Raises
+    InputError if a special token could also result from merges, or is given twice.
     """
     special = [END_OF_TEXT, *special_tokens]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -197,27 +190,19 @@ def train_bpe(
     added = backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     assert added == len(special)
     further = {"additional_special_tokens": list(special_tokens)} if special_tokens else {}
-    return Tokenizer(name, backend, _all_roles() | further)
-
-
-def _all_roles() -> dict[str, Any]:
-    """Return the special tokens of GPT-2's tokenizer by name."""
-    return dict.fromkeys(("bos_token", "unk_token", "eos_token"), END_OF_TEXT)
+    return Tokenizer(name, backend, _ROLES | further)
 
 
 def find_tokenizer(asked: str | None, source: Path, vocab_size: int) -> Tokenizer:
     """Return the tokenizer of the model in `source`: the requested one, otherwise the model's own.
 
-    Raises:
-        InputError: there is no such tokenizer, or ids of text reach beyond the model's `vocab_size`. Those of special tokens
-            may: a [PAD] that was added to the tokenizer but not to the model does no harm.
+    Raises InputError if there is no such tokenizer, or ids of text reach beyond the model's `vocab_size`. Those of special
+    tokens may: a [PAD] that was added to the tokenizer but not to the model does no harm.
     """
     folder = model_folder(source)
     if asked is None and not has_tokenizer(folder):
-        raise InputError(
-            f"{source} has no tokenizer; name the one that it was trained with: --tokenizer gpt2 (OpenAI's), bytes, a "
-            "folder or a hub id"
-        )
+        fix = "name the one that it was trained with: --tokenizer gpt2 (OpenAI's), bytes, a folder or a hub id"
+        raise InputError(f"{source} has no tokenizer; {fix}")
     tokenizer = load_tokenizer(asked or str(folder))
     check_ids(tokenizer, tokenizer.text_vocab_size, vocab_size, source)
     return tokenizer
@@ -227,19 +212,15 @@ def check_ids(tokenizer: Tokenizer, ids: int, vocab_size: int, source: object, f
     """Raise InputError if `ids` of the tokenizer are more than the `vocab_size` that `source` has."""
     if ids > vocab_size:
         fix = fix or "name the tokenizer that the model was trained with"
-        raise InputError(
-            f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but {source} only {vocab_size}; {fix}"
-        )
+        has = f"has {tokenizer.vocab_size} ids, but {source} only {vocab_size}"
+        raise InputError(f"tokenizer {tokenizer.name} {has}; {fix}")
 
 
 def match_tokenizer(
     asked: str | None, folders: Sequence[Path], manifests: Sequence[Manifest], vocab_size: int
 ) -> Tokenizer | None:
     """Return the tokenizer of a run: the requested one, otherwise that of the first of `folders` with one, otherwise None.
-
-    Raises:
-        InputError: it is not the one that made all the data, or it has ids beyond the model's `vocab_size`.
-    """
+    Raises InputError if it is not the one that made all the data, or has ids beyond the model's `vocab_size`."""
     found = asked or next((str(folder) for folder in map(model_folder, folders) if has_tokenizer(folder)), None)
     if found is None:
         return None
@@ -258,7 +239,7 @@ def match_tokenizer(
 def _load_folder(folder: Path, name: str | None = None) -> Tokenizer:
     stored = tokenizer_folder.read_folder(folder)
     stated = stored.config.get("name_or_path")
-    roles = stored.roles if stored.roles else _all_roles() if END_OF_TEXT in stored.backend.get_vocab() else {}
+    roles = stored.roles or (_ROLES if END_OF_TEXT in stored.backend.get_vocab() else {})
     return Tokenizer(
         name or (stated if isinstance(stated, str) and stated else str(folder)), stored.backend, roles, files=stored.files,
         reads_special_tokens=not stored.config.get("split_special_tokens"),
@@ -266,9 +247,9 @@ def _load_folder(folder: Path, name: str | None = None) -> Tokenizer:
 
 
 def _from_hub(name: str) -> Tokenizer:
-    with hub.explained(
-        f"tokenizer {name!r}: no such file or folder here", name, "give the path of a downloaded tokenizer.json"
-    ):  # config.json names the class of a tokenizer that does not name it
+    what = f"tokenizer {name!r}: no such file or folder here"
+    with hub.explained(what, name, "give the path of a downloaded tokenizer.json"):
+        # config.json names the class of a tokenizer that does not name it.
         folder = hub.snapshot(name, [*tokenizer_folder.FILES, "config.json"])
     if not has_tokenizer(folder):
         raise InputError(f"tokenizer {name!r}: that model has no tokenizer on the hub; choose another that has one")
@@ -283,7 +264,7 @@ def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:
     vocab = {spell[token]: rank for token, rank in ranks.items()}
     merges = [tuple(map(spell.__getitem__, _last_merge(ranks, token))) for token in ranks if len(token) > 1]
     backend = _byte_level_bpe(vocab, merges, encoding._special_tokens, encoding._pat_str)
-    return Tokenizer(name, backend, _all_roles(), encoding=encoding)
+    return Tokenizer(name, backend, _ROLES, encoding=encoding)
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes) -> tuple[bytes, bytes]:

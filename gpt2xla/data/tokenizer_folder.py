@@ -56,18 +56,11 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_folder(folder: Path) -> StoredTokenizer:
-    """Return the tokenizer of a folder that `has_tokenizer`. Code in the folder is never run.
-
-    Raises:
-        InputError: transformers cannot read it, or only by running such code.
-    """
+    """Return the tokenizer of a folder that `has_tokenizer`. Code in the folder is never run. Raises InputError if
+    transformers cannot read it, or only by running such code."""
     with user_error(f"tokenizer {folder}"):
-        files = {
-            file.relative_to(folder).as_posix(): file.read_bytes()
-            for pattern in FILES
-            for file in sorted(folder.glob(pattern))
-            if file.is_file()
-        }
+        found = [file for pattern in FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
+        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
     config = _json(folder, _CONFIG, files)
     if config.get("auto_map"):
         raise InputError(
@@ -173,9 +166,7 @@ def _is_gpt2s(vocabulary: bytes) -> bool:
 
 
 def _json(folder: Path, name: str, files: dict[str, bytes]) -> dict[str, Any]:
-    if name not in files:
-        return {}
-    return read_json_object(folder / name) or {}
+    return (read_json_object(folder / name) or {}) if name in files else {}
 
 
 def _further(config: dict[str, Any]) -> Iterator[Any]:

@@ -45,10 +45,9 @@ class Windows:
 
     def __post_init__(self) -> None:
         if self.count == 0:
-            raise InputError(
-                f"{self.stream.option} {self.stream.name} holds {self.stream.length} tokens, too few for one window of "
-                f"--seq-length {self.seq_length} + 1; prepare more text or shorten --seq-length"
-            )
+            few = f"{self.stream.length} tokens, too few for one window of --seq-length {self.seq_length} + 1"
+            fix = "prepare more text or shorten --seq-length"
+            raise InputError(f"{self.stream.option} {self.stream.name} holds {few}; {fix}")
         self.stream.check_ids(self.vocab_size)
 
     @property
@@ -71,9 +70,7 @@ class Windows:
             if window >= 0:
                 count = (length if window < self.count else self.rest) + 1
                 row[:count] = stream.read(window * length, count)
-        if self._has_foreign(rows):
-            for row, window in zip(rows, windows.tolist(), strict=True):
-                self._check(row, window * length)
+                self._check(row[:count], window * length)
         labels = rows[:, 1:].astype(np.int64)
         labels[windows < 0] = IGNORED_LABEL
         labels[windows == self.count, self.rest :] = IGNORED_LABEL
@@ -88,15 +85,11 @@ class Windows:
         return Batch(run[:-1].view(-1, self.seq_length), run[1:].view(-1, self.seq_length))
 
     def _check(self, tokens: np.ndarray, start: int) -> None:
-        if self._has_foreign(tokens):
+        if tokens.max() >= self.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
-            raise InputError(
-                f"{self.stream.file_of(start + place)}: id {tokens[place]} does not fit --vocab-size {self.vocab_size}; use "
-                "a larger one or prepare the data again"
-            )
-
-    def _has_foreign(self, tokens: np.ndarray) -> bool:
-        return bool(tokens.max() >= self.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0))
+            wrong = f"id {tokens[place]} does not fit --vocab-size {self.vocab_size}"
+            fix = "use a larger one or prepare the data again"
+            raise InputError(f"{self.stream.file_of(start + place)}: {wrong}; {fix}")
 
 
 @dataclass(frozen=True)
@@ -200,9 +193,7 @@ class TrainingOrder:
         """Return in words which windows update `step` reads, on all processes together."""
         first, count = step * self.accum * self.batch_size, self.accum * self.batch_size
         parts = []
-        for number, rows, start in (
-            self.mixture.runs(first, count) if len(self.sets) > 1 else [(0, range(count), first)]
-        ):
+        for number, rows, start in self.mixture.runs(first, count):
             windows = np.asarray(self.epochs[number].windows(start, len(rows)))
             is_run = len(windows) > 1 and bool((np.diff(windows) == 1).all())
             listed = f"{windows[0]} to {windows[-1]}" if is_run else ", ".join(map(str, windows))
@@ -242,8 +233,6 @@ def padded_share(batch_size: int, world_size: int, devices: int) -> int:
 def share_of(option: str, batch_size: int, world_size: int) -> int:
     """Return one process's share of a global batch. Raises InputError if it does not divide evenly."""
     if batch_size % world_size:
-        raise InputError(
-            f"{option} {batch_size} does not divide over {world_size} devices; use a multiple of {world_size}, such as "
-            f"{-(-batch_size // world_size) * world_size}"
-        )
+        fix = f"use a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"
+        raise InputError(f"{option} {batch_size} does not divide over {world_size} devices; {fix}")
     return batch_size // world_size

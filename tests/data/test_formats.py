@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "error.csv": (b"<HTML>\n", "holds an HTML page, perhaps of an error, not CSV"),
     "prose.jsonl": (b"Once upon a time", "holds text, not JSON lines"),
     "prose.parquet": (b"Once upon a time", "holds text, not parquet"),
-    "prose.txt.gz": (b"Once upon a time", "holds plain text, although its name says compressed"),
+    "prose.txt.gz": (b"Once upon a time", "holds plain text, though its name says compressed"),
     "prose.bin": (b"Once upon a time", "is text under a name that ends in .bin"),
     "empty.parquet": (b"", "holds nothing, not parquet"),
     "empty.txt.gz": (b"", "is empty, although"),
@@ -166,19 +166,19 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "none.json": (b'[{"body": "b"}]', "which hold body; text is in body; choose with --text-column"),
     "early.json": (b'[{"text": "a"}', "(it ends early)"),
     "late.json": (b'[{"text": "a"}] b', "(there is more after its array)"),
-    "commas.json": (b'{"text": "a"},\n{"text": "b"}', "at or after its value 2"),
+    "commas.json": (b'{"text": "a"},\n{"text": "b"}', "at or after value 2"),
     "deep.json": (b'[{"text": "a", "x": ' + b"[" * 99_999, "nested too deeply"),
     "half.json": (b'["\\ud800"]', "value 1, holds half a character"),
     "half.jsonl": (b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2, holds half a character"),
     "cut.jsonl": (b'{"text": "a"}\n{"text": "b', "line 2, is not JSON"),
     "json.txt": (b'{"title": "x"}\nA text', "or keep all of it as text with --format text"),
     "open.txt": (b'{"text": "abc', "or keep all of it as text with --format text"),
-    "table.txt": (delimited(","), "looks like CSV with a column 'text'; give --format csv or --format text"),
+    "table.txt": (delimited(","), "looks like CSV with a column 'text'; give --format csv or text"),
     "tabs.txt": (delimited("\t"), "looks like TSV"),
     "ragged.csv": (b"id,text\n1,a\n2,b,c\n", "line 3: 3 columns, but the header has 2"),
     "quote.csv": (b'id,text\n1,"a\n', "line 2: unexpected end of data"),
     "quotes.tsv": (b'id\ttext\n1\t"a" b\n', "line 2: "),
-    "header.csv": (b"id,body\n1,a\n", "its first line, the header, holds id, body; choose with --text-column"),
+    "header.csv": (b"id,body\n1,a\n", "its first line, the header, has id, body; choose with --text-column"),
     "names.csv": (b"text,text\n1,a\n", "its header names 'text' 2 times"),
     "latin.csv": ("text\nnaïve\n".encode("latin-1"), "holds bytes that are not UTF-8"),
 }  # fmt: skip
@@ -216,7 +216,7 @@ def test_edges(name: str, content: bytes, expected: list[str], tmp_path: Path) -
 
 def test_long_files_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few bytes and characters, so that everything lies across two of them somewhere."""
-    for module in ("json_lines.LONGEST", "json_values._BLOCK_CHARACTERS", "csv_file._BLOCK_CHARACTERS"):
+    for module in ("json_lines.LONGEST", "json_values._BLOCK_CHARACTERS", "corpus._ARRAY_CHARACTERS"):
         monkeypatch.setattr(f"gpt2xla.data.documents.{module}", 150)
     for size in (1, 2, 3, 7, 20):
         monkeypatch.setattr(text_file, "_BLOCK_BYTES", size)

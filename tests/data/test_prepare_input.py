@@ -52,7 +52,7 @@ UNFIT = {
     "utf16.txt": ("hello".encode("utf-16"), ["is text in UTF-16; save it as UTF-8, or leave it out (--exclude)"]),
     "binary.txt": (b"GIF89a\0\1", ["is an image; give text, or leave it out (--exclude)"]),
     "late.txt": (b"x" * 200_000 + b"\0", ["holds NUL bytes"]),
-    "cyrillic.txt": ("привет, мир".encode("cp1251"), ["another encoding than UTF-8; convert it"]),
+    "cyrillic.txt": ("привет, мир".encode("cp1251"), ["text that is not UTF-8; convert it"]),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Texts stay in Arrow arrays of a few MB: no document becomes a Python string on i
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from gpt2xla.errors import InputError, user_error
 Split = Literal["train", "test"]
 
 _BLOCK_BYTES = 4 << 20
+_ARRAY_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,7 @@ class Block(NamedTuple):
 
 def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
     """Yield the documents from `start` on, without empty ones, in blocks of about 4 MB. Only after the last block the
-    position is behind all parts.
-
-    Raises:
-        InputError: a part cannot be read.
-    """
+    position is behind all parts. Raises InputError if a part cannot be read."""
     held: list[pa.Array] = []
     for number, part in enumerate(parts[start.part :], start.part):
         documents = 0
@@ -116,9 +113,7 @@ def local_parts(
     """Return the parts of files and folders as `input_files.find` finds them.
 
     `say` receives what was left out, which files are not read as their names say, and which seem to hold several documents.
-
-    Raises:
-        InputError: a path does not exist, nothing was found, or the format of a file is not supported.
+    Raises InputError if a path does not exist, nothing was found, or the format of a file is not supported.
     """
     files = input_files.find(paths, suffixes, exclude, option, say)
     reading = Reading(column, split_by, format)
@@ -177,21 +172,31 @@ def _read(file: Path, name: str, content: Content, reading: Reading, say: Callab
         elif content.format == "arrow":
             yield from tables.read_arrow(file, content.layers, name, column)
         elif content.format == "text":
-            yield from text_file.read(opened, name, reading.split_by, say)
-        elif content.format == "jsonl":
-            with opened() as source:
-                yield from json_lines.read(source, name, column)
-        elif content.format == "json":
-            with opened() as source:
-                yield from json_values.read(source, name, column)
+            yield from _in_arrays(text_file.read(opened, name, reading.split_by, say))
         else:
-            delimiters = csv_file.TSV_DELIMITERS if content.format == "tsv" else csv_file.CSV_DELIMITERS
             with opened() as source:
-                yield from csv_file.read(source, name, column, delimiters)
+                if content.format == "jsonl":
+                    yield from json_lines.read(source, name, column)
+                elif content.format == "json":
+                    yield from _in_arrays(json_values.read(source, name, column))
+                else:
+                    yield from _in_arrays(csv_file.read(source, name, column, content.format))
     except InputError as error:
         if content.note:
             raise InputError(f"{error}; or keep all of it as text with --format text") from None
         raise
+
+
+def _in_arrays(texts: Iterable[str | None]) -> Iterator[pa.Array]:
+    held: list[str | None] = []
+    size = 0
+    for text in texts:
+        held.append(text)
+        size += len(text or "")
+        if size >= _ARRAY_CHARACTERS or len(held) >= _ARRAY_CHARACTERS:
+            yield pa.array(held, pa.large_string())
+            held, size = [], 0
+    yield pa.array(held, pa.large_string())
 
 
 def _report(contents: dict[str, Content], reading: Reading, say: Callable[[str], None]) -> None:

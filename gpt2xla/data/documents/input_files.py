@@ -26,10 +26,8 @@ def find(
     """Return the files among `paths` and those below its folders whose name ends in one of `suffixes`.
 
     Of a folder come first its files, then its folders, by name. Hidden ones are left out unless `paths` names them. A folder
-    that `datasets` saved is read as its own list says; if it has several splits, "train".
-
-    Raises:
-        InputError: a path does not exist, cannot be read or is not a file, or nothing was found.
+    that `datasets` saved is read as its own list says; if it has several splits, "train". Raises InputError if a path
+    does not exist, cannot be read or is not a file, or nothing was found.
     """
     search = _Search(suffixes, exclude, option)
     for path in paths:
@@ -57,10 +55,8 @@ def _refuse_twins(files: list[Path], option: str) -> None:
         while content.suffix.lower() in PACKED:
             content = content.with_suffix("")
         if (other := by_content.setdefault(content, file)) is not file:
-            raise InputError(
-                f"{option} {other} and {file.name} may be the same text, compressed or not; move one away, or leave it out "
-                "(--exclude)"
-            )
+            same = "may be the same text, compressed or not"
+            raise InputError(f"{option} {other} and {file.name} {same}; move one away, or leave it out (--exclude)")
 
 
 def _examples(names: list[str]) -> str:
@@ -113,7 +109,7 @@ class _Search:
         except OSError as error:
             fix = "make it readable, or leave it out: --exclude"
             raise InputError(f"{self.option} {folder}: {error.strerror}; {fix}") from None
-        folders = []
+        folders, has_cache = [], (folder / saved_dataset.INFO).exists()
         for entry in entries:
             path = Path(entry.path)
             if self._is_excluded(entry.name, path.relative_to(top).as_posix()):
@@ -122,25 +118,17 @@ class _Search:
                 self._leave_out("hidden", entry.name)
             elif entry.is_dir():
                 folders.append(path)
-            elif self._is_data(entry.name, folder):
+            elif not entry.name.lower().endswith(self.suffixes):
+                self._leave_out("of other kinds", _suffix(entry.name))
+            elif entry.name in _METADATA or (has_cache and fnmatch.fnmatchcase(entry.name, "cache-*.arrow")):
+                self._leave_out("of what `datasets` keeps beside its data", entry.name)
+            else:
                 self._file(path)
         if len(folders) > 1 and folder.name == "snapshots" and (folder.parent / "blobs").is_dir():
-            raise InputError(
-                f"{self.option} {folder} holds {len(folders)} revisions of the same files, as the hub's cache does; name "
-                "the folder of one"
-            )
+            held = f"{len(folders)} revisions of the same files, as the hub's cache does"
+            raise InputError(f"{self.option} {folder} holds {held}; name the folder of one")
         for path in folders:
             self._folder(path, top, seen)
-
-    def _is_data(self, name: str, folder: Path) -> bool:
-        is_cache = fnmatch.fnmatchcase(name, "cache-*.arrow") and (folder / saved_dataset.INFO).exists()
-        if not name.lower().endswith(self.suffixes):
-            self._leave_out("of other kinds", _suffix(name))
-        elif name in _METADATA or is_cache:
-            self._leave_out("of what `datasets` keeps beside its data", name)
-        else:
-            return True
-        return False
 
     def _file(self, path: Path) -> None:
         try:

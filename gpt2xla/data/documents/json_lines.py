@@ -15,14 +15,10 @@ from gpt2xla.errors import InputError
 
 
 def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
-    """Yield the texts in the field `column`, null where a line has none, in arrays of a few MB.
-
-    Raises:
-        InputError: none of the first lines, 8 MB of them, has the field, or a line cannot be read.
-    """
-    parse = pyarrow.json.ParseOptions(
-        explicit_schema=pa.schema([(column, pa.string())]), unexpected_field_behavior="ignore"
-    )
+    """Yield the texts in the field `column`, null where a line has none, in arrays of a few MB. Raises InputError if none of
+    the first lines, 8 MB of them, has the field, or a line cannot be read."""
+    schema = pa.schema([(column, pa.string())])
+    parse = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     first: dict[str, Any] | None = None  # the fields of the first record, until a text is found
     has_text, size = False, 0
     # Block by block: Arrow's own reading ahead hangs if a stream is damaged.
@@ -89,18 +85,18 @@ def _blocks(source: pa.NativeFile, name: str) -> Iterator[tuple[int, bytes]]:
             yield number, lines
         number += lines.count(b"\n") + len(end)
         if len(held) > LONGEST:
-            raise InputError(_too_long(number, len(held), source, name))
+            raise _too_long(number, len(held), source, name)
     if held.strip():
         yield number, held
 
 
-def _too_long(number: int, size: int, source: pa.NativeFile, name: str) -> str:
-    while chunk := source.read(LONGEST):
-        end = chunk.find(b"\n")
-        size += end if end >= 0 else len(chunk)
-        if end >= 0:
-            break
-    return f"{name}, line {number}, has {size >> 20} MiB, but only {LONGEST >> 20} can be read; divide or remove it"
+def _too_long(number: int, size: int, source: pa.NativeFile, name: str) -> InputError:
+    end = b""
+    while not end and (chunk := source.read(LONGEST)):
+        line, end, _ = chunk.partition(b"\n")
+        size += len(line)
+    limit = f"only {LONGEST >> 20} can be read"
+    return InputError(f"{name}, line {number}, has {size >> 20} MiB, but {limit}; divide or remove it")
 
 
 def _first_fields(block: bytes) -> dict[str, Any]:

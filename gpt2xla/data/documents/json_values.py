@@ -21,14 +21,10 @@ _BLOCK_CHARACTERS = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
-    """Yield the texts in the field `column`, null where an object has none, in arrays of a few MB.
-
-    Raises:
-        InputError: no value has the field, or one cannot be read.
-    """
-    held: list[str | None] = []
-    size, first, has_text = 0, None, False
+def read(source: pa.NativeFile, name: str, column: str) -> Iterator[str | None]:
+    """Yield the texts in the field `column`, None where an object has none. Raises InputError if no value has the field, or
+    one cannot be read."""
+    first, has_text = None, False
     with io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as text:
         for number, value in enumerate(_Values(text, name), 1):
             document = value.get(column) if isinstance(value, dict) else value
@@ -40,14 +36,9 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
                 raise InputError(f"{where}, holds half a character (\\ud800 to \\udfff, alone); fix or remove it")
             has_text = has_text or document is not None
             first = first or value
-            held.append(document)
-            size += len(document or "")
-            if size >= _BLOCK_CHARACTERS or len(held) >= _BLOCK_CHARACTERS:
-                yield pa.array(held, pa.large_string())
-                held, size = [], 0
+            yield document
     if first and not has_text:
         raise InputError(without_field(name, column, first))
-    yield pa.array(held, pa.large_string())
 
 
 class _Values:
@@ -119,6 +110,4 @@ class _Values:
         return bool(more)
 
     def _error(self, reason: str) -> InputError:
-        return InputError(
-            f"{self.name} is not JSON at or after its value {self.number} ({reason}); fix or make it again"
-        )
+        return InputError(f"{self.name} is not JSON at or after value {self.number} ({reason}); fix or make it again")

@@ -26,8 +26,7 @@ _OTHER = (
     ".epub", ".png", ".jpg", ".jpeg", ".gif", ".mp3", ".mp4", ".wav",
 )  # fmt: skip
 _NAMES: dict[Format, str] = {
-    "text": "text", "jsonl": "JSON lines", "json": "JSON", "csv": "CSV", "tsv": "TSV", "parquet": "parquet",
-    "arrow": "Arrow",
+    "jsonl": "JSON lines", "json": "JSON", "csv": "CSV", "tsv": "TSV", "parquet": "parquet", "arrow": "Arrow",
 }  # fmt: skip
 # The fix for formats that are not supported, if it is not "give text".
 _FIXES = {
@@ -105,9 +104,7 @@ def _recognised(file: Path, name: str, layers: tuple[str, ...], head: bytes, col
         raise InputError(f"{name} is text under a name that ends in {suffix}; rename it, or give --format text")
     if name.lower().endswith(PACKED) and not layers:
         held = "holds plain text" if head else "is empty"
-        raise InputError(
-            f"{name} {held}, although its name says compressed; copy it again, rename it, or give --format"
-        )
+        raise InputError(f"{name} {held}, though its name says compressed; copy it again, rename it, or give --format")
     if promise in ("json", "jsonl") and text.lstrip().startswith((b"[", b'"')):
         return Content("json", layers)
     if promise in ("csv", "tsv") and not _HTML.match(text):
@@ -118,9 +115,7 @@ def _recognised(file: Path, name: str, layers: tuple[str, ...], head: bytes, col
     if layers and text.startswith((b"<?xml", b"<mediawiki")):
         raise InputError(f"{name} is XML; extract its text first, or keep the tags with --format text")
     if not promise and (kind := _like_table(text, column)):
-        raise InputError(
-            f"{name} looks like {kind.upper()} with a column {column!r}; give --format {kind} or --format text"
-        )
+        raise InputError(f"{name} looks like {kind.upper()} with a column {column!r}; give --format {kind} or text")
     return Content(promise or "text", layers)
 
 
@@ -128,9 +123,8 @@ def _refuse_foreign(head: bytes, name: str) -> None:
     found = next((kind for start, kind in _MARKUP.items() if head.startswith(start)), None) or foreign(head)
     if found is None or found.kind in ("parquet", "arrow"):  # these are supported
         return
-    if found.kind in ("pointer", "pdf", "document", "wiki", "web-archive") or _CONTROL.search(
-        head
-    ):  # otherwise it is text that happens to begin like this
+    # Without control characters, other formats are text that happens to begin like this.
+    if found.kind in ("pointer", "pdf", "document", "wiki", "web-archive") or _CONTROL.search(head):
         fix = _FIXES.get(found.kind, found.fix or "give text")
         raise InputError(f"{name} is {found.what}; {fix}, or leave it out (--exclude)")
 
@@ -162,9 +156,8 @@ def _certain(file: Path, layers: tuple[str, ...], text: bytes) -> Format | None:
 def _like_table(text: bytes, column: str) -> Format | None:
     """Return the kind of table that a text looks like: its first line is several short names, among them `column`."""
     header, *rest = text.decode(errors="replace").splitlines() or [""]
-    kinds: tuple[tuple[str, Format], ...] = ((",", "csv"), (";", "csv"), ("\t", "tsv"))
-    for delimiter, kind in kinds:
+    for delimiter in ",;\t":
         names = next(csv.reader([header], delimiter=delimiter), [])
         if column in names and len(names) > 1 and rest and all(0 < len(name) < 64 for name in names):
-            return kind
+            return "tsv" if delimiter == "\t" else "csv"
     return None

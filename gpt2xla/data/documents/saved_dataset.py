@@ -20,22 +20,18 @@ def is_one(folder: Path) -> bool:
 def data_files(folder: Path, option: str) -> list[Path]:
     """Return the files that state.json names, in its order; others are left over from an earlier save.
 
-    Raises:
-        InputError: it is damaged, a file is missing, or an old version saved a separate order of the rows.
+    Raises InputError if it is damaged, a file is missing, or an old version saved a separate order of the rows.
     """
     state = _read(folder / STATE, option)
     try:
         names = [entry["filename"] for entry in state["_data_files"]]
-        is_sound = all(isinstance(name, str) and Path(name).name == name for name in names)
-    except (KeyError, TypeError):
-        is_sound = False
-    if not is_sound:
-        raise InputError(f"{option} {folder / STATE} names no data files; save the dataset again")
+        if any(Path(name).name != name for name in names):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{option} {folder / STATE} names no data files; save the dataset again") from None
     if any(value for key, value in state.items() if key.startswith("_indices")):
-        raise InputError(
-            f"{option} {folder} holds rows in the order of a separate list of indices; load it with an old version of "
-            "datasets, and save flatten_indices() of it"
-        )
+        fix = "load it with an old version of datasets, and save flatten_indices() of it"
+        raise InputError(f"{option} {folder} holds rows in the order of a separate list of indices; {fix}")
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{option} {folder} lacks {name}, although {STATE} names it; copy it again")
@@ -53,9 +49,7 @@ def splits(folder: Path, option: str) -> list[str]:
 def split_folder(folder: Path, split: str, option: str) -> Path:
     """Return the folder of one split. Raises InputError if there is none of that name."""
     if split not in (names := splits(folder, option)):
-        raise InputError(
-            f"{option} {folder} has no split {split!r} but {', '.join(names)}; name the folder of one of these"
-        )
+        raise InputError(f"{option} {folder} has no split {split!r} but {', '.join(names)}; name the folder of one")
     if not is_one(folder / split):
         raise InputError(f"{option} {folder} lacks {split}/ or a part of it, although {SPLITS} names it; copy it again")
     return folder / split
@@ -67,7 +61,5 @@ def _read(file: Path, option: str) -> dict[str, Any]:
     except (OSError, ValueError):
         values = None
     if not isinstance(values, dict):
-        raise InputError(
-            f"{option} {file} cannot be read, or is not JSON as datasets writes it; save the dataset again"
-        )
+        raise InputError(f"{option} {file} cannot be read as the JSON that datasets writes; save the dataset again")
     return values

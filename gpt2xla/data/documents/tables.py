@@ -28,8 +28,7 @@ def read_parquet(file: Path, name: str, column: str) -> Iterator[pa.Array]:
 def read_arrow(file: Path, layers: tuple[str, ...], name: str, column: str) -> Iterator[pa.Array]:
     """Yield the same from an Arrow stream, which may be compressed, or an Arrow file (Feather version 2).
 
-    Raises:
-        InputError: as above, or a stream is cut off between two batches, unnoticed by Arrow, or followed by more.
+    Raises InputError also if a stream is cut off between two batches, unnoticed by Arrow, or followed by more.
     """
     if layers:
         with compression.opened(file, layers) as source:

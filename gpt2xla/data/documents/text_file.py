@@ -21,10 +21,10 @@ _REPLACEMENT = "\ufffd"
 _SEPARATORS: dict[SplitBy, str] = {"file": "\0", "line": "\n", "blank-lines": "\n", "endoftext": ENDOFTEXT}
 # Those of 32 bits come first, since they begin with those of 16.
 _OTHER_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
-
+_OR_LEAVE_OUT = "or leave it out (--exclude)"
 _JAPANESE = re.compile(rb"\x1b\$[@B][!-~]+\x1b\([BJ]")  # ASCII, by its bytes
 
 
@@ -32,17 +32,15 @@ def check_head(head: bytes, name: str) -> None:
     """Raise InputError, naming the file `name`, if its first bytes are not text in UTF-8."""
     for mark, encoding in _OTHER_ENCODINGS.items():
         if head.startswith(mark):
-            raise InputError(f"{name} is text in {encoding}; save it as UTF-8, or leave it out (--exclude)")
+            raise InputError(f"{name} is text in {encoding}; save it as UTF-8, {_OR_LEAVE_OUT}")
     if _JAPANESE.search(head):
-        raise InputError(f"{name} is text in ISO-2022-JP; save it as UTF-8, or leave it out (--exclude)")
+        raise InputError(f"{name} is text in ISO-2022-JP; save it as UTF-8, {_OR_LEAVE_OUT}")
     if b"\0" in head:
         raise _binary(name)
     text = codecs.getincrementaldecoder("utf-8")("ignore").decode(head)  # a character may be cut at the end
     bad = len(head) - len(text.encode())
     if bad > _MOST_BAD_BYTES * len(head) + 3 or 2 * bad > len(head):
-        raise InputError(
-            f"{name} is binary, or text in another encoding than UTF-8; convert it to UTF-8, or leave it out (--exclude)"
-        )
+        raise InputError(f"{name} is binary, or text that is not UTF-8; convert it to UTF-8, {_OR_LEAVE_OUT}")
 
 
 def read(
@@ -50,25 +48,19 @@ def read(
     name: str,
     split_by: SplitBy,
     say: Callable[[str], None],
-) -> Iterator[pa.Array]:
-    """Yield the documents that are not blank, in arrays of a few MB, without a byte order mark.
+) -> Iterator[str]:
+    """Yield the documents that are not blank, without a byte order mark.
 
     Bytes that are not UTF-8 become U+FFFD. At the end `say` receives their number, and that of <|endoftext|> read as text.
     Raises InputError for NUL bytes, and for a document that is too long.
     """
-    held: list[str] = []
-    size = replacements = separators = 0
+    replacements = separators = 0
     with opened() as source, io.TextIOWrapper(source, encoding="utf-8-sig", errors="replace") as text:
         for document in _documents(text, name, split_by):
             replacements += document.count(_REPLACEMENT)
             separators += document.count(ENDOFTEXT)
             if document.strip():
-                held.append(document)
-                size += len(document)
-            if size >= _BLOCK_BYTES:
-                yield pa.array(held, pa.large_string())
-                held, size = [], 0
-    yield pa.array(held, pa.large_string())
+                yield document
     if replacements and (bad := replacements - _count(opened, _REPLACEMENT.encode())):
         say(f"warning: {name}: bytes that are not UTF-8 became U+FFFD, {bad:,} times; convert the file to keep them")
     if separators:
@@ -114,16 +106,12 @@ def _between(separator: str, blocks: Iterable[str], name: str) -> Iterator[str]:
         held = rest[certain:]
         size += certain
         if size > _LONGEST_DOCUMENT:
-            raise InputError(
-                f"{name} holds a document of more than {_LONGEST_DOCUMENT:,} characters; --split-by cuts it up"
-            )
+            raise InputError(f"{name} holds a document of over {_LONGEST_DOCUMENT:,} characters; --split-by cuts it up")
     yield "".join([*begun, held])
 
 
 def _binary(name: str) -> InputError:
-    return InputError(
-        f"{name} holds NUL bytes, as binary files and UTF-16 do; save it as UTF-8, or leave it out (--exclude)"
-    )
+    return InputError(f"{name} holds NUL bytes, as binary files and UTF-16 do; save it as UTF-8, {_OR_LEAVE_OUT}")
 
 
 def _count(opened: Callable[[], AbstractContextManager[pa.NativeFile]], wanted: bytes) -> int:

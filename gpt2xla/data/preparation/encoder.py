@@ -66,26 +66,19 @@ class Encoder:
         if self.fast and self._encoded_bytes > _FAST_BYTES:
             self._encoded_bytes = 0
             self._encode = _gigatoken(self.tokenizer) or self._reference
-        encode = self._reference if self.fast and self._matched.occur_in(texts) else self._encode
+        encode = self._reference if self.fast and self._matched.found_in(texts).true_count else self._encode
         ids, ends = encode(texts)
-        eot = self.tokenizer.eot_id
-        if eot is not None:
+        ids = ids.astype(self.tokenizer.dtype, copy=False)
+        if self.tokenizer.eot_id is not None:
+            ids = np.insert(ids, ends, self.tokenizer.eot_id)
             ends = ends + np.arange(1, len(ends) + 1)
-            mixed = np.empty(ends[-1], self.tokenizer.dtype)
-            is_text = np.ones(len(mixed), bool)
-            is_text[ends - 1] = False
-            mixed[ends - 1] = eot
-            mixed[is_text] = ids
-            ids = mixed
-        sizes = pc.binary_length(texts).to_numpy()
-        return Encoded(ids.astype(self.tokenizer.dtype, copy=False), ends, sizes, self._spelled.count_each(texts))
+        return Encoded(ids, ends, pc.binary_length(texts).to_numpy(), self._spelled.count_each(texts))
 
     def check(self, texts: pa.LargeStringArray) -> bool:
         """Tell whether the fast encoder gives the tokenizer's own ids for the first MB of documents. If not, it is not used
         again."""
         first = np.searchsorted(np.cumsum(pc.binary_length(texts).to_numpy()), _CHECKED_BYTES) + 1
-        texts = texts[:first]
-        texts = self._matched.blanked(texts)
+        texts = self._matched.blanked(texts[:first])
         expected = self._reference(texts)
         try:
             same = all(np.array_equal(a, b) for a, b in zip(self._encode(texts), expected, strict=True))

@@ -60,29 +60,31 @@ class HubConfig:
 
 
 def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> list[Part]:
-    """Return the files of a data set, at its newest revision.
-
-    Raises:
-        InputError: there is no such data set, configuration or split, or its files are not supported.
-        RunFailed: the hub does not answer.
-    """
+    """Return the files of a data set, at its newest revision. Raises InputError if there is no such data set, configuration
+    or split, or its files are not supported, and RunFailed if the hub does not answer."""
     if not options.dataset:
         raise InputError("--dataset is empty; give a name on the hub, or a local folder")
-    folder = Path(options.dataset)
+    folder, what = Path(options.dataset), f"--dataset {options.dataset}"
     if not folder.is_dir():
         return _Hub(options, say).parts()
     local = partial(
         local_parts, column=options.text_column, split_by=options.split_by or "file", format=options.format,
         option="--dataset", say=say,
     )  # fmt: skip
-    if (folder / saved_dataset.SPLITS).is_file():
-        files_of = partial(_saved_split, folder)
-    elif by_split := _splits_by_name(options, folder):
-        files_of = partial(_named_split, by_split, folder)
-    elif options.split != "train" or options.test_split:
-        raise InputError(f"--dataset {folder} is a folder of files without splits; leave --split and --test-split out")
-    else:
+    is_saved = (folder / saved_dataset.SPLITS).is_file()
+    by_split = {} if is_saved else _splits_by_name(options, folder)
+    if not (is_saved or by_split):
+        if options.split != "train" or options.test_split:
+            raise InputError(f"{what} is a folder of files without splits; leave --split and --test-split out")
         return local([folder], exclude=(_CARD,) if (folder / _CARD).exists() else ())  # as datasets does
+
+    def files_of(split: str) -> list[Path]:
+        if is_saved:
+            return [saved_dataset.split_folder(folder, split, "--dataset")]
+        if split not in by_split:
+            raise InputError(f"{what} has no split {split!r} but {', '.join(by_split)}; choose with --split")
+        return by_split[split]
+
     parts = local(files_of(options.split))
     if options.test_split:
         tests = local(files_of(options.test_split))
@@ -90,22 +92,9 @@ def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> lis
     return parts
 
 
-def _saved_split(folder: Path, split: str) -> list[Path]:
-    return [saved_dataset.split_folder(folder, split, "--dataset")]
-
-
-def _named_split(by_split: dict[str, list[Path]], folder: Path, split: str) -> list[Path]:
-    if split not in by_split:
-        raise InputError(f"--dataset {folder} has no split {split!r} but {', '.join(by_split)}; choose with --split")
-    return by_split[split]
-
-
 def _splits_by_name(options: HubConfig, folder: Path) -> dict[str, list[Path]]:
     """Return the files of a folder by split, as its README.md lists them or `datasets` finds them by name; {} if neither.
-
-    Raises:
-        InputError: `datasets` cannot read the folder, or one of several configurations must be chosen.
-    """
+    Raises InputError if `datasets` cannot read the folder, or one of several configurations must be chosen."""
     if saved_dataset.is_one(folder):
         return {}
     import datasets
@@ -238,10 +227,7 @@ class _Hub:
 
     def _patiently(self, request: Callable[[], T], what: str) -> T:
         """Return what `request` returns, made again while hub or network fail: the hub's library tries for half a minute.
-
-        Raises:
-            RunFailed: it failed each time.
-        """
+        Raises RunFailed if it failed each time."""
         failures = 0
         while True:
             try:

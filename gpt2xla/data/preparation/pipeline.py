@@ -6,7 +6,6 @@ everything lies in `.partial`, with a record of the progress: a killed preparati
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import itertools
@@ -16,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,9 +37,8 @@ from gpt2xla.processes.locks import locked
 _PARTIAL = ".partial"
 _MOST_TOKENS = 10**12  # per shard
 _SECONDS_BETWEEN_RECORDS = 2.0
-_LEAST_BYTES_PER_BYTE = (
-    0.3  # shards per corpus, for text of 6.7 bytes per token; English has 4.5 with GPT-2's tokenizer
-)
+# Shards per corpus, for text of 6.7 bytes per token; English has 4.5 with GPT-2's tokenizer.
+_LEAST_BYTES_PER_BYTE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +93,7 @@ def prepare(
     A document goes to `test` with probability `test_fraction`, drawn from the seed and the document's number, unless its
     part belongs to one split or `test` would exceed `test_tokens`. If none was drawn, the last one goes there. Each document
     ends with the tokenizer's end-of-text id, if it has one. Memory holds a few blocks of documents. The folders appear under
-    their names only when complete.
-
-    Returns:
-        The manifests by split.
+    their names only when complete. Returns the manifests by split.
 
     Raises:
         InputError: the output holds something else, or a split is empty in the end.
@@ -111,55 +106,35 @@ def prepare(
     settings |= {name: getattr(config, name) for name in decisive}
     if finished := Record.load(output_dir):
         finished.check(settings, parts, output_dir, complete=True)
-        _check_complete(output_dir)
+        for split in SPLITS:
+            try:
+                TokenStream(output_dir / split, "--output-dir")
+            except InputError as error:
+                fix = f"to prepare it again, remove what is left, including {output_dir / RECORD}"
+                raise InputError(f"{error}; {fix}") from None
         say(f"{output_dir} is prepared already: nothing to do")
         return _manifests(output_dir)
     partial, is_new = output_dir / _PARTIAL, not output_dir.exists()
-    with user_error(f"--output-dir {output_dir}"):
+    what = f"--output-dir {output_dir}"
+    with user_error(what):
         partial.mkdir(parents=True, exist_ok=True)
-    with _explaining(output_dir), locked(partial / "lock", f"--output-dir {output_dir}"):
+    with user_error(what), locked(partial / "lock", what):
         try:
-            record = _resume_or_begin(settings, parts, tokenizer, config, say)
-            if record.position.part < len(parts):
-                _Preparation(parts, tokenizer, config, record, partial, say).run()
-            return _finish(record, tokenizer, config)
+            preparation = _Preparation(parts, tokenizer, config, say, settings)
+            if preparation.record.position.part < len(parts):
+                preparation.run()
+            return preparation.finish()
         except InputError:
             if not (partial / RECORD).exists():  # nothing is lost with it
                 shutil.rmtree(partial, ignore_errors=True)
                 if is_new:
                     output_dir.rmdir()
             raise
-
-
-def _resume_or_begin(
-    settings: dict[str, Any],
-    parts: Sequence[Part],
-    tokenizer: Tokenizer,
-    config: PrepareConfig,
-    say: Callable[[str], None],
-) -> Record:
-    """Return the record of an interrupted preparation, or a new one. Raises InputError if neither is possible."""
-    output_dir = Path(config.output_dir)
-    partial = output_dir / _PARTIAL
-    if record := Record.load(partial):
-        record.check(settings, parts, partial, complete=False)
-        part = min(record.position.part + 1, len(parts))
-        say(f"resuming after {record.tokens:,} tokens, in part {part} of {len(parts)}")
-        return record
-    for split in SPLITS:
-        if (output_dir / split).exists():
-            raise InputError(f"--output-dir {output_dir}: {split}/ exists already; remove it or choose another")
-    if not config.test_fraction and not any(part.split == "test" for part in parts):
-        raise InputError("--test-fraction 0 leaves nothing for test/; choose a share above 0")
-    if [part.how for part in parts] == ["split by file"]:
-        raise InputError(
-            f"{parts[0].name} is a single document, and train/ and test/ need at least one each; give more files, or cut it "
-            "up (prepare_text.py: --split-by)"
-        )
-    _check_space(output_dir, parts, config)
-    if tokenizer.eot_id is None:
-        say(f"note: tokenizer {tokenizer.name} has no end-of-text token: no border is stored between documents")
-    return Record(settings, [], Position(0, 0), {split: Written([]) for split in SPLITS})
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fix = "free some and give the same command again, which resumes"
+            raise RunFailed(f"{what}: no space left on the disk; {fix}") from None
 
 
 @dataclass
@@ -169,18 +144,53 @@ class _Preparation:
     parts: Sequence[Part]
     tokenizer: Tokenizer
     config: PrepareConfig
-    record: Record
-    folder: Path
     say: Callable[[str], None]
-    encoder: Encoder = field(init=False)
+    settings: InitVar[dict[str, Any]]
+
+    def __post_init__(self, settings: dict[str, Any]) -> None:
+        self.output_dir = Path(self.config.output_dir)
+        self.folder = self.output_dir / _PARTIAL
+        if record := Record.load(self.folder):
+            record.check(settings, self.parts, self.folder, complete=False)
+            part = min(record.position.part + 1, len(self.parts))
+            self.say(f"resuming after {record.tokens:,} tokens, in part {part} of {len(self.parts)}")
+            self.record = record
+        else:
+            self._check_new()
+            self.record = Record(settings, [], Position(0, 0), {split: Written([]) for split in SPLITS})
+
+    def _check_new(self) -> None:
+        """Raise InputError if a new preparation would fail, for all that can be seen before it begins."""
+        for split in SPLITS:
+            if (self.output_dir / split).exists():
+                raise InputError(
+                    f"--output-dir {self.output_dir}: {split}/ exists already; remove it or choose another"
+                )
+        if not self.config.test_fraction and not any(part.split == "test" for part in self.parts):
+            raise InputError("--test-fraction 0 leaves nothing for test/; choose a share above 0")
+        if [part.how for part in self.parts] == ["split by file"]:
+            raise InputError(
+                f"{self.parts[0].name} is a single document, and train/ and test/ need at least one each; give more files, "
+                "or cut it up (prepare_text.py: --split-by)"
+            )
+        needed = _LEAST_BYTES_PER_BYTE * sum(part.size for part in self.parts)
+        if self.config.max_tokens is not None:
+            needed = min(needed, 2 * self.config.max_tokens)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise InputError(
+                f"--output-dir {self.output_dir}: the shards will take at least {needed / 1e9:.1f} GB, but only "
+                f"{free / 1e9:.1f} GB are free there; choose another disk, or --max-tokens"
+            )
+        if self.tokenizer.eot_id is None:
+            effect = "no border is stored between documents"
+            self.say(f"note: tokenizer {self.tokenizer.name} has no end-of-text token: {effect}")
 
     def run(self) -> None:
         """Continue to the end of the corpus, or to --max-tokens."""
         self.encoder = Encoder(self.tokenizer, self.config.special_tokens_in_text)
         self.spelled = SpelledInCorpus(self.config.special_tokens_in_text, self.record.spelled, self.say)
-        self.writers = {
-            split: _writer(split, self.record, self.tokenizer, self.config, self.folder) for split in SPLITS
-        }
+        self.writers = {split: self._writer(split) for split in SPLITS}
         self.drawn = sum(written.documents for written in self.record.splits.values())
         last_record = time.monotonic()
         with tqdm(unit=" tokens", unit_scale=True, initial=self.record.tokens, disable=None) as bar:
@@ -209,9 +219,8 @@ class _Preparation:
                 if number == 0 and self.encoder.fast and not self.encoder.check(block.texts):
                     self.say("warning: gigatoken gives other ids than the tokenizer, and is not used")
                 if number == 0 and (loss := first_loss(self.tokenizer, map(str, block.texts))):
-                    self.say(
-                        f"warning: tokenizer {self.tokenizer.name} loses text: {loss[0]!r} comes back as {loss[1]!r}"
-                    )
+                    snippet, back = loss
+                    self.say(f"warning: tokenizer {self.tokenizer.name} loses text: {snippet!r} comes back as {back!r}")
                 pending.append((block, pool.submit(self.encoder, block.texts)))
                 if len(pending) > self.config.num_workers:
                     block, future = pending.popleft()
@@ -254,6 +263,19 @@ class _Preparation:
                 room -= lengths[document]
         return test
 
+    def finish(self) -> dict[Split, Manifest]:
+        """Write the manifests and give everything its final name; an interruption here does no harm."""
+        for split in SPLITS:
+            if not (self.output_dir / split).exists():
+                self._writer(split).finish(self.tokenizer)
+                os.rename(self.folder / split, self.output_dir / split)
+        os.rename(self.folder / RECORD, self.output_dir / RECORD)
+        shutil.rmtree(self.folder)
+        return _manifests(self.output_dir)
+
+    def _writer(self, split: Split) -> ShardWriter:
+        return ShardWriter(self.folder / split, self.tokenizer.dtype, self.config.shard_size, self.record.splits[split])
+
     def _save(self) -> None:
         for writer in self.writers.values():
             writer.save()
@@ -271,60 +293,5 @@ def uniform(seed: int, first: int, count: int) -> np.ndarray:
     return (x ^ (x >> np.uint64(31))) / 2.0**64
 
 
-def _writer(split: Split, record: Record, tokenizer: Tokenizer, config: PrepareConfig, folder: Path) -> ShardWriter:
-    return ShardWriter(folder / split, tokenizer.dtype, config.shard_size, record.splits[split])
-
-
-def _finish(record: Record, tokenizer: Tokenizer, config: PrepareConfig) -> dict[Split, Manifest]:
-    """Write the manifests and give everything its final name; an interruption here does no harm."""
-    output_dir = Path(config.output_dir)
-    partial = output_dir / _PARTIAL
-    for split in SPLITS:
-        if not (output_dir / split).exists():
-            _writer(split, record, tokenizer, config, partial).finish(tokenizer)
-            os.rename(partial / split, output_dir / split)
-    os.rename(partial / RECORD, output_dir / RECORD)
-    shutil.rmtree(partial)
-    return _manifests(output_dir)
-
-
 def _manifests(output_dir: Path) -> dict[Split, Manifest]:
     return {split: manifest for split in SPLITS if (manifest := Manifest.load(output_dir / split))}
-
-
-def _check_space(output_dir: Path, parts: Sequence[Part], config: PrepareConfig) -> None:
-    needed = _LEAST_BYTES_PER_BYTE * sum(part.size for part in parts)
-    if config.max_tokens is not None:
-        needed = min(needed, 2 * config.max_tokens)
-    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise InputError(
-            f"--output-dir {output_dir}: the shards will take at least {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
-            "are free there; choose another disk, or --max-tokens"
-        )
-
-
-def _check_complete(output_dir: Path) -> None:
-    for split in SPLITS:
-        try:
-            TokenStream(output_dir / split, "--output-dir")
-        except InputError as error:
-            raise InputError(
-                f"{error}; to prepare it again, remove what is left, including {output_dir / RECORD}"
-            ) from None
-
-
-@contextlib.contextmanager
-def _explaining(output_dir: Path) -> Iterator[None]:
-    """Turn errors of writing into errors for the user."""
-    with user_error(f"--output-dir {output_dir}"):
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise RunFailed(
-                f"--output-dir {output_dir}: no space left on the disk; free some and give the same command again, which "
-                "resumes"
-            ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -68,23 +69,14 @@ class Record:
 
         `complete` means that it read all parts of its corpus, so that there may be no others now.
         """
+        was, fix = f"{folder} was prepared", "or remove it, or choose another --output-dir"
         for name, value in settings.items():
             if self.settings.get(name) != value and name != "tokenizer":
                 asked = name.removesuffix("_sha256")
-                raise InputError(
-                    f"{folder} was prepared with {flag(asked)} {self.settings.get(asked)}, now {settings[asked]}; give the "
-                    "same options, or remove it, or choose another --output-dir"
-                )
-        now = [(part.name, part.size, part.how) for part in parts]
-        for number in range(max(len(self.parts), len(now)) if complete else len(self.parts)):
-            then, there = (_described(of[number]) if number < len(of) else "nothing" for of in (self.parts, now))
+                then, now = self.settings.get(asked), settings[asked]
+                raise InputError(f"{was} with {flag(asked)} {then}, now {now}; give the same options, {fix}")
+        old = [f"{name} of {size:,} bytes, {how}" for name, size, how in self.parts]
+        new = [f"{part.name} of {part.size:,} bytes, {part.how}" for part in parts]
+        for then, there in itertools.zip_longest(old, new if complete else new[: len(old)], fillvalue="nothing"):
             if then != there:
-                raise InputError(
-                    f"{folder} was prepared from {then}, but now there is {there}; give the same input, or remove it, or "
-                    "choose another --output-dir"
-                )
-
-
-def _described(part: tuple[str, int, str]) -> str:
-    name, size, how = part
-    return f"{name} of {size:,} bytes, {how}"
+                raise InputError(f"{was} from {then}, but now there is {there}; give the same input, {fix}")

@@ -18,20 +18,16 @@ class SpelledInCorpus:
         self._said: Counter[str] = Counter()
 
     def add(self, spelled: Mapping[int, Counter[str]], parts: Sequence[Part], start: Position) -> None:
-        """Add what the documents of a block spell, by their number in it. The block begins at `start`.
-
-        Raises:
-            InputError: special tokens are to be refused. It names the first document that spells one.
-        """
+        """Add what the documents of a block spell, by their number in it. The block begins at `start`. Raises InputError,
+        naming the first document that spells a special token, if these are to be refused."""
         if not spelled:
             return
         if self.mode == "refuse":
             document, found = next(iter(spelled.items()))
             name, number = _place(parts, start, document)
-            raise InputError(
-                f"{name}, document {number + 1}: it spells the special token {next(iter(found))}; remove it there, or use "
-                "--special-tokens-in-text as-text or as-ids"
-            )
+            wrong = f"it spells the special token {next(iter(found))}"
+            fix = "remove it there, or use --special-tokens-in-text as-text or as-ids"
+            raise InputError(f"{name}, document {number + 1}: {wrong}; {fix}")
         is_first = not self.counts
         for found in spelled.values():
             self.counts.update(found)

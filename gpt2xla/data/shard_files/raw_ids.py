@@ -28,19 +28,15 @@ def against_uint16(tokens: np.ndarray) -> str | None:
     """
     blocks = sample_blocks(tokens)
     if not all(block.any() for block in blocks):
-        return (
-            f"holds runs of {min(len(tokens), _BLOCK_TOKENS):,} and more zeros: it was allocated and never written whole; "
-            "copy or prepare it again"
-        )
+        held = f"runs of {min(len(tokens), _BLOCK_TOKENS):,} and more zeros"
+        return f"holds {held}: it was allocated and never written whole; copy or prepare it again"
     sample = np.concatenate(blocks)
     if _are_floats(sample):
         return "looks like fp16 or bf16 numbers, such as a model's weights, not ids; move it out of the folder"
     if (name := _wider_type(sample) or _narrower_or_swapped(sample)) is None:
         return None
-    return (
-        f"looks like {name[0]} ids, not uint16; convert it: "
-        f"np.fromfile(FILE, {name[1]!r}).astype('<u2').tofile(NEW), where all are below 65,536"
-    )
+    how = f"np.fromfile(FILE, {name[1]!r}).astype('<u2').tofile(NEW), where all are below 65,536"
+    return f"looks like {name[0]} ids, not uint16; convert it: {how}"
 
 
 def _wider_type(sample: np.ndarray) -> tuple[str, str] | None:

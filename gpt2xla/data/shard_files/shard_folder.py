@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -19,15 +20,10 @@ _SPLITS = {"train": r"train|training", "val": r"val|valid|validation|dev|eval", 
 
 def shards_of(folder: Path, option: str) -> tuple[list[Path], list[str]]:
     """Return the shards that `option` reads, in the order of their names, and notes about the choice. Hidden files are none.
-
-    Raises:
-        InputError: it is unclear whether some files belong to them.
-    """
+    Raises InputError if it is unclear whether some files belong to them."""
     seen = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     if unfinished := [file for file in seen if _UNFINISHED.search(file.name)]:
-        raise InputError(
-            f"{unfinished[0]} is compressed or not complete, and would be left out; decompress or remove it"
-        )
+        raise InputError(f"{unfinished[0]} is compressed or incomplete, and would be left out; decompress or remove it")
     files = [file for file in seen if file.suffix.lower() in SUFFIXES and not file.is_dir()]
     _refuse_litdata(folder)
     _refuse_twins(files)
@@ -43,16 +39,11 @@ def refuse_others(folder: Path, named: list[Path], manifest: str) -> None:
 
 
 def _refuse_litdata(folder: Path) -> None:
-    index = folder / "index.json"
-    if index.exists():
-        try:
-            is_litdata = "chunks" in read_json(index)
-        except (OSError, ValueError, TypeError):
-            return
-        if is_litdata:
-            raise InputError(
-                f"{index} makes its folder a litdata data set, which is not supported; prepare its text instead"
-            )
+    index, is_litdata = folder / "index.json", False
+    with contextlib.suppress(OSError, ValueError, TypeError):  # there is none, or it is another one
+        is_litdata = "chunks" in read_json(index)
+    if is_litdata:
+        raise InputError(f"{index} makes its folder a litdata data set: not supported; prepare its text instead")
 
 
 def _refuse_twins(files: list[Path]) -> None:
@@ -60,9 +51,7 @@ def _refuse_twins(files: list[Path]) -> None:
     by_content: dict[tuple[int, int], Path] = {}
     for file in files:
         if (other := by_stem.setdefault(file.stem, file)) is not file:
-            raise InputError(
-                f"{other} and {file.name} may be the same tokens in two formats; move one out of the folder"
-            )
+            raise InputError(f"{other} and {file.name} may be the same tokens in two formats; move one elsewhere")
         if file.exists():
             status = file.stat()
             if (other := by_content.setdefault((status.st_dev, status.st_ino), file)) is not file:
@@ -81,13 +70,10 @@ def _of_split(folder: Path, files: list[Path], option: str) -> tuple[list[Path],
         return files, []
     if "" in splits or not (name := next((name for name in wanted if name in splits), "")):
         named = ", ".join(f"{name or 'no split'} ({_some(chosen)})" for name, chosen in splits.items())
-        raise InputError(
-            f"{option} {folder} holds shards of several splits by their names: {named}; give each its own folder"
-        )
+        held = f"shards of several splits by their names: {named}"
+        raise InputError(f"{option} {folder} holds {held}; give each its own folder")
     others = ", ".join(f"{other} ({_some(chosen)})" for other, chosen in splits.items() if other != name)
-    return splits[name], [
-        f"note: {option} {folder} reads the shards named {name} ({_some(splits[name])}), not {others}"
-    ]
+    return splits[name], [f"note: {option} {folder} reads shards named {name} ({_some(splits[name])}), not {others}"]
 
 
 def _some(files: list[Path]) -> str:

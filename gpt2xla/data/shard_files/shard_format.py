@@ -58,18 +58,16 @@ def open_shard(file: Path) -> Shard:
         what = "links to a file that is not there" if file.is_symlink() else "is missing"
         raise InputError(f"{file} {what}; copy or prepare it again") from None
     except Exception as error:  # numpy parses headers as Python, which fails in many ways
-        raise InputError(
-            f"{file} cannot be read as a shard ({in_one_line(error, 200)}); it may be cut short: copy or prepare it again"
-        ) from None
+        fix = "it may be cut short: copy or prepare it again"
+        raise InputError(f"{file} cannot be read as a shard ({in_one_line(error, 200)}); {fix}") from None
     tokens = np.asarray(shard.tokens)  # slicing an np.memmap costs ten times as much
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise InputError(f"{file} holds {tokens.dtype} of shape {tokens.shape}; a shard is one row of integer ids")
     if tokens.dtype.kind == "i" or tokens.dtype.itemsize > 2:  # a sample here; all are checked when they are read
         for block in sample_blocks(tokens):
             if len(block) and (block.min() < 0 or block.max() >= _TOO_LARGE):
-                raise InputError(
-                    f"{file} holds {block.min()} to {block.max()} as ids; it is damaged or of another format"
-                )
+                found = f"{block.min()} to {block.max()}"
+                raise InputError(f"{file} holds {found} as ids; it is damaged or of another format")
     return shard._replace(tokens=tokens)
 
 
@@ -80,7 +78,7 @@ def _open(file: Path) -> Shard:
     if what := pointer(head):
         raise InputError(f"{file} is {what}")
     if suffix == ".bin" and (layout := companions.megatron(file)):
-        return _headerless(file, layout, size)
+        return Shard(_map(file, layout.dtype, layout.tokens, size), layout.format)
     if head.startswith(b"\x93NUMPY"):
         return _numpy(file, size)
     if head.startswith(b"LITPKDS"):
@@ -94,11 +92,9 @@ def _open(file: Path) -> Shard:
     layout = companions.datatrove(file) if suffix == ".ds" else companions.dolma(file)
     if layout is None:
         missing = "a .ds.metadata" if suffix == ".ds" else "a header, or dolma's .csv.gz beside it,"
-        raise InputError(
-            f"{file} holds ids of an unknown type: {missing} is missing; copy that too, or convert it: "
-            "np.save(NEW, np.fromfile(FILE, TYPE)) with '<u2' or '<u4'"
-        )
-    return _headerless(file, layout, size)
+        fix = "copy that too, or convert it: np.save(NEW, np.fromfile(FILE, TYPE)) with '<u2' or '<u4'"
+        raise InputError(f"{file} holds ids of an unknown type: {missing} is missing; {fix}")
+    return Shard(_map(file, layout.dtype, layout.tokens, size), layout.format)
 
 
 def _numpy(file: Path, size: int) -> Shard:
@@ -137,10 +133,6 @@ def _nanogpt(file: Path, size: int) -> Shard:
     return Shard(tokens, RAW)
 
 
-def _headerless(file: Path, layout: companions.Layout, size: int) -> Shard:
-    return Shard(_map(file, layout.dtype, layout.tokens, size), layout.format)
-
-
 def _map(file: Path, dtype: str, count: int, size: int, header: int = 0) -> np.ndarray:
     width = np.dtype(dtype).itemsize
     if size < header or size - header != count * width:
@@ -151,7 +143,7 @@ def _map(file: Path, dtype: str, count: int, size: int, header: int = 0) -> np.n
 def _equal_at_end(tokens: np.ndarray) -> int:
     """Return how many ids at the end are the same."""
     for end in range(len(tokens), 0, -(1 << 20)):
-        others = np.flatnonzero(tokens[max(0, end - (1 << 20)) : end] != tokens[-1])
-        if len(others):
-            return len(tokens) - max(0, end - (1 << 20)) - int(others[-1]) - 1
+        start = max(0, end - (1 << 20))
+        if len(others := np.flatnonzero(tokens[start:end] != tokens[-1])):
+            return len(tokens) - start - int(others[-1]) - 1
     return len(tokens)
