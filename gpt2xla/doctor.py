@@ -21,7 +21,7 @@ from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.processes.exits import exit_code
 from gpt2xla.runtime.torch.host_memory import free_host_memory
 from gpt2xla.runtime.xla.environment import SET_FOR_ONE_PROCESS, gpus, notebook_host, prepare, tpu_chips
-from gpt2xla.runtime.xla.releases import NEWEST, install, installed, misfits, release_for, why_no_kernels
+from gpt2xla.runtime.xla.versions import NEWEST, install, installed, misfits, release_for, why_no_kernels
 
 PACKAGES = (
     "torch", "torch_xla", "libtpu", "jax", "jaxlib", "jax-cuda12-pjrt", "transformers", "numpy", "tensorflow",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.data.documents.corpus import Part, local_parts
-from gpt2xla.data.documents.reading import INPUT_HELP
+from gpt2xla.data.documents.reading_options import INPUT_HELP
 from gpt2xla.data.preparation.hub import HubConfig, dataset_parts
 from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare_and_report
 from gpt2xla.processes.exits import exit_code

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.data.documents.corpus import local_parts
-from gpt2xla.data.documents.reading import (
+from gpt2xla.data.documents.reading_options import (
     COLUMN_HELP,
     EXCLUDE_HELP,
     FORMAT_HELP,

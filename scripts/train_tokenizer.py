@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option, require_at_least
-from gpt2xla.data.documents.reading import (
+from gpt2xla.data.documents.reading_options import (
     COLUMN_HELP,
     EXCLUDE_HELP,
     FORMAT_HELP,

@@ -12,7 +12,7 @@ from gpt2xla import doctor
 from gpt2xla.doctor import Machine, notes, probe, problems
 from gpt2xla.errors import RunFailed
 from gpt2xla.runtime.xla import environment as xla_environment
-from gpt2xla.runtime.xla.releases import NEWEST, RELEASES
+from gpt2xla.runtime.xla.versions import NEWEST, RELEASES
 
 FITTING = {"torch": "2.9.0+cpu", "torch_xla": "2.9.0", "libtpu": "0.0.21", "jax": "0.7.1", "numpy": "2.3.1"}
 TPU_VM = Machine(environment={"PJRT_DEVICE": "TPU"}, python=(3, 12), versions=FITTING, tpu_chips=8)

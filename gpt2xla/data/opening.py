@@ -36,7 +36,7 @@ class TrainingData:
         """Open the data for the process `rank` of `world_size`, which drive `devices` together.
 
         Args:
-            source: the checkpoint that the run starts from. Its tokenizer comes before the shards'.
+            source: the checkpoint that the run starts from. Without --tokenizer, its tokenizer is used before the shards'.
 
         Raises InputError if data, tokenizer and options do not fit together.
         """

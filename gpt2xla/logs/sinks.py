@@ -132,7 +132,9 @@ def _evaluation_text(line: dict[str, Any]) -> str:
     if "hellaswag_acc" in line:
         acc, acc_norm, items = (line[f"hellaswag_{name}"] for name in ("acc", "acc_norm", "items"))
         return f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items"
-    return f"sample: {line['sample']}"
+    if "sample" in line:
+        return f"sample: {line['sample']}"
+    return ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("step", "tokens"))
 
 
 def _truncate_after(file: Path, step: int, is_evaluated: bool) -> None:

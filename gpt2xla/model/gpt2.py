@@ -21,7 +21,8 @@ from gpt2xla.model.loss import IGNORED_LABEL, mask_padding
 class GPT2(nn.Module):
     """The language model.
 
-    Unless `config.tie_weights` is off, the output head uses `wte.weight`. A shared attribute would come apart on XLA."""
+    Unless `config.tie_weights` is off, the output head uses `wte.weight`. One parameter under two names would
+    become two when the model moves to XLA."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

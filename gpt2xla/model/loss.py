@@ -44,10 +44,10 @@ def in_place_cross_entropy(
     x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, *, chunks: int, reads_wait: bool = False
 ) -> Tensor:
     """Return the same as `chunked_cross_entropy`, on devices that run each operation when it is called: each pass over the
-    logits overwrites them, until they hold their own gradient.
+    logits overwrites them, until they hold their own gradient. They stay in the type of the products, such as bf16.
 
-    `reads_wait` says that reading a value makes the host wait for the device. Then no value is read. Otherwise the sums
-    behind the losses follow from the labels' own probabilities, unless these are too small: that saves two passes."""
+    `reads_wait` says that reading a value makes the host wait for the device. Then no value is read. Otherwise a
+    row's log-sum-exp is recovered from its label's probability, unless that is too small: it saves two passes."""
     return _InPlaceCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, reads_wait)
 
 

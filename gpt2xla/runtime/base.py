@@ -35,7 +35,7 @@ class Shortage(NamedTuple):
 
 
 class Memory:
-    """What a runtime knows about its devices' memory. This one knows only the errors of the host's memory."""
+    """What a runtime knows about its devices' memory. This one knows only errors of the host's memory."""
 
     def shortage(self, error: Exception) -> Shortage | None:
         """Return what `error` says about memory that has run out, or None if it is another error."""
@@ -48,7 +48,7 @@ class Memory:
         return None
 
     def free(self) -> int | None:
-        """Return the bytes that this process may still use, where using more may kill it without an error; else None."""
+        """Return the bytes still free, where using more would kill the process without an error; elsewhere None."""
         return None
 
 
@@ -98,7 +98,7 @@ class Processes(Protocol):
         """Return the sum of `value` over all processes, on the device. Collective."""
 
     def flag(self, value: bool) -> Tensor:
-        """Return 1.0 or 0.0 on the device, as data. Its `sum` is the number of processes with a True."""
+        """Return 1.0 or 0.0 on the device, as data. `sum(flag(x))` counts the processes whose x is true."""
 
     def gather_rows(self, values: Tensor) -> Tensor:
         """Return all processes' `values` (1-d, of one length), in the order of ranks, as one tensor that each can read.
@@ -154,7 +154,9 @@ class Runtime(Device, Processes, Protocol):
         """Wrap forward and backward of a micro-step; gradients may be reduced over processes only with `sync`."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, this process's part of the whole loss. `optimizer_step` adds up the processes."""
+        """Add the gradient of `loss`, this process's share of the whole loss. Collective.
+
+        Once `optimizer_step` returns, it is summed over processes."""
 
     def optimizer_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, *, rate: float, max_grad_norm: float

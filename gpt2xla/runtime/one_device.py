@@ -26,7 +26,7 @@ FP32 = ChosenPrecision("none")
 
 
 class OneDevice:
-    """Implements `base.Runtime` for one process. Its collectives fail where there are several, until overridden."""
+    """Implements `base.Runtime` for one process. With several, its collectives fail until a subclass overrides them."""
 
     def __init__(
         self, device: torch.device, precision: ChosenPrecision = FP32, rank: int = 0, world_size: int = 1
@@ -34,7 +34,7 @@ class OneDevice:
         self.device, self.precision, self.description = device, precision, str(device)
         self.rank, self.world_size, self.devices = rank, world_size, world_size
         self.is_main = rank == 0
-        self.random_rank = rank  # whose random numbers this process draws
+        self.random_rank = rank  # the rank that goes into the seed
         self.memory, self.watch = Memory(), CompileWatch()
         self.scaler: Any = None  # torch.amp.GradScaler, or the same on XLA; None where gradients stay in range
         self.state_options: dict[str, Any] = {"count_on_device": False}  # of `init_state`, for this runtime's Adam
@@ -65,6 +65,8 @@ class OneDevice:
         return values
 
     def gather(self, value: float) -> list[float]:
+        if self.world_size == 1:
+            return [value]
         values = torch.zeros(self.world_size, dtype=torch.float64)
         values[self.rank] = value
         return self._sum_on_host(values).tolist()
@@ -164,7 +166,8 @@ class OneDevice:
             group["lr"] = rate
 
     def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add up the gradients of all processes, unless the backward pass did."""
+        """Sum the gradients over processes, unless the backward pass did."""
+        assert self.world_size == 1
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
         if torch.isfinite(loss) & torch.isfinite(grad_norm):

@@ -26,7 +26,7 @@ from gpt2xla.training.run_log import RunLog
 from gpt2xla.training.summary import print_end, print_start
 from gpt2xla.training.train_step import TrainStep
 from gpt2xla.training.trainer import Trainer
-from gpt2xla.training.validate import validate
+from gpt2xla.training.validate_only import validate
 
 
 def pretrain(

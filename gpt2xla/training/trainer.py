@@ -76,7 +76,7 @@ class Trainer:
         return step
 
     def _update(self, batches: Iterator[Batch], step: int) -> None:
-        """Make one update and send home what the host wants to know of it. XLA compiles both as one graph."""
+        """Make one update, and queue its loss, gradient norm and stop requests for the host. On XLA this is one graph."""
         loss, grad_norm, lr = self.train_step(batches, step)
         requests, receive_requests = self.runtime.sum(self.stop.requested()), self.stop.receiver()
         log = self.log.training_line(step + 1, lr)

@@ -38,7 +38,7 @@ from data.sample_files import (
 
 from gpt2xla.data.documents import text_file
 from gpt2xla.data.documents.corpus import documents_of, local_parts, remote_part
-from gpt2xla.data.documents.reading import Reading
+from gpt2xla.data.documents.reading_options import Reading
 from gpt2xla.errors import InputError
 
 

@@ -27,9 +27,14 @@ def test_the_seam_is_narrow() -> None:
 def test_collectives_of_one_process_refuse_several() -> None:
     runtime = OneDevice(torch.device("cpu"), world_size=2)
     value = torch.ones(())
-    for collective in (runtime.sum, runtime.gather_rows, runtime.gather, runtime.barrier):
+    for collective in (runtime.sum, runtime.gather_rows, runtime.gather, runtime.barrier, runtime._reduce_gradients):
         with pytest.raises(AssertionError):
             collective(value)
+
+
+def test_one_process_asks_no_device_about_others() -> None:
+    """float64, in which numbers travel between processes, is missing on some devices."""
+    assert OneDevice(torch.device("meta")).gather(2.0**53) == [2.0**53]
 
 
 def test_one_device_trains_and_resumes(tmp_path: Path) -> None:

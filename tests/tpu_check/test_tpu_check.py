@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, require_xla, run
 
-from gpt2xla.runtime.xla.releases import installed, release_for, why_no_kernels
+from gpt2xla.runtime.xla.versions import installed, release_for, why_no_kernels
 from gpt2xla.tpu_check.hlo import Allocation, Program, module_of
 
 SMALL = (

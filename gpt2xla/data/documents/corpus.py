@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gpt2xla.data.documents import compression, csv_file, input_files, json_lines, json_values, tables, text_file
-from gpt2xla.data.documents.reading import ALL_SUFFIXES, ENDOFTEXT, Format, Reading, SplitBy
+from gpt2xla.data.documents.reading_options import ALL_SUFFIXES, ENDOFTEXT, Format, Reading, SplitBy
 from gpt2xla.data.documents.recognition import Content, promised, recognise
 from gpt2xla.errors import InputError, user_error
 
@@ -64,8 +64,8 @@ class Block(NamedTuple):
 
 
 def blocks(parts: Sequence[Part], start: Position) -> Iterator[Block]:
-    """Yield the documents from `start` on, without empty ones, in blocks of about 4 MB. Only after the last block the
-    position is behind all parts. Raises InputError if a part cannot be read."""
+    """Yield the documents from `start` on, without empty ones, in blocks of about 4 MB. Only the last
+    block's position lies past all parts. Raises InputError if a part cannot be read."""
     held: list[pa.Array] = []
     for number, part in enumerate(parts[start.part :], start.part):
         documents = 0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from gpt2xla.data.documents.reading import LONGEST, Format
+from gpt2xla.data.documents.reading_options import LONGEST, Format
 from gpt2xla.errors import InputError
 
 _DELIMITERS = {"csv": ",;|\t", "tsv": "\t"}

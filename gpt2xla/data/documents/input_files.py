@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2xla.data.documents import saved_dataset
-from gpt2xla.data.documents.reading import PACKED, described
+from gpt2xla.data.documents.reading_options import PACKED, described
 from gpt2xla.errors import InputError, user_error
 
 _METADATA = (saved_dataset.INFO, saved_dataset.STATE, saved_dataset.SPLITS, "dataset_infos.json")
@@ -25,7 +25,7 @@ def find(
 ) -> list[Path]:
     """Return the files among `paths` and those below its folders whose name ends in one of `suffixes`.
 
-    Of a folder come first its files, then its folders, by name. Hidden ones are left out unless `paths` names them. A folder
+    In a folder, files come before subfolders, sorted by name. Hidden ones are left out unless `paths` names them. A folder
     that `datasets` saved is read as its own list says; if it has several splits, "train". Raises InputError if a path
     does not exist, cannot be read or is not a file, or nothing was found.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.json
 
-from gpt2xla.data.documents.reading import LONGEST
+from gpt2xla.data.documents.reading_options import LONGEST
 from gpt2xla.errors import InputError
 
 

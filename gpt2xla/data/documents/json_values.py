@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from gpt2xla.data.documents.json_lines import has_half_character, not_text, without_field
-from gpt2xla.data.documents.reading import LONGEST
+from gpt2xla.data.documents.reading_options import LONGEST
 from gpt2xla.errors import InputError
 
 _BLOCK_CHARACTERS = 1 << 20

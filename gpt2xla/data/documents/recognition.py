@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2xla.data.documents import compression, text_file
-from gpt2xla.data.documents.reading import ENDOFTEXT, LONGEST, PACKED, Format, Reading
+from gpt2xla.data.documents.reading_options import ENDOFTEXT, LONGEST, PACKED, Format, Reading
 from gpt2xla.data.shard_files.first_bytes import Foreign, foreign
 from gpt2xla.errors import InputError
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 import pyarrow as pa
 
-from gpt2xla.data.documents.reading import ENDOFTEXT, SplitBy
+from gpt2xla.data.documents.reading_options import ENDOFTEXT, SplitBy
 from gpt2xla.errors import InputError
 
 _BLOCK_BYTES = 4 << 20

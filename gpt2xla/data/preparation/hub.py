@@ -24,7 +24,7 @@ from gpt2xla import hub
 from gpt2xla.config import option
 from gpt2xla.data.documents import saved_dataset
 from gpt2xla.data.documents.corpus import Part, Split, local_parts, remote_part
-from gpt2xla.data.documents.reading import (
+from gpt2xla.data.documents.reading_options import (
     ALL_SUFFIXES,
     COLUMN_HELP,
     FORMAT_HELP,
@@ -34,7 +34,7 @@ from gpt2xla.data.documents.reading import (
     SplitBy,
     described,
 )
-from gpt2xla.data.preparation.passing_folder import passing_folder
+from gpt2xla.data.preparation.temporary_folder import temporary_folder
 from gpt2xla.errors import InputError, RunFailed, user_error
 
 T = TypeVar("T")
@@ -157,7 +157,7 @@ class _Hub:
         if options.streaming:
             until_exit = contextlib.ExitStack()
             with user_error(f"--cache-dir {options.cache_dir}"):
-                self._where = {"local_dir": until_exit.enter_context(passing_folder(options.cache_dir or None))}
+                self._where = {"local_dir": until_exit.enter_context(temporary_folder(options.cache_dir or None))}
             atexit.register(until_exit.close)
         return parts
 

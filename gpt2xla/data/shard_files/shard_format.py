@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2xla.data.shard_files import companions
 from gpt2xla.data.shard_files.first_bytes import HEAD_BYTES
 from gpt2xla.data.shard_files.foreign_shards import foreign_format, pointer
 from gpt2xla.data.shard_files.raw_ids import against_uint16, sample_blocks
@@ -77,7 +76,7 @@ def _open(file: Path) -> Shard:
     suffix = file.suffix.lower()
     if what := pointer(head):
         raise InputError(f"{file} is {what}")
-    if suffix == ".bin" and (layout := companions.megatron(file)):
+    if suffix == ".bin" and (layout := metadata_files.megatron(file)):
         return Shard(_map(file, layout.dtype, layout.tokens, size), layout.format)
     if head.startswith(b"\x93NUMPY"):
         return _numpy(file, size)
@@ -89,7 +88,7 @@ def _open(file: Path) -> Shard:
         raise InputError(f"{file} is {what}")
     if suffix == ".bin":
         return _nanogpt(file, size)
-    layout = companions.datatrove(file) if suffix == ".ds" else companions.dolma(file)
+    layout = metadata_files.datatrove(file) if suffix == ".ds" else metadata_files.dolma(file)
     if layout is None:
         missing = "a .ds.metadata" if suffix == ".ds" else "a header, or dolma's .csv.gz beside it,"
         fix = "copy that too, or convert it: np.save(NEW, np.fromfile(FILE, TYPE)) with '<u2' or '<u4'"
@@ -116,9 +115,9 @@ def _lit_gpt(file: Path, head: bytes, size: int) -> Shard:
     """Read magic, version, dtype code, number of ids, ids. The last file is padded with separators, and lit-gpt trains on
     these, too. Source: lit-gpt, lit_gpt/packed_dataset.py."""
     version, code, count = struct.unpack_from("<QBQ", head, 7)
-    if version != 1 or code not in companions.CODED_DTYPES:
+    if version != 1 or code not in metadata_files.CODED_DTYPES:
         raise InputError(f"{file} is packed by lit-gpt as version {version}, dtype code {code}; pack integers again")
-    tokens = _map(file, companions.CODED_DTYPES[code], count, size, _LIT_GPT_HEADER_BYTES)
+    tokens = _map(file, metadata_files.CODED_DTYPES[code], count, size, _LIT_GPT_HEADER_BYTES)
     padding = _equal_at_end(tokens)
     note = f"{file} ends in {padding:,} times id {tokens[-1]}, lit-gpt's padding; it is read, as lit-gpt reads it"
     return Shard(tokens, "lit-gpt", note if padding > 1 else "")

@@ -35,7 +35,8 @@ class Accelerator(Memory):
     backend = "gloo"  # what torch.distributed reduces with
     fused = False  # whether torch has a fused Adam for it
     pins = False  # whether batches are copied from pinned memory, while the device works
-    reads_behind = 0  # for how many steps the values of a step are left unread, so that the device never waits for work
+    reads_behind = 0  # how many steps late the host reads a step's values, so that the device never waits for work
+    reads_wait = True  # whether reading a value makes the host wait for the device
     attention: dict[str, Attention] = {"chunked": chunked_attention}  # noqa: RUF012  by --attention, besides sdpa
     kept_bytes = 0  # up to which attention keeps what its backward pass needs, unasked
     logits_at_once: int | None = None  # bytes of logits that are made at a time; None makes all of them
@@ -110,6 +111,7 @@ class Cpu(Accelerator):
     attention = {"chunked": chunked_attention, "kept": kept_attention}  # noqa: RUF012
     kept_bytes = 2**31
     logits_at_once = LOGITS_AT_ONCE["cpu"]
+    reads_wait = False
     averages = False  # gloo in torch 2.8 gives the sum where it is asked for the mean
     compile_pays_from = 2e14  # a quarter of an hour of two cores, where a compile saves a twentieth of the time
 

@@ -57,8 +57,8 @@ def wrap_in_ddp(model: nn.Module, accelerator: Accelerator) -> DistributedDataPa
         model, device_ids=accelerator.ddp_ids, gradient_as_bucket_view=True, static_graph=True
     )
     # DDP regroups gradients after its first backward pass, and the groups decide the order of summation. After this warm-up
-    # all steps sum alike, including the first one after a resume, which was a later one of the unbroken run. static_graph
-    # also requires that the first pass reduces, which the first of several micro-steps does not.
+    # all steps sum in the same order, so that the first step after a resume equals the same step of an unbroken run.
+    # static_graph also requires that the first pass reduces, which the first of several micro-steps does not.
     _warm_up(ddp, accelerator.device)
     return ddp
 

@@ -96,7 +96,7 @@ class TorchRuntime(OneDevice):
             model,
             attention=device.attention,
             preferred="kept" if keeps else "sdpa",
-            chunked_loss=partial(in_place_cross_entropy, reads_wait=device.reads_behind > 0),
+            chunked_loss=partial(in_place_cross_entropy, reads_wait=device.reads_wait),
             loss_chunks=-(-logits // at_once) if at_once else None,
             checkpoint=partial(checkpoint, use_reentrant=False),
             compiled=compiled,
@@ -126,6 +126,9 @@ class TorchRuntime(OneDevice):
 
     def backward(self, loss: Tensor) -> None:
         super().backward(loss * self.world_size)  # DDP and FSDP average gradients over processes, but a sum is wanted
+
+    def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        pass  # DDP and FSDP did, in the backward pass
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, grad_norm: Tensor) -> None:
         if self.scaler:

@@ -11,7 +11,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
 from gpt2xla.model.kernels import Attention
-from gpt2xla.runtime.xla.releases import installed, release_for, why_no_kernels
+from gpt2xla.runtime.xla.versions import installed, release_for, why_no_kernels
 
 
 def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attention:

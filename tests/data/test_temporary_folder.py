@@ -7,12 +7,12 @@ from pathlib import Path
 
 from conftest import ROOT
 
-from gpt2xla.data.preparation.passing_folder import passing_folder
+from gpt2xla.data.preparation.temporary_folder import temporary_folder
 
 PROGRAM = """
 import sys, time
-from gpt2xla.data.preparation.passing_folder import passing_folder
-with passing_folder(sys.argv[1]) as folder:
+from gpt2xla.data.preparation.temporary_folder import temporary_folder
+with temporary_folder(sys.argv[1]) as folder:
     print(folder, flush=True)
     time.sleep(60)
 """
@@ -32,11 +32,11 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path
     try:
         processes[0].send_signal(signal.SIGKILL)
         processes[0].wait()
-        with passing_folder(str(tmp_path)) as mine:
+        with temporary_folder(str(tmp_path)) as mine:
             assert not folders[0].exists()
             assert (folders[1] / "part.parquet").exists()
             assert mine.is_dir()
-            with passing_folder(str(tmp_path)) as another:
+            with temporary_folder(str(tmp_path)) as another:
                 assert another != mine
             assert not another.exists()
             assert mine.is_dir(), "its process is this one"

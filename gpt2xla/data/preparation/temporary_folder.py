@@ -15,7 +15,7 @@ _PREFIX = "gpt2xla-hub-"
 
 
 @contextlib.contextmanager
-def passing_folder(parent: str | None) -> Iterator[Path]:
+def temporary_folder(parent: str | None) -> Iterator[Path]:
     """Make a folder in `parent` (default: that of temporary files), which is removed at the end. Raises OSError."""
     all_folders = Path(parent or tempfile.gettempdir())
     for left_over in all_folders.glob(f"{_PREFIX}*/"):
