@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2xla.data.shard_files import metadata_files
 from gpt2xla.data.shard_files.first_bytes import HEAD_BYTES
 from gpt2xla.data.shard_files.foreign_shards import foreign_format, pointer
 from gpt2xla.data.shard_files.raw_ids import against_uint16, sample_blocks
