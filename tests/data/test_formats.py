@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "prose.txt.gz": (b"Once upon a time", "holds plain text, though its name says compressed"),
     "prose.bin": (b"Once upon a time", "is text under a name that ends in .bin"),
     "empty.parquet": (b"", "holds nothing, not parquet"),
-    "empty.txt.gz": (b"", "is empty, although"),
+    "empty.txt.gz": (b"", "is empty, though"),
     "utf32.txt": ("text".encode("utf-32"), "is text in UTF-32"),
     "cut.gz": (gzip.compress(b"text" * 99)[:-1], "cannot be read (Truncated"),
     "cut.xz": (lzma.compress(b"text" * 99)[:-1], "cannot be read (Truncated"),
