@@ -128,7 +128,7 @@ def test_a_flag_that_xla_does_not_know_is_named(data_flags: list[str], tmp_path:
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path / "c"]
     ended = run_xla(*flags, XLA_FLAGS="--xla_nonsense=1")
     assert ended.returncode == 1
-    assert "its own message stands above; XLA_FLAGS is '--xla_nonsense=1', and" in ended.stderr.splitlines()[-1]
+    assert "its own message is above; XLA_FLAGS is '--xla_nonsense=1', and" in ended.stderr.splitlines()[-1]
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[str], tmp_path: Path) -> None:
