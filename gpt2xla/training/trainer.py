@@ -65,7 +65,7 @@ class Trainer:
             with memory.explain_out_of_memory(self.runtime, f"in step {step + 1}", self._smaller_batch):
                 update(batches, step)
                 step += 1
-                if step == first_step + 1:  # where anything is compiled, this step was: the clock starts after it
+                if step == first_step + 1:  # it may have compiled: the clock starts after it
                     self.runtime.wait()
                     self.log.throughput.restart()
             is_evaluated = not self.stop.agreed() and self.evaluations.run(step, self.log.evaluation_line)
