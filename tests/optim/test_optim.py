@@ -95,7 +95,8 @@ def test_updates_equal_torchs_and_the_state_survives_its_export(optim_type: str,
         step(optimizer)
     state = export_state(model, optimizer)
     torch.save(state, tmp_path / "state.pt")
-    optimizer = runtime.build_optimizer(model, config, torch.load(tmp_path / "state.pt", weights_only=True))
+    saved = {"optimizer": torch.load(tmp_path / "state.pt", weights_only=True), "runtime": {}}
+    optimizer = runtime.build_optimizer(model, config, saved)
     for _ in range(3):
         step(optimizer)
     for name, parameter in model.named_parameters():
@@ -131,7 +132,7 @@ def test_muons_updates_equal_torchs_and_the_state_survives_its_export(
     for step in range(6):
         if step % 3 == 0:
             if optimizer:
-                torch.save(export_state(model, optimizer), tmp_path / "state.pt")
+                torch.save({"optimizer": export_state(model, optimizer), "runtime": {}}, tmp_path / "state.pt")
             saved = torch.load(tmp_path / "state.pt", weights_only=True) if optimizer else None
             optimizer = runtime.build_optimizer(model, config, saved)
         for name, p in model.named_parameters():
@@ -145,9 +146,9 @@ def test_muons_updates_equal_torchs_and_the_state_survives_its_export(
             each.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.double(), torch.cat(truth[name]), rtol=1e-4, atol=1e-6)
-    assert saved.keys() == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
-    assert saved["momentum_buffer"].keys() == in_blocks
-    assert saved["exp_avg"].keys() == saved["exp_avg_sq"].keys() == truth.keys() - in_blocks
+    assert saved["optimizer"].keys() == {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"}
+    assert saved["optimizer"]["momentum_buffer"].keys() == in_blocks
+    assert saved["optimizer"]["exp_avg"].keys() == saved["optimizer"]["exp_avg_sq"].keys() == truth.keys() - in_blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -182,7 +183,7 @@ def test_an_update_that_is_not_finite_changes_no_bit_and_is_never_read(precision
         summands[6] = summands[6] * factor  # of a matrix of Muon's
         runtime.backward(torch.stack(summands).sum())
         with NoReads():
-            runtime.optimizer_step(model, optimizer, torch.tensor(loss), max_grad_norm=1.0)
+            runtime.optimizer_step(model, optimizer, torch.tensor(loss), rate=0.01, max_grad_norm=1.0)
         state = [value for values in optimizer.state.values() for value in values.values()]
         return [tensor.detach().clone() for tensor in (*model.parameters(), *state)]
 
