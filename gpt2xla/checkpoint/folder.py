@@ -56,17 +56,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        hf.save_model(partial, config.model, weights, settings)
-        if tokenizer:
-            tokenizer.save(partial)
-        with (partial / TRAINING_STATE).open("wb") as state:  # given a path, torch would hide the error of the disk
-            torch.save(training, state)
-        if shards.is_dir():
-            shards.rename(partial / SHARDS)
-        write_run_config(partial, config)
-        seal(partial, training["step"])
-        for file in [*partial.rglob("*"), partial]:
-            _fsync(file)
+        _write(partial, config, weights, training, tokenizer, settings, shards)
         if final.exists():
             _set_aside(final)
         os.rename(partial, final)
@@ -78,6 +68,28 @@ def save(
         raise OSError(f"{final} could not be saved: {cause}") from None
     _fsync(root)
     return final
+
+
+def _write(
+    folder: Path,
+    config: RunConfig,
+    weights: dict[str, Tensor],
+    training: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    settings: GenerationSettings,
+    shards: Path,
+) -> None:
+    hf.save_model(folder, config.model, weights, settings)
+    if tokenizer:
+        tokenizer.save(folder)
+    with (folder / TRAINING_STATE).open("wb") as state:  # given a path, torch would hide the error of the disk
+        torch.save(training, state)
+    if shards.is_dir():
+        shards.rename(folder / SHARDS)
+    write_run_config(folder, config)
+    seal(folder, training["step"])
+    for file in [*folder.rglob("*"), folder]:
+        _fsync(file)
 
 
 def seal(folder: Path, step: int) -> None:
