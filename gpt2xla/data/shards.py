@@ -57,7 +57,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:
-        """Return the folder's manifest, or None if there is none. Raises InputError if it is not one of ours."""
+        """Return the folder's manifest, or None if there is none. Raises InputError if it is another program's."""
         file = folder / MANIFEST
         if not file.exists():
             return None
