@@ -1,6 +1,6 @@
 """Which tokens each step reads: a pure function of the step, the same for any number of processes.
 
-A split of N tokens has (N - 1) // L windows, where L is seq_length: window w predicts tokens w * L + 1 .. w * L + L from the
+A split of n tokens has (n - 1) // T windows, where T is seq_length: window w predicts tokens w * T + 1 .. w * T + T from the
 tokens before them. The rest at the end is a shorter window, which is read only to validate on the whole split. Training
 numbers all its sequences 0, 1, 2, ...: micro-step m of update s reads `batch_size` of them from number
 (s * accum + m) * batch_size on, and each process reads a contiguous share of these. Data set (`mixture.py`), epoch and
