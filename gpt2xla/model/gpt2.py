@@ -101,7 +101,7 @@ class GPT2(nn.Module):
 
     def flops_per_token(self) -> int:
         """Return the floating-point operations of forward and backward per trained token: 6 * parameters + 12 * layers *
-        D * T (Chowdhery et al. 2022, PaLM, appendix B). Embeddings that are only looked up, such as positions, do not count."""
+        D * T (Chowdhery et al. 2022, PaLM, appendix B). Embeddings that are only looked up do not count."""
         c = self.config
         matrices = self.num_parameters() - self.wpe.weight.numel() - (0 if c.tie_weights else self.wte.weight.numel())
         return 6 * matrices + 12 * c.num_layers * c.d_model * c.seq_length
