@@ -43,7 +43,9 @@ class SourceConfig:
     config: str | None = option(
         None, "YAML or JSON file of options by flag name; flags on the command line override it", is_path=True
     )
-    preset: Preset | None = option(None, "take the model options of one of OpenAI's sizes; other flags override them")
+    preset: Preset | None = option(
+        None, "take the model options of one of OpenAI's four sizes; other flags override them"
+    )
 
 
 def parse_run(

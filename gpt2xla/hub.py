@@ -84,7 +84,15 @@ def answer(error: BaseException) -> str:
         meaning = http.client.responses.get(response.status_code, "")
         return f"{response.status_code} {meaning}".strip() + f" for {str(response.url).split('?')[0]}"
     first = next((link for link in _chain(error) if _is_network(link)), error)
-    return (getattr(first, "strerror", None) or in_one_line(first)).rstrip(".")
+    reason = (getattr(first, "strerror", None) or in_one_line(first)).rstrip(".")
+    with contextlib.suppress(AttributeError, RuntimeError):  # what httpx raises if it knows no request
+        return f"{reason} for {str(first.request.url).split('?')[0]}"  # type: ignore[attr-defined]
+    return reason
+
+
+def has_answered(error: BaseException) -> bool:
+    """Tell whether the hub did answer, with the status of an error."""
+    return _response(error) is not None
 
 
 def is_temporary(error: BaseException) -> bool:

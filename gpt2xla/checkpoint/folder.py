@@ -123,10 +123,10 @@ def prepare_folder(root: Path, step: int) -> list[str]:
 
     Leftovers of interrupted writes are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so
     that no later start takes them for this run's."""
-    for partial in root.glob(".*.partial"):
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
+    for partial in root.glob(".step-*.partial"):
+        shutil.rmtree(partial)
+    for name in (RUN_CONFIG, METRICS_FILE):
+        for partial in root.glob(f".{name}.*.partial"):
             partial.unlink()
     later = sorted(folder for folder in root.glob("step-*") if folder > step_folder(root, step))
     if later and (root / METRICS_FILE).exists():
@@ -178,9 +178,13 @@ def find_damage(folder: Path) -> str | None:
         return f"{folder / COMPLETE} is damaged"
     for name, (size, sha256) in expected.items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or len(name) > 255:
-            return f"{folder / COMPLETE} names a file that cannot be in its folder"
-        if not file.is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{folder / COMPLETE} names a file outside of its folder"
+        try:
+            is_there = file.is_file()
+        except OSError:
+            return f"{folder / COMPLETE} names a file that cannot exist"
+        if not is_there:
             return f"{file} is missing"
         if file.stat().st_size != size or file_sha256(file) != sha256:
             return f"{file} is damaged: its contents have changed since it was saved"

@@ -51,7 +51,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class GeneralConfig:
     """General"""
 
-    checkpoints_dir: str = option("./checkpoints", "folder for checkpoints, metrics and run_config.json", is_path=True)
+    checkpoints_dir: str = option(
+        "./checkpoints", "folder for checkpoints, metrics.jsonl, run_config.json", is_path=True
+    )
     seed: int = option(1061109567, "seed of the initial weights, of dropout and of --shuffle")
     from_checkpoint: str | None = option(
         None,
@@ -250,7 +252,7 @@ class TrainConfig:
     )
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
     hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, with one more at the end; 0 means none")
-    hellaswag_data: str | None = option(None, "HellaSwag's items, JSON lines (default: from the hub)", is_path=True)
+    hellaswag_data: str | None = option(None, "HellaSwag's items, JSON lines (default: the hub's 10,042)", is_path=True)
     sample_interval: int = option(0, "updates between sample texts that the model writes; 0 means none")
     sample_prompt: str = option("", "text that the samples continue (default: they begin after an end-of-text token)")
     special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(

@@ -65,7 +65,9 @@ class RemoteFolder:
             package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
             raise InputError(f"{option} {self.url} needs another package: pip install {package}") from None
         except Exception as error:  # each storage has its own errors, also for credentials
-            raise InputError(f"{option} {self.url} cannot be opened: {in_one_line(error)}") from None
+            raise InputError(
+                f"{option} {self.url} cannot be opened: {type(error).__name__}: {in_one_line(error)}"
+            ) from None
         text = self._read_small(manifest)
         if text is None:
             fix = "make it with scripts/prepare_text.py, or copy the shards here"
@@ -115,7 +117,9 @@ class RemoteFolder:
             return None
         except Exception as error:  # as above
             what = f"{self.option} {self.url}/{file} cannot be read"
-            raise InputError(f"{what}: {in_one_line(error)}; check address and credentials") from None
+            raise InputError(
+                f"{what}: {type(error).__name__}: {in_one_line(error)}; check address and credentials"
+            ) from None
 
     def _fetch(self, file: str, sha256: str) -> None:
         partial = self.folder / f".{file}.partial"
@@ -125,7 +129,9 @@ class RemoteFolder:
             raise InputError(f"{self.url}/{file} is missing although its manifest names it; upload it again") from None
         except OSError as error:
             tries = len(RETRY_WAITS) + 1
-            raise RunFailed(f"{self.url}/{file} could not be fetched in {tries} tries: {in_one_line(error)}") from None
+            raise RunFailed(
+                f"{self.url}/{file} could not be fetched in {tries} tries: {type(error).__name__}: {in_one_line(error)}"
+            ) from None
         if found != sha256:
             partial.unlink()
             raise InputError(f"{self.url}/{file} is not what its manifest says (sha256 differs); upload it again")

@@ -68,6 +68,8 @@ class Manifest:
             shards = tuple(ShardEntry(**entry) for entry in values.pop("shards"))
             manifest = cls(**values, shards=shards)
             _check_types(manifest, *shards)
+            if manifest.vocab_size < 0:
+                raise ValueError(f"vocab_size is {manifest.vocab_size}")
             if manifest.dtype not in ("uint16", "uint32"):
                 raise ValueError(f"dtype is {manifest.dtype[:80]!r}")
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

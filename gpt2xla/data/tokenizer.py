@@ -213,7 +213,7 @@ def check_ids(tokenizer: Tokenizer, ids: int, vocab_size: int, source: object, f
     if ids > vocab_size:
         fix = fix or "name the tokenizer that the model was trained with"
         has = f"has {tokenizer.vocab_size} ids, but {source} only {vocab_size}"
-        raise InputError(f"tokenizer {tokenizer.name} {has}; {fix}")
+        raise InputError(f"--tokenizer {tokenizer.name} {has}; {fix}")
 
 
 def match_tokenizer(

@@ -53,6 +53,7 @@ class WandbSink:
             "dir": folder,
         }
         self._interval = options.wandb_logging_interval
+        self._has_trained = False  # since this process began
         self._is_dead = False
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -110,10 +111,11 @@ class WandbSink:
 
     def _log(self, run: Any, line: dict[str, Any], first: int) -> None:
         step, values = line["step"], {name: value for name, value in line.items() if name != "step"}
+        self._has_trained |= "loss" in line
         if step < first:
-            # A run that was stopped during the evaluations of a step repeats them when it resumes. By then wandb takes
+            # A run that was stopped during the evaluations of a step repeats them first when it resumes. By then wandb takes
             # nothing more for that step, so they are logged with the next one.
-            if "loss" in line or step < first - 1:
+            if self._has_trained or step < first - 1:
                 return
             step = first
         run.log(values, step=step)

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import TextIO
 
 from gpt2xla.errors import InputError
 
@@ -37,24 +37,20 @@ def refuse_if_locked(file: Path, what: str) -> None:
 
 @contextlib.contextmanager
 def in_turn(file: Path) -> Iterator[None]:
-    """Hold the lock `file` alone, after waiting for any other process or thread that holds it."""
+    """Hold the lock `file`, after waiting for any other process or thread that holds it. Raises OSError on a file system
+    without locks."""
     with file.open("wb") as lock:
-        _flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _lock(lock: TextIO, kind: int, what: str) -> None:
     try:
-        _flock(lock, kind | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         raise InputError(f"{what}: in use by {holder}; wait for it, stop it, or use another folder") from None
-
-
-def _flock(lock: IO[Any], kind: int) -> None:
-    try:
-        fcntl.flock(lock, kind)
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise

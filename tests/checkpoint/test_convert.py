@@ -163,7 +163,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(tmp_path: Path)
     for flags, message in (
         (["--input", tmp_path / "objects.pt", "--output-dir", output], "nothing in it was run"),
         (["--input", good, "--output-dir", tmp_path], "exists already"),
-        (["--input", small, "--output-dir", output, "--tokenizer", "bytes"], "tokenizer bytes has 257 ids"),
+        (["--input", small, "--output-dir", output, "--tokenizer", "bytes"], "--tokenizer bytes has 257 ids"),
     ):
         result = run_here("scripts/convert_checkpoint.py", *flags)
         assert result.returncode == 2

@@ -197,7 +197,8 @@ class _Hub:
         except (ValueError, OSError, RuntimeError) as error:
             if hub.is_temporary(error):
                 raise
-            raise InputError(f"{self._what}: {_in_words(error)}; check the name, --config and --split") from None
+            why = hub.answer(error) if hub.has_answered(error) else _in_words(error)
+            raise InputError(f"{self._what}: {why}; check the name, --config and --split") from None
         return result
 
     def _start_fetching(self, number: int) -> None:

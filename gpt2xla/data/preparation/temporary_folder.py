@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-from gpt2xla.errors import InputError
-from gpt2xla.processes.locks import locked
 
 _PREFIX = "gpt2xla-hub-"
 
@@ -19,12 +18,35 @@ def temporary_folder(parent: str | None) -> Iterator[Path]:
     """Make a folder in `parent` (default: that of temporary files), which is removed at the end. Raises OSError."""
     all_folders = Path(parent or tempfile.gettempdir())
     for left_over in all_folders.glob(f"{_PREFIX}*/"):
-        # Another process uses it, or it is another user's.
-        with contextlib.suppress(InputError, OSError), locked(left_over / "lock", str(left_over)):
-            shutil.rmtree(left_over)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=all_folders))
-    with locked(folder / "lock", str(folder)):
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # in use, another user's, or on a disk without locks
+            lock = _lock(left_over)
+            shutil.rmtree(left_over, ignore_errors=True)
+            os.close(lock)
+    folder, lock = _make(all_folders)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _make(parent: Path) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        # Before it is locked, another process may take it for a leftover and remove it.
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            lock = _lock(folder)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Lock the folder until the returned descriptor is closed, or the process ends in any way."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
