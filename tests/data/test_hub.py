@@ -172,7 +172,8 @@ def test_a_hub_that_is_dead_from_the_start(hub: Hub, tmp_path: Path) -> None:
     hub.misbehave("HEAD", "main/README.md", itertools.repeat(CLOSED))
     result = prepare(hub, tmp_path, "--retries", 1)
     assert result.returncode == 1
-    assert "--dataset me/set: Server disconnected without sending a response, 2 times" in result.stderr
+    assert "--dataset me/set: Server disconnected without sending a response for http://127.0.0.1" in result.stderr
+    assert "main/README.md, 2 times; give the same command again once the hub answers" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

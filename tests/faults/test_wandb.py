@@ -180,6 +180,13 @@ def test_a_killed_run_resumes_under_its_id_and_sends_no_step_twice(
     assert [settings["resume"] for settings in wandb.started] == [None, "allow"]
 
 
+def test_a_run_killed_after_an_evaluation_does_not_repeat_it_at_a_later_step(wandb: FakeWandb, tmp_path: Path) -> None:
+    write(sink(tmp_path), *map(trained, range(1, 13)), validated(12))
+    write(sink(tmp_path), trained(11), trained(12), validated(12), trained(13))
+    assert steps_of(wandb, "valid_loss") == [12]
+    assert steps_of(wandb, "loss") == list(range(1, 14))
+
+
 def test_the_id_outlives_a_run_to_which_wandb_never_answered(wandb: FakeWandb, tmp_path: Path) -> None:
     wandb.on_init = fails("unreachable")
     dead = sink(tmp_path)

@@ -27,6 +27,7 @@ COMPLETE: dict[str, Change] = {
     "/etc/passwd": names("/etc/passwd"),
     "a NUL": names("a\0b"),
     "a name of 5,000 letters": names("x" * 5000),
+    "a name of 400 bytes": names("é" * 200),
     "deep": DEEP,
     "a list": lambda values: [],
     "files of text": lambda values: {"files": "abc"},
