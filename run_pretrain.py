@@ -3,21 +3,8 @@
 
 import sys
 
-from gpt2xla.cli import parse_run
-from gpt2xla.config import TorchConfig
+from gpt2xla.commands.train import main
 from gpt2xla.processes.exits import exit_code, exit_now_on_signal
-
-
-def main() -> None:
-    config, options = parse_run(TorchConfig)
-    # Imported after parsing, so that --help and wrong flags answer at once.
-    from gpt2xla.processes.signals import StopSignals
-    from gpt2xla.runtime.torch.runtime import TorchRuntime
-    from gpt2xla.training.pretrain import pretrain
-
-    with StopSignals() as signals:
-        pretrain(config, lambda train: TorchRuntime(options, train), signals)
-
 
 if __name__ == "__main__":
     sys.exit(exit_now_on_signal(exit_code(main)))

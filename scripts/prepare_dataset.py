@@ -2,26 +2,9 @@
 """A data set from the hub -> token shards: `python scripts/prepare_dataset.py --dataset roneneldan/TinyStories`."""
 
 import sys
-from dataclasses import MISSING, dataclass
 
-from gpt2xla.cli import parse_options
-from gpt2xla.config import option
-from gpt2xla.data.preparation.hub import HubConfig, dataset_parts
-from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare_and_report
+from gpt2xla.commands.prepare_dataset import main
 from gpt2xla.processes.exits import exit_code
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig(HubConfig, PrepareConfig):
-    """Data set preparation"""
-
-    dataset: str = option(MISSING, "name on the hub, or a local folder", is_path=True)
-
-
-def main() -> None:
-    options = parse_options(DatasetConfig, "Tokenise a text data set into train/ and test/ shards.")
-    prepare_and_report(lambda: dataset_parts(options), options)
-
 
 if __name__ == "__main__":
     sys.exit(exit_code(main))

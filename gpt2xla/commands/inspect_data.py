@@ -1,0 +1,87 @@
+"""Shows what a folder of token shards holds, and checks it: `python scripts/inspect_data.py data/books`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from gpt2xla.cli import OneLineParser, path
+from gpt2xla.config import TOKENIZER_HELP
+from gpt2xla.errors import InputError
+
+if TYPE_CHECKING:
+    from gpt2xla.data.shards import TokenStream
+    from gpt2xla.data.tokenizer import Tokenizer
+
+SHOWN_CHARACTERS = 300
+SHOWN_IDS = 20
+
+
+def main() -> None:
+    parser = OneLineParser(description="Show what a folder of token shards holds, and check all of it.")
+    parser.add_argument("folder", type=path, metavar="DIR", help="folder of token shards, or one with train/ and test/")
+    parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
+    parser.add_argument(
+        "--tokenizer", type=path, metavar="PATH", help=f"{TOKENIZER_HELP} (default: the one beside the shards)"
+    )
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the shards with their hashes"
+    )
+    options = parser.parse_args()
+    if options.documents < 0:
+        raise InputError(f"--documents {options.documents}: choose a number of at least 0")
+    from gpt2xla.data.inspection import splits
+
+    for name, stream in splits(options.folder).items():
+        inspect(name, stream, options)
+
+
+def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None:
+    from gpt2xla.data.inspection import check, contents, tokenizer_of
+
+    manifest, tokenizer = stream.manifest, tokenizer_of(stream, options.tokenizer)
+    known = manifest or tokenizer
+    eot_id = known.eot_id if known else None
+    print(
+        f"{name}: {stream.length:,} tokens in {len(stream.files)} shards of {stream.dtype} ({stream.format})",
+        flush=True,
+    )
+    for note in stream.notes:
+        print(note)
+    if manifest:
+        print(f"{manifest.documents:,} documents, {manifest.bytes / manifest.tokens:.2f} bytes per token")
+    if known:
+        of = manifest.tokenizer if manifest else options.tokenizer or stream.folder
+        print(f"tokenizer {of}, {known.vocab_size:,} ids, end of text {eot_id}")
+    show_documents(stream, tokenizer, eot_id, options.documents)
+    found = contents(stream, known.vocab_size if known else None, eot_id)
+    if found.documents:
+        print(
+            f"{found.documents:,} documents counted, tokens in each: mean {found.mean_length:.1f}, median "
+            f"{found.length_quantile(0.5):,}, 90% at most {found.length_quantile(0.9):,}, longest {max(found.lengths):,}"
+        )
+    print(
+        f"unigram entropy {found.unigram_entropy:.4f} nats per token: the loss of a model that ignores context"
+        if found.tokens.any() else "none of the tokens is in the vocabulary"
+    )  # fmt: skip
+    if known:
+        print(f"tokens that are not in the vocabulary: {found.foreign:,} ({found.foreign / stream.length:.2%})")
+    else:
+        print(
+            f"{(found.tokens > 0).sum():,} different ids, the largest {len(found.tokens) - 1:,}; --tokenizer tells more"
+        )
+    check(stream, found, options.verify)
+    hashed = manifest and options.verify
+    print("checked: sizes, types, " + ("ids and hashes of all shards" if hashed else "ids of all shards; no hashes"))
+
+
+def show_documents(stream: TokenStream, tokenizer: Tokenizer | None, eot_id: int | None, number: int) -> None:
+    from gpt2xla.data.inspection import sample
+
+    for position, ids in sample(stream, eot_id, number, SHOWN_CHARACTERS):
+        if tokenizer:
+            text = tokenizer.decode(ids)
+            shown = repr(text[:SHOWN_CHARACTERS]) + (" ..." if len(text) > SHOWN_CHARACTERS else "")
+        else:
+            shown = " ".join(map(str, ids[:SHOWN_IDS])) + (" ..." if len(ids) > SHOWN_IDS else "")
+        print(f"  token {position:,}: {shown}")
