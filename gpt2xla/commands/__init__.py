@@ -1,1 +1,1 @@
-"""The programs: options, then the function that does the work. `scripts/` and the files at the top of the repository call them."""
+"""The programs: their options and their `main`. `scripts/` and the files at the top of the repository call them."""
