@@ -116,8 +116,9 @@ def _parameters(folder: Path) -> int | None:
     """Return how many parameters the run's model has."""
     try:
         options = read_json(folder / "run_config.json")
-        names = ("vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff", "tie_weights", "bias")
-        c = ModelConfig(**{name: options[name] for name in names})
+        sizes = {name: options[name] for name in ("vocab_size", "seq_length", "d_model", "num_layers", "d_ff")}
+        kinds = {name: options[name] for name in ("tie_weights", "bias") if name in options}
+        c = ModelConfig(**sizes, **kinds)
         vectors = (
             c.num_layers * (9 * c.d_model + c.d_ff) + 2 * c.d_model if c.bias else (2 * c.num_layers + 1) * c.d_model
         )
