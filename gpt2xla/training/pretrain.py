@@ -103,7 +103,7 @@ def _open(
         for note in prepare_folder(folder, start.step):
             print(note)
         write_run_config(folder, config)
-    log = RunLog.open(start, runtime, data, model.flops_per_token())
+    log = RunLog.open(start, runtime, data, model.flops_per_token(), stop)
     saver = Saver(
         config, runtime, model, train_step.optimizer, data.tokenizer, settings,
         lambda: {"data": data.position(), **log.state()}, stop,

@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from gpt2xla.data.documents.corpus import Block
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
+from gpt2xla.data.validation_size import USEFUL_TOKENS, noise_of
 from gpt2xla.errors import counted
 
 DRAWN_SHARE = 0.01  # of the documents, unless --test-fraction says otherwise
-USEFUL_TOKENS = 20_000  # the standard error of a loss over so many is about 0.02 nats
 _AMPLE_TOKENS = 1_000_000  # no test split needs more, however large the corpus
 _LEAST_SHARE, _MOST_SHARE = 0.01, 0.1  # of the corpus's tokens
 _NOT_CUT = 1_000  # tokens: shorter documents stay whole
@@ -175,11 +175,6 @@ class Splitter:
 
     def _encode(self, *texts: str) -> Encoded:
         return self._encoder(pa.array(texts, pa.large_string()))
-
-
-def noise_of(tokens: int) -> str:
-    """Say how noisy a loss over so many tokens is. Token losses of a trained model spread by about 3 nats."""
-    return f"a validation loss will be noisy, by about ±{3 / math.sqrt(tokens):.2f}"
 
 
 def _border(text: str, start: int) -> int:

@@ -1,0 +1,13 @@
+"""How many tokens a validation split needs."""
+
+from __future__ import annotations
+
+import math
+
+USEFUL_TOKENS = 20_000
+_SPREAD = 3  # nats: the standard deviation of token losses, roughly that of every trained model
+
+
+def noise_of(tokens: int) -> str:
+    """Say how noisy a loss over so many tokens is."""
+    return f"validation losses will be noisy, by about ±{_SPREAD / math.sqrt(tokens):.2f}"
