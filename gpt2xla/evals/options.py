@@ -30,7 +30,10 @@ class EvalConfig:
         """Return the training options that evaluation reads. Raises InputError."""
         require_at_least(1, self, "batch_size")
         train = TrainConfig(
-            eval_batch_size=self.batch_size, mixed_precision=self.mixed_precision, valid_steps=valid_steps
+            eval_batch_size=self.batch_size,
+            mixed_precision=self.mixed_precision,
+            valid_steps=valid_steps,
+            compile=False,  # a compile takes longer than most evaluations
         )
         train.check()
         return train

@@ -54,7 +54,7 @@ class Progress:
         rate = (self._done - 1) / (time.time() - self._first_done) if self._done > 1 else 0
         left = f", {tqdm.format_interval((self._batches - self._done) / rate)} left" if rate else ""
         done = f"{self._done}/{self._batches}"
-        text = f"{self._name}: {done} batches after {elapsed}"
+        text = f"{self._name}: {done} {'batch' if self._batches == 1 else 'batches'} after {elapsed}"
         return (text + left, text, f"{self._name}: {done}", done)
 
     def _show(self) -> None:

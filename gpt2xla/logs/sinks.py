@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ TEST_FILE = "test.jsonl"  # written by --do-test
 # Between lines of a log: at first 10, later a sixtieth of the time so far. A night of training is some 300 lines.
 _SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 10, 300
 _NUMBERS_BESIDE_A_BAR = 3
+_NEWEST = 20  # steps, whose mean speed is shown
 
 
 class Sink(Protocol):
@@ -56,8 +58,8 @@ class JsonlSink:
         self._write_out()
         self._stream.close()
         if self._unwritten:
-            lines = self._unwritten.count(b"\n")
-            say(f"{self._file}: the last {lines} lines could not be written", error=True)
+            lines = counted(self._unwritten.count(b"\n"), "line")
+            say(f"{self._file}: could not write the last {lines}", error=True)
 
     def _write_out(self) -> None:
         try:
@@ -78,6 +80,7 @@ class ConsoleSink:
     def __init__(self, first_step: int, last_step: int, left: Callable[[], float | None]) -> None:
         self._first, self._last, self._left = first_step, last_step, left
         self._started = self._last_line = time.monotonic()
+        self._seconds_per_token: deque[float] = deque(maxlen=_NEWEST)
 
     def write(self, line: dict[str, Any]) -> None:
         step = line["step"]
@@ -85,7 +88,7 @@ class ConsoleSink:
             say(f"step {step:>6}: {_evaluation_text(line)}")
             return
         seconds = self._left()
-        numbers = _training_numbers(line, "" if seconds is None else tqdm.format_interval(seconds))
+        numbers = _training_numbers(self._smoothed(line), "" if seconds is None else tqdm.format_interval(seconds))
         if LINE.is_possible:
             LINE.show(_training_forms(step, self._last, numbers))
             return
@@ -94,6 +97,16 @@ class ConsoleSink:
         if step in (self._first + 1, self._last) or now - self._last_line >= between:
             self._last_line = now
             say(f"step {step:>6}/{self._last}: {', '.join(numbers)}")
+
+    def _smoothed(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Return the line with the mean speed of the newest steps, without the first, which compiles. The results of several
+        steps may arrive together."""
+        if line["step"] == self._first + 1:
+            return line
+        self._seconds_per_token.append(1 / line["tokens_per_second"])
+        rate = len(self._seconds_per_token) / sum(self._seconds_per_token)
+        mfu = line["mfu"] and line["mfu"] * rate / line["tokens_per_second"]
+        return line | {"tokens_per_second": rate, "mfu": mfu}
 
     def close(self) -> None:
         if text := LINE.clear():
@@ -154,7 +167,7 @@ def _evaluation_text(line: dict[str, Any]) -> str:
         return f"validation loss {shown} on {counted(line['valid_tokens'], 'token')}"
     if "hellaswag_acc" in line:
         acc, acc_norm, items = (line[f"hellaswag_{name}"] for name in ("acc", "acc_norm", "items"))
-        return f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items"
+        return f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {counted(items, 'item')}"
     if "sample" in line:
         return f"sample: {line['sample']}"
     return ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("step", "tokens"))

@@ -76,7 +76,7 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
 
 def _training_data(order: TrainingOrder) -> str:
     if len(order.sets) == 1:
-        return f"{order.sets[0].stream.length:,} tokens"
+        return counted(order.sets[0].stream.length, "token")
     parts = zip(order.sets, order.mixture.shares, strict=True)
     return " + ".join(f"{share:.2%} from {w.stream.name} ({w.stream.length:,} tokens)" for w, share in parts)
 
@@ -100,8 +100,8 @@ def _remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
     counts = _epoch_counts(data.order, train.train_steps * data.sequences_per_step)
     for windows, count in zip(data.order.sets, counts, strict=True):
         if count > _MOST_EPOCHS:
-            text = f"{counted(windows.stream.length, 'token')} of {windows.stream.name}"
+            text = f"{windows.stream.name} ({counted(windows.stream.length, 'token')})"
             yield (
-                f"note: the run reads the {text} {count:,.0f} times; beyond about {_MOST_EPOCHS}, a model learns less "
-                "and less from it, and then by heart: watch the validation loss"
+                f"note: the run reads {text} {count:,.0f} times; after about {_MOST_EPOCHS}, a model begins to learn the "
+                "text by heart: watch the validation loss, and give it more text"
             )

@@ -158,7 +158,7 @@ class _Preparation:
         if record := Record.load(self.folder):
             record.check(settings, self.parts, self.folder, complete=False)
             part = min(record.position.part + 1, len(self.parts))
-            self.say(f"resuming after {record.tokens:,} tokens, in part {part} of {len(self.parts)}")
+            self.say(f"resuming after {counted(record.tokens, 'token')}, in part {part} of {len(self.parts)}")
             self.record, record.settings = record, settings
         else:
             self._check_new()

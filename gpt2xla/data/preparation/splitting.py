@@ -86,7 +86,7 @@ class Splitter:
             self._top_up()
         last = self._held[-1] if self._held else None
         if last and last.block.split is None and self.documents > 1 and not self.test:
-            total = f"{self.documents:,} documents"
+            total = counted(self.documents, "document")
             self._say(f"note: none of {total} was drawn for test/ within --test-tokens; the last goes there")
             last.is_test[-1] = True
             self.test = int(last.lengths[-1])
