@@ -88,7 +88,8 @@ class ConsoleSink:
             say(f"step {step:>6}: {_evaluation_text(line)}")
             return
         seconds = self._left()
-        numbers = _training_numbers(self._smoothed(line), "" if seconds is None else tqdm.format_interval(seconds))
+        left = tqdm.format_interval(seconds) if seconds and step < self._last else ""
+        numbers = _training_numbers(self._smoothed(line), left)
         if LINE.is_possible:
             LINE.show(_training_forms(step, self._last, numbers))
             return

@@ -86,14 +86,13 @@ class WandbSink:
         self._keep()
         import wandb
 
-        # If wandb captured what is printed, printing would wait for it. It would also print some thirty lines of its own.
+        # If wandb captured what is printed, printing would wait for it. Quiet, it prints three lines and not thirty.
         settings = wandb.Settings(console="off", quiet=True, show_info=False)
         if hasattr(settings, "finish_timeout"):  # older versions retry forever, even after the program's last line
             settings.finish_timeout = _SECONDS_TO_CLOSE
         run = wandb.init(**self._settings, settings=settings)
         # A server says which steps it has. Offline, only our own record tells which steps were sent.
         first = self._sent + 1 if run.offline else run.step
-        say(f"wandb: offline; later, wandb sync {Path(run.dir).parent}" if run.offline else f"wandb: {run.url}")
         waiting: list[dict[str, Any]] = []
         is_open = True
         while is_open:

@@ -35,7 +35,7 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
         print(f"weights from {start.source}; the run starts at step 0")
     for name, text in _summary(start.config, start.step, runtime, data, model).items():
         print(f"{name:>10}: {text}", flush=True)
-    for remark in _remarks(start.config.train, data):
+    for remark in remarks(start.config.train, data):
         print(remark, flush=True)
     train, parameters = start.config.train, model.num_parameters()
     if warning := memory.host_warning(model.config, train, parameters, runtime.memory.free(), runtime.devices):
@@ -91,7 +91,7 @@ def _epoch_counts(order: TrainingOrder, sequences: int) -> list[float]:
     return [share * sequences / epoch.per_epoch for epoch, share in parts]
 
 
-def _remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
+def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
     """Yield what the user should know about these data, a line each."""
     tokens = data.validation.stream.length
     if tokens < USEFUL_TOKENS:
@@ -102,6 +102,6 @@ def _remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
         if count > _MOST_EPOCHS:
             text = f"{windows.stream.name} ({counted(windows.stream.length, 'token')})"
             yield (
-                f"note: the run reads {text} {count:,.0f} times; after about {_MOST_EPOCHS}, a model begins to learn the "
+                f"note: the run reads {text} {count:,.3g} times; after about {_MOST_EPOCHS}, a model begins to learn the "
                 "text by heart: watch the validation loss, and give it more text"
             )

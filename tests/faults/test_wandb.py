@@ -44,7 +44,6 @@ class FakeWandb(types.ModuleType):
 class FakeRun:
     def __init__(self, wandb: FakeWandb, id: str) -> None:
         self.wandb, self.id, self.offline = wandb, id, wandb.offline
-        self.url, self.dir = f"https://a.server/{id}", f"wandb/offline-run-{id}/files"
         self.rows = wandb.rows.setdefault(id, {})
         self.step = 0 if self.offline else max(self.rows, default=-1) + 1
 

@@ -5,13 +5,19 @@ import io
 import re
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import write_split
 
+from gpt2xla.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2xla.data.opening import TrainingData
 from gpt2xla.logs import console, sinks
 from gpt2xla.logs.console import say
 from gpt2xla.logs.progress import Progress
 from gpt2xla.logs.sinks import ConsoleSink
+from gpt2xla.training.summary import remarks
 from gpt2xla.training.time_left import TimeLeft, in_words
 
 STEP = {"step": 12345, "loss": 3.29144, "lr": 6e-4, "tokens_per_second": 94_234.5, "mfu": 0.3123}
@@ -128,3 +134,21 @@ def test_the_expected_end_counts_evaluations_and_limits() -> None:
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert in_words(seconds) == words
+
+
+@pytest.mark.parametrize(("steps", "said"), [(8, 1), (9, 2)])
+def test_a_run_notes_few_tokens_and_many_epochs(steps: int, said: int, tmp_path: Path) -> None:
+    for split, tokens in (("train", 129), ("test", 100)):  # 8 windows of 16 tokens, of which a step reads 4
+        write_split(tmp_path / split, np.arange(tokens) % 97)
+    config = RunConfig(
+        data=DataConfig(train_dir=(str(tmp_path / "train"),), valid_dir=str(tmp_path / "test")),
+        model=ModelConfig(vocab_size=97, seq_length=16, d_model=32, num_layers=1, num_heads=2),
+        train=TrainConfig(train_batch_size=4, gradient_accum_step=1, train_steps=steps),
+    )
+    notes = list(remarks(config.train, TrainingData.open(config, None, 0, 1, 1)))
+    assert notes[0].startswith(
+        "note: the validation split has only 100 tokens, so validation losses will be noisy, by "
+    )
+    assert len(notes) == said
+    if said > 1:
+        assert f"reads {tmp_path / 'train'} (129 tokens) 4.5 times" in notes[1]
