@@ -182,8 +182,8 @@ def test_test_gets_the_last_document_where_none_was_drawn(
     assert ids_of(tmp_path / "out" / "test") == ids[-1]
     assert said == [
         f"note: none of {len(ids)} documents was drawn for test/ within --test-tokens; the last goes there",
-        f"warning: test/ has only {len(ids[-1])} tokens, so validation losses will be noisy, by about "
-        f"±{3 / len(ids[-1]) ** 0.5:.2f}; leave --test-fraction out",
+        f"warning: test/ has only {len(ids[-1])} tokens, so validation losses will be noisy, by "
+        f"±{3 / len(ids[-1]) ** 0.5:.2f} or more; leave --test-fraction out",
     ]
 
 
