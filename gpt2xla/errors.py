@@ -1,4 +1,4 @@
-"""Errors whose message is for the user: one line, no traceback."""
+"""Errors whose message is for the user: one line, no traceback; and the words that messages share."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def in_one_line(error: BaseException, limit: int = 300) -> str:
     """Return the first line of the error's message, or the name of its class if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:limit] if lines else type(error).__name__
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return "1 shard", "2 shards", "1,000 shards". `plural` is needed where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

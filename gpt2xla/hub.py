@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,10 @@ def snapshot(repo: str, patterns: Iterable[str]) -> Path:
     The client locks each file: of several processes on a host one fetches it, and the others wait and find it.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():  # in a log they are only noise
+        disable_progress_bars()
     return Path(snapshot_download(repo, allow_patterns=list(patterns)))
 
 

@@ -84,7 +84,7 @@ def test_prepared_shards_decode_to_the_documents_each_in_one_split(texts: Path, 
         (["--input", "README.md", "--test-fraction", "1"], "--test-fraction 1"),
         (["--input", "README.md", "--shard-size", "0"], "--shard-size 0"),
         (["--input", "README.md", "--tokenizer", "klingon"], "klingon"),
-        (["--input", "README.md"], "README.md is a single document"),
+        (["--input", "README.md", "--test-fraction", "0.1"], "README.md is a single document"),
         ([], "--input"),
     ],
 )

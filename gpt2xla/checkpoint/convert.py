@@ -11,7 +11,7 @@ from gpt2xla.checkpoint.loading import load_weights, locate
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
-from gpt2xla.errors import InputError, user_error
+from gpt2xla.errors import InputError, counted, user_error
 from gpt2xla.generation.settings import settings_of
 
 
@@ -37,7 +37,7 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
         partial.rename(output)
     head, biases = "tied" if config.tie_weights else "untied", "biases" if config.bias else "no biases"
     say(
-        f"{source}: {config.num_layers} layers, d_model {config.d_model}, {config.num_heads} heads, "
+        f"{source}: {counted(config.num_layers, 'layer')}, d_model {config.d_model}, {counted(config.num_heads, 'head')}, "
         f"{config.real_vocab_size:,} ids, {config.seq_length} positions, {config.activation}, {head} head, {biases}"
     )
     for note in weights.notes:

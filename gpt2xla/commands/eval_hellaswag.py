@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import MODEL_HELP, TOKENIZER_HELP, option
+from gpt2xla.errors import counted
 from gpt2xla.evals.options import EvalConfig, open_runtime
 from gpt2xla.runtime.leaving import leaving_together
 
@@ -43,4 +44,4 @@ def main() -> None:
             shown = ", ".join(
                 f"{name} {share:.4f} ± {result.standard_error(share):.4f}" for name, share in shares.items()
             )
-            print(f"{source}: HellaSwag {shown} of {result.items:,} items")
+            print(f"{source}: HellaSwag {shown} of {counted(result.items, 'item')}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gpt2xla.cli import OneLineParser, path
 from gpt2xla.config import TOKENIZER_HELP
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, counted
 
 if TYPE_CHECKING:
     from gpt2xla.data.shards import TokenStream
@@ -42,14 +42,12 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
     manifest, tokenizer = stream.manifest, tokenizer_of(stream, options.tokenizer)
     known = manifest or tokenizer
     eot_id = known.eot_id if known else None
-    print(
-        f"{name}: {stream.length:,} tokens in {len(stream.files)} shards of {stream.dtype} ({stream.format})",
-        flush=True,
-    )
+    shards = f"{counted(len(stream.files), 'shard')} of {stream.dtype} ({stream.format})"
+    print(f"{name}: {counted(stream.length, 'token')} in {shards}", flush=True)
     for note in stream.notes:
         print(note)
     if manifest:
-        print(f"{manifest.documents:,} documents, {manifest.bytes / manifest.tokens:.2f} bytes per token")
+        print(f"{counted(manifest.documents, 'document')}, {manifest.bytes / manifest.tokens:.2f} bytes per token")
     if known:
         of = manifest.tokenizer if manifest else options.tokenizer or stream.folder
         print(f"tokenizer {of}, {known.vocab_size:,} ids, end of text {eot_id}")
@@ -57,7 +55,7 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
     found = contents(stream, known.vocab_size if known else None, eot_id)
     if found.documents:
         print(
-            f"{found.documents:,} documents counted, tokens in each: mean {found.mean_length:.1f}, median "
+            f"{counted(found.documents, 'document')} counted, tokens in each: mean {found.mean_length:.1f}, median "
             f"{found.length_quantile(0.5):,}, 90% at most {found.length_quantile(0.9):,}, longest {max(found.lengths):,}"
         )
     print(

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt2xla.cli import parse_run
 from gpt2xla.config import XlaConfig, option
-from gpt2xla.errors import InputError, user_error
+from gpt2xla.errors import InputError, counted, user_error
 from gpt2xla.tpu_check.check import check, find_batch
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
 
@@ -62,7 +62,8 @@ def describe(report: dict[str, Any]) -> str:
     share, used, memory = report["sequences_per_device"], report["peak_gib"], report["memory_gib"]
     verdict = "fits" if report["fits"] else "does NOT fit"
     lines = [
-        f"{report['topology']}: {share} sequences per device and micro-step: {verdict}, {used:.2f} of {memory:.2f} GiB"
+        f"{report['topology']}: {counted(share, 'sequence')} per device and micro-step: {verdict}, "
+        f"{used:.2f} of {memory:.2f} GiB"
     ]
     if report["fits"]:
         lines += [

@@ -19,7 +19,7 @@ from gpt2xla.data.documents.reading_options import (
     Format,
     SplitBy,
 )
-from gpt2xla.errors import InputError, user_error
+from gpt2xla.errors import InputError, counted, user_error
 
 if TYPE_CHECKING:  # --help must not wait for pyarrow
     from gpt2xla.data.documents.corpus import Part
@@ -113,7 +113,7 @@ def report_compression(tokenizer: Tokenizer, held_out: HeldOut) -> None:
             "not measured: only each 100th document is held out, and there are fewer (--split-by line makes more of them)"
         )
         return
-    size = f"{len(held_out.documents):,} held-out documents, {held_out.bytes / 1e6:.2f} MB"
+    size = f"{counted(len(held_out.documents), 'held-out document')}, {held_out.bytes / 1e6:.2f} MB"
     print(f"bytes per token on {size}: {held_out.bytes_per_token(tokenizer):.3f}")
     try:
         print(f"the same by gpt2: {held_out.bytes_per_token(load_tokenizer('gpt2')):.3f}")

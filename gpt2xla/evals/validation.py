@@ -10,6 +10,7 @@ import numpy as np
 from gpt2xla.config import RunConfig
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.windows import Windows, validation_batches, validation_windows
+from gpt2xla.errors import counted
 from gpt2xla.evals.row_losses import RowLosses
 from gpt2xla.logs.progress import Progress
 from gpt2xla.logs.sinks import perplexity
@@ -39,7 +40,8 @@ class Validation(NamedTuple):
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" (standard error {self.standard_error:.6f})"
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
-        return f"loss {self.loss:.6f}{error}, perplexity {perplexity(self.loss):.4f} on {self.tokens:,} tokens{bits}"
+        shown = f"loss {self.loss:.6f}{error}, perplexity {perplexity(self.loss):.4f}"
+        return f"{shown} on {counted(self.tokens, 'token')}{bits}"
 
 
 class Validator:

@@ -114,6 +114,7 @@ def _label_axes(loss: Any, others: Sequence[Any], runs: Sequence[Curves], log_x:
     if others:
         others[0].set_ylabel("learning rate", fontsize=9)
         others[1].set_ylabel("gradient norm", fontsize=9)
+        loss.figure.align_ylabels()
         others[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         norms = np.concatenate([run.grad_norm for run in runs])
         if np.nanmax(norms, initial=0) > 5 * np.nanmin(norms, initial=np.inf) > 0:

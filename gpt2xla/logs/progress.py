@@ -1,17 +1,16 @@
-"""Shows the progress of long work that logs nothing: a bar on a terminal; elsewhere a line of text now and then."""
+"""Shows the progress of long work that logs nothing: in the changing line of a terminal; elsewhere a line now and then."""
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 
 from tqdm import tqdm
 
-from gpt2xla.logs.console import say
+from gpt2xla.logs.console import LINE, say
 
 _SECONDS_BETWEEN_LINES = 30.0
-_SECONDS_BETWEEN_REFRESHES = 1.0  # of the bar, which appears with the first one
+_SECONDS_BETWEEN_REFRESHES = 1.0  # of the changing line, which appears with the first one
 
 
 class Progress:
@@ -46,26 +45,26 @@ class Progress:
         self._done += 1
         self._first_done = self._first_done or time.time()
 
-    def __str__(self) -> str:
+    def forms(self) -> tuple[str, ...]:
+        """Return what there is to say, from the longest form to the shortest."""
         elapsed = tqdm.format_interval(time.time() - self._started)
         if self._batches is None:
-            return f"{self._name}: {elapsed} so far"
+            return (f"{self._name}: {elapsed} so far", elapsed)
         # The first batch may include a compilation, so it says nothing about the others.
         rate = (self._done - 1) / (time.time() - self._first_done) if self._done > 1 else 0
         left = f", {tqdm.format_interval((self._batches - self._done) / rate)} left" if rate else ""
-        return f"{self._name}: {self._done}/{self._batches} batches after {elapsed}{left}"
+        done = f"{self._done}/{self._batches}"
+        text = f"{self._name}: {done} {'batch' if self._batches == 1 else 'batches'} after {elapsed}"
+        return (text + left, text, f"{self._name}: {done}", done)
 
     def _show(self) -> None:
-        if not sys.stderr.isatty():
+        if not LINE.is_possible:
             while not self._ended.wait(_SECONDS_BETWEEN_LINES):
-                say(str(self), error=True)
+                say(self.forms()[0], error=True)
             return
-        layout = "{desc}" if self._batches is None else "{desc} |{bar}|"
-        bar: tqdm | None = None
+        before = LINE.forms
         while not self._ended.wait(_SECONDS_BETWEEN_REFRESHES):
-            if bar is None:
-                bar = tqdm(desc=str(self), total=self._batches, bar_format=layout, leave=False, dynamic_ncols=True)
-            bar.n = self._done
-            bar.set_description_str(str(self))
-        if bar is not None:
-            bar.close()
+            LINE.show(self.forms())
+        LINE.clear()
+        if before:
+            LINE.show(before)

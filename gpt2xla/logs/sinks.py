@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from gpt2xla.errors import counted
 from gpt2xla.files import write_whole
-from gpt2xla.logs.console import say
+from gpt2xla.logs.console import LINE, say
 
 METRICS_FILE = "metrics.jsonl"
 TEST_FILE = "test.jsonl"  # written by --do-test
-_SECONDS_BETWEEN_LINES = 10
+# Between lines of a log: at first 10, later a sixtieth of the time so far. A night of training is some 300 lines.
+_SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 10, 300
+_NUMBERS_BESIDE_A_BAR = 3
+_NEWEST = 20  # steps, whose mean speed is shown
 
 
 class Sink(Protocol):
@@ -53,8 +58,8 @@ class JsonlSink:
         self._write_out()
         self._stream.close()
         if self._unwritten:
-            lines = self._unwritten.count(b"\n")
-            say(f"{self._file}: the last {lines} lines could not be written", error=True)
+            lines = counted(self._unwritten.count(b"\n"), "line")
+            say(f"{self._file}: could not write the last {lines}", error=True)
 
     def _write_out(self) -> None:
         try:
@@ -67,38 +72,46 @@ class JsonlSink:
 
 
 class ConsoleSink:
-    """Shows a progress bar on a terminal; elsewhere, for log files, it prints a line now and then."""
+    """Shows the newest step in the changing line of a terminal; elsewhere, for log files, it prints a line now and then.
 
-    def __init__(self, first_step: int, last_step: int) -> None:
-        self._first, self._last = first_step, last_step
-        self._last_line = time.monotonic()
-        self._first_done: float | None = None
-        self._bar = tqdm(
-            total=last_step, initial=first_step, desc="training", unit="step", dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+    Args:
+        left: returns the expected seconds to the end; None while they are unknown."""
+
+    def __init__(self, first_step: int, last_step: int, left: Callable[[], float | None]) -> None:
+        self._first, self._last, self._left = first_step, last_step, left
+        self._started = self._last_line = time.monotonic()
+        self._seconds_per_token: deque[float] = deque(maxlen=_NEWEST)
 
     def write(self, line: dict[str, Any]) -> None:
         step = line["step"]
         if "loss" not in line:
             say(f"step {step:>6}: {_evaluation_text(line)}")
             return
-        mfu = "" if line["mfu"] is None else f", mfu {line['mfu']:.1%}"
-        text = f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {line['tokens_per_second']:,.0f} tokens/s{mfu}"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(step - self._bar.n)
+        seconds = self._left()
+        left = tqdm.format_interval(seconds) if seconds and step < self._last else ""
+        numbers = _training_numbers(self._smoothed(line), left)
+        if LINE.is_possible:
+            LINE.show(_training_forms(step, self._last, numbers))
+            return
         now = time.monotonic()
-        self._first_done = self._first_done or now  # the first step compiles, so it says nothing about the others
-        is_due = step in (self._first + 1, self._last) or now - self._last_line >= _SECONDS_BETWEEN_LINES
-        if self._bar.disable and is_due:
+        between = min(max(_SECONDS_BETWEEN_LINES, (now - self._started) / 60), _MOST_SECONDS_BETWEEN_LINES)
+        if step in (self._first + 1, self._last) or now - self._last_line >= between:
             self._last_line = now
-            if done := step - self._first - 1:
-                seconds = (now - self._first_done) / done * (self._last - step)
-                text += f", {tqdm.format_interval(seconds)} left"
-            say(f"step {step:>6}/{self._last}: {text}")
+            say(f"step {step:>6}/{self._last}: {', '.join(numbers)}")
+
+    def _smoothed(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Return the line with the mean speed of the newest steps, without the first, which compiles. The results of several
+        steps may arrive together."""
+        if line["step"] == self._first + 1:
+            return line
+        self._seconds_per_token.append(1 / line["tokens_per_second"])
+        rate = len(self._seconds_per_token) / sum(self._seconds_per_token)
+        mfu = line["mfu"] and line["mfu"] * rate / line["tokens_per_second"]
+        return line | {"tokens_per_second": rate, "mfu": mfu}
 
     def close(self) -> None:
-        self._bar.close()
+        if text := LINE.clear():
+            say(text, error=True)
 
 
 class Throughput:
@@ -108,30 +121,54 @@ class Throughput:
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
         self.tokens_per_step, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out the time since the last step, which went into validating or saving."""
         self._last = time.perf_counter()
+        self.seconds = 0.0  # that the newest step took
+
+    def restart(self) -> float:
+        """Leave out the time since the last step, which went into validating or saving, and return it, in seconds."""
+        now = time.perf_counter()
+        left_out, self._last = now - self._last, now
+        return left_out
 
     def step(self) -> dict[str, float | None]:
-        now = time.perf_counter()
-        rate = self.tokens_per_step / max(now - self._last, 1e-9)
-        self._last = now
+        self.seconds = max(self.restart(), 1e-9)
+        rate = self.tokens_per_step / self.seconds
         return {"tokens_per_second": rate, "mfu": self._flops * rate / self._peak if self._peak else None}
+
+
+def with_error(loss: float, standard_error: float | None) -> str:
+    """Return "3.2914 ± 0.0031"; only the loss if its standard error is unknown."""
+    return f"{loss:.4f}" if standard_error is None else f"{loss:.4f} ± {standard_error:.4f}"
 
 
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def _training_numbers(line: dict[str, Any], left: str) -> list[str]:
+    """Return the numbers of a training step, the most important first."""
+    numbers = [f"loss {line['loss']:.4f}", left and f"{left} left", f"{line['tokens_per_second']:,.0f} tokens/s"]
+    numbers += [f"lr {line['lr']:.2e}", "" if line["mfu"] is None else f"mfu {line['mfu']:.1%}"]
+    return [number for number in numbers if number]
+
+
+def _training_forms(step: int, last: int, numbers: list[str]) -> Iterator[str]:
+    """Yield the line of a training step from the longest form to the shortest: the least important numbers go first, then
+    the bar, then the others."""
+    bar = tqdm.format_meter(step, last, 0, ascii=True, bar_format="{percentage:3.0f}% |{bar:10}| ")
+    texts = [", ".join([f"{step}/{last}", *numbers[:count]]) for count in range(len(numbers), -1, -1)]
+    yield from (bar + text for text in texts[:-_NUMBERS_BESIDE_A_BAR])
+    yield from texts
+
+
 def _evaluation_text(line: dict[str, Any]) -> str:
     if "valid_loss" in line:
-        loss = line["valid_loss"]
-        return f"validation loss {loss:.4f}, perplexity {perplexity(loss):.2f} on {line['valid_tokens']:,} tokens"
+        loss, error = line["valid_loss"], line["valid_standard_error"]
+        shown = f"{with_error(loss, error)}, perplexity {perplexity(loss):.2f}"
+        return f"validation loss {shown} on {counted(line['valid_tokens'], 'token')}"
     if "hellaswag_acc" in line:
         acc, acc_norm, items = (line[f"hellaswag_{name}"] for name in ("acc", "acc_norm", "items"))
-        return f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {items:,} items"
+        return f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {counted(items, 'item')}"
     if "sample" in line:
         return f"sample: {line['sample']}"
     return ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("step", "tokens"))

@@ -86,8 +86,8 @@ class WandbSink:
         self._keep()
         import wandb
 
-        # If wandb captured what is printed, printing would wait for it.
-        settings = wandb.Settings(console="off")
+        # If wandb captured what is printed, printing would wait for it. Quiet, it prints three lines and not thirty.
+        settings = wandb.Settings(console="off", quiet=True, show_info=False)
         if hasattr(settings, "finish_timeout"):  # older versions retry forever, even after the program's last line
             settings.finish_timeout = _SECONDS_TO_CLOSE
         run = wandb.init(**self._settings, settings=settings)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import json
 import os
 import select
 import signal
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from gpt2xla.errors import InputError, RunFailed, is_out_of_memory
+from gpt2xla.processes.quiet import hide_remarks
 
 _NO_READER = 128 + signal.SIGPIPE
 
@@ -34,6 +37,7 @@ def exit_code(main: Callable[[], None]) -> int:
     An error meant for the user becomes one line on stderr, once per host. Any other exception keeps its traceback (code 1).
     """
     _open_closed_streams()
+    hide_remarks()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     ending: SystemExit | None = None
@@ -78,10 +82,12 @@ def report(error: BaseException) -> int:
     if isinstance(error, InputError | RunFailed):
         if _is_first_to_report():
             line = str(error).replace("\n", "\\n")  # a file name in it may hold a line break
+            text = f"{Path(sys.argv[0]).name}: error: {line}"
             try:
-                print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+                print(text, file=sys.stderr, flush=True)
             except BrokenPipeError:
                 _silence()
+            _tell_torchrun(text)
         return 2 if isinstance(error, InputError) else 1
     if isinstance(error, KeyboardInterrupt):
         return 130
@@ -128,6 +134,14 @@ def _is_broken(stream: TextIO) -> bool:
     except (OSError, ValueError, AttributeError):  # not a file of the operating system
         return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _tell_torchrun(text: str) -> None:
+    """Have torchrun repeat the line at the end of its own report, which is longer than a screen."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        reason = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
 
 
 def _is_first_to_report() -> bool:

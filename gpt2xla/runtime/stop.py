@@ -55,6 +55,11 @@ class Stop:
 
         return receive
 
+    @property
+    def seconds_left(self) -> float:
+        """To the time limit; infinite if there is none."""
+        return self._deadline - time.monotonic()
+
     def agreed(self) -> bool:
         """Tell, after a step, whether all processes stop here."""
         self.runtime.wait(behind=_STEPS_BEHIND)

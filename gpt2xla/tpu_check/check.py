@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import RunConfig, XlaConfig
-from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.errors import InputError, RunFailed, counted
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
 from gpt2xla.tpu_check.traced_step import graph_in
 
@@ -36,7 +36,7 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
             f"{topology}; use a multiple of {found.devices}"
         )
     with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
-        say(f"{topology}: tracing {share} sequences per device ...")
+        say(f"{topology}: tracing {counted(share, 'sequence')} per device ...")
         graph, trace = _trace(Path(folder), config, options, found)
         say(f"{topology}: compiling ...")
         request = {"topology": topology, "graph": graph, "replicas": found.devices, "spmd": options.spmd}

@@ -46,7 +46,10 @@ def pretrain(
             refuse_if_locked(*_lock(config))  # by a run that is changing what is read now
     start = find_start(config)
     is_chosen_here = start.config.train.mixed_precision == "auto"
-    runtime = make_runtime(start.config.train)
+    train = start.config.train
+    if config.general.do_test:  # a compile, unless asked for, takes longer than most evaluations
+        train = dataclasses.replace(train, compile=bool(train.compile))
+    runtime = make_runtime(train)
     start = dataclasses.replace(start, config=start.config.in_precision(runtime.precision.name))
     with leaving_together(runtime):
         _check_agreement(runtime, start, is_chosen_here)
@@ -103,7 +106,7 @@ def _open(
         for note in prepare_folder(folder, start.step):
             print(note)
         write_run_config(folder, config)
-    log = RunLog.open(start, runtime, data, model.flops_per_token())
+    log = RunLog.open(start, runtime, data, model.flops_per_token(), stop)
     saver = Saver(
         config, runtime, model, train_step.optimizer, data.tokenizer, settings,
         lambda: {"data": data.position(), **log.state()}, stop,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import time
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import Any
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import TrainConfig
 from gpt2xla.data.opening import TrainingData
-from gpt2xla.data.windows import TrainingOrder
+from gpt2xla.data.windows import TrainingOrder, validation_windows
 from gpt2xla.errors import RunFailed
+from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import METRICS_FILE, ConsoleSink, JsonlSink, Sink, Throughput
 from gpt2xla.logs.wandb_sink import WandbSink
 from gpt2xla.runtime.base import Runtime
+from gpt2xla.runtime.stop import Stop
+from gpt2xla.training.time_left import TimeLeft
 
 _MOST_OVERFLOWS = 40  # in a row: as many halvings take fp16's first scale from 65536 to 6e-8
 
@@ -24,23 +28,32 @@ class RunLog:
     """Writes a run's lines to its sinks, which only the main process has. `open` makes it."""
 
     def __init__(
-        self, config: TrainConfig, runtime: Runtime, order: TrainingOrder, throughput: Throughput, skipped: int = 0
+        self,
+        config: TrainConfig,
+        runtime: Runtime,
+        order: TrainingOrder,
+        throughput: Throughput,
+        time_left: TimeLeft,
+        stop: Stop,
+        skipped: int = 0,
     ) -> None:
         self.config, self.runtime, self.order, self.throughput = config, runtime, order, throughput
+        self.time_left, self.stop = time_left, stop
         self.skipped = skipped  # updates left out so far because their loss or gradient was not finite
         self.sinks: list[Sink] = []
         self._wandb: WandbSink | None = None
         self._overflows = 0  # in a row
 
     @classmethod
-    def open(cls, start: Start, runtime: Runtime, data: TrainingData, flops_per_token: int) -> RunLog:
+    def open(cls, start: Start, runtime: Runtime, data: TrainingData, flops_per_token: int, stop: Stop) -> RunLog:
         """Open the sinks that the options of `start` name. A resumed run continues the files and the wandb run."""
         config, folder, saved = start.config, Path(start.config.general.checkpoints_dir), start.training or {}
         throughput = Throughput(data.tokens_per_step, flops_per_token, runtime.peak_flops())
-        log = cls(config.train, runtime, data.order, throughput, saved.get("skipped", 0))
+        time_left = _time_left(start, data)
+        log = cls(config.train, runtime, data.order, throughput, time_left, stop, saved.get("skipped", 0))
         if runtime.is_main:
             log.sinks.append(JsonlSink(folder / METRICS_FILE, start.step, start.is_evaluated))
-            log.sinks.append(ConsoleSink(start.step, config.train.train_steps))
+            log.sinks.append(ConsoleSink(start.step, config.train.train_steps, time_left.seconds))
             if config.wandb.wandb_logging:
                 log._wandb = WandbSink(config, folder, saved.get("wandb_id"))
                 log.sinks.append(log._wandb)
@@ -61,14 +74,18 @@ class RunLog:
                 "compiles": self.runtime.watch.programs(), "trace_ms": trace_ms, "skipped": self.skipped,
                 "time": time.time(),
             }  # fmt: skip
+            self.time_left.step(step, self.throughput.seconds)
             self._write(step, values)
+            expected = self.time_left.expected_end(self.stop.seconds_left, datetime.datetime.now())
+            if expected and self.runtime.is_main:
+                say(expected)
 
         return log
 
     def evaluation_line(self, step: int, values: dict[str, Any]) -> None:
         """Log the result of an evaluation after `step`."""
         self._write(step, values)
-        self.throughput.restart()
+        self.time_left.evaluation(next(iter(values)), self.throughput.restart())
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -100,3 +117,12 @@ class RunLog:
                 "with a lower --learning-rate, resume an earlier checkpoint with --resume, or allow more skipped updates "
                 "with --skip-nonfinite"
             )
+
+
+def _time_left(start: Start, data: TrainingData) -> TimeLeft:
+    train = start.config.train
+    intervals = {"valid_loss": train.valid_interval, "hellaswag_acc": train.hellaswag_interval}
+    intervals["sample"] = train.sample_interval
+    # A forward pass is a third of the arithmetic of an update.
+    windows = validation_windows(data.validation, train.eval_batch_size, train.valid_steps)
+    return TimeLeft(start.step, train.train_steps, intervals, windows / data.sequences_per_step / 3)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from gpt2xla.checkpoint.folder import step_folder
 from gpt2xla.checkpoint.start import Start
-from gpt2xla.config import RunConfig
+from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.opening import TrainingData
+from gpt2xla.data.validation_size import USEFUL_TOKENS, noise_of
 from gpt2xla.data.windows import TrainingOrder
+from gpt2xla.errors import counted
 from gpt2xla.evals.validation import Validation
 from gpt2xla.logs.console import say
-from gpt2xla.logs.sinks import perplexity
+from gpt2xla.logs.sinks import perplexity, with_error
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime import memory
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.precision import label
+
+# "Up to 4 epochs of repeated data are almost as good as new data" (Muennighoff et al. 2023, "Scaling data-constrained
+# language models").
+_MOST_EPOCHS = 4
 
 
 def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2) -> None:
@@ -28,6 +35,8 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
         print(f"weights from {start.source}; the run starts at step 0")
     for name, text in _summary(start.config, start.step, runtime, data, model).items():
         print(f"{name:>10}: {text}", flush=True)
+    for remark in remarks(start.config.train, data):
+        print(remark, flush=True)
     train, parameters = start.config.train, model.num_parameters()
     if warning := memory.host_warning(model.config, train, parameters, runtime.memory.free(), runtime.devices):
         say(warning, error=True)
@@ -38,7 +47,8 @@ def print_end(config: RunConfig, step: int, stop_reason: str, validation: Valida
     if step < config.train.train_steps:
         print(f"stopped by {stop_reason or 'another process'} after step {step}; rerun the same command to resume")
     elif validation:
-        print(f"done: validation loss {validation.loss:.4f}, perplexity {perplexity(validation.loss):.2f}")
+        loss = with_error(validation.loss, validation.standard_error)
+        print(f"done: validation loss {loss}, perplexity {perplexity(validation.loss):.2f}")
     print(f"checkpoint: {step_folder(Path(config.general.checkpoints_dir), step)}")
 
 
@@ -47,15 +57,15 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
     checked = ", all as their manifests say" if config.data.verify_data else ""
     note = f" ({runtime.precision.note})" if runtime.precision.note else ""
     return {
-        "model": f"{model.num_parameters():,} parameters: {sizes.num_layers} layers, d_model {sizes.d_model}, "
-        f"{sizes.num_heads} heads, vocabulary {sizes.vocab_size:,}, sequences of {sizes.seq_length}, "
-        f"dropout {sizes.dropout}",
+        "model": f"{counted(model.num_parameters(), 'parameter')}: {counted(sizes.num_layers, 'layer')}, d_model "
+        f"{sizes.d_model}, {counted(sizes.num_heads, 'head')}, vocabulary {sizes.vocab_size:,}, sequences of "
+        f"{sizes.seq_length}, dropout {sizes.dropout}",
         "devices": runtime.description,
         "precision": f"{label(runtime.precision.name)}, matmul {train.matmul_precision}{note}",
         "kernels": model.kernels.description,
-        "batch": f"{train.train_batch_size // runtime.devices} sequences x {runtime.devices} devices x "
-        f"{train.gradient_accum_step} micro-steps = {data.sequences_per_step} sequences = {data.tokens_per_step:,} tokens "
-        "per step",
+        "batch": f"{counted(train.train_batch_size // runtime.devices, 'sequence')} x "
+        f"{counted(runtime.devices, 'device')} x {counted(train.gradient_accum_step, 'micro-step')} = "
+        f"{counted(data.sequences_per_step, 'sequence')} = {data.tokens_per_step:,} tokens per step",
         "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,} to validate on{checked}",
         "run": f"steps {first_step + 1} to {train.train_steps}: {train.train_steps * data.tokens_per_step:,} tokens in "
         f"all, {_epochs(order, train.train_steps * data.sequences_per_step)}",
@@ -66,12 +76,32 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
 
 def _training_data(order: TrainingOrder) -> str:
     if len(order.sets) == 1:
-        return f"{order.sets[0].stream.length:,} tokens"
+        return counted(order.sets[0].stream.length, "token")
     parts = zip(order.sets, order.mixture.shares, strict=True)
     return " + ".join(f"{share:.2%} from {w.stream.name} ({w.stream.length:,} tokens)" for w, share in parts)
 
 
 def _epochs(order: TrainingOrder, sequences: int) -> str:
+    return f"{', '.join(f'{count:.2f}' for count in _epoch_counts(order, sequences))} epochs"
+
+
+def _epoch_counts(order: TrainingOrder, sequences: int) -> list[float]:
+    """Return how often each data set is read in a run of so many sequences."""
     parts = zip(order.epochs, order.mixture.shares, strict=True)
-    counts = ", ".join(f"{share * sequences / epoch.per_epoch:.2f}" for epoch, share in parts)
-    return f"{counts} epochs"
+    return [share * sequences / epoch.per_epoch for epoch, share in parts]
+
+
+def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
+    """Yield what the user should know about these data, a line each."""
+    tokens = data.validation.stream.length
+    if tokens < USEFUL_TOKENS:
+        split = f"the validation split has only {counted(tokens, 'token')}"
+        yield f"note: {split}, so {noise_of(tokens)}; prepare the data with more text"
+    counts = _epoch_counts(data.order, train.train_steps * data.sequences_per_step)
+    for windows, count in zip(data.order.sets, counts, strict=True):
+        if count > _MOST_EPOCHS:
+            text = f"{windows.stream.name} ({counted(windows.stream.length, 'token')})"
+            yield (
+                f"note: the run reads {text} {count:,.3g} times; after about {_MOST_EPOCHS}, a model begins to learn the "
+                "text by heart: watch the validation loss, and give it more text"
+            )

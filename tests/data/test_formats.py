@@ -39,7 +39,7 @@ from data.sample_files import (
 from gpt2xla.data.documents import text_file
 from gpt2xla.data.documents.corpus import documents_of, local_parts, remote_part
 from gpt2xla.data.documents.reading_options import Reading
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, counted
 
 
 @pytest.mark.parametrize("name", [*(n + c for n in CONTAINERS for c in COMPRESSIONS), *WHOLE])
@@ -210,7 +210,7 @@ def test_edges(name: str, content: bytes, expected: list[str], tmp_path: Path) -
     said: list[str] = []
     assert read(write(tmp_path, name, content), said) == expected
     without = {"nulls.jsonl": 4, "last.jsonl": 1}.get(name)
-    left_out = f"note: {tmp_path / name}: {without} records without text were left out"
+    left_out = f"note: {tmp_path / name}: left out {counted(without or 0, 'record')} without text"
     assert said == ([left_out] if without else [])
 
 

@@ -208,7 +208,7 @@ def test_of_several_splits_one_is_taken_and_the_others_named(tmp_path: Path) -> 
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "d")
     said: list[str] = []
     assert read(tmp_path / "d", said=said) == ["train"]
-    assert said == ["left out: 1 other splits (validation)"]
+    assert said == ["left out: 1 of other splits (validation)"]
     parts = dataset_parts(HubConfig(dataset=str(tmp_path / "d"), split="validation"), said.append)
     assert list(documents_of(parts)) == ["validation"]
     with pytest.raises(InputError, match="has no split 'test' but train, validation"):

@@ -23,8 +23,10 @@ from data.documents import documents, hashes
 
 from gpt2xla.data.documents import corpus
 from gpt2xla.data.documents.corpus import Position, blocks, documents_of, local_parts
+from gpt2xla.data.preparation import splitting
 from gpt2xla.data.preparation.encoder import Encoder
-from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare, uniform
+from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare
+from gpt2xla.data.preparation.splitting import uniform
 from gpt2xla.data.preparation.tokenizer_quality import first_loss
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.tokenizer import load_tokenizer, train_bpe
@@ -115,7 +117,7 @@ def test_reading_resumes_anywhere(parquet: Path) -> None:
 
 def prepare_command(parquet: Path, tokenizer: Path, output: Path, workers: int) -> list[str]:
     flags = ["--input", parquet, "--tokenizer", tokenizer, "--output-dir", output, "--num-workers", workers]
-    return ["scripts/prepare_fineweb.py", *map(str, flags), "--shard-size", "50000", "--test-fraction", "0.05"]
+    return ["scripts/prepare_fineweb.py", *map(str, flags), "--shard-size", "50000"]
 
 
 def test_workers_change_nothing(parquet: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -171,14 +173,86 @@ def test_test_gets_the_last_document_where_none_was_drawn(
     monkeypatch.setattr(corpus, "_BLOCK_BYTES", 100)  # several blocks
     texts = [f"document {i} has so many words that there are a few blocks" for i in range(12)]
     (tmp_path / "a.txt").write_text("\n".join([*texts, "", "  "]))
-    config, said = PrepareConfig(output_dir=str(tmp_path / "out"), **flags), []
+    config, said = PrepareConfig(output_dir=str(tmp_path / "out"), **{"test_fraction": 0.001} | flags), []
     prepare(local_parts([tmp_path / "a.txt"], split_by="line"), load_tokenizer("bytes"), config, said.append)
     ids = [[*text.encode(), 256] for text in texts]
     if "max_tokens" in flags:
         ids = ids[: int(np.searchsorted(np.cumsum([len(one) for one in ids]), 300)) + 1]
     assert ids_of(tmp_path / "out" / "train") == list(itertools.chain(*ids[:-1]))
     assert ids_of(tmp_path / "out" / "test") == ids[-1]
-    assert said == [f"note: none of {len(ids)} documents was drawn for test/ within --test-tokens; the last goes there"]
+    assert said == [
+        f"note: none of {len(ids)} documents was drawn for test/ within --test-tokens; the last goes there",
+        f"warning: test/ has only {len(ids[-1])} tokens, so validation losses will be noisy, by "
+        f"±{3 / len(ids[-1]) ** 0.5:.2f} or more; leave --test-fraction out",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("documents", "drawn", "tokens", "moved"),
+    [
+        ([300_000], 0, 20_000, "a part of one"),
+        ([2_900] * 40 + [60_000] * 4, 2_900, 20_000, "a part of one"),
+        ([900] * 400, 4_500, 20_000, "18 documents"),
+        ([60_000] * 3 + [4_000] * 30, 4_000, 20_000, "4 documents"),
+        ([500] * 80, 500, 4_000, "7 documents"),
+        ([150_000] * 15, 0, 22_500, "a part of one"),
+        ([90], 0, 9, "a part of one"),
+    ],
+    ids=["one", "long end", "short", "long beginning", "tiny", "one percent", "a line"],
+)
+def test_the_end_of_the_text_tops_test_up(
+    documents: list[int], drawn: int, tokens: int, moved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes with the end-of-text id, in a byte tokenizer's tokens. Nothing is lost, nothing is in both splits, and where
+    blocks end changes nothing."""
+    text, start = "".join(f"{number:08}\n" for number in range(sum(documents) // 9 + 1)), 0
+    with (tmp_path / "a.txt").open("w") as file:
+        for size in documents:
+            file.write("x" + text[start : start + size - 3] + "x<|endoftext|>")  # without spaces around it
+            start += size - 1
+    found = {}
+    for block in (4_000_000, 5_000):
+        monkeypatch.setattr(corpus, "_BLOCK_BYTES", block)
+        monkeypatch.setattr(corpus, "_ARRAY_CHARACTERS", block // 4)
+        said: list[str] = []
+        config = PrepareConfig(output_dir=str(tmp_path / str(block)), num_workers=1)
+        prepare(local_parts([tmp_path / "a.txt"], split_by="endoftext"), load_tokenizer("bytes"), config, said.append)
+        found[block] = hashes(tmp_path / str(block))
+    assert found[4_000_000] == found[5_000]
+    train, test = (np.array(ids_of(tmp_path / "5000" / split)) for split in ("train", "test"))
+    assert tokens <= len(test) <= 1.5 * tokens + 1000
+    assert f"gave test/ {drawn:,} tokens; from the end of the text came {moved} more" in said[0]
+    assert (len(said) == 2) == (len(test) < 20_000)
+    lines = [bytes(ids[ids < 256].astype(np.uint8)).split(b"\n") for ids in (train, test)]
+    assert not set(filter(lambda line: len(line) == 8, lines[0])) & set(filter(lambda line: len(line) == 8, lines[1]))
+    cut = "part" in moved
+    assert (train == 256).sum() + (test == 256).sum() == len(documents) + cut
+    assert len(train) + len(test) == sum(documents) + cut
+
+
+def test_what_is_large_enough_stays_as_it_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The minimum of a large corpus is not its hundredth, which a draw misses by a little, but an ample number."""
+    monkeypatch.setattr(splitting, "USEFUL_TOKENS", 5)
+    monkeypatch.setattr(splitting, "_AMPLE_TOKENS", 5)
+    (tmp_path / "a.txt").write_text("\n".join(f"line {number}" for number in range(200)))
+    parts, found = local_parts([tmp_path / "a.txt"], split_by="line"), []
+    for fraction in (None, 0.01):
+        config = PrepareConfig(output_dir=str(tmp_path / str(fraction)), test_fraction=fraction)
+        manifests = prepare(parts, load_tokenizer("bytes"), config)
+        assert 5 <= manifests["test"].tokens < 0.01 * manifests["train"].tokens
+        found.append([ids_of(tmp_path / str(fraction) / split) for split in ("train", "test")])
+    assert found[0] == found[1]
+
+
+def test_a_record_of_an_older_version_is_still_known(finished: tuple[list[str], Path, Path]) -> None:
+    """It says 0.01 where --test-fraction was left out."""
+    command, _, output = finished
+    without = [word for word in command if word not in ("--test-fraction", "0.3")]
+    result = run(*without)
+    assert "with --test-fraction 0.3, now left to the default" in result.stderr
+    record = output / "preparation.json"
+    record.write_text(record.read_text().replace('"test_fraction": 0.3', '"test_fraction": 0.01'))
+    assert "nothing to do" in succeed(run(*without))
 
 
 def test_a_tokenizer_that_loses_text_is_reported(tmp_path: Path) -> None:
@@ -197,7 +271,7 @@ def test_a_tokenizer_that_loses_text_is_reported(tmp_path: Path) -> None:
     said: list[str] = []
     config = PrepareConfig(output_dir=str(tmp_path / "out"))
     prepare(local_parts([tmp_path / "a.txt"], split_by="line"), lossy, config, said.append)
-    warnings = [line for line in said if line.startswith("warning")]
+    warnings = [line for line in said if line.startswith("warning: tokenizer")]
     assert warnings == [f"warning: tokenizer {lossy.name} loses text: 'known Word' comes back as 'known word'"]
 
 

@@ -101,7 +101,7 @@ def test_xla_counts_each_token_once(
     devices: int, layout: list[str], flags: list[object], reference: Reference, tmp_path: Path
 ) -> None:
     result = run_xla(*flags, *layout, "--checkpoints-dir", tmp_path / "c", CPU_NUM_DEVICES=str(devices))
-    assert "1 new programs" in succeed(result)
+    assert "1 new program" in succeed(result)
     assert "warning: XLA" not in result.stderr
     assert_whole_split(logged(tmp_path / "c"), reference)
 

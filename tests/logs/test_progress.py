@@ -54,11 +54,11 @@ def test_a_log_gets_lines_with_work_done_and_time_left(monkeypatch: pytest.Monke
     assert len(lines_of(log)) == said, "nothing after the end"
 
 
-def test_a_terminal_gets_a_bar_that_goes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_gets_a_line_that_goes_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with Progress("HellaSwag", 3, shown=True) as shown:
         shown.advance()
-        wait_for(lambda: "HellaSwag: 1/3 batches after 00:00 |" in terminal.getvalue())
+        wait_for(lambda: "HellaSwag: 1/3 batches after 00:00" in terminal.getvalue())
     assert "\n" not in terminal.getvalue()
     assert terminal.getvalue().split("\r")[-2].strip() == "", "wiped out"
 

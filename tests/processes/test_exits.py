@@ -1,5 +1,6 @@
 """How a program ends when the reader of its output has exited, such as `| head`; and processes that cannot meet."""
 
+import logging
 import os
 import socket
 import sys
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from conftest import ROOT, SMALL_RUN, prepare_documents
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from gpt2xla.config import TorchConfig
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.logs.console import say
 from gpt2xla.processes.exits import exit_code
+from gpt2xla.processes.quiet import silent
 from gpt2xla.runtime.torch import process_group
 from gpt2xla.runtime.torch.process_group import Place, find_place, join
 
@@ -212,3 +215,29 @@ def test_processes_that_do_not_come_are_one_line_after_a_notice(
         meet(monkeypatch, Place(rank, 2, rank, 2), port, minutes=0.01)
     assert capfd.readouterr().err == f"rank {rank}: waiting for the other processes at localhost:{port} ...\n"
     assert not dist.is_initialized()
+
+
+def test_torchrun_is_told_and_remarks_are_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "0" / "0" / "error.json"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    def main() -> None:
+        logger = logging.getLogger("torch.utils.cpp_extension")
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+        logger.warning("the compiler is too old")
+        with silent(1, 2) as say_still:
+            os.write(1, b"[Gloo] Rank 0 is connected to 1 peer ranks\n")
+            say_still("waiting")
+        raise InputError("it is wrong")
+
+    assert exit_code(main) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("waiting\n")
+    assert printed.err.endswith(": error: it is wrong\n")
+    assert caplog.messages == ["the compiler is too old"]
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert failure.message["message"].endswith(": error: it is wrong")

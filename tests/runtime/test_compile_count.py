@@ -40,7 +40,7 @@ def test_compiles_are_announced_once_and_nothing_is_warned_of(counts: dict) -> N
     assert len(shown) == 4
     for step, (before, after) in zip(("training", "validation"), (shown[:2], shown[2:]), strict=True):
         assert before == f"compiling the {step} step (on a TPU this takes minutes) ..."
-        assert re.fullmatch(rf"the {step} step is compiled: [0-9.]+ s, 1 new programs", after)
+        assert re.fullmatch(rf"the {step} step is compiled: [0-9.]+ s, 1 new program", after)
     assert "warning: XLA" not in counts["errors"]
 
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from gpt2xla.data.documents import compression, csv_file, input_files, json_lines, json_values, tables, text_file
 from gpt2xla.data.documents.reading_options import ALL_SUFFIXES, ENDOFTEXT, Format, Reading, SplitBy
 from gpt2xla.data.documents.recognition import Content, promised, recognise
-from gpt2xla.errors import InputError, user_error
+from gpt2xla.errors import InputError, counted, user_error
 
 Split = Literal["train", "test"]
 
@@ -96,7 +96,7 @@ def _readable(part: Part, file: Path) -> Iterator[pa.LargeStringArray]:
             empty += len(array) - len(texts)
             yield texts
     if empty:
-        part.say(f"note: {part.name}: {empty:,} records without text were left out")
+        part.say(f"note: {part.name}: left out {counted(empty, 'record')} without text")
 
 
 def local_parts(
@@ -209,7 +209,8 @@ def _report(contents: dict[str, Content], reading: Reading, say: Callable[[str],
             separated = f"warning: {{}} holds {ENDOFTEXT} as text; --split-by endoftext splits documents there"
             by_note.setdefault(separated, []).append(name)
     for note, names in by_note.items():
-        say(note.format(names[0] + (f" (as do {len(names) - 1:,} other files)" if len(names) > 1 else "")))
+        others = counted(len(names) - 1, "file is like it", "files are like it")
+        say(note.format(names[0]) + (f" ({others})" if len(names) > 1 else ""))
 
 
 def documents_of(parts: Sequence[Part]) -> Iterator[str]:

@@ -91,7 +91,7 @@ class _Search:
         if (folder / saved_dataset.SPLITS).is_file():
             for split in saved_dataset.splits(folder, self.option):
                 if split != "train":
-                    self._leave_out("other splits", split)
+                    self._leave_out("of other splits", split)
             self._folder(saved_dataset.split_folder(folder, "train", self.option), top, seen)
         elif saved_dataset.is_one(folder):
             files = saved_dataset.data_files(folder, self.option)

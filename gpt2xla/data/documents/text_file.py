@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import pyarrow as pa
 
 from gpt2xla.data.documents.reading_options import ENDOFTEXT, SplitBy
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, counted
 
 _BLOCK_BYTES = 4 << 20
 _LONGEST_DOCUMENT = 1 << 31  # characters: no tokenizer has enough memory for more
@@ -62,9 +62,11 @@ def read(
             if document.strip():
                 yield document
     if replacements and (bad := replacements - _count(opened, _REPLACEMENT.encode())):
-        say(f"warning: {name}: bytes that are not UTF-8 became U+FFFD, {bad:,} times; convert the file to keep them")
+        became = f"became U+FFFD, {counted(bad, 'time')}"
+        say(f"warning: {name}: bytes that are not UTF-8 {became}; convert the file to keep them")
     if separators:
-        say(f"warning: {name}: {ENDOFTEXT} was read as text, {separators:,} times (--split-by endoftext splits there)")
+        read = f"was read as text, {counted(separators, 'time')}"
+        say(f"warning: {name}: {ENDOFTEXT} {read} (--split-by endoftext splits there)")
 
 
 def _documents(text: io.TextIOWrapper, name: str, split_by: SplitBy) -> Iterator[str]:

@@ -35,7 +35,7 @@ from gpt2xla.data.documents.reading_options import (
     described,
 )
 from gpt2xla.data.preparation.temporary_folder import temporary_folder
-from gpt2xla.errors import InputError, RunFailed, user_error
+from gpt2xla.errors import InputError, RunFailed, counted, user_error
 
 T = TypeVar("T")
 _LONGEST_WAIT = 60.0
@@ -239,7 +239,7 @@ class _Hub:
                 why = f"{what}: {hub.answer(error)}"
                 if failures == self._options.retries:
                     fix = "give the same command again once the hub answers"
-                    raise RunFailed(f"{why}, {failures + 1} times; {fix}") from None
+                    raise RunFailed(f"{why}, {counted(failures + 1, 'time')}; {fix}") from None
             wait = min(2.0**failures, _LONGEST_WAIT)
             self._say(f"{why}; trying again in {wait:.0f} s")
             failures += 1

@@ -7,7 +7,6 @@ everything lies in `.partial`, with a record of the progress: a killed preparati
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import os
 import shutil
@@ -27,11 +26,12 @@ from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.preparation.record import RECORD, SPLITS, Record
 from gpt2xla.data.preparation.spelled_tokens import SpelledInCorpus
+from gpt2xla.data.preparation.splitting import Assigned, Splitter
 from gpt2xla.data.preparation.tokenizer_quality import first_loss
 from gpt2xla.data.preparation.writer import ShardWriter, Written
 from gpt2xla.data.shards import Manifest, TokenStream
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
-from gpt2xla.errors import InputError, RunFailed, user_error
+from gpt2xla.errors import InputError, RunFailed, counted, user_error
 from gpt2xla.processes.locks import locked
 
 _PARTIAL = ".partial"
@@ -47,7 +47,11 @@ class PrepareConfig:
 
     output_dir: str = option("./data", "folder to make train/ and test/ in", is_path=True)
     tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True)
-    test_fraction: float = option(0.01, "share of the documents that goes to test/, at least one document")
+    test_fraction: float | None = option(
+        None,
+        "share of the documents that goes to test/, at least one document (default: 0.01, and as much of the end of the "
+        "text as makes 20,000 tokens and 1% of them all)",
+    )
     test_tokens: int | None = option(None, "largest number of tokens in test/ (default: one shard)")
     max_tokens: int | None = option(None, "stop after the document that reaches this many (default: take all)")
     shard_size: int = option(100_000_000, "tokens per shard")
@@ -63,7 +67,7 @@ class PrepareConfig:
         """Raise InputError if a value is out of range."""
         if not self.output_dir:
             raise InputError("--output-dir is empty; name a folder")
-        if not 0 <= self.test_fraction < 1:
+        if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
             raise InputError(f"--test-fraction {self.test_fraction}: choose a share of at least 0 and below 1")
         require_at_least(1, self, "test_tokens", "max_tokens", "shard_size", "num_workers")
         if self.shard_size > _MOST_TOKENS:
@@ -79,8 +83,8 @@ def prepare_and_report(corpus: Callable[[], Sequence[Part]], config: PrepareConf
     seconds = time.perf_counter() - started
     for split, manifest in manifests.items():
         print(
-            f"{output_dir / split}: {manifest.tokens:,} tokens in {len(manifest.shards)} shards, from "
-            f"{manifest.documents:,} documents, {manifest.bytes / manifest.tokens:.2f} bytes per token"
+            f"{output_dir / split}: {counted(manifest.tokens, 'token')} in {counted(len(manifest.shards), 'shard')}, from "
+            f"{counted(manifest.documents, 'document')}, {manifest.bytes / manifest.tokens:.2f} bytes per token"
         )
     print(f"{sum(manifest.bytes for manifest in manifests.values()) / 1e6:,.1f} MB of text in {seconds:.1f} s")
 
@@ -91,9 +95,10 @@ def prepare(
     """Tokenise the documents of `parts` into `output_dir/train` and `output_dir/test`, or resume that.
 
     A document goes to `test` with probability `test_fraction`, drawn from the seed and the document's number, unless its
-    part belongs to one split or `test` would exceed `test_tokens`. If none was drawn, the last one goes there. Each document
-    ends with the tokenizer's end-of-text id, if it has one. Memory holds a few blocks of documents. The folders appear under
-    their names only when complete. Returns the manifests by split.
+    part belongs to one split or `test` would exceed `test_tokens`. If none was drawn, the last one goes there. By default,
+    the end of the text tops `test` up to a useful size: see `Splitter`. Each document ends with the tokenizer's end-of-text
+    id, if it has one. Memory holds a few blocks of documents. The folders appear under their names only when complete.
+    Returns the manifests by split.
 
     Raises:
         InputError: the output holds something else, or a split is empty in the end.
@@ -153,8 +158,8 @@ class _Preparation:
         if record := Record.load(self.folder):
             record.check(settings, self.parts, self.folder, complete=False)
             part = min(record.position.part + 1, len(self.parts))
-            self.say(f"resuming after {record.tokens:,} tokens, in part {part} of {len(self.parts)}")
-            self.record = record
+            self.say(f"resuming after {counted(record.tokens, 'token')}, in part {part} of {len(self.parts)}")
+            self.record, record.settings = record, settings
         else:
             self._check_new()
             self.record = Record(settings, [], Position(0, 0), {split: Written([]) for split in SPLITS})
@@ -166,12 +171,12 @@ class _Preparation:
                 raise InputError(
                     f"--output-dir {self.output_dir}: {split}/ exists already; remove it or choose another"
                 )
-        if not self.config.test_fraction and not any(part.split == "test" for part in self.parts):
+        if self.config.test_fraction == 0 and not any(part.split == "test" for part in self.parts):
             raise InputError("--test-fraction 0 leaves nothing for test/; choose a share above 0")
-        if [part.how for part in self.parts] == ["split by file"]:
+        if self.config.test_fraction is not None and [part.how for part in self.parts] == ["split by file"]:
             raise InputError(
-                f"{self.parts[0].name} is a single document, and train/ and test/ need at least one each; give more files, "
-                "or cut it up (prepare_text.py: --split-by)"
+                f"{self.parts[0].name} is a single document, and train/ and test/ need at least one each; leave "
+                "--test-fraction out, so that a part of it becomes test/, or give more files"
             )
         needed = _LEAST_BYTES_PER_BYTE * sum(part.size for part in self.parts)
         if self.config.max_tokens is not None:
@@ -191,18 +196,21 @@ class _Preparation:
         self.encoder = Encoder(self.tokenizer, self.config.special_tokens_in_text)
         self.spelled = SpelledInCorpus(self.config.special_tokens_in_text, self.record.spelled, self.say)
         self.writers = {split: self._writer(split) for split in SPLITS}
-        self.drawn = sum(written.documents for written in self.record.splits.values())
+        self.splitter = self._splitter()
         last_record = time.monotonic()
         with tqdm(unit=" tokens", unit_scale=True, initial=self.record.tokens, disable=None) as bar:
             for block, encoded in self._encoded():
-                is_last = self._write(block, encoded)
-                bar.update(self.record.tokens - bar.n)
-                self.record.position = Position(len(self.parts), 0) if is_last else block.after
-                if is_last:
+                encoded, is_limit = self._limited(encoded)
+                for assigned in self.splitter.add(block, encoded):
+                    self._write(assigned)
+                bar.update(self.splitter.train + self.splitter.test - bar.n)
+                if is_limit:
                     break
                 if time.monotonic() - last_record > _SECONDS_BETWEEN_RECORDS:
                     self._save()
                     last_record = time.monotonic()
+        for assigned in self.splitter.end():
+            self._write(assigned)
         self.record.position = Position(len(self.parts), 0)
         for split, writer in self.writers.items():
             if writer.written.tokens == 0:
@@ -228,40 +236,34 @@ class _Preparation:
             for block, future in pending:
                 yield block, future.result()
 
-    def _write(self, block: Block, encoded: Encoded) -> bool:
-        """Write a block. Return whether it was the last one, of the corpus or up to --max-tokens."""
-        ends, documents, is_last = encoded.ends, len(encoded.ends), block.after.part == len(self.parts)
-        if self.config.max_tokens is not None and self.record.tokens + ends[-1] >= self.config.max_tokens:
-            documents = int(np.searchsorted(ends, self.config.max_tokens - self.record.tokens)) + 1
-            is_last = True
-        spelled = {number: found for number, found in encoded.spelled.items() if number < documents}
-        self.spelled.add(spelled, self.parts, self.record.position)
-        test = self._drawn_for_test(block.split, encoded, documents)
-        total = self.drawn + documents
-        if is_last and block.split is None and total > 1 and not (test.any() or self.writers["test"].written.documents):
-            self.say(f"note: none of {total:,} documents was drawn for test/ within --test-tokens; the last goes there")
-            test[-1] = True
-        # Between two borders all documents go to the same split.
-        borders = [0, *(np.flatnonzero(np.diff(test)) + 1).tolist(), documents]
-        for first, end in itertools.pairwise(borders):
-            ids = encoded.ids[ends[first - 1] if first else 0 : ends[end - 1]]
-            self.writers["test" if test[first] else "train"].add(ids, end - first, int(encoded.sizes[first:end].sum()))
-        self.drawn += documents
-        return is_last
+    def _splitter(self) -> Splitter:
+        config, splits = self.config, self.record.splits
+        return Splitter(
+            config.test_fraction, config.test_tokens or config.shard_size, config.seed, self.encoder, self.say,
+            documents=sum(written.documents for written in splits.values()), train=splits["train"].tokens,
+            test=splits["test"].tokens, is_free=any(part.split is None for part in self.parts),
+        )  # fmt: skip
 
-    def _drawn_for_test(self, split: Split | None, encoded: Encoded, documents: int) -> np.ndarray:
-        """Return for each of the first `documents` of a block whether it goes to test/."""
-        if split:
-            return np.full(documents, split == "test")
-        test = uniform(self.config.seed, self.drawn, documents) < self.config.test_fraction
-        room = (self.config.test_tokens or self.config.shard_size) - self.writers["test"].written.tokens
-        lengths = np.diff(encoded.ends[:documents], prepend=0)
-        for document in np.flatnonzero(test):
-            if lengths[document] > room:
-                test[document] = False
-            else:
-                room -= lengths[document]
-        return test
+    def _limited(self, encoded: Encoded) -> tuple[Encoded, bool]:
+        """Return the documents of the next block up to the one that reaches --max-tokens, and whether one does."""
+        limit, before = self.config.max_tokens, self.splitter.train + self.splitter.test
+        if limit is None or before + encoded.ends[-1] < limit:
+            return encoded, False
+        count = int(np.searchsorted(encoded.ends, limit - before)) + 1
+        spelled = {number: found for number, found in encoded.spelled.items() if number < count}
+        ends = encoded.ends[:count]
+        return Encoded(encoded.ids[: ends[-1]], ends, encoded.sizes[:count], spelled), True
+
+    def _write(self, assigned: Assigned) -> None:
+        """Write a block and move on in the record."""
+        ids, ends, sizes, spelled = assigned.encoded
+        self.spelled.add(spelled, self.parts, self.record.position)
+        # Between two borders all documents go to the same split.
+        borders = [0, *(np.flatnonzero(np.diff(assigned.is_test)) + 1).tolist(), len(ends)]
+        for first, end in itertools.pairwise(borders):
+            writer = self.writers["test" if assigned.is_test[first] else "train"]
+            writer.add(ids[ends[first - 1] if first else 0 : ends[end - 1]], end - first, int(sizes[first:end].sum()))
+        self.record.position = assigned.block.after
 
     def finish(self) -> dict[Split, Manifest]:
         """Write the manifests and give everything its final name; an interruption here does no harm."""
@@ -281,16 +283,6 @@ class _Preparation:
             writer.save()
         self.record.parts = [(part.name, part.size, part.how) for part in self.parts[: self.record.position.part + 1]]
         self.record.save(self.folder)
-
-
-def uniform(seed: int, first: int, count: int) -> np.ndarray:
-    """Return numbers in [0, 1) for the documents `first` .. `first + count - 1`, functions of the seed and each document's
-    number: SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
-    start = np.frombuffer(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), dtype="<u8")
-    x = start + np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) / 2.0**64
 
 
 def _manifests(output_dir: Path) -> dict[Split, Manifest]:

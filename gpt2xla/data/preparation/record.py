@@ -18,6 +18,7 @@ from gpt2xla.files import read_json, write_whole
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 RECORD = "preparation.json"
+_FORMER_FRACTION = 0.01  # what older records say where --test-fraction was left out
 
 
 @dataclass
@@ -71,9 +72,13 @@ class Record:
         """
         was, fix = f"{folder} was prepared", "or remove it, or choose another --output-dir"
         for name, value in settings.items():
+            if name == "test_fraction" and value is None and self.settings.get(name) == _FORMER_FRACTION:
+                continue
             if self.settings.get(name) != value and name != "tokenizer":
                 asked = name.removesuffix("_sha256")
-                then, now = self.settings.get(asked), settings[asked]
+                then, now = (
+                    "left to the default" if v is None else v for v in (self.settings.get(asked), settings[asked])
+                )
                 raise InputError(f"{was} with {flag(asked)} {then}, now {now}; give the same options, {fix}")
         old = [f"{name} of {size:,} bytes, {how}" for name, size, how in self.parts]
         new = [f"{part.name} of {part.size:,} bytes, {part.how}" for part in parts]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import select
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ import torch.distributed as dist
 
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.logs.console import say
+from gpt2xla.processes.quiet import silent
 
 # Others wait while the main process saves; a large model on a slow disk takes its time.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
@@ -72,7 +71,7 @@ def join(place: Place, backend: str) -> None:
         _refuse_a_taken_port(port)
     else:
         _wait_for_first(place, host, port)
-    with _silent() as say_still:
+    with silent(1, 2) as say_still:
         store = _meet(partial(say_still, f"rank {place.rank}: waiting for the other processes at {host}:{port} ..."))
         if store is None:
             raise RunFailed(
@@ -168,17 +167,3 @@ def _wait_for_first(place: Place, host: str, port: int) -> None:
             say(f"rank {place.rank}: waiting for rank 0 at {host}:{port} ({why}) ...", error=True)
             is_announced = True
         time.sleep(min(1, 60 * MINUTES_TO_MEET))
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[Callable[[str], object]]:
-    """Silence standard error, where torch prints C++ stack frames at each try; give a function that still prints there."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield lambda text: os.write(kept, f"{text}\n".encode())
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)

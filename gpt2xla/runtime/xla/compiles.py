@@ -13,7 +13,7 @@ import torch_xla.debug.metrics as met
 import torch_xla.runtime as xr
 
 from gpt2xla.data.windows import Batch
-from gpt2xla.errors import user_error
+from gpt2xla.errors import counted, user_error
 from gpt2xla.logs.console import say
 from gpt2xla.logs.progress import Progress
 from gpt2xla.runtime.base import CompileWatch
@@ -95,8 +95,8 @@ class XlaCompileWatch(CompileWatch):
         if first:
             # From the first step on, nothing between steps may compile either.
             self._calls[_BETWEEN] = self._warm_up
-            programs = self._compiled - before
-            self._say(f"the {name} is compiled: {time.perf_counter() - start:.1f} s, {programs} new programs")
+            programs = counted(self._compiled - before, "new program")
+            self._say(f"the {name} is compiled: {time.perf_counter() - start:.1f} s, {programs}")
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the same batches, watched for one of another shape, the most common cause of a compile."""

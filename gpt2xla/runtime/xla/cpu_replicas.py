@@ -29,6 +29,7 @@ from tqdm import tqdm
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.processes.exits import REPORT_ONCE, exit_code, exit_now_on_signal
+from gpt2xla.processes.quiet import silent
 from gpt2xla.runtime.torch.process_group import find_place
 from gpt2xla.runtime.xla.runtime import XlaRuntime
 
@@ -49,7 +50,8 @@ def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: s
             raise InputError(
                 "CPU_NUM_DEVICES and torchrun both say how many replicas to start; leave CPU_NUM_DEVICES out"
             )
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        with silent(1):
+            dist.init_process_group("gloo", timeout=_TIMEOUT)
         return run(*arguments)
     if (place := find_place(os.environ)) and place.world_size > 1:
         raise InputError(
@@ -97,7 +99,9 @@ def _replica(rank: int, replicas: int, meeting: Path, run: Callable[..., None], 
     os.environ["LOCAL_RANK"] = str(rank)
     os.environ[REPORT_ONCE] = str(meeting.with_name("reported"))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the others are on this machine, whatever its name resolves to
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=replicas, timeout=_TIMEOUT)
+    meeting_place = f"file://{meeting}"
+    with silent(1):
+        dist.init_process_group("gloo", init_method=meeting_place, rank=rank, world_size=replicas, timeout=_TIMEOUT)
     sys.exit(exit_now_on_signal(exit_code(lambda: run(*arguments))))
 
 

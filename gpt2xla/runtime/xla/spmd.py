@@ -26,6 +26,7 @@ from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
+from gpt2xla.processes.quiet import silent
 from gpt2xla.runtime import sharded_state
 from gpt2xla.runtime.xla.memory import XlaMemory
 from gpt2xla.runtime.xla.runtime import XlaRuntime
@@ -70,7 +71,8 @@ class SpmdRuntime(XlaRuntime):
         if options.fsdp:
             self.memory = XlaMemory(self.device_kind, state_split=count)
         if self.world_size > 1:
-            dist.init_process_group("gloo", init_method="xla://")
+            with silent(1):
+                dist.init_process_group("gloo", init_method="xla://")
 
     def _count(self) -> tuple[int, int, int]:
         return xr.process_index(), xr.process_count(), xr.global_runtime_device_count()

@@ -1,0 +1,87 @@
+"""When a run will end: the pace of its newest updates, and what the evaluations between them take."""
+
+from __future__ import annotations
+
+import datetime
+from collections import deque
+from collections.abc import Mapping
+
+_STEPS_BEFORE_IT_IS_SAID = 10
+_FEWEST_STEPS = 20  # a shorter run ends before its end was worth a line
+_NEWEST = 100  # updates, over which the pace is measured
+
+
+class TimeLeft:
+    """Estimates the seconds to the end of a run.
+
+    Args:
+        intervals: of each evaluation, in updates.
+        validation: what one validation costs, in updates, until one was measured."""
+
+    def __init__(self, first_step: int, last_step: int, intervals: Mapping[str, int], validation: float) -> None:
+        self._first = self._step = first_step
+        self._last, self._intervals = last_step, intervals
+        self._paces: deque[float] = deque(maxlen=_NEWEST)
+        self._guessed, self._evaluations = validation, dict[str, float]()
+
+    def step(self, step: int, seconds: float) -> None:
+        """Note that update `step` is done, and took so long. The first one of a process may have compiled, so it does not
+        count."""
+        self._step = step
+        if step > self._first + 1:
+            self._paces.append(seconds)
+
+    def evaluation(self, name: str, seconds: float) -> None:
+        self._evaluations[name] = seconds
+
+    def seconds(self) -> float | None:
+        """Return how long the rest takes; None before two updates are done."""
+        if not self._paces:
+            return None
+        pace = sum(self._paces) / len(self._paces)
+        known = {"valid_loss": self._guessed * pace} | self._evaluations
+        left = (self._last - self._step) * pace
+        return left + sum(
+            known.get(name, 0.0) * self._times_due(interval) for name, interval in self._intervals.items()
+        )
+
+    def expected_end(self, seconds_to_limit: float, now: datetime.datetime) -> str:
+        """Return the sentence about the expected end, after the tenth update that counts; "" after all others."""
+        left, steps = self.seconds(), self._last - self._step
+        is_time = len(self._paces) == _STEPS_BEFORE_IT_IS_SAID == self._step - self._first - 1
+        if left is None or not is_time or self._last - self._first < _FEWEST_STEPS:
+            return ""
+        pace = f"{_short(sum(self._paces) / len(self._paces))} per step"
+        if seconds_to_limit < left:
+            reached = f"after about step {self._step + int(steps * seconds_to_limit / left)} of {self._last}"
+            return f"expected to stop at the time limit {_when(seconds_to_limit, now)}, {reached} ({pace})"
+        return f"expected to end {_when(left, now)} ({pace})"
+
+    def _times_due(self, interval: int) -> int:
+        if not interval:
+            return int(self._step < self._last)
+        times = self._last // interval - self._step // interval
+        return times + int(self._last % interval > 0 and self._step < self._last)
+
+
+def in_words(seconds: float) -> str:
+    """Return "2 h 39 min", "12 min", "1 d 3 h" or "45 s"."""
+    if round(seconds) < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    days, hours, minutes = minutes // 1440, minutes // 60 % 24, minutes % 60
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _when(seconds: float, now: datetime.datetime) -> str:
+    end = now + datetime.timedelta(seconds=seconds)
+    day = "" if end.date() == now.date() else end.strftime("%a %d %b, ")
+    return f"in {in_words(seconds)}, at {day}{end:%H:%M}"
+
+
+def _short(seconds: float) -> str:
+    if seconds >= 100:
+        return in_words(seconds)
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
