@@ -29,7 +29,7 @@ from conftest import (
     write_split,
 )
 
-from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.loading import load_weights
 
 
@@ -279,7 +279,7 @@ def test_a_diverged_run_fails_and_spoils_no_checkpoint(data_flags: list[str], tm
     ):
         assert result.returncode == 1, result.stderr
         assert result.stderr.count("the run has diverged") == 1, result.stderr
-    for folder in checkpoint.list_checkpoints(tmp_path):
+    for folder in run_folder.list_checkpoints(tmp_path):
         _, weights = load_weights(folder)
         assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 

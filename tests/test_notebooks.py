@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, SMALL_RUN, metrics, require_xla, run, run_here, training_losses
 from nbclient import NotebookClient
 
-from gpt2xla.checkpoint.folder import list_checkpoints
+from gpt2xla.checkpoint.run_folder import list_checkpoints
 
 NOTEBOOKS = ["kaggle_tpu.ipynb", "colab.ipynb"]
 

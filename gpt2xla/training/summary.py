@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt2xla.checkpoint.folder import step_folder
+from gpt2xla.checkpoint.run_folder import step_folder
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import RunConfig
 from gpt2xla.data.opening import TrainingData

@@ -12,6 +12,7 @@ from conftest import SMALL_RUN
 from transformers import AutoModelForCausalLM
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder, seal
 from gpt2xla.checkpoint.formats.pt_file import load_pt_model
 from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.checkpoint.start import find_start
@@ -40,8 +41,8 @@ def test_a_run_leaves_whole_checkpoints_and_no_litter(trained: Path) -> None:
     assert sorted(file.name for file in trained.iterdir()) == [
         ".lock", "metrics.jsonl", "run_config.json", "step-00000010", "step-00000020"
     ]  # fmt: skip
-    assert [folder.name for folder in checkpoint.list_checkpoints(trained)] == ["step-00000010", "step-00000020"]
-    assert all(checkpoint.find_damage(folder) is None for folder in checkpoint.list_checkpoints(trained))
+    assert [folder.name for folder in run_folder.list_checkpoints(trained)] == ["step-00000010", "step-00000020"]
+    assert all(seal.find_damage(folder) is None for folder in run_folder.list_checkpoints(trained))
 
 
 def test_auto_takes_the_newest_and_flags_not_given_come_from_it(root: Path) -> None:
@@ -74,7 +75,7 @@ def test_auto_skips_a_damaged_one_and_names_the_file(root: Path, name: str, dama
 
 
 def test_auto_does_not_start_from_scratch_if_all_are_damaged(root: Path) -> None:
-    for folder in checkpoint.list_checkpoints(root):
+    for folder in run_folder.list_checkpoints(root):
         flip_a_bit(folder / "model.safetensors")
     with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         find_start(options(root))
@@ -138,7 +139,7 @@ def test_going_back_to_an_older_one_sets_the_newer_aside(root: Path) -> None:
         find_start(options(root, "--from-checkpoint", str(root / "step-00000010")))
     assert find_start(options(root, "--resume", str(root / "step-00000010"))).step == 10
     (root / ".step-00000030.partial").mkdir()
-    assert checkpoint.prepare_folder(root, 10) == ["set aside: step-00000020 is now abandoned-1-step-00000020"]
+    assert run_folder.prepare_folder(root, 10) == ["set aside: step-00000020 is now abandoned-1-step-00000020"]
     assert sorted(file.name for file in root.iterdir()) == [
         ".lock", "abandoned-1-metrics.jsonl", "abandoned-1-step-00000020", "metrics.jsonl", "run_config.json",
         "step-00000010",
@@ -149,10 +150,10 @@ def test_going_back_to_an_older_one_sets_the_newer_aside(root: Path) -> None:
 def test_pruning_keeps_the_newest(root: Path) -> None:
     for step in (30, 40):
         shutil.copytree(root / "step-00000020", root / f"step-{step:08d}")
-    checkpoint.prune(root, root / "step-00000040", 0)
-    assert len(checkpoint.list_checkpoints(root)) == 4
-    checkpoint.prune(root, root / "step-00000040", 2)
-    assert [folder.name for folder in checkpoint.list_checkpoints(root)] == ["step-00000030", "step-00000040"]
+    run_folder.prune(root, root / "step-00000040", 0)
+    assert len(run_folder.list_checkpoints(root)) == 4
+    run_folder.prune(root, root / "step-00000040", 2)
+    assert [folder.name for folder in run_folder.list_checkpoints(root)] == ["step-00000030", "step-00000040"]
 
 
 def test_a_checkpoint_that_was_tampered_with_to_look_whole_is_refused(root: Path) -> None:
@@ -176,14 +177,14 @@ def test_a_checkpoint_that_was_tampered_with_to_look_whole_is_refused(root: Path
 
 
 def rehash(folder: Path) -> None:
-    checkpoint.seal(folder, checkpoint.step_of(folder))
+    seal.seal(folder, seal.step_of(folder))
 
 
 def test_nothing_is_pruned_while_the_newest_is_damaged(root: Path) -> None:
     flip_a_bit(root / "step-00000020" / "model.safetensors")
     with pytest.raises(OSError, match="no older one was deleted"):
-        checkpoint.prune(root, root / "step-00000020", 1)
-    assert checkpoint.find_damage(root / "step-00000010") is None
+        run_folder.prune(root, root / "step-00000020", 1)
+    assert seal.find_damage(root / "step-00000010") is None
 
 
 def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
@@ -193,7 +194,7 @@ def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
     assert start.weights is not None
     assert start.training is not None
     saved = {"weights": start.weights, "training": start.training | {"step": 30}, "tokenizer": None}
-    saved |= {"settings": GenerationSettings.of(None), "shards": checkpoint.shards_folder(root, 30)}
+    saved |= {"settings": GenerationSettings.of(None), "shards": run_folder.shards_folder(root, 30)}
     config = options(root, *SMALL_RUN)
 
     def full_disk(*_: object) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder, seal
 from gpt2xla.evals.row_losses import RowLosses
 from gpt2xla.training.train_step import TrainStep
 from tests.faults import comparing, runs
@@ -70,10 +71,10 @@ def _check_stopped(run: runs.Run, folder: Any, world: int, begun: float) -> None
     assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
     assert time.monotonic() - begun < _SECONDS, f"it took {time.monotonic() - begun:.1f} s"
     assert not run.orphans(), "a process is left"
-    newest = checkpoint.list_checkpoints(folder)[-1]
-    assert checkpoint.find_damage(newest) is None
+    newest = run_folder.list_checkpoints(folder)[-1]
+    assert seal.find_damage(newest) is None
     logged = max(comparing.losses(folder))
-    assert checkpoint.step_of(newest) == logged, f"{newest.name}, but step {logged} was taken"
+    assert seal.step_of(newest) == logged, f"{newest.name}, but step {logged} was taken"
     comparing.check_no_litter(folder)
 
 
@@ -116,7 +117,7 @@ def _at_place(setting: Setting, case: tuple[int, str, int]) -> None:
         codes = run.wait(60)
         assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
         text = run.text
-        assert "stopped by" in text or checkpoint.list_checkpoints(folder)[-1].name.endswith(str(runs.STEPS)), text[
+        assert "stopped by" in text or run_folder.list_checkpoints(folder)[-1].name.endswith(str(runs.STEPS)), text[
             -600:
         ]
         _check_stopped(run, folder, world, time.monotonic())
