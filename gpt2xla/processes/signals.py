@@ -162,10 +162,8 @@ class StopSignals:
         if not self._counts(number):
             return
         for worker in workers:
-            if self._requests <= 2:
-                worker.terminate()
-            else:
-                worker.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, number if self._requests <= 2 else signal.SIGKILL)
         if self._requests > 2:
             self._as_before(number, frame)
 

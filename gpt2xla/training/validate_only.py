@@ -22,8 +22,8 @@ from gpt2xla.runtime.base import Runtime
 def validate(start: Start, runtime: Runtime) -> None:
     """Print loss and perplexity of the checkpoint on the validation split.
 
-    A line is added to test.jsonl in --checkpoints-dir, if that is given, else in the folder of the run that saved the
-    checkpoint. The log of a run stays as it is. Raises InputError if there is no checkpoint, or it does not fit the split."""
+    test.jsonl in --checkpoints-dir, if that is given, else in the folder of the run that saved the checkpoint, gets a line.
+    The log of a run stays as it is. Raises InputError if there is no checkpoint, or it does not fit the split."""
     if start.source is None:
         refuse_unfinished(start.config.general.checkpoints_dir)
         raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
