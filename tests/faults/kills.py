@@ -153,6 +153,8 @@ POINTS: dict[str, Callable[[int], None]] = {
     "between the syncs": lambda n: _at(os, "fsync", 7 * n + 3),
     "before the rename": lambda n: _at(os, "rename", n, only=_is_step),
     "after the rename": lambda n: _at(os, "rename", n, before=False, only=_is_step),
+    "before the link to the newest": lambda n: _at(run_folder, "point", n),
+    "in the middle of the link": lambda n: _at(os, "replace", n, only=lambda path, _: "latest" in Path(path).name),
     "before pruning": lambda n: _at(run_folder, "prune", n),
     "before an old one is renamed": lambda n: _at(Path, "rename", max(0, n - 2)),
     "after an old one is renamed": lambda n: _at(Path, "rename", max(0, n - 2), before=False),
@@ -163,8 +165,8 @@ POINTS: dict[str, Callable[[int], None]] = {
 RESUME_POINTS: dict[str, Callable[[], None]] = {
     "before what was interrupted is cleared": lambda: _at(pretrain, "prepare_folder", 0),
     "after it is cleared": lambda: _at(pretrain, "prepare_folder", 0, before=False),
-    "before the metrics are cut": lambda: _at(os, "replace", 1),
-    "after the metrics are cut": lambda: _at(os, "replace", 1, before=False),
+    "before the metrics are cut": lambda: _at(os, "replace", 2),
+    "after the metrics are cut": lambda: _at(os, "replace", 2, before=False),
 }
 
 

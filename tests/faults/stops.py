@@ -85,6 +85,7 @@ def _check_stopped(run: runs.Run, folder: Any, world: int, begun: float) -> None
 def _check_goes_on(setting: Setting, flags: list[str], folder: Any, world: int) -> None:
     runs.finish(flags, folder, world)
     comparing.check_same(folder, setting.unbroken[world], world)
+    assert not list(folder.glob("abandoned-*")), "a copy is left"
     clear(folder)
 
 
