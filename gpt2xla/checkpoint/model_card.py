@@ -110,4 +110,4 @@ def _name(place: str) -> str:
     if is_url(place) or not (path.is_absolute() or path.exists()):
         return place
     path = path.resolve() if path.name in ("", "..") else path
-    return "/".join(path.parts[-2:]) if path.name in _SPLITS and len(path.parts) > 2 else path.name
+    return "/".join(path.parts[-2:]) if path.name in _SPLITS and len(path.parts) > 1 + path.is_absolute() else path.name

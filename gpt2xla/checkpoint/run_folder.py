@@ -91,14 +91,20 @@ def prepare_folder(root: Path, step: int) -> list[str]:
         for partial in root.glob(f".{name}.*.partial"):
             partial.unlink()
     later = [folder for folder in list_folders(root) if folder > step_folder(root, step)]
-    if kept := [folder for folder in list_checkpoints(root) if folder not in later]:
-        point(root / LATEST, kept[-1])
-    elif (root / LATEST).is_symlink():
-        (root / LATEST).unlink()
+    repair_latest(root, step)
     prefix = _next_prefix(root)
     if later and (root / METRICS_FILE).exists():
         shutil.copy(root / METRICS_FILE, root / f"{prefix}-{METRICS_FILE}")
     return [set_aside(folder, prefix) for folder in later]
+
+
+def repair_latest(root: Path, step: int) -> None:
+    """Point `latest` to the newest checkpoint up to `step`. A crash may have left it behind, or a user may have moved what it
+    points to."""
+    if kept := [folder for folder in list_checkpoints(root) if folder <= step_folder(root, step)]:
+        point(root / LATEST, kept[-1])
+    elif (root / LATEST).is_symlink():
+        (root / LATEST).unlink()
 
 
 def set_aside(folder: Path, prefix: str | None = None) -> str:

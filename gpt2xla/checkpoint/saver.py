@@ -57,18 +57,17 @@ class Saver:
             training = {"step": step, "is_evaluated": is_evaluated, **state, **self.run_state()}
             self._writes.start(partial(self._write, weights, training, shards))
 
-    def mark_evaluated(self, step: int) -> bool:
-        """Note that the evaluations due after `step` have been made up for. Return False if this run's folder does not hold
-        that checkpoint: a run that began in another folder has yet to save it."""
+    def keep(self, step: int, is_evaluated: bool) -> None:
+        """Note in the checkpoint that the run resumed whether the evaluations due after it are done now. A run that resumed
+        one of another folder saves it in its own. Collective."""
         folder = run_folder.step_folder(self.folder, step)
         if not folder.is_dir():
-            return False
-        if self.runtime.is_main:
+            self.save(step, is_evaluated)
+        elif is_evaluated and self.runtime.is_main:
             try:
                 checkpoint.mark_evaluated(folder)
             except OSError as error:
                 say(f"{folder}: {error.strerror}; when resumed, it is evaluated again", error=True)
-        return True
 
     def wait(self) -> bool:
         """Wait until nothing is being written. Return whether the last checkpoint is on the disk."""

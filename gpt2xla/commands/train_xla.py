@@ -62,7 +62,6 @@ def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
         with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
             os.environ[REPORT_ONCE] = f"{folder}/reported"
             torch_xla.launch(worker, args=(config, options, signals), start_method=options.mp_start_method)
-        del os.environ[REPORT_ONCE]
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSignals, is_replica: bool = False) -> None:

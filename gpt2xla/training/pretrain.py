@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt2xla.checkpoint.folder import write_run_config
-from gpt2xla.checkpoint.run_folder import newest_in_words, prepare_folder
+from gpt2xla.checkpoint.run_folder import newest_in_words, prepare_folder, repair_latest
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.config import RunConfig, TrainConfig
@@ -56,6 +56,7 @@ def pretrain(
             validate(start, runtime)
         elif start.is_finished:
             if runtime.is_main:
+                repair_latest(Path(config.general.checkpoints_dir), start.step)
                 print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to continue it")
         else:
             with contextlib.ExitStack() as holding:

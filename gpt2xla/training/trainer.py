@@ -58,8 +58,8 @@ class Trainer:
         if not is_evaluated:
             is_evaluated = self.evaluations.run(step, self.log.evaluation_line)
             stopping = not is_evaluated
-            if is_evaluated and not self.saver.mark_evaluated(step):
-                self._save(step, is_evaluated)
+            with self.runtime.watch.part("saving"):
+                self.saver.keep(step, is_evaluated)
         batches = self.runtime.device_batches(self.order.batches(step))
         self.log.throughput.restart()
         while step < self.config.train_steps and not stopping:
