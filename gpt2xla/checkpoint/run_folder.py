@@ -99,8 +99,8 @@ def prepare_folder(root: Path, step: int) -> list[str]:
 
 
 def repair_latest(root: Path, step: int) -> None:
-    """Point `latest` to the newest checkpoint up to `step`. A crash may have left it at an older one, or a user may have moved
-    its target."""
+    """Point `latest` to the newest checkpoint up to `step`. A crash may have left it at an older one, or a user may have
+    moved its target."""
     if kept := [folder for folder in list_checkpoints(root) if folder <= step_folder(root, step)]:
         point(root / LATEST, kept[-1])
     elif (root / LATEST).is_symlink():

@@ -1,5 +1,6 @@
 """Pre-train GPT-2 with plain PyTorch: `python run_pretrain.py ...`, or several GPUs through `torchrun`."""
 
+
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
 
