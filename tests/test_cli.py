@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -30,7 +31,7 @@ from conftest import (
     write_split,
 )
 
-from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.loading import load_weights
 
 
@@ -218,15 +219,30 @@ def test_do_test_prints_the_checkpoints_loss_and_writes_a_line(
     assert f"loss {last:.6f}" in text
     assert f"perplexity {np.exp(last):.4f} on 192 tokens" in text
     assert [file.name for file in (tmp_path / "c").iterdir()] == ["test.jsonl"]
+    copy = Path(shutil.copytree(trained / "step-00000020", tmp_path / "run" / "step-00000020"))
+    text = succeed(run_here("run_pretrain.py", "--do-test", "--from-checkpoint", copy, "--valid-steps", 1))
+    assert text.endswith(f"added to {tmp_path}/run/test.jsonl\n"), "beside the model"
 
 
-def test_max_hours_stops_with_a_checkpoint_and_the_run_resumes(
+def test_a_time_limit_stops_after_the_step_and_the_run_resumes_without_a_trace(
     trained: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
+    """No copy of the checkpoint stays behind, and no line of the metrics is doubled or lost."""
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", tmp_path]
-    assert "stopped by --max-hours after step 3" in succeed(run("run_pretrain.py", *flags, "--max-hours", 1e-9))
-    succeed(run("run_pretrain.py", *flags))
+    limits = ["--max-minutes", 1e-9, "--max-hours", 1]
+    assert "stopped by --max-minutes after step 1;" in succeed(run("run_pretrain.py", *flags, *limits))
+    # Resumed runs do not keep a limit. This one is stopped where evaluations are due, and the next makes up for them.
+    assert "stopped by --max-hours after step 2;" in succeed(
+        run_here("run_pretrain.py", *flags, "--max-hours", 1e-9, "--valid-interval", 2)
+    )
+    text = succeed(run_here("run_pretrain.py", *flags, "--valid-interval", 2))
+    assert "set aside" not in text
+    lines, expected = metrics(tmp_path), metrics(trained)
+    assert [line["step"] for line in lines if "valid_loss" in line] == list(range(2, 21, 2))
+    assert [line["step"] for line in lines if "loss" in line] == [line["step"] for line in expected if "loss" in line]
     assert training_losses(tmp_path) == training_losses(trained)
+    steps = ["step-00000001", "step-00000002", "step-00000010", "step-00000020"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir() and not path.is_symlink()) == steps
 
 
 def test_a_killed_run_resumes_and_logs_no_step_twice(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
@@ -280,7 +296,7 @@ def test_a_diverged_run_fails_and_spoils_no_checkpoint(data_flags: list[str], tm
     ):
         assert result.returncode == 1, result.stderr
         assert result.stderr.count("the run has diverged") == 1, result.stderr
-    for folder in checkpoint.list_checkpoints(tmp_path):
+    for folder in run_folder.list_checkpoints(tmp_path):
         _, weights = load_weights(folder)
         assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 

@@ -15,7 +15,7 @@ from conftest import ROOT, SMALL_RUN, metrics, require_xla, run, run_here, train
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from gpt2xla.checkpoint.folder import list_checkpoints
+from gpt2xla.checkpoint.run_folder import list_checkpoints
 
 NOTEBOOKS = ["kaggle_tpu.ipynb", "colab.ipynb"]
 

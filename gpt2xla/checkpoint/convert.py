@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.loading import load_weights, locate
+from gpt2xla.checkpoint.model_card import MODEL_CARD, card_of_model
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
@@ -33,7 +34,9 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
         partial.mkdir(parents=True)
         hf.save_model(partial, config, weights, settings)
         if found:
-            found.save(partial)
+            hf.save_tokenizer(partial, found, config.seq_length)
+        card = card_of_model(output.name, name, config, weights, found)
+        (partial / MODEL_CARD).write_text(card, encoding="utf-8")
         partial.rename(output)
     head, biases = "tied" if config.tie_weights else "untied", "biases" if config.bias else "no biases"
     say(

@@ -1,14 +1,14 @@
-"""Checkpoint folders, written so that a crash leaves the old ones intact, and verified before use.
+"""The folder of a checkpoint, written so that a crash leaves the old ones intact.
 
 `step-00001000/` is a Hugging Face model folder. Beside the weights it has `training_state.pt`, `run_config.json`, and the
 folder `training_state/` if the optimizer's state was split over devices (`sharded_state.py`). It is written under a
-temporary name and then renamed. Its file `COMPLETE`, with size and hash of every other file, shows that it is whole.
+temporary name and then renamed. Its file `COMPLETE`, with size and hash of every other file, shows that it is whole
+(`seal.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -20,16 +20,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.checkpoint.model_card import MODEL_CARD, card_of_run
+from gpt2xla.checkpoint.run_folder import RUN_CONFIG, set_aside, step_folder
+from gpt2xla.checkpoint.seal import seal
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
-from gpt2xla.files import file_sha256, read_json, write_whole
+from gpt2xla.files import write_whole
 from gpt2xla.generation.settings import GenerationSettings
-from gpt2xla.logs.sinks import METRICS_FILE
+from gpt2xla.logs.console import say
 
-COMPLETE = "COMPLETE"
 TRAINING_STATE = "training_state.pt"
 SHARDS = "training_state"
-RUN_CONFIG = "run_config.json"
+# Made when the evaluations after the checkpoint's step, which a stop had cut off, are done. `COMPLETE` does not list it.
+_EVALUATED = "EVALUATED"
 
 
 def save(
@@ -44,7 +47,7 @@ def save(
 ) -> Path:
     """Write `step-XXXXXXXX` under `root` for `training["step"]`; return it once it is safely on disk.
 
-    An older folder of the same step is set aside.
+    A folder of the same step that someone put there meanwhile is set aside.
 
     Args:
         weights: by our parameter names, on the CPU.
@@ -58,7 +61,7 @@ def save(
         partial.mkdir(parents=True)
         _write(partial, config, weights, training, tokenizer, settings, shards)
         if final.exists():
-            _set_aside(final)
+            say(set_aside(final))
         os.rename(partial, final)
     # On a full disk, torch and safetensors raise their own errors.
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -81,130 +84,33 @@ def _write(
 ) -> None:
     hf.save_model(folder, config.model, weights, settings)
     if tokenizer:
-        tokenizer.save(folder)
+        hf.save_tokenizer(folder, tokenizer, config.model.seq_length)
     with (folder / TRAINING_STATE).open("wb") as state:  # given a path, torch would hide the error of the disk
         torch.save(training, state)
     if shards.is_dir():
         shards.rename(folder / SHARDS)
     write_run_config(folder, config)
+    card = card_of_run(config, weights, training["step"], tokenizer, folder.parent)
+    (folder / MODEL_CARD).write_text(card, encoding="utf-8")
     seal(folder, training["step"])
     for file in [*folder.rglob("*"), folder]:
         _fsync(file)
 
 
-def seal(folder: Path, step: int) -> None:
-    """Write COMPLETE: the step, the size and hash of every file, and a hash of these entries."""
-    files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file != folder / COMPLETE
-    }
-    contents = {"step": step, "files": files}
-    sealed = contents | {"sha256": _sha256(contents)}
-    (folder / COMPLETE).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+def mark_evaluated(folder: Path) -> None:
+    """Note in a checkpoint that the evaluations due after its step are done. Nothing else in it changes."""
+    (folder / _EVALUATED).touch()
+    _fsync(folder)
 
 
-def _sha256(contents: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-
-
-def step_folder(root: Path, step: int) -> Path:
-    """Return where the checkpoint of `step` lies."""
-    return root / f"step-{step:08d}"
-
-
-def shards_folder(root: Path, step: int) -> Path:
-    """Return where to write what `save` takes as `shards`. An interrupted one is removed like any partial folder."""
-    return root / f".step-{step:08d}.{SHARDS}.partial"
-
-
-def prepare_folder(root: Path, step: int) -> list[str]:
-    """Make `root` ready for a run that continues after `step`, and return lines for the user.
-
-    Leftovers of interrupted writes are removed. Checkpoints of later steps are set aside, with a copy of the metrics, so
-    that no later start takes them for this run's."""
-    for partial in root.glob(".step-*.partial"):
-        shutil.rmtree(partial)
-    for name in (RUN_CONFIG, METRICS_FILE):
-        for partial in root.glob(f".{name}.*.partial"):
-            partial.unlink()
-    later = sorted(folder for folder in root.glob("step-*") if folder > step_folder(root, step))
-    if later and (root / METRICS_FILE).exists():
-        shutil.copy(root / METRICS_FILE, _abandoned_name(root / METRICS_FILE))
-    return [f"set aside: {folder.name} is now {_set_aside(folder).name}" for folder in later]
-
-
-def prune(root: Path, newest: Path, limit: int) -> None:
-    """Delete the oldest checkpoints so that `limit` remain (0: keep all). If `newest` is damaged, this deletes nothing and
-    raises OSError."""
-    old = [folder for folder in list_checkpoints(root) if folder < newest]
-    surplus = old[: max(0, len(old) + 1 - limit)] if limit else []
-    if surplus and not (problem := find_damage(newest)):
-        for folder in surplus:
-            # Renamed first: a half-deleted one is never loaded, and the next start removes the rest.
-            shutil.rmtree(folder.rename(root / f".{folder.name}.partial"))
-    elif surplus:
-        raise OSError(f"the checkpoint just written is damaged, so no older one was deleted: {problem}")
-
-
-def list_checkpoints(root: Path) -> list[Path]:
-    """Return the finished checkpoints in `root`, oldest first."""
-    return [folder for folder in list_folders(root) if (folder / COMPLETE).is_file()]
-
-
-def list_folders(root: Path) -> list[Path]:
-    """Return the folders in `root` that are named like checkpoints, finished or not, oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if folder.is_dir())
-
-
-def step_of(folder: Path) -> int:
-    """Return the step at which a checkpoint was saved; 0 for any other model folder."""
-    try:
-        return int(read_json(folder / COMPLETE)["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if it is whole."""
-    try:
-        contents = read_json(folder / COMPLETE)
-        if contents.pop("sha256") != _sha256(contents):
-            return f"{folder / COMPLETE} is damaged"
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents["files"].items()}
-    except FileNotFoundError:
-        return f"{folder} is not a finished checkpoint: it has no file {COMPLETE}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{folder / COMPLETE} is damaged"
-    for name, (size, sha256) in expected.items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{folder / COMPLETE} names a file outside of its folder"
-        try:
-            is_there = file.is_file()
-        except OSError:
-            return f"{folder / COMPLETE} names a file that cannot exist"
-        if not is_there:
-            return f"{file} is missing"
-        if file.stat().st_size != size or file_sha256(file) != sha256:
-            return f"{file} is damaged: its contents have changed since it was saved"
-    return None
+def is_evaluated(folder: Path, training: dict[str, Any]) -> bool:
+    """Whether the evaluations due after the checkpoint's step are done. They are not if the run was stopped during them."""
+    return training.get("is_evaluated", True) or (folder / _EVALUATED).exists()
 
 
 def write_run_config(folder: Path, config: RunConfig) -> None:
     """Write all options of the run. `--config run_config.json` reads them back."""
     write_whole(folder / RUN_CONFIG, json.dumps(config.to_flat(), indent=2) + "\n")
-
-
-def _set_aside(folder: Path) -> Path:
-    return folder.rename(_abandoned_name(folder))
-
-
-def _abandoned_name(path: Path) -> Path:
-    number = 1
-    while (name := path.with_name(f"abandoned-{number}-{path.name}")).exists():
-        number += 1
-    return name
 
 
 def _fsync(path: Path) -> None:

@@ -9,21 +9,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2xla.checkpoint.folder import list_checkpoints
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.formats.file_kind import kind_of
 from gpt2xla.checkpoint.formats.hf_config import read_config
 from gpt2xla.checkpoint.formats.llmc_file import load_llmc_model
 from gpt2xla.checkpoint.formats.pt_file import load_pt_model
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights
+from gpt2xla.checkpoint.run_folder import followed, list_checkpoints, refuse_unfinished
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.model.gpt2 import GPT2
 
 
 def locate(name: str) -> Path:
-    """Return the folder or file that a user's `name` means: a path, the newest checkpoint in a folder of checkpoints, an
-    OpenAI size or a hub id. Raises InputError if there is no such model."""
+    """Return the folder or file that a user's `name` means: a path, a link such as `latest`, the newest checkpoint in
+    a folder of checkpoints, an OpenAI size or a hub id. Raises InputError if there is no such model."""
     if not name:
         raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
     path = Path(name)
@@ -32,7 +32,8 @@ def locate(name: str) -> Path:
             return path
         if path.is_dir() and not (path / "config.json").exists() and (checkpoints := list_checkpoints(path)):
             return checkpoints[-1]
-        return hf.find_folder(name)
+        refuse_unfinished(name)
+        return followed(hf.find_folder(name))
 
 
 def load_weights(source: Path) -> tuple[ModelConfig, StoredWeights]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.generation.settings import GenerationSettings
@@ -43,17 +44,30 @@ class Saver:
         self.tokenizer, self.settings, self.run_state, self.stop = tokenizer, settings, run_state, stop
         self.folder = Path(config.general.checkpoints_dir)
         self._writes = BackgroundSaves(self._failed)
+        self._has_no_link = False  # and that was reported
 
     def save(self, step: int, is_evaluated: bool) -> None:
         """Copy the state after `step` to host memory and start writing it. Collective.
 
         Args:
             is_evaluated: whether the evaluations due after `step` are done; if not, a resumed run makes up for them."""
-        shards = checkpoint.shards_folder(self.folder, step)
+        shards = run_folder.shards_folder(self.folder, step)
         weights, state = self.runtime.snapshot(self.model, self.optimizer, shards)
         if self.runtime.is_main:
             training = {"step": step, "is_evaluated": is_evaluated, **state, **self.run_state()}
             self._writes.start(partial(self._write, weights, training, shards))
+
+    def keep(self, step: int, is_evaluated: bool) -> None:
+        """Note in the checkpoint that the run resumed whether the evaluations due after it are done now. A run that resumed
+        one of another folder saves it in its own. Collective."""
+        folder = run_folder.step_folder(self.folder, step)
+        if not folder.is_dir():
+            self.save(step, is_evaluated)
+        elif is_evaluated and self.runtime.is_main:
+            try:
+                checkpoint.mark_evaluated(folder)
+            except OSError as error:
+                say(f"{folder}: {error.strerror}; when resumed, it is evaluated again", error=True)
 
     def wait(self) -> bool:
         """Wait until nothing is being written. Return whether the last checkpoint is on the disk."""
@@ -64,7 +78,11 @@ class Saver:
             self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer,
             settings=self.settings, shards=shards,
         )  # fmt: skip
-        checkpoint.prune(self.folder, written, self.config.train.saved_checkpoint_limit)
+        if not self._has_no_link and (problem := run_folder.point(self.folder / run_folder.LATEST, written)):
+            self._has_no_link = True
+            say(problem)
+        for note in run_folder.prune(self.folder, written, self.config.train.saved_checkpoint_limit):
+            say(note)
 
     def _failed(self, error: OSError) -> None:
         continues = self.config.train.on_save_error == "go-on"

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder
+from gpt2xla.checkpoint.folder import SHARDS, TRAINING_STATE, is_evaluated
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
+from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.errors import InputError, user_error
@@ -24,7 +26,7 @@ from gpt2xla.optim.state import moment_shapes
 
 # Options of this command that a resumed run does not inherit.
 _NOT_CONTINUED = {
-    "checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "wandb_resume_id", "verify_data",
+    "checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "max_minutes", "wandb_resume_id", "verify_data",
 }  # fmt: skip
 # What torch.amp.GradScaler and the XLA runtime's scaler save.
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
@@ -49,7 +51,7 @@ class Start:
     @property
     def is_evaluated(self) -> bool:
         """Whether the evaluations after `step` are complete. They are not if the run was stopped during them."""
-        return self.training.get("is_evaluated", True) if self.training else True
+        return self.source is None or self.training is None or is_evaluated(self.source, self.training)
 
     @property
     def is_finished(self) -> bool:
@@ -101,13 +103,13 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
     root = Path(general.checkpoints_dir)
     named = None if general.resume in ("auto", "never") else Path(general.resume)
     is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())
-    if is_other_run and not general.do_test and (existing := checkpoint.list_checkpoints(root)):
+    if is_other_run and not general.do_test and (existing := run_folder.list_checkpoints(root)):
         raise InputError(
             f"--resume {general.resume}: --checkpoints-dir {root} already holds {existing[-1].name} of another run; choose "
             "another folder or move it away"
         )
     if named:
-        return _verified(named, f"--resume {named}"), True
+        return _verified(run_folder.followed(named), f"--resume {named}"), True
     if general.resume == "auto" and not (general.do_test and general.from_checkpoint):
         newest = _newest_good(root, notes)
         if newest is not None:
@@ -119,9 +121,7 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
         source = locate(general.from_checkpoint)
     except InputError as error:
         raise InputError(f"--from-checkpoint {error}") from None
-    if source.is_file() or not any(
-        (source / name).exists() for name in (checkpoint.COMPLETE, checkpoint.TRAINING_STATE)
-    ):
+    if source.is_file() or not any((source / name).exists() for name in (COMPLETE, TRAINING_STATE)):
         return source, False
     return _verified(source, f"--from-checkpoint {source}"), general.resume != "never"
 
@@ -131,14 +131,14 @@ def _verified(folder: Path, asked: str) -> Path:
         raise InputError(
             f"{asked}: no such checkpoint folder; use auto, never or a path like checkpoints/step-00001000"
         )
-    if damage := checkpoint.find_damage(folder):
+    if damage := find_damage(folder):
         raise InputError(f"{asked}: {damage}; choose another checkpoint")
     return folder
 
 
 def _newest_good(root: Path, notes: list[str]) -> Path | None:
-    for folder in reversed(checkpoint.list_folders(root)):
-        damage = checkpoint.find_damage(folder)
+    for folder in reversed(run_folder.list_folders(root)):
+        damage = find_damage(folder)
         if damage is None:
             return folder
         notes.append(f"skipped a checkpoint: {damage}")
@@ -148,7 +148,7 @@ def _newest_good(root: Path, notes: list[str]) -> Path | None:
 
 
 def _refuse_an_older_one(general: GeneralConfig, newest: Path) -> None:
-    named = Path(general.from_checkpoint or "")
+    named = run_folder.followed(Path(general.from_checkpoint or ""))
     if named.parent.resolve() == newest.parent.resolve() and named.name != newest.name and named.is_dir():
         raise InputError(
             f"--from-checkpoint {named} is older than {newest.name} beside it; to go back to it, use --resume {named}"
@@ -159,7 +159,7 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
     """Return `config` with the options that the user did not set taken from the resumed run."""
     now, options = config.to_flat(), {}
     try:
-        saved = in_todays_words(read_json(source / checkpoint.RUN_CONFIG))
+        saved = in_todays_words(read_json(source / run_folder.RUN_CONFIG))
         for name, value in saved.items():
             if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
                 continue
@@ -172,7 +172,7 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
                 notes.append(f"changed: {flag(name)} {_as_given(value)} -> {_as_given(now[name])}")
         completed = RunConfig.from_flat({name: now[name] for name in config.given} | options)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{source / checkpoint.RUN_CONFIG} cannot be used: {error}") from None
+        raise InputError(f"{source / run_folder.RUN_CONFIG} cannot be used: {error}") from None
     asked = completed.optim.optim_type
     trained = saved.get("optim_type", asked)
     if asked != trained and "muon" in (asked, trained) and not config.general.do_test:
@@ -241,14 +241,14 @@ def _memory_bytes() -> int:
 
 
 def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
-    file, moments = source / checkpoint.TRAINING_STATE, moment_shapes(config.optim, parameter_shapes(config.model))
+    file, moments = source / TRAINING_STATE, moment_shapes(config.optim, parameter_shapes(config.model))
     training = load_plain(file)
     try:
         step, optimizer = training["step"], training["optimizer"]
-        if (source / checkpoint.SHARDS).is_dir():
+        if (source / SHARDS).is_dir():
             from gpt2xla.runtime import sharded_state  # whose library takes half a second
 
-            file = source / checkpoint.SHARDS
+            file = source / SHARDS
             optimizer |= sharded_state.load(file, moments)
         found = {key: {name: t.shape for name, t in optimizer[key].items()} for key in moments}
         is_whole = found == moments and all(

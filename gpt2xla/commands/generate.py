@@ -89,6 +89,9 @@ class GenerateConfig:
 def main() -> None:
     options = parse_options(GenerateConfig, "Continue text with a GPT-2.")
     options.check()
+    from gpt2xla.checkpoint.run_folder import refuse_unfinished
+
+    refuse_unfinished(options.model)  # before torch is imported
     from gpt2xla.checkpoint.loading import build_model, load_weights, locate
     from gpt2xla.data.tokenizer import find_tokenizer
     from gpt2xla.data.tokenizer_folder import model_folder

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.processes.exits import REPORT_ONCE
 from gpt2xla.runtime.xla.environment import importing_torch_xla, prepare
 
 if TYPE_CHECKING:  # they import torch, for which --help must not wait
@@ -57,7 +59,9 @@ def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
     else:
         import torch_xla
 
-        torch_xla.launch(worker, args=(config, options, signals), start_method=options.mp_start_method)
+        with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
+            os.environ[REPORT_ONCE] = f"{folder}/reported"
+            torch_xla.launch(worker, args=(config, options, signals), start_method=options.mp_start_method)
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSignals, is_replica: bool = False) -> None:

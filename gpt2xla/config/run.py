@@ -271,6 +271,7 @@ class TrainConfig:
         "of the loss skips do not count",
     )
     max_hours: float | None = option(None, "save and stop after this many hours, for sessions with a time limit")
+    max_minutes: float | None = option(None, "the same in minutes; with both, the smaller limit counts")
 
     def check(self) -> None:
         require_at_least(1, self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
@@ -281,8 +282,9 @@ class TrainConfig:
         require_at_most(_MOST_SEQUENCES, self, "train_batch_size", "eval_batch_size")
         intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
         require_at_least(0, self, *intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
-        if self.max_hours is not None:
-            require(0 < self.max_hours < math.inf, f"--max-hours {self.max_hours}: choose a number above 0")
+        for name in ("max_hours", "max_minutes"):
+            limit = getattr(self, name)
+            require(limit is None or 0 < limit < math.inf, f"{flag(name)} {limit}: choose a number above 0")
 
 
 @dataclass(frozen=True)

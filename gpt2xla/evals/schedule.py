@@ -50,6 +50,10 @@ class Evaluations:
             sampler = Sampler(config, model, data.tokenizer, settings, runtime)
             self._all.append(("sampling", interval, lambda: {"sample": sampler.run()}))
 
+    def are_due(self, step: int) -> bool:
+        """Whether any evaluation is due after `step`."""
+        return any(is_due(interval, step, self.config.train_steps) for _, interval, _ in self._all)
+
     def run(self, step: int, log: Callable[[int, dict[str, Any]], None]) -> bool:
         """Make the evaluations that are due after `step`, and give `log` the step and each result.
 

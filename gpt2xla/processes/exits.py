@@ -25,8 +25,8 @@ _NO_READER = 128 + signal.SIGPIPE
 # If all processes fail alike, the main one reports. The launcher ends the others before they report too.
 SECONDS_FOR_MAIN = 3
 
-# A launcher may name a file in this variable. Then only the process that creates the file reports, however slow the
-# machine is.
+# A launcher may name a file in this variable. Then only the process that creates it, with what it reports in its name,
+# reports that, however slow the machine is.
 REPORT_ONCE = "GPT2XLA_REPORT_ONCE"
 
 
@@ -80,7 +80,7 @@ def report(error: BaseException) -> int:
         _silence()
         error = RunFailed("the disk is full, or your quota on it; free some space and start again")
     if isinstance(error, InputError | RunFailed):
-        if _is_first_to_report():
+        if is_first("error"):
             line = str(error).replace("\n", "\\n")  # a file name in it may hold a line break
             text = f"{Path(sys.argv[0]).name}: error: {line}"
             try:
@@ -93,6 +93,22 @@ def report(error: BaseException) -> int:
         return 130
     traceback.print_exception(error)
     return 1
+
+
+def is_first(what: str) -> bool:
+    """Tell whether this is the first of a run's processes on this host that asks this about `what`."""
+    file: str | Path | None = os.environ.get(REPORT_ONCE)
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file and own and Path(own).parent.is_dir():
+        file = Path(own).parents[1] / "gpt2xla-reported"  # all processes of this torchrun have their folders there
+    try:
+        if file:
+            os.close(os.open(f"{file}-{what}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:  # the launcher has removed its folder already
+        return True
+    return True
 
 
 def _has_no_reader(error: BaseException) -> bool:
@@ -142,16 +158,3 @@ def _tell_torchrun(text: str) -> None:
         reason = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": reason}), encoding="utf-8")
-
-
-def _is_first_to_report() -> bool:
-    file: str | Path | None = os.environ.get(REPORT_ONCE)
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file and own and Path(own).parent.is_dir():
-        file = Path(own).parents[1] / "gpt2xla-reported"  # all processes of this torchrun have their folders there
-    try:
-        if file:
-            os.close(os.open(file, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True

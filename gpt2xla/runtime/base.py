@@ -124,6 +124,9 @@ class Runtime(Device, Processes, Protocol):
     """One process's view of the devices it trains on."""
 
     precision: ChosenPrecision  # what the model computes in, after --mixed-precision auto is decided
+    steps_behind: (
+        int  # how many steps late the host may wait for a step's values without the device running out of work
+    )
 
     @property
     def memory(self) -> Memory: ...

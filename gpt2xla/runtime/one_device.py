@@ -33,6 +33,7 @@ class OneDevice:
     ) -> None:
         self.device, self.precision, self.description = device, precision, str(device)
         self.rank, self.world_size, self.devices = rank, world_size, world_size
+        self.steps_behind = 0
         self.is_main = rank == 0
         self.random_rank = rank  # the rank that goes into the seed
         self.memory, self.watch = Memory(), CompileWatch()

@@ -1,4 +1,4 @@
-"""Lets all processes of a run stop after the same step: on a signal, after --max-hours, or when their launcher has ended."""
+"""Lets all processes of a run stop after the same step: on a signal, at a time limit, or when their launcher has ended."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from gpt2xla.config import TrainConfig
 from gpt2xla.processes.signals import StopSignals
 from gpt2xla.runtime.base import Runtime
-
-# The results of the last steps may still be on the device. Waiting for them would leave it without work.
-_STEPS_BEHIND = 2
 
 
 class Stopped(Exception):
@@ -23,20 +21,30 @@ class Stopped(Exception):
 class Stop:
     """Agreement between processes that each have their own signals and their own clock.
 
-    With every step, the devices sum the number of processes that request a stop. All processes read the same sums, a few
-    steps later, and so decide alike. `signals` is None where they are not handled, as in a notebook. The run stops
-    after `hours`, or never if that is None."""
+    With every step, the devices sum the number of processes that request a stop. All processes read the same sums,
+    `runtime.steps_behind` steps later, and so decide alike. A process that is alone decides after each step: it waits only
+    for steps that are queued on its device.
 
-    def __init__(self, runtime: Runtime, signals: StopSignals | None, hours: float | None) -> None:
+    Args:
+        signals: None where they are not handled, as in a notebook.
+        train: its time limits count from now.
+        newest: returns which checkpoint is the newest, in words, for a run that is ended at once."""
+
+    def __init__(
+        self, runtime: Runtime, signals: StopSignals | None, train: TrainConfig, newest: Callable[[], str] = str
+    ) -> None:
         self.runtime, self.signals = runtime, signals
-        self._deadline = math.inf if hours is None else time.monotonic() + hours * 3600
+        limits = {"--max-hours": (train.max_hours, 3600), "--max-minutes": (train.max_minutes, 60)}
+        seconds = {name: math.inf if limit is None else limit * unit for name, (limit, unit) in limits.items()}
+        self._limit = min(seconds, key=lambda name: seconds[name])
+        self._deadline = time.monotonic() + seconds[self._limit]
         self._requested_reason = ""
         # torchrun ends its workers before itself, unless it is killed. Then nothing else would end them.
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._steps = 0
         self._first_request: float = math.inf
         if signals:
-            signals.is_handled = True
+            signals.handle("the steps under way" if runtime.steps_behind else "this step", newest)
 
     def requested(self) -> Tensor:
         """Return 1.0 on the device if this process requests a stop, else 0.0.
@@ -62,12 +70,20 @@ class Stop:
 
     def agreed(self) -> bool:
         """Tell, after a step, whether all processes stop here."""
-        self.runtime.wait(behind=_STEPS_BEHIND)
-        return self._first_request <= self._steps - _STEPS_BEHIND
+        behind = self.runtime.steps_behind
+        self.runtime.wait(behind=behind)
+        if self.runtime.world_size == 1:
+            return self.reason != ""
+        return self._first_request <= self._steps - behind
 
     def request(self, reason: str) -> None:
         """Request a stop for this process's own `reason`."""
         self._requested_reason = reason
+
+    def begin_last_save(self) -> None:
+        """Note that the run only saves and ends from here on: a signal does not stop that at once."""
+        if self.signals:
+            self.signals.is_saving = True
 
     @property
     def reason(self) -> str:
@@ -78,4 +94,4 @@ class Stop:
             return self.signals.received
         if self._torchrun is not None and os.getppid() != self._torchrun:
             return "the end of torchrun"
-        return "--max-hours" if time.monotonic() > self._deadline else ""
+        return self._limit if time.monotonic() > self._deadline else ""

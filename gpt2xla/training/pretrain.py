@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from gpt2xla.checkpoint.folder import prepare_folder, write_run_config
+from gpt2xla.checkpoint.folder import write_run_config
+from gpt2xla.checkpoint.run_folder import newest_in_words, prepare_folder, repair_latest
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.config import RunConfig, TrainConfig
@@ -57,6 +59,7 @@ def pretrain(
             validate(start, runtime)
         elif start.is_finished:
             if runtime.is_main:
+                repair_latest(Path(config.general.checkpoints_dir), start.step)
                 print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to continue it")
         else:
             with contextlib.ExitStack() as holding:
@@ -93,7 +96,7 @@ def _open(
         )
     settings = settings_of(start.source, data.tokenizer)
     model = start.build_model()
-    stop = Stop(runtime, signals, config.train.max_hours)
+    stop = Stop(runtime, signals, config.train, partial(newest_in_words, folder))
     evaluations = Evaluations(config, runtime, model, data, settings, stop)
     if runtime.is_main:
         with user_error(_flag(config)):

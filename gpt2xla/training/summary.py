@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt2xla.checkpoint.folder import step_folder
+from gpt2xla.checkpoint.run_folder import step_folder
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.opening import TrainingData

@@ -58,7 +58,8 @@ class Trainer:
         if not is_evaluated:
             is_evaluated = self.evaluations.run(step, self.log.evaluation_line)
             stopping = not is_evaluated
-            self._save(step, is_evaluated)
+            with self.runtime.watch.part("saving"):
+                self.saver.keep(step, is_evaluated)
         batches = self.runtime.device_batches(self.order.batches(step))
         self.log.throughput.restart()
         while step < self.config.train_steps and not stopping:
@@ -68,8 +69,14 @@ class Trainer:
                 if step == first_step + 1:  # it may have compiled: the clock starts after it
                     self.runtime.wait()
                     self.log.throughput.restart()
-            is_evaluated = not self.stop.agreed() and self.evaluations.run(step, self.log.evaluation_line)
-            stopping = not is_evaluated
+            stopping = self.stop.agreed()
+            if stopping:
+                is_evaluated = not self.evaluations.are_due(step)
+            else:
+                is_evaluated = self.evaluations.run(step, self.log.evaluation_line)
+                stopping = not is_evaluated
+            if stopping or step == self.config.train_steps:
+                self.stop.begin_last_save()
             if stopping or is_due(self.config.save_interval, step, self.config.train_steps):
                 self._save(step, is_evaluated)
         self.runtime.wait()

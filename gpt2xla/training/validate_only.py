@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
-from gpt2xla.checkpoint.folder import step_of
+from gpt2xla.checkpoint.run_folder import refuse_unfinished
+from gpt2xla.checkpoint.seal import COMPLETE, step_of
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import RunConfig
 from gpt2xla.data.opening import open_validation, tokenizer_of
-from gpt2xla.errors import InputError, user_error
+from gpt2xla.errors import InputError
 from gpt2xla.evals.schedule import explain_evaluation
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.logs.sinks import TEST_FILE, JsonlSink, Sink, perplexity
@@ -20,8 +22,10 @@ from gpt2xla.runtime.base import Runtime
 def validate(start: Start, runtime: Runtime) -> None:
     """Print loss and perplexity of the checkpoint on the validation split.
 
-    If --checkpoints-dir was given or exists, its test.jsonl gets a line; the log of a run stays as it is."""
+    test.jsonl in --checkpoints-dir, if that is given, else in the folder of the run that saved the checkpoint, gets a line.
+    The log of a run stays as it is. Raises InputError if there is no checkpoint, or it does not fit the split."""
     if start.source is None:
+        refuse_unfinished(start.config.general.checkpoints_dir)
         raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
     config = start.config
     windows = open_validation(config)
@@ -39,16 +43,34 @@ def validate(start: Start, runtime: Runtime) -> None:
 
 
 def _log_test(config: RunConfig, source: Path, result: Validation) -> None:
-    folder = Path(config.general.checkpoints_dir)
     line = {"step": step_of(source), "checkpoint": str(source), "valid_dir": config.data.valid_dir}
     line |= result.line() | {"valid_perplexity": perplexity(result.loss), "time": time.time()}
-    sinks: list[Sink] = []
-    if "checkpoints_dir" in config.given or folder.is_dir():
-        with user_error(f"--checkpoints-dir {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            sinks.append(JsonlSink(folder / TEST_FILE))
+    if folder := _folder_of_tests(config, source):
+        _append(folder, line, is_given="checkpoints_dir" in config.given)
     if config.wandb.wandb_logging:
-        sinks.append(WandbSink(config, folder, None))
-    for sink in sinks:
-        sink.write(line)
-        sink.close()
+        _write(WandbSink(config, Path(config.general.checkpoints_dir), None), line)
+
+
+def _folder_of_tests(config: RunConfig, source: Path) -> Path | None:
+    """Return --checkpoints-dir if it was given, else the folder of the run that saved `source`; None for other models."""
+    if "checkpoints_dir" in config.given:
+        return Path(config.general.checkpoints_dir)
+    return source.parent if (source / COMPLETE).is_file() else None
+
+
+def _append(folder: Path, line: dict[str, Any], *, is_given: bool) -> None:
+    file = folder / TEST_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(JsonlSink(file), line)
+    except OSError as error:
+        if is_given:
+            raise InputError(f"--checkpoints-dir {folder}: {error.strerror or error}; choose another") from None
+        print(f"not added to {file} ({error.strerror or error}); name another folder with --checkpoints-dir")
+    else:
+        print(f"added to {file}")
+
+
+def _write(sink: Sink, line: dict[str, Any]) -> None:
+    sink.write(line)
+    sink.close()

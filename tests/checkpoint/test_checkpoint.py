@@ -1,19 +1,24 @@
 """Checkpoint folders are found, verified, pruned, refused, and never left half-written."""
 
+import errno
 import json
+import os
 import pickle
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN
+import yaml
+from conftest import SMALL_RUN, metrics
 from transformers import AutoModelForCausalLM
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder, seal
 from gpt2xla.checkpoint.formats.pt_file import load_pt_model
-from gpt2xla.checkpoint.loading import build_model, load_weights
+from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, TorchConfig
@@ -23,7 +28,7 @@ from gpt2xla.generation.settings import GenerationSettings
 
 @pytest.fixture
 def root(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+    return Path(shutil.copytree(trained, tmp_path / "run", symlinks=True))
 
 
 def options(root: Path, *flags: str) -> RunConfig:
@@ -38,10 +43,11 @@ def flip_a_bit(file: Path) -> None:
 
 def test_a_run_leaves_whole_checkpoints_and_no_litter(trained: Path) -> None:
     assert sorted(file.name for file in trained.iterdir()) == [
-        ".lock", "metrics.jsonl", "run_config.json", "step-00000010", "step-00000020"
+        ".lock", "latest", "metrics.jsonl", "run_config.json", "step-00000010", "step-00000020"
     ]  # fmt: skip
-    assert [folder.name for folder in checkpoint.list_checkpoints(trained)] == ["step-00000010", "step-00000020"]
-    assert all(checkpoint.find_damage(folder) is None for folder in checkpoint.list_checkpoints(trained))
+    assert os.readlink(trained / "latest") == "step-00000020"
+    assert [folder.name for folder in run_folder.list_checkpoints(trained)] == ["step-00000010", "step-00000020"]
+    assert all(seal.find_damage(folder) is None for folder in run_folder.list_checkpoints(trained))
 
 
 def test_auto_takes_the_newest_and_flags_not_given_come_from_it(root: Path) -> None:
@@ -74,7 +80,7 @@ def test_auto_skips_a_damaged_one_and_names_the_file(root: Path, name: str, dama
 
 
 def test_auto_does_not_start_from_scratch_if_all_are_damaged(root: Path) -> None:
-    for folder in checkpoint.list_checkpoints(root):
+    for folder in run_folder.list_checkpoints(root):
         flip_a_bit(folder / "model.safetensors")
     with pytest.raises(InputError, match=r"no checkpoint in .* is whole"):
         find_start(options(root))
@@ -138,21 +144,112 @@ def test_going_back_to_an_older_one_sets_the_newer_aside(root: Path) -> None:
         find_start(options(root, "--from-checkpoint", str(root / "step-00000010")))
     assert find_start(options(root, "--resume", str(root / "step-00000010"))).step == 10
     (root / ".step-00000030.partial").mkdir()
-    assert checkpoint.prepare_folder(root, 10) == ["set aside: step-00000020 is now abandoned-1-step-00000020"]
+    assert run_folder.prepare_folder(root, 10) == ["set aside: step-00000020 is now abandoned-1-step-00000020"]
     assert sorted(file.name for file in root.iterdir()) == [
-        ".lock", "abandoned-1-metrics.jsonl", "abandoned-1-step-00000020", "metrics.jsonl", "run_config.json",
+        ".lock", "abandoned-1-metrics.jsonl", "abandoned-1-step-00000020", "latest", "metrics.jsonl", "run_config.json",
         "step-00000010",
     ]  # fmt: skip
+    assert os.readlink(root / "latest") == "step-00000010"
     assert find_start(options(root)).step == 10
 
 
 def test_pruning_keeps_the_newest(root: Path) -> None:
     for step in (30, 40):
         shutil.copytree(root / "step-00000020", root / f"step-{step:08d}")
-    checkpoint.prune(root, root / "step-00000040", 0)
-    assert len(checkpoint.list_checkpoints(root)) == 4
-    checkpoint.prune(root, root / "step-00000040", 2)
-    assert [folder.name for folder in checkpoint.list_checkpoints(root)] == ["step-00000030", "step-00000040"]
+    run_folder.prune(root, root / "step-00000040", 0)
+    assert len(run_folder.list_checkpoints(root)) == 4
+    run_folder.prune(root, root / "step-00000040", 2)
+    assert [folder.name for folder in run_folder.list_checkpoints(root)] == ["step-00000030", "step-00000040"]
+
+
+def test_those_set_aside_count_in_the_limit_and_are_deleted_first_by_name(root: Path) -> None:
+    shutil.copytree(root / "step-00000020", root / "step-00000030")
+    run_folder.prepare_folder(root, 10)
+    shutil.copytree(root / "step-00000010", root / "step-00000015")
+    run_folder.prepare_folder(root, 10)
+    aside = ["abandoned-1-step-00000020", "abandoned-1-step-00000030", "abandoned-2-step-00000015"]
+    assert [folder.name for folder in run_folder.list_abandoned(root)] == aside
+    newest = Path(shutil.copytree(root / "step-00000010", root / "step-00000012"))
+    assert run_folder.prune(root, newest, 3) == [f"removed: {name} (--saved-checkpoint-limit 3)" for name in aside[:2]]
+    assert run_folder.prune(root, newest, 1) == [f"removed: {aside[2]} (--saved-checkpoint-limit 1)"]
+    assert run_folder.list_checkpoints(root) == [newest]
+
+
+def test_the_link_to_the_newest_is_repaired_and_means_its_folder(root: Path) -> None:
+    latest, newest = root / "latest", root / "step-00000020"
+    for flags in (["--resume", latest], ["--from-checkpoint", latest], ["--from-checkpoint", f"{latest}/"]):
+        assert find_start(options(root, *map(str, flags))).source == newest
+    assert locate(str(latest)) == newest
+    latest.unlink()
+    latest.symlink_to("step-00000099")  # as a crash, or a user, may leave it
+    (root / ".latest.1.partial").symlink_to("step-00000099")
+    run_folder.prepare_folder(root, 20)
+    assert latest.resolve() == newest
+    assert not list(root.glob(".latest*"))
+    shutil.rmtree(root / "step-00000010")
+    shutil.rmtree(newest)
+    run_folder.prepare_folder(root, 0)
+    assert not latest.is_symlink()
+
+
+def test_without_links_there_is_a_line_and_nothing_of_the_users_is_replaced(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", refuse)
+        line = run_folder.point(root / "latest", root / "step-00000010")
+    folder = root / "step-00000010"
+    assert line == f"no link {root}/latest (Operation not permitted); give the folder itself, such as {folder}"
+    assert os.readlink(root / "latest") == "step-00000020"
+    (root / "mine").mkdir()
+    assert "mine is no link, and stays as it is" in (run_folder.point(root / "mine", folder) or "")
+
+
+def test_a_run_without_a_checkpoint_yet_says_when_it_saves(root: Path) -> None:
+    for folder in run_folder.list_checkpoints(root):
+        shutil.rmtree(folder)
+    for interval, when in ((7, "saves every 7 steps, next after step 20"), (0, "saves after step 20")):
+        values = json.loads((root / "run_config.json").read_text()) | {"save_interval": interval}
+        (root / "run_config.json").write_text(json.dumps(values))
+        message = f"{root} holds no finished checkpoint yet; its run is at step 20 and {when}"
+        for read in (locate, run_folder.refuse_unfinished):
+            with pytest.raises(InputError, match=re.escape(message)):
+                read(str(root))
+        with pytest.raises(InputError, match=re.escape(f"--from-checkpoint {message}")):
+            find_start(options(root.with_name("new"), "--from-checkpoint", str(root)))
+
+
+def test_evaluations_that_were_made_up_for_are_noted_without_another_save(root: Path) -> None:
+    folder = root / "step-00000020"
+    training = torch.load(folder / "training_state.pt", weights_only=True)
+    torch.save(training | {"is_evaluated": False}, folder / "training_state.pt")
+    rehash(folder)
+    assert not find_start(options(root)).is_evaluated
+    checkpoint.mark_evaluated(folder)
+    assert find_start(options(root)).is_evaluated
+    assert seal.find_damage(folder) is None
+
+
+def test_every_checkpoint_has_a_model_card(trained: Path, data: Path) -> None:
+    text = (trained / "step-00000020" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gpt2", "gpt2xla"]
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(trained / "step-00000020")
+    loss = [line["valid_loss"] for line in metrics(trained) if "valid_loss" in line][-1]
+    for fact in (
+        f"| parameters | {model.num_parameters():,} |",
+        "| tokens seen | 3,840 (12 sequences a step) |",
+        f"| training data | {data.name}/train |",
+        f"| validation loss | {loss:.4f} nats per token, perplexity {np.exp(loss):.2f}, after step 20 |",
+    ):
+        assert fact in body
+    assert str(data) not in text
+    assert "README.md" in json.loads((trained / "step-00000020" / "COMPLETE").read_text())["files"]
 
 
 def test_a_checkpoint_that_was_tampered_with_to_look_whole_is_refused(root: Path) -> None:
@@ -176,14 +273,14 @@ def test_a_checkpoint_that_was_tampered_with_to_look_whole_is_refused(root: Path
 
 
 def rehash(folder: Path) -> None:
-    checkpoint.seal(folder, checkpoint.step_of(folder))
+    seal.seal(folder, seal.step_of(folder))
 
 
 def test_nothing_is_pruned_while_the_newest_is_damaged(root: Path) -> None:
     flip_a_bit(root / "step-00000020" / "model.safetensors")
     with pytest.raises(OSError, match="no older one was deleted"):
-        checkpoint.prune(root, root / "step-00000020", 1)
-    assert checkpoint.find_damage(root / "step-00000010") is None
+        run_folder.prune(root, root / "step-00000020", 1)
+    assert seal.find_damage(root / "step-00000010") is None
 
 
 def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
@@ -193,7 +290,7 @@ def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
     assert start.weights is not None
     assert start.training is not None
     saved = {"weights": start.weights, "training": start.training | {"step": 30}, "tokenizer": None}
-    saved |= {"settings": GenerationSettings.of(None), "shards": checkpoint.shards_folder(root, 30)}
+    saved |= {"settings": GenerationSettings.of(None), "shards": run_folder.shards_folder(root, 30)}
     config = options(root, *SMALL_RUN)
 
     def full_disk(*_: object) -> None:
@@ -210,7 +307,7 @@ def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
 
 
 def test_hugging_face_loads_the_folder_with_equal_logits(trained: Path) -> None:
-    folder = trained / "step-00000020"
+    folder = trained / "latest"
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     config, weights = load_weights(folder)
     ours = build_model(config, weights, folder).eval()

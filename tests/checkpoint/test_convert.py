@@ -126,7 +126,12 @@ def test_no_tokenizer_is_assumed_from_the_size_of_a_vocabulary(size: int, tmp_pa
     file, output = nanogpt_file(tmp_path / "ckpt.pt", bias=True, vocab_size=size), tmp_path / "out"
     shown = succeed(run_here("scripts/convert_checkpoint.py", "--input", file, "--output-dir", output))
     assert f"tokenizer: none written, because {file} has none; add one with --tokenizer, such as gpt2" in shown
-    assert {path.name for path in output.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in output.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors"
+    }  # fmt: skip
+    card = (output / "README.md").read_text()
+    assert "converted by gpt2xla from ckpt.pt." in card
+    assert "| tokenizer | none is stored here |" in card
     for model in (file, output):
         result = run_here("generate.py", "--model", model, "--prompt", "x")
         assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
@@ -177,7 +182,7 @@ def test_a_folder_of_our_checkpoints_converts_to_its_newest(trained: Path, tmp_p
     """The folder has no files that only training needs."""
     succeed(run_here("scripts/convert_checkpoint.py", "--input", trained, "--output-dir", tmp_path / "out"))
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     _, weights = load_weights(tmp_path / "out")
     _, original = load_weights(trained / "step-00000020")
     assert all(torch.equal(weights[name], original[name]) for name in original)

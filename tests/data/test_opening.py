@@ -16,8 +16,8 @@ from conftest import (
     write_split,
 )
 
-from gpt2xla.checkpoint import folder as checkpoint
-from gpt2xla.checkpoint.folder import RUN_CONFIG
+from gpt2xla.checkpoint import seal
+from gpt2xla.checkpoint.run_folder import RUN_CONFIG
 from gpt2xla.data.shards import MANIFEST
 
 # Options of conftest.SMALL_RUN, for ids up to 256.
@@ -166,6 +166,6 @@ def test_a_checkpoint_that_names_its_folder_as_text_goes_on(data_flags: list[str
     folder = tmp_path / "out" / "step-00000002"
     file = folder / RUN_CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | {"train_dir": data_flags[1]}))
-    checkpoint.seal(folder, 2)
+    seal.seal(folder, 2)
     assert "changed: --train-dir" not in succeed(run_here("run_pretrain.py", *out, *data_flags, "--train-steps", 3))
     succeed(run_here("run_pretrain.py", *out, "--train-steps", 4))

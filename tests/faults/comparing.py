@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def check_same(folder: Path, unbroken: Path, world: int = 1, windows: bool = Tru
     for moment in ("exp_avg", "exp_avg_sq"):
         _check_tensors(ours["optimizer"][moment], theirs["optimizer"][moment])
     assert ours["step"] == theirs["step"] == steps
+    assert os.readlink(folder / "latest") == last, "the link to the newest checkpoint is an old one"
     check_no_litter(folder)
 
 

@@ -7,7 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
@@ -104,7 +104,7 @@ def _runs_on(setting: Setting, flags: list[str], case: tuple[str, str]) -> None:
         assert run.wait() == [2], run.text[-600:]
         assert name in run.text, f"{name} is not named: {run.text[-600:]}"
         assert len(run.text.splitlines()) == 1, run.text[-600:]
-    assert checkpoint.list_checkpoints(folder)[0].name == "step-00000054", "the refused start changed the folder"
+    assert run_folder.list_checkpoints(folder)[0].name == "step-00000054", "the refused start changed the folder"
     text = runs.finish(flags, folder)
     assert name in text, f"auto does not name {name}: {text[:600]}"
     comparing.check_same(folder, setting.unbroken[1])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder, seal
 from tests.faults import comparing, runs, shim
 from tests.faults.cases import Row, Setting, check_all, clear
 
@@ -70,14 +71,14 @@ def _count_calls(setting: Setting, flags: list[str]) -> int:
 
     def prepare(rank: int) -> None:
         _arm(f"step-{_AT:08d}", -1, shim.ONCE, 0, rank)
-        original = checkpoint.prune
+        original = run_folder.prune
 
-        def prune(root: Path, newest: Path, limit: int) -> None:
+        def prune(root: Path, newest: Path, limit: int) -> list[str]:
             if newest.name == f"step-{_AT:08d}":
                 root.with_name("calls").write_text(str(shim.seen()))
-            original(root, newest, limit)
+            return original(root, newest, limit)
 
-        checkpoint.prune = prune
+        run_folder.prune = prune
 
     runs.finish(flags, folder, 1, prepare)
     calls = int((setting.folder / "calls").read_text())
@@ -97,8 +98,8 @@ def _start(flags: list[str], folder: Path, case: tuple[str, int], part: str, mod
     for line in lines:
         assert os.strerror(_ERRORS[error]) in line, f"the reason is missing: {line}"
     comparing.check_no_litter(folder)
-    for saved in checkpoint.list_checkpoints(folder):
-        assert checkpoint.find_damage(saved) is None
+    for saved in run_folder.list_checkpoints(folder):
+        assert seal.find_damage(saved) is None
     return lines
 
 
@@ -109,7 +110,7 @@ def _stops(setting: Setting, flags: list[str], case: tuple[str, int]) -> None:
     # One for each save; steps are so short here that the next save may be due before all have agreed to stop.
     assert len(lines) in (2, 3), f"reported {len(lines)} times: {lines}"
     assert f"step-{_AT:08d}" in lines[0], lines[0]
-    assert [f.name for f in checkpoint.list_checkpoints(folder)] == ["step-00000006"]
+    assert [f.name for f in run_folder.list_checkpoints(folder)] == ["step-00000006"]
     clear(folder)
 
 
@@ -117,8 +118,8 @@ def _stops_once(setting: Setting, flags: list[str], reference: Path, case: tuple
     """The save at `_AT` fails, and another try does not. (A folder need not be synced, so that call may fail in silence.)"""
     folder = setting.folder / "-".join(map(str, ("once", *case)))
     lines = _start(flags, folder, case, f"step-{_AT:08d}", shim.ONCE, 0)
-    newest = checkpoint.list_checkpoints(folder)[-1]
-    assert checkpoint.step_of(newest) == max(comparing.losses(folder)), f"the last one is {newest.name}"
+    newest = run_folder.list_checkpoints(folder)[-1]
+    assert seal.step_of(newest) == max(comparing.losses(folder)), f"the last one is {newest.name}"
     if lines:
         assert len(lines) == 1, f"reported {len(lines)} times: {lines}"
         runs.finish(flags, folder)
@@ -152,7 +153,7 @@ def _all_full(setting: Setting, flags: list[str], call: int) -> None:
         assert "Traceback" not in run.text, run.text[-900:]
         assert os.strerror(errno.ENOSPC) in run.text, run.text[-900:]
     comparing.check_no_litter(folder)
-    assert all(checkpoint.find_damage(saved) is None for saved in checkpoint.list_checkpoints(folder))
+    assert all(seal.find_damage(saved) is None for saved in run_folder.list_checkpoints(folder))
     runs.finish(flags, folder)
     clear(folder)
 
@@ -194,7 +195,7 @@ def _slow_disk(setting: Setting, number: int) -> None:
     lines = [line for line in comparing.metrics(folder) if "loss" in line]
     gaps = [b["time"] - a["time"] for a, b in itertools.pairwise(lines)]
     assert max(gaps) < _DELAY / 2, f"a step took {max(gaps):.2f} s"
-    assert [f.name for f in checkpoint.list_checkpoints(folder)] == ["step-00000030", "step-00000060"]
+    assert [f.name for f in run_folder.list_checkpoints(folder)] == ["step-00000030", "step-00000060"]
     comparing.check_same(folder, setting.unbroken[1])
     clear(folder)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder, seal
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.logs import sinks as metrics
 from gpt2xla.training import pretrain
@@ -148,11 +149,13 @@ POINTS: dict[str, Callable[[int], None]] = {
     "in the middle of the training state": lambda n: _in_middle_of_file(
         torch, "save", lambda _, file: _path_of(file), n
     ),
-    "before COMPLETE": lambda n: _at(checkpoint, "file_sha256", 4 * n + 3),
+    "before COMPLETE": lambda n: _at(seal, "file_sha256", 4 * n + 3),
     "between the syncs": lambda n: _at(os, "fsync", 7 * n + 3),
     "before the rename": lambda n: _at(os, "rename", n, only=_is_step),
     "after the rename": lambda n: _at(os, "rename", n, before=False, only=_is_step),
-    "before pruning": lambda n: _at(checkpoint, "prune", n),
+    "before the link to the newest": lambda n: _at(run_folder, "point", n),
+    "in the middle of the link": lambda n: _at(os, "replace", n, only=lambda path, _: "latest" in Path(path).name),
+    "before pruning": lambda n: _at(run_folder, "prune", n),
     "before an old one is renamed": lambda n: _at(Path, "rename", max(0, n - 2)),
     "after an old one is renamed": lambda n: _at(Path, "rename", max(0, n - 2), before=False),
     "while an old one is deleted": lambda n: _in_middle_of_deleting(max(0, n - 2)),
@@ -162,8 +165,8 @@ POINTS: dict[str, Callable[[int], None]] = {
 RESUME_POINTS: dict[str, Callable[[], None]] = {
     "before what was interrupted is cleared": lambda: _at(pretrain, "prepare_folder", 0),
     "after it is cleared": lambda: _at(pretrain, "prepare_folder", 0, before=False),
-    "before the metrics are cut": lambda: _at(os, "replace", 1),
-    "after the metrics are cut": lambda: _at(os, "replace", 1, before=False),
+    "before the metrics are cut": lambda: _at(os, "replace", 2),
+    "after the metrics are cut": lambda: _at(os, "replace", 2, before=False),
 }
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder, seal
 from tests.faults import comparing, recording, runs
 from tests.faults.cases import Row, Setting, check_all, clear
 from tests.faults.kills import check_names_rank, wait_for_training
@@ -124,7 +124,7 @@ def _stopped(setting: Setting, case: tuple[str, Launch, Path, int]) -> None:
         code = run.wait(_PATIENCE)[0]
         # torchrun itself says that it was interrupted; its processes have left with 0.
         assert code == 0 or "torchrun" in name, f"exit code {code}: {run.text[-900:]}"
-        assert checkpoint.step_of(checkpoint.list_checkpoints(folder)[-1]) == max(comparing.losses(folder))
+        assert seal.step_of(run_folder.list_checkpoints(folder)[-1]) == max(comparing.losses(folder))
         _check_no_orphans(run, 5)
         if "torchrun" in name:
             assert "stopped by" in run.text, run.text[-900:]
@@ -145,7 +145,7 @@ def _spoilt(setting: Setting, case: tuple[str, Launch, Path, int]) -> None:
     assert len(errors) == 1, text[-900:]
     assert f"step {AT}:" in errors[0], errors[0]
     assert "windows" in errors[0], errors[0]
-    assert max(map(checkpoint.step_of, checkpoint.list_checkpoints(folder))) == AT // runs.SAVE_EVERY * runs.SAVE_EVERY
+    assert max(map(seal.step_of, run_folder.list_checkpoints(folder))) == AT // runs.SAVE_EVERY * runs.SAVE_EVERY
     with way(flags, folder) as run:
         assert run.wait(_PATIENCE) == [0], run.text[-900:]
     comparing.check_same(folder, unbroken, windows=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.training.train_step import TrainStep
@@ -103,7 +103,7 @@ def _fails(setting: Setting, case: tuple[str, str, int, int]) -> None:
         assert lines[-1]["step"] == _AT, f"a process went on to step {lines[-1]['step']}"
         assert lines[-1]["before"] == lines[-1]["after"], "the update was applied"
         assert lines[-2]["before"] != lines[-2]["after"], "updates are not seen"
-    assert [f.name for f in checkpoint.list_checkpoints(folder)] == ["step-00000006", "step-00000012"]
+    assert [f.name for f in run_folder.list_checkpoints(folder)] == ["step-00000006", "step-00000012"]
     comparing.check_no_litter(folder)
     runs.finish(flags, folder, world)  # nothing of it is left
     comparing.check_same(folder, setting.unbroken[world], world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import run_folder, seal
 from gpt2xla.evals.row_losses import RowLosses
 from gpt2xla.training.train_step import TrainStep
 from tests.faults import comparing, runs
@@ -34,7 +36,10 @@ def signalled(setting: Setting) -> list[Row]:
     row = Row("SIGTERM or SIGINT inside validation, a save, an update", _BAR)
     cases = [(n, list(_PLACES)[n % len(_PLACES)], n // len(_PLACES) % 2 + 1) for n in range(setting.cases(30, 4))]
     rows.append(check_all(row, cases, partial(_at_place, setting)))
-    row = Row("a second signal, more than a second later", "the process is gone within 5 s, with a code above 0")
+    row = Row(
+        "a second signal, more than a second later; a third one while the last checkpoint is written",
+        "the process is gone within 5 s, with a code above 0; the second one lets a checkpoint be written",
+    )
     rows.append(check_all(row, range(setting.cases(10, 1)), partial(_twice, setting)))
     row = Row("--max-hours", _BAR)
     cases = [(n, n % 2 + 1) for n in range(setting.cases(10, 2))]
@@ -70,16 +75,17 @@ def _check_stopped(run: runs.Run, folder: Any, world: int, begun: float) -> None
     assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
     assert time.monotonic() - begun < _SECONDS, f"it took {time.monotonic() - begun:.1f} s"
     assert not run.orphans(), "a process is left"
-    newest = checkpoint.list_checkpoints(folder)[-1]
-    assert checkpoint.find_damage(newest) is None
+    newest = run_folder.list_checkpoints(folder)[-1]
+    assert seal.find_damage(newest) is None
     logged = max(comparing.losses(folder))
-    assert checkpoint.step_of(newest) == logged, f"{newest.name}, but step {logged} was taken"
+    assert seal.step_of(newest) == logged, f"{newest.name}, but step {logged} was taken"
     comparing.check_no_litter(folder)
 
 
 def _check_goes_on(setting: Setting, flags: list[str], folder: Any, world: int) -> None:
     runs.finish(flags, folder, world)
     comparing.check_same(folder, setting.unbroken[world], world)
+    assert not list(folder.glob("abandoned-*")), "a copy is left"
     clear(folder)
 
 
@@ -116,7 +122,7 @@ def _at_place(setting: Setting, case: tuple[int, str, int]) -> None:
         codes = run.wait(60)
         assert codes == [0] * world, f"exit codes {codes}: {run.text[-600:]}"
         text = run.text
-        assert "stopped by" in text or checkpoint.list_checkpoints(folder)[-1].name.endswith(str(runs.STEPS)), text[
+        assert "stopped by" in text or run_folder.list_checkpoints(folder)[-1].name.endswith(str(runs.STEPS)), text[
             -600:
         ]
         _check_stopped(run, folder, world, time.monotonic())
@@ -124,27 +130,38 @@ def _at_place(setting: Setting, case: tuple[int, str, int]) -> None:
 
 
 def _twice(setting: Setting, number: int) -> None:
-    """Send a second signal while a save of 30 s delays the first stop request."""
+    """Send a second and a third signal while a save of 30 s delays the first stop request; or, to every other run, a second
+    one in a step of 30 s."""
     folder, flags = setting.folder / f"twice-{number}", [*setting.data, *runs.SMALL_RUN]
     folder.mkdir()
 
+    in_save = number % 2 == 0
+
     def slow(rank: int) -> None:
-        original = checkpoint._write
+        owner, name = (checkpoint, "_write") if in_save else (TrainStep, "__call__")
+        original, seen = getattr(owner, name), [0]
 
-        def write(*args: Any) -> None:
-            time.sleep(30)
-            original(*args)
+        def slowed(*args: Any) -> Any:
+            seen[0] += 1
+            if in_save or seen[0] == 8:
+                # In C, where Python's own handler would have to wait.
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)
+            return original(*args)
 
-        checkpoint._write = write
+        setattr(owner, name, slowed)
 
     with runs.started(flags, folder, 1, slow) as run:
-        wait_for_training(folder, run, 4)
-        run.processes[0].send(_number(number))
-        time.sleep(1.3)
-        assert run.processes[0].poll() is None, "it did not wait for the save"
+        wait_for_training(folder, run, 4 if in_save else 7)
+        time.sleep(0.3)
+        for again in (0, 1) if in_save else (0,):
+            run.processes[0].send(_number(number + again))
+            time.sleep(1.3)
+            assert run.processes[0].poll() is None, "it did not wait"
         run.processes[0].send(_number(number // 2))
         code = run.processes[0].wait(5)
-        assert code not in (0, None), f"exit code {code} after a second signal"
+        assert code not in (0, None), f"exit code {code} after the last signal"
+        assert "ended at once" in run.text, run.text[-600:]
+        assert ("the last checkpoint is being written" in run.text) == in_save, run.text[-600:]
     _check_goes_on(setting, flags, folder, 1)
 
 

@@ -8,6 +8,7 @@ from conftest import SMALL_RUN, metrics, run, run_here, run_xla, succeed, traini
 from safetensors.torch import load_file
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import seal
 from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
@@ -129,6 +130,6 @@ def test_a_checkpoint_without_muons_state_is_refused(torch_run: Path) -> None:
     buffers = training["optimizer"]["momentum_buffer"]
     buffers["h.0.attn.c_attn.weight"] = buffers["h.0.attn.c_attn.weight"][:-1]
     torch.save(training, file)
-    checkpoint.seal(folder, 10)
+    seal.seal(folder, 10)
     with pytest.raises(InputError, match="does not hold the state of this model's training"):
         find_start(parse_run(TorchConfig, ["--checkpoints-dir", str(torch_run), "--resume", str(folder)])[0])

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from transformers import AutoModelForCausalLM
 
 from gpt2xla.checkpoint import folder as checkpoint
+from gpt2xla.checkpoint import seal
 from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
@@ -81,7 +82,7 @@ def test_fsdp_stores_adams_state_in_a_file_per_device_without_a_pickle(runs: dic
     assert [part.suffix for part in parts] == [".safetensors"] * 8
     listed = json.loads((folder / "COMPLETE").read_text())["files"]
     assert {f"{checkpoint.SHARDS}/{part.name}" for part in parts} < listed.keys()
-    assert checkpoint.find_damage(folder) is None
+    assert seal.find_damage(folder) is None
     assert not list(runs["fsdp"].glob(".step-*"))
     stored = [training_of(runs[name])["optimizer"] for name in ("fsdp", "torch")]
     assert stored[0]["step"] == stored[1]["step"] == 20
@@ -133,7 +134,7 @@ def test_parts_that_are_not_the_whole_state_are_one_line(runs: dict[str, Path], 
         save_file(load_file(part), part)
     else:
         part.write_bytes(b"\x00" * 64)
-    checkpoint.seal(folder, 20)
+    seal.seal(folder, 20)
     with pytest.raises(InputError, match=f"{checkpoint.SHARDS} does not hold the state"):
         find_start(parse_run(TorchConfig, ["--checkpoints-dir", str(root)])[0])
 

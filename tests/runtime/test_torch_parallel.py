@@ -27,7 +27,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from gpt2xla.checkpoint.folder import list_checkpoints
+from gpt2xla.checkpoint.run_folder import list_checkpoints
 from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig

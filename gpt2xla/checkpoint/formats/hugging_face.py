@@ -24,6 +24,7 @@ from gpt2xla.checkpoint.formats.stored_weights import StoredTensor, StoredWeight
 from gpt2xla.checkpoint.formats.torch_file import load_plain, stored_tensors
 from gpt2xla.config import PRESETS, ModelConfig
 from gpt2xla.data import tokenizer_folder
+from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError
 from gpt2xla.files import read_json
 from gpt2xla.generation.settings import GENERATION_CONFIG, GenerationSettings
@@ -49,6 +50,16 @@ def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], s
         (folder / GENERATION_CONFIG).write_text(generation, encoding="utf-8")
     save_file(to_hf_state(config, state), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors would deny other users access
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, seq_length: int) -> None:
+    """Write the tokenizer's files. transformers then warns of texts longer than the model's `seq_length`."""
+    tokenizer.save(folder)
+    file = folder / "tokenizer_config.json"
+    values = read_json(file)
+    if values.get("model_max_length") != seq_length:
+        values["model_max_length"] = seq_length
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_model(folder: Path) -> tuple[ModelConfig, StoredWeights]:

@@ -53,6 +53,7 @@ class TorchRuntime(OneDevice):
         self.mesh = init_device_mesh(accelerator.kind, (world_size,)) if options.fsdp else None
         accelerator.can_try = self.mesh is None  # else the other processes, which may not have failed, would take part
         self.memory, self.state_options = accelerator, {"count_on_device": accelerator.fused}
+        self.steps_behind = accelerator.reads_behind
         self._peers = Peers() if self.distributed else None
         if precision.name == "fp16":
             self.scaler = torch.amp.GradScaler(accelerator.kind, enabled=True)
@@ -173,7 +174,7 @@ class TorchRuntime(OneDevice):
 
     def when_ready(self, callback: Callable[..., None], values: Tensor) -> None:
         self._pending.append((callback, self.accelerator.read_later(values)))
-        self.wait(behind=self.accelerator.reads_behind)
+        self.wait(behind=self.steps_behind)
 
     def wait(self, behind: int = 0) -> None:
         while len(self._pending) > behind:

@@ -1,0 +1,113 @@
+"""The README.md of a checkpoint or a converted model: the card that the Hugging Face hub shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from gpt2xla.checkpoint.logged import newest_line
+from gpt2xla.config import ModelConfig, RunConfig
+from gpt2xla.data.mixture import parse_weights
+from gpt2xla.data.remote import is_url
+from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.logs.sinks import METRICS_FILE, perplexity
+
+MODEL_CARD = "README.md"
+_FRONT = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+- gpt2xla
+---
+"""
+_SPLITS = ("train", "test", "valid", "validation", "val")  # folders that are named after a part of a data set
+
+
+def card_of_run(
+    config: RunConfig, weights: Mapping[str, Tensor], step: int, tokenizer: Tokenizer | None, root: Path
+) -> str:
+    """Return the card of a checkpoint after `step`. The validation loss is the newest in `root`, the folder of the run."""
+    train, name = config.train, f"step-{step:08d}"
+    sequences = train.train_batch_size * train.gradient_accum_step
+    folders, shares = parse_weights("--train-dir", config.data.train_dir)
+    parts = (f"{_name(f)} ({s:.0%})" if len(folders) > 1 else _name(f) for f, s in zip(folders, shares, strict=True))
+    facts = {
+        "steps": f"{step:,} of {train.train_steps:,}",
+        "tokens seen": f"{step * sequences * config.model.seq_length:,} ({sequences} sequences a step)",
+        "training data": ", ".join(parts),
+        "validation data": _name(config.data.valid_dir),
+    }
+    if line := newest_line(root / METRICS_FILE, "valid_loss", step):
+        loss = line["valid_loss"]
+        facts["validation loss"] = (
+            f"{loss:.4f} nats per token, perplexity {perplexity(loss):.2f}, after step {line['step']:,}"
+        )
+    resume = f"""
+## Continue training
+
+With gpt2xla's `run_pretrain.py`, in the folder that holds this one or in a new one:
+
+```bash
+python run_pretrain.py --checkpoints-dir checkpoints
+python run_pretrain.py --from-checkpoint {name} --checkpoints-dir continued
+```
+"""
+    about = f"A GPT-2 language model, trained with gpt2xla. This is its checkpoint after step {step:,}."
+    return _card(name, about, config.model, weights, tokenizer, facts) + resume
+
+
+def card_of_model(
+    name: str, source: str, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None
+) -> str:
+    """Return the card of the converted model `name`, which comes from `source`."""
+    about = f"A GPT-2 language model, converted by gpt2xla from {_name(source)}."
+    return _card(name, about, config, weights, tokenizer, {})
+
+
+def _card(
+    name: str,
+    about: str,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    facts: dict[str, str],
+) -> str:
+    padding = config.vocab_padding * config.d_model * (1 if config.tie_weights else 2)
+    facts = {
+        "parameters": f"{sum(weight.numel() for weight in weights.values()) - padding:,}",
+        "layers, width, heads": f"{config.num_layers}, {config.d_model}, {config.num_heads}",
+        "vocabulary": f"{config.real_vocab_size:,} ids",
+        "context": f"{config.seq_length:,} tokens",
+        "tokenizer": _name(tokenizer.name) if tokenizer else "none is stored here",
+    } | facts
+    table = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+    return (
+        f"{_FRONT}\n# {name}\n\n{about}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n{_use(name, tokenizer is not None)}"
+    )
+
+
+def _use(name: str, has_tokenizer: bool) -> str:
+    code = (
+        f"""from transformers import pipeline
+
+generate = pipeline("text-generation", model="{name}")  # the path of this folder
+print(generate("Once upon a time", max_new_tokens=50)[0]["generated_text"])"""
+        if has_tokenizer
+        else f"""from transformers import GPT2LMHeadModel
+
+model = GPT2LMHeadModel.from_pretrained("{name}")  # the path of this folder"""
+    )
+    return f"```python\n{code}\n```\n\nNo license is stated here: add yours before you publish the model.\n"
+
+
+def _name(place: str) -> str:
+    """Return a name for a folder, file or hub id that says nothing about where on this machine it lies."""
+    path = Path(place)
+    if is_url(place) or not (path.is_absolute() or path.exists()):
+        return place
+    path = path.resolve() if path.name in ("", "..") else path
+    return "/".join(path.parts[-2:]) if path.name in _SPLITS and len(path.parts) > 1 + path.is_absolute() else path.name

@@ -1,0 +1,62 @@
+"""The file COMPLETE of a checkpoint: size and hash of every other file, which show that it is whole. Knows no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.files import file_sha256, read_json
+
+COMPLETE = "COMPLETE"
+
+
+def seal(folder: Path, step: int) -> None:
+    """Write COMPLETE: the step, the size and hash of every file, and a hash of these entries."""
+    files = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file != folder / COMPLETE
+    }
+    contents = {"step": step, "files": files}
+    sealed = contents | {"sha256": _sha256(contents)}
+    (folder / COMPLETE).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+
+
+def step_of(folder: Path) -> int:
+    """Return the step at which a checkpoint was saved; 0 for any other model folder."""
+    try:
+        return int(read_json(folder / COMPLETE)["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if it is whole."""
+    try:
+        contents = read_json(folder / COMPLETE)
+        if contents.pop("sha256") != _sha256(contents):
+            return f"{folder / COMPLETE} is damaged"
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents["files"].items()}
+    except FileNotFoundError:
+        return f"{folder} is not a finished checkpoint: it has no file {COMPLETE}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{folder / COMPLETE} is damaged"
+    for name, (size, sha256) in expected.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{folder / COMPLETE} names a file outside of its folder"
+        try:
+            is_there = file.is_file()
+        except OSError:
+            return f"{folder / COMPLETE} names a file that cannot exist"
+        if not is_there:
+            return f"{file} is missing"
+        if file.stat().st_size != size or file_sha256(file) != sha256:
+            return f"{file} is damaged: its contents have changed since it was saved"
+    return None
+
+
+def _sha256(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
