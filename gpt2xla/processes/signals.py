@@ -130,17 +130,19 @@ class StopSignals:
         """Act on a signal as the process that trains."""
         if number not in _SIGNALS or not self._counts(number):
             return
-        name = signal.Signals(number).name
-        again = "press again" if number == signal.SIGINT else "send it again"
+        # Who pressed Ctrl-C need not read which signal that is; the line fits 80 columns without.
+        name, again = (
+            ("", "press again") if number == signal.SIGINT else (f"{signal.Signals(number).name}: ", "send it again")
+        )
         if self.is_saving and not self._has_waited:
             self._has_waited = True
             if is_first("saving"):
-                _say(f"{name}: the last checkpoint is being written, then the run ends; {again} to end at once")
+                _say(f"{name}the last checkpoint is being written, then the run ends; {again} to end at once")
         elif self._requests == 1:
             if is_first("stopping"):
-                _say(f"{name}: stopping with a checkpoint after {self._after}; {again} to stop without one")
+                _say(f"{name}stopping with a checkpoint after {self._after}; {again} to stop without one")
         else:
-            self._end_at_once(name)
+            self._end_at_once(number, name)
 
     def _counts(self, number: int) -> bool:
         """Return whether the signal is a new request, and count it."""
@@ -152,10 +154,10 @@ class StopSignals:
             self.received = self.received or signal.Signals(number).name
             return True
 
-    def _end_at_once(self, name: str) -> NoReturn:
+    def _end_at_once(self, number: int, name: str) -> NoReturn:
         if is_first("ended"):
-            _say(f"{name}: ended at once; {self._newest()}")
-        os._exit(128 + signal.Signals[name])
+            _say(f"{name}ended at once; {self._newest()}")
+        os._exit(128 + number)
 
     def _pass_on(self, number: int, frame: FrameType | None, workers: list[Any]) -> None:
         """Act on a signal as the process that has started `workers`. They decide what the first two mean."""
