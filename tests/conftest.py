@@ -38,7 +38,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SMALL_RUN = [
     "--vocab-size", "97", "--seq-length", "16", "--d-model", "32", "--num-layers", "2", "--num-heads", "2",
     "--train-batch-size", "4", "--gradient-accum-step", "3", "--eval-batch-size", "4", "--valid-steps", "3",
-    "--learning-rate", "0.01", "--min-lr", "0.001", "--warmup-steps", "4", "--decay-steps", "20", "--max-grad-norm", "0.5",
+    "--learning-rate", "0.01", "--min-lr", "0.001", "--warmup-steps", "0", "--decay-steps", "20", "--max-grad-norm", "0.5",
     "--train-steps", "20", "--valid-interval", "10", "--save-interval", "10",
 ]  # fmt: skip
 

@@ -45,7 +45,8 @@ def refused(result: subprocess.CompletedProcess[str], *culprits: str) -> None:
 # Flags added to a run that works -> what the one line must name.
 WRONG_FLAGS = {
     "unknown flag": (["--learning-rat", "0.1"], ["--learning-rat is unknown; did you mean --learning-rate?"]),
-    "underscores": (["--train_dir", "x"], ["--train_dir", "did you mean --train-dir?"]),
+    "underscores, which are fine": (["--train_dir", "/no/such/folder"], ["--train-dir /no/such/folder"]),
+    "underscores in a wrong flag": (["--train_dirs", "x"], ["--train_dirs", "did you mean --train-dir?"]),
     "another trainer's flag": (["--lr", "0.1"], ["--lr", "did you mean --learning-rate?"]),
     "one dash": (["-lr", "0.1"], ["-lr", "did you mean --learning-rate?"]),
     "nothing like a flag": (["--zzz"], ["--zzz is unknown (--help lists the flags)"]),
@@ -62,7 +63,8 @@ WRONG_FLAGS = {
     "impossible dropout": (["--dropout", "1.5"], ["--dropout 1.5"]),
     "impossible beta": (["--betas", "0.9", "1.0"], ["--betas 0.9 1.0"]),
     "learning rate not a number": (["--learning-rate", "nan"], ["--learning-rate"]),
-    "decay ends in warm-up": (["--warmup-steps", "50"], ["--decay-steps 20", "--warmup-steps 50"]),
+    "warm-up outlasts the run": (["--warmup-steps", "20"], ["--warmup-steps 20", "--train-steps 20", "such as 1"]),
+    "decay ends in warm-up": (["--warmup-steps", "9", "--decay-steps", "9"], ["--decay-steps 9", "--warmup-steps 9"]),
     "missing shard folder": (["--train-dir", "/no/such/folder"], ["--train-dir /no/such/folder", "prepare_text.py"]),
     "folder without shards": (["--valid-dir", "gpt2xla"], ["--valid-dir gpt2xla", ".npy"]),
     "vocabulary too small": (["--vocab-size", "90"], ["--vocab-size 90", "use at least 97"]),

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 
 from gpt2xla.config.options import options_of
-from gpt2xla.config.run import TorchConfig, XlaConfig
+from gpt2xla.config.runners import TorchConfig, XlaConfig
 
 # Names that other trainers (nanoGPT, transformers), our other programs and newcomers use -> the options that may be meant:
 # the first that a program has.
