@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -121,11 +121,29 @@ def versions() -> str:
     return ", ".join(found)
 
 
+class _Caught(Exception):
+    """Carries a parser out of the program that made it."""
+
+
+def parser_of(main: Callable[[], None]) -> argparse.ArgumentParser:
+    """Return the parser that a program makes, without running the rest of the program."""
+    OneLineParser.is_wanted = True
+    try:
+        main()
+    except _Caught as caught:
+        return caught.args[0]
+    finally:
+        OneLineParser.is_wanted = False
+    raise AssertionError("a program parses before it does anything else")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse's parser, which raises a mistake as an InputError of one line instead of printing the usage and exiting.
 
     Flags may be spelled with underscores. `other_names` maps flags that --help does not show to those that they mean; ""
     stands for the arguments without a flag."""
+
+    is_wanted = False  # whether `parser_of` waits for it
 
     def __init__(self, other_names: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(
@@ -146,6 +164,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse(self, args: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
         """Return the values of the flags, and what is wrong with the first word that belongs to no flag, if any."""
+        if self.is_wanted:
+            raise _Caught(self)
         words = [part for word in (sys.argv[1:] if args is None else args) for part in self._in_our_names(word)]
         known = {string.lstrip("-").replace("-", "_"): string for a in self._actions for string in a.option_strings}
         names = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]

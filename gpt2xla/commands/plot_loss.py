@@ -9,7 +9,9 @@ from gpt2xla.logs.sinks import METRICS_FILE
 
 
 def main() -> None:
-    parser = OneLineParser(description="Draw training and validation loss against tokens.")
+    parser = OneLineParser(
+        {"--run": "", "--checkpoints-dir": ""}, description="Draw training and validation loss against tokens."
+    )
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="checkpoints folders, or metrics.jsonl files")
     parser.add_argument(
         "--output", type=path, metavar="PATH", default="loss.png", help="picture to write (default: loss.png)"
