@@ -21,7 +21,7 @@ from gpt2xla.config.paths import check_model, check_resumed
 from gpt2xla.data.opening import with_vocabulary
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
-from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.gpt2 import GPT2, blank
 from gpt2xla.optim.schedule import past_decay
 from gpt2xla.optim.state import moment_shapes
 
@@ -63,9 +63,7 @@ class Start:
         """Return the model with its first weights, on the CPU. Raises InputError if they cannot be read."""
         if self.source is not None and self.weights is not None:
             return build_model(self.config.model, self.weights, self.source)
-        with torch.device("meta"):
-            model = GPT2(self.config.model)
-        model.to_empty(device="cpu")
+        model = blank(self.config.model)
         model.init_weights(torch.Generator().manual_seed(self.config.general.seed))
         return model
 
