@@ -95,6 +95,6 @@ def _help(first: str = "") -> str:
     rows = (f"  {name:<20} {command.help}" for name, command in COMMANDS.items() if name.startswith(first))
     lines = [
         "usage: gpt2xla COMMAND [OPTIONS]", "", "A TPU-first PyTorch/XLA trainer for GPT-2.", "", *rows, "",
-        "gpt2xla COMMAND --help lists a command's options, gpt2xla --version shows the versions.",
+        "gpt2xla COMMAND --help lists the options of a command.",
     ]  # fmt: skip
     return "\n".join(lines)

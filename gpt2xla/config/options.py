@@ -11,7 +11,7 @@ import decimal
 import math
 import os
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal
@@ -88,11 +88,12 @@ def expanded(path: str) -> str:
     return whole
 
 
-def check_paths(group: Any, names: Collection[str]) -> None:
-    """Run the `check` of those options of a dataclass's instance that are in `names`. Raises InputError."""
-    for f in options_of(group):
-        if f.name in names and f.metadata["check"] and (value := getattr(group, f.name)) is not None:
-            f.metadata["check"](flag(f.name), value)
+def check_paths(group: Any, names: Iterable[str]) -> None:
+    """Run the `check` of those options of a dataclass's instance that `names` holds, in this order. Raises InputError."""
+    found = {f.name: f for f in options_of(group)}
+    for name in names:
+        if name in found and (check := found[name].metadata["check"]) and (value := getattr(group, name)) is not None:
+            check(flag(name), value)
 
 
 @dataclass(frozen=True)

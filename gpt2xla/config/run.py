@@ -395,15 +395,18 @@ class RunConfig:
         )
 
     def check_paths(self) -> None:
-        """Raise InputError if a path is plainly wrong. The programs that train call it before they import torch.
-
-        Of options that the user did not set, only those of a folder in which no run can be resumed count."""
-        unread = {"train_dir"} if self.general.do_test else set()
-        names = set(self.given)
-        if self.general.from_checkpoint is None and not Path(self.general.checkpoints_dir).exists():
+        """Raise InputError if a path that the user gave is plainly wrong, or the default --train-dir, where no run can be
+        resumed that has another one. The programs that train call it before they import torch."""
+        general, names = self.general, set(self.given)
+        is_new = (
+            general.from_checkpoint is None and general.resume == "auto" and not Path(general.checkpoints_dir).exists()
+        )
+        if general.do_test:
+            names.discard("train_dir")
+        elif is_new:
             names.add("train_dir")
-        for group in (self.general, self.data):
-            check_paths(group, names - unread)
+        for group in (general, self.data):
+            check_paths(group, sorted(names & self.given) + sorted(names - self.given))
 
 
 GROUPS: dict[str, type] = {
