@@ -44,9 +44,9 @@ SMALL_RUN = [
 
 
 def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the repository from its root, as the README's commands do."""
+    """Run a program of the repository from its root, as the README's commands do. It may be `-m gpt2xla COMMAND`."""
     return subprocess.run(
-        [sys.executable, program, *map(str, arguments)],
+        [sys.executable, *program.split(), *map(str, arguments)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, check=False,
         timeout=500,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def run_xla(
 def torchrun(
     processes: int, *arguments: object, program: str = "run_pretrain.py", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", program]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program.split()]
     return run("-m", *launcher, *arguments, **environment)
 
 

@@ -122,8 +122,9 @@ def test_a_wrong_environment_is_one_line(
 def test_a_wrong_flag_on_xla_is_one_line_too(
     devices: str, flags: list[str], culprits: list[str], data_flags: list[str], tmp_path: Path
 ) -> None:
+    """By the installed command, whose workers start in another way than a script's."""
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", str(tmp_path / "c"), *flags]
-    refused(run_xla(*flags, CPU_NUM_DEVICES=devices), *culprits)
+    refused(run_xla(*flags, program="-m gpt2xla train-xla", CPU_NUM_DEVICES=devices), *culprits)
 
 
 def test_a_flag_that_xla_does_not_know_is_named(data_flags: list[str], tmp_path: Path) -> None:
@@ -134,7 +135,8 @@ def test_a_flag_that_xla_does_not_know_is_named(data_flags: list[str], tmp_path:
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[str], tmp_path: Path) -> None:
-    result = torchrun(2, *data_flags, *SMALL_RUN, "--train-batch-size", 3, "--checkpoints-dir", tmp_path)
+    flags = [*data_flags, *SMALL_RUN, "--train-batch-size", 3, "--checkpoints-dir", tmp_path]
+    result = torchrun(2, *flags, program="-m gpt2xla train")
     assert result.returncode != 0
     assert (
         result.stderr.count("--train-batch-size 3 does not divide over 2 devices; use a multiple of 2, such as 4") == 1
