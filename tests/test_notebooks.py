@@ -1,17 +1,19 @@
 """The notebooks, cell by cell in a kernel as their readers run them, on a CPU, a small model and text that is at hand; and
 training in the kernel itself."""
 
+import ast
 import json
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from conftest import ROOT, SMALL_RUN, metrics, require_xla, run, run_here, training_losses
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from gpt2xla.checkpoint.folder import list_checkpoints
 
@@ -26,44 +28,104 @@ def cells_tagged(notebook: nbformat.NotebookNode, tag: str) -> list[nbformat.Not
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-@pytest.mark.parametrize(
-    ("name", "sessions"), [(NOTEBOOKS[0], 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in NOTEBOOKS)]
-)
-def test_every_cell_runs_and_the_run_resumes(
-    name: str, sessions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Parameters with which the cells run here."""
     require_xla()
     texts = tmp_path / "texts"
     texts.mkdir()
     lines = [json.dumps({"text": f"Once upon a time there were {n} of them. " * 8}) for n in range(300)]
     (texts / "some.jsonl").write_text("\n".join(lines))
-    small = dict(
-        DEVICE="CPU", WORK=str(tmp_path), DATASET=str(texts), TOKENS=10**8, TOKENIZER="bytes", VOCAB_SIZE=384,
-        SEQ_LENGTH=32, D_MODEL=32, LAYERS=2, HEADS=2, BATCH=8, ACCUM=2, STEPS=8, WARMUP=2, SAVE_INTERVAL=4,
-        PROMPT="Once upon",
-    )  # fmt: skip
-    notebook = read(name)
-    (install,) = cells_tagged(notebook, "install")  # what `make install` did
-    (parameters,) = cells_tagged(notebook, "parameters")
-    notebook.cells.remove(install)
-    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in small.items())
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return dict(
+        DEVICE="CPU", FOLDER=str(tmp_path / "clone"), WORK=str(tmp_path), INPUT=str(tmp_path / "input"), DATASET=str(texts),
+        TOKENS=10**8, TOKENIZER="bytes", VOCAB_SIZE=384, SEQ_LENGTH=32, D_MODEL=32, LAYERS=2, HEADS=2, BATCH=8, ACCUM=2,
+        STEPS=8, WARMUP=2, LOOK_INTERVAL=4, SAVE_INTERVAL=4, PROMPT="Once upon",
+    )  # fmt: skip
+
+
+def namespace(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the notebook's first two code cells define: its parameters, and `run`."""
+    for variable in ("PJRT_DEVICE", "PYTHONUNBUFFERED", "GIT_TERMINAL_PROMPT"):  # set by the cells, for the test alone
+        monkeypatch.setenv(variable, "")
+    values: dict[str, Any] = {}
+    for cell in [cell for cell in read(name).cells if cell.cell_type == "code"][:2]:
+        exec(cell.source, values)
+    return values
+
+
+def execute(name: str, values: dict[str, object], *without: str) -> nbformat.NotebookNode:
+    """Run all cells, except those with one of the tags `without`, with other parameters. Raises CellExecutionError."""
+    notebook = read(name)
+    (parameters,) = cells_tagged(notebook, "parameters")
+    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in values.items())
+    notebook.cells = [cell for cell in notebook.cells if not {*without} & {*cell.metadata.get("tags", [])}]
+    try:
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    except CellExecutionError as error:
+        error.notebook = notebook
+        raise
+    return notebook
+
+
+def printed(cells: list[nbformat.NotebookNode]) -> str:
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+
+
+@pytest.mark.parametrize(
+    ("name", "sessions"), [(NOTEBOOKS[0], 1), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in NOTEBOOKS)]
+)
+def test_every_cell_runs_and_the_run_resumes(
+    name: str, sessions: int, small: dict[str, object], tmp_path: Path
+) -> None:
+    """Without the cell that installs, which did what `make install` does; the small model is left to the longer tests."""
+    without = ["install"] if sessions > 1 else ["install", "smoke"]
     for steps in (8, 12)[:sessions]:  # the second time as a reader who resumes
-        notebook_of_session = nbformat.from_dict(notebook)
-        cells_tagged(notebook_of_session, "parameters")[0].source += f"\nSTEPS = {steps}"
-        NotebookClient(notebook_of_session, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
-        printed = "".join(
-            output.get("text", "") for cell in notebook_of_session.cells for output in cell.get("outputs", [])
-        )
-        assert "no problems found" in printed, printed
-        assert "error" not in printed.lower(), printed
-        assert f"checkpoint: {tmp_path}/checkpoints/step-{steps:08d}" in printed
-        assert "\nOnce upon" in printed, "the text that the model continues"
-    assert [line["step"] for line in metrics(tmp_path / "checkpoints") if "loss" in line] == list(range(1, steps + 1))
+        notebook = execute(name, small | {"STEPS": steps}, *without)
+        text = printed(notebook.cells)
+        assert "error:" not in text, text
+        for smoke in cells_tagged(notebook, "smoke"):
+            assert "no problems found" in printed([smoke])
+            assert "step-00000010 after step 10" in printed([smoke]), "the small model was resumed"
+        assert f"checkpoint: {tmp_path}/checkpoints/step-{steps:08d}" in text
+        assert "\nOnce upon" in text, "the text that the model continues"
+    assert not (tmp_path / "smoke").exists()
+    lines = metrics(tmp_path / "checkpoints")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
+    assert {4, 8} <= {line["step"] for line in lines if "sample" in line} & {
+        line["step"] for line in lines if "valid_loss" in line
+    }
     assert [folder.name for folder in list_checkpoints(tmp_path / "checkpoints")][-1] == f"step-{steps:08d}"
-    outputs = [output for cell in notebook_of_session.cells for output in cell.get("outputs", [])]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+
+
+def test_a_download_that_fails_stops_the_notebook_at_its_cell_with_the_reason(small: dict[str, object]) -> None:
+    with pytest.raises(
+        CellExecutionError, match=r"exit code 2; .*--dataset owner/no-such-set: HF_HUB_OFFLINE"
+    ) as failure:
+        execute(NOTEBOOKS[0], small | {"DATASET": "owner/no-such-set"}, "install", "smoke")
+    code = [cell for cell in failure.value.notebook.cells if cell.cell_type == "code"]
+    failed = [cell for cell in code if any(output.output_type == "error" for output in cell.outputs)]
+    assert failed == cells_tagged(failure.value.notebook, "data")
+    assert not any(cell.outputs for cell in code[code.index(failed[0]) + 1 :])
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_installing_needs_a_repository_and_never_asks_for_a_password(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    notebook, values = read(name), namespace(name, monkeypatch)
+    (install,) = cells_tagged(notebook, "install")
+    with pytest.raises(ValueError, match=r"^REPOSITORY, in the first code cell: write the address"):
+        exec(install.source, values)
+    values |= {"REPOSITORY": (tmp_path / "none").as_uri(), "FOLDER": str(tmp_path / "clone")}
+    with pytest.raises(RuntimeError, match=r"^exit code 128; .*the repository exists"):
+        exec(install.source, values)
+    with pytest.raises(RuntimeError, match=r"^exit code 9; .*: the reason$"):
+        values["run"]("read password; echo the reason; exit ${password:-9}")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -74,17 +136,15 @@ def test_a_notebook_is_short_and_holds_no_output(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_the_programs_know_every_flag_with_the_notebooks_own_values(name: str) -> None:
-    notebook = read(name)
-    values: dict[str, object] = {}
-    (parameters,) = cells_tagged(notebook, "parameters")
-    exec(parameters.source, values)
-    values |= {"DATA": "data", "CHECKPOINTS": "checkpoints", "EXTRA": "[xla-tpu]"}
-    source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code").replace("\\\n", " ")
-    programs = re.findall(r"(?:python|pip) .*", source)
-    assert len(programs) == 8, programs
-    for command in programs:
-        words = shlex.split(command.format(**values))
+def test_the_programs_know_every_flag_with_the_notebooks_own_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = namespace(name, monkeypatch) | {"EXTRA": "[xla-tpu]", "steps": 10, "hours_left": 8.0}
+    source = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "code")
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    commands = [eval(ast.unparse(c.args[0]), values) for c in calls if getattr(c.func, "id", "") == "run"]
+    assert len(commands) == 12, commands
+    for words in map(shlex.split, commands):
+        if words[0] == "git":
+            continue
         if words[0] == "pip":
             assert words[1] == "uninstall" or words[words.index("--editable") + 1] == ".[xla-tpu]"
             continue
@@ -94,19 +154,28 @@ def test_the_programs_know_every_flag_with_the_notebooks_own_values(name: str) -
         assert "--no-such-flag is unknown" in check.stderr, check.stderr
 
 
-def test_the_kaggle_notebook_takes_an_earlier_sessions_checkpoints(tmp_path: Path) -> None:
-    """The shell line before the training, with a folder as Kaggle adds it, which may be read only."""
-    (line,) = re.findall(
-        r"^!(\[ -z .*)$", "\n".join(cell.source for cell in read("kaggle_tpu.ipynb").cells), re.MULTILINE
-    )
-    earlier, work = tmp_path / "input" / "checkpoints", tmp_path / "working"
-    (earlier / "step-00000004").mkdir(parents=True)
-    (earlier / "step-00000004" / "COMPLETE").write_text("{}")
-    work.mkdir()
+def test_the_kaggle_notebook_takes_data_and_checkpoints_of_the_last_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder as Kaggle adds it, which may be read only; of two versions, that with the later step."""
+    values = namespace(NOTEBOOKS[0], monkeypatch)
+    values |= {"INPUT": str(tmp_path / "input"), "WORK": str(tmp_path / "working"), "run": lambda command: None}
+    (cell,) = cells_tagged(read(NOTEBOOKS[0]), "data")
+    exec(cell.source, values)
+    assert not (tmp_path / "working").exists(), "there is no last version"
+    for version, step in (("a", 12), ("b", 4)):
+        for kept in (
+            f"checkpoints/step-{step:08d}/COMPLETE",
+            "checkpoints/latest/COMPLETE",
+            "data/train/manifest.json",
+        ):
+            file = tmp_path / "input" / "notebooks" / version / kept
+            file.parent.mkdir(parents=True)
+            file.write_text(version)
     for _ in range(2):
-        assert os.system(line.format(EARLIER=earlier, WORK=work)) == 0
-    assert (work / "checkpoints" / "step-00000004" / "COMPLETE").exists()
-    assert os.system(line.format(EARLIER="", WORK=work)) == 0
+        exec(cell.source, values)
+    assert [folder.name for folder in (tmp_path / "working/checkpoints").iterdir()] == ["step-00000012"]
+    assert (tmp_path / "working/data/train/manifest.json").exists()
 
 
 @pytest.mark.slow

@@ -323,10 +323,16 @@ def test_unigram_entropy_equals_its_definition(tmp_path: Path) -> None:
 
 def test_losses_are_drawn(trained: Path, tmp_path: Path) -> None:
     picture = tmp_path / "loss.png"
-    succeed(run_here("scripts/plot_loss.py", trained, trained / "metrics.jsonl", "--output", picture))
+    succeed(run_here("scripts/plot_loss.py", trained, "--more", "--log-x", "--output", picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert len(training_losses(trained)) == 20
-    assert run_here("scripts/plot_loss.py", tmp_path).returncode == 2
+    for flags in (
+        [tmp_path],
+        [trained, "--output", tmp_path / "x.jpg"],
+        [trained, "--output", tmp_path / "none" / "x.png"],
+    ):
+        result = run_here("scripts/plot_loss.py", *flags)
+        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
 
 
 def test_metrics_keep_full_precision(trained: Path) -> None:

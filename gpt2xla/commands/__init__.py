@@ -1,3 +1,3 @@
-"""The programs: options, then the function that does the work. `scripts/`, the files at the top of the repository and
-`gpt2xla` (dispatch.py) call them.
+"""The programs: their options and their `main`. `scripts/`, the files at the top of the repository and `gpt2xla`
+(dispatch.py) call them.
 """

@@ -40,8 +40,9 @@ def main() -> None:
         tokenizer = find_tokenizer(options.tokenizer, source, model_config.real_vocab_size)
         questions = encode_items(items, tokenizer, model_config.seq_length)
         model = build_model(model_config, weights, source)
-        runtime.setup_model(model)
-        result = HellaSwag(questions, model, runtime, train.eval_batch_size).run()
+        hellaswag = HellaSwag(questions, model, runtime, train.eval_batch_size)
+        runtime.setup_model(model, hellaswag.tokens)
+        result = hellaswag.run()
         if runtime.is_main:
             for note in weights.notes:
                 print(note, file=sys.stderr)

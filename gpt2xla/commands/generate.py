@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
@@ -28,10 +30,14 @@ class GenerateConfig:
     )
     batch_size: int = option(8, "with --prompts-file: prompts computed side by side, each with its --num-samples")
     num_samples: int = option(1, "continuations of each prompt; number j, from 0, draws with --seed + j")
-    seed: int = option(0, "seed of the draws; a prompt's text is the same alone and among others")
+    seed: int | None = option(
+        None, "repeat the texts that this seed gave (default: a new seed each time, which is printed to standard error)"
+    )
     max_new_tokens: int = option(100, "longest continuation, in tokens")
-    temperature: float = option(1.0, "above 1 flatter, below 1 sharper, 0 always the likeliest token")
-    top_k: int = option(0, "draw from the k likeliest tokens; 0 is off")
+    temperature: float = option(
+        0.8, "below 1 plainer, above 1 wilder, 0 always the likeliest token; 1 is the model itself"
+    )
+    top_k: int = option(40, "draw from the k likeliest tokens; 0 is off")
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability; 1 is off")
     repetition_penalty: float = option(1.0, "make tokens that are in the text less likely; 1 is off, 1.2 is usual")
     stop: tuple[str, ...] = option(
@@ -56,7 +62,11 @@ class GenerateConfig:
             value = getattr(self, name)
             if value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value}: choose a number of at least 1")
-        if not 0 <= self.seed < 2**63 - self.num_samples:
+        if self.temperature == 0 and self.num_samples > 1:
+            raise InputError(
+                f"--num-samples {self.num_samples}: all would be the same with --temperature 0; leave one of the two out"
+            )
+        if self.seed is not None and not 0 <= self.seed < 2**63 - self.num_samples:
             raise InputError(f"--seed {self.seed}: choose a number from 0 to 2^63 - 1 - --num-samples")
         if "" in self.stop:
             raise InputError("--stop is empty; give the text to stop at")
@@ -70,6 +80,8 @@ class GenerateConfig:
             output, prompts = Path(self.output), Path(self.prompts_file)
             if self.output == "" or output.is_dir():
                 raise InputError(f"--output {self.output!r} is no file; name one for the JSON lines")
+            if not output.parent.is_dir():
+                raise InputError(f"--output {output}: there is no folder {output.parent}; make it, or choose another")
             if output.exists() and prompts.exists() and output.samefile(prompts):
                 raise InputError(f"--output {output} is the --prompts-file itself; choose another")
 
@@ -105,21 +117,22 @@ def main() -> None:
         print(f"note: only flags count here, not the model's generation_config.json: {shown}", file=sys.stderr)
     model = build_model(model_config, weights, source)
     device = move(model, options.device, options.mixed_precision)
+    seed = options.seed if options.seed is not None else draw_seed(options)
 
     def continued(
-        texts: list[str], rows: int = 0, show: Callable[[str], None] = lambda text: None
+        texts: list[str], seed: int, rows: int = 0, show: Callable[[str], None] = lambda text: None
     ) -> list[Continuation]:
         return continue_texts(
-            model, tokenizer, texts, options.max_new_tokens, sampling, settings=settings, seed=options.seed,
+            model, tokenizer, texts, options.max_new_tokens, sampling, settings=settings, seed=seed,
             samples=options.num_samples, stop=options.stop, rows=rows, device=device, show=show,
         )  # fmt: skip
 
-    def show_continued(prompt: str) -> None:
+    def show_continued(prompt: str, seed: int) -> None:
         if options.num_samples == 1:
-            continued([prompt], show=lambda text: print(text, end="", flush=True))
+            continued([prompt], seed, show=lambda text: print(text, end="", flush=True))
             print()
             return
-        for number, text in enumerate(continued([prompt]), start=1):
+        for number, text in enumerate(continued([prompt], seed), start=1):
             print(f"--- sample {number} of {options.num_samples} ---\n{text.prompt}{text.text}")
 
     if prompts:
@@ -127,13 +140,23 @@ def main() -> None:
             for start in range(0, len(prompts), options.batch_size):
                 batch = prompts[start : start + options.batch_size]
                 # On XLA a smaller last batch would be another program.
-                texts = continued(batch, rows=min(options.batch_size, len(prompts)) * options.num_samples)
+                texts = continued(batch, seed, rows=min(options.batch_size, len(prompts)) * options.num_samples)
                 for number, prompt in enumerate(batch):
                     write(record(prompt, texts[number * options.num_samples :][: options.num_samples]))
     elif options.prompt is not None:
-        show_continued(options.prompt)
+        show_continued(options.prompt, seed)
     else:
-        ask(lambda prompt: show_continued(reader.checked(prompt)))
+        seeds = itertools.count(seed, options.num_samples)  # the same prompt again gives another text
+        ask(lambda prompt: show_continued(reader.checked(prompt), next(seeds)))
+
+
+def draw_seed(options: GenerateConfig) -> int:
+    """Return a new seed. It is printed, unless it changes nothing."""
+    seed = secrets.randbelow(10**9)
+    if options.temperature > 0:
+        texts = "this text" if options.prompt is not None and options.num_samples == 1 else "these texts"
+        print(f"seed {seed}: add --seed {seed} to get {texts} again", file=sys.stderr, flush=True)
+    return seed
 
 
 def ask(continue_text: Callable[[str], None]) -> None:

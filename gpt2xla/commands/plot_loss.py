@@ -1,11 +1,13 @@
 """Plots the loss of one or more runs against tokens: `python scripts/plot_loss.py checkpoints --output loss.png`."""
 
-import json
+import os
 from pathlib import Path
 
 from gpt2xla.cli import OneLineParser, path
 from gpt2xla.errors import InputError, user_error
-from gpt2xla.logs.sinks import METRICS_FILE
+from gpt2xla.files import write_whole
+
+_KINDS = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
@@ -14,56 +16,34 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="checkpoints folders, or metrics.jsonl files")
     parser.add_argument(
-        "--output", type=path, metavar="PATH", default="loss.png", help="picture to write (default: loss.png)"
+        "--output",
+        type=path,
+        metavar="PATH",
+        default="loss.png",
+        help="picture to write, .png, .svg or .pdf (default: loss.png)",
     )
+    parser.add_argument("--log-x", action="store_true", help="draw tokens on a logarithmic axis: shows the beginning")
+    parser.add_argument("--more", action="store_true", help="also draw learning rate and gradient norm")
     options = parser.parse_args()
-    if not options.output.endswith(".png"):
-        raise InputError(f"--output {options.output}: give a name that ends in .png")
-    plot([Path(run) for run in options.runs], Path(options.output))
+    plot([Path(run) for run in options.runs], Path(options.output), log_x=options.log_x, more=options.more)
     print(options.output)
 
 
-def plot(runs: list[Path], output: Path) -> None:
-    """Draw the runs' losses into `output`. Raises InputError if a run has no metrics or matplotlib is missing."""
-    curves = {run: read_losses(run) for run in runs}
+def plot(runs: list[Path], output: Path, *, log_x: bool = False, more: bool = False) -> None:
+    """Draw the runs' losses into `output`; a run that is named twice is drawn once. Raises InputError if a run has no
+    metrics, `output` cannot be written, or matplotlib is missing."""
+    if output.suffix.lower() not in _KINDS:
+        raise InputError(f"--output {output}: give a name that ends in .png, .svg or .pdf")
+    if not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no folder {output.parent}; make it, or choose another")
+    from gpt2xla.logs.run_curves import read_curves
+
+    curves = [read_curves(run) for run in runs]
     try:
-        import matplotlib
-    except ImportError:
+        from gpt2xla.logs.loss_picture import draw
+    except ModuleNotFoundError:
         raise InputError("plotting needs matplotlib; pip install 'gpt2xla[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import EngFormatter
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for number, (run, (training, validation)) in enumerate(curves.items()):
-        color, name = f"C{number}", run.parent.name if run.is_file() else run.name
-        axes.plot(*zip(*training, strict=True), color=color, alpha=0.4, linewidth=1, label=f"{name}: training")
-        if validation:
-            axes.plot(
-                *zip(*validation, strict=True), color=color, marker="o", markersize=4, label=f"{name}: validation"
-            )
-    axes.set_xlabel("tokens")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
+    once = {os.path.realpath(run.file): run for run in curves}
+    picture = draw(list(once.values()), output.suffix.lower()[1:], log_x=log_x, more=more)
     with user_error(f"--output {output}"):
-        figure.savefig(output, dpi=120)
-    plt.close(figure)
-
-
-def read_losses(run: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """Return (tokens, loss) of the training lines and of the validation lines of a run."""
-    file = run / METRICS_FILE if run.is_dir() else run
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        training = [(line["tokens"], line["loss"]) for line in lines if line.get("loss") is not None]
-        validation = [(line["tokens"], line["valid_loss"]) for line in lines if line.get("valid_loss") is not None]
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}; name a folder that a run wrote to") from None
-    except (ValueError, KeyError, AttributeError):
-        raise InputError(f"{file} does not hold the metrics of a run") from None
-    if not training:
-        raise InputError(f"{file} holds no training line yet")
-    return training, validation
+        write_whole(output, picture)

@@ -88,6 +88,7 @@ class HellaSwag:
             for number, length in enumerate(bounds)
             if (bucket_of == number).any()
         ]
+        self.tokens = sum(length * len(numbers) for length, numbers, _ in self._buckets)  # how many the model reads
 
     def run(self) -> Accuracy:
         """Score each item once, whatever the number of processes, and return the result on every process. Collective. Raises

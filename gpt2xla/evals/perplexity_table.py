@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import perplexity
 from gpt2xla.runtime.base import Runtime
 
-_COLUMNS = ("Model", "Params", "loss", "PPL", "tokens", "standard error of the loss", "bits per byte")
+_COLUMNS = ("Model", "Parameters", "Loss", "Perplexity", "Tokens", "Standard error of the loss", "Bits per byte")
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class Row:
         return {"model": self.model, "parameters": self.parameters, "seq_length": self.seq_length} | measured
 
 
-def measure(models: list[str], valid_dir: str, train: TrainConfig, runtime: Runtime) -> list[Row]:
-    """Measure each model's loss on the split, in windows of the model's own length. Collective. Raises InputError if there
+def measure(models: list[str], valid_dir: str, train: TrainConfig, runtime: Runtime) -> Iterator[Row]:
+    """Yield each model's loss on the split, in windows of the model's own length. Collective. Raises InputError if there
     is no such model or split, or a model does not know the split's tokens."""
     sources = {model: locate(model) for model in models}  # a missing model shows before hours of measuring
-    return [_measure(model, source, valid_dir, train, runtime) for model, source in sources.items()]
+    for model, source in sources.items():
+        yield _measure(model, source, valid_dir, train, runtime)
 
 
 def markdown(rows: list[Row]) -> str:
@@ -69,8 +70,9 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
         print(f"{name}: {note}", file=sys.stderr)
     model = build_model(model_config, weights, source)
     del weights
-    runtime.setup_model(model)
-    validation = Validator(config, windows, model, runtime, f"validation step of {name}").run()
+    validator = Validator(config, windows, model, runtime, f"validation step of {name}")
+    runtime.setup_model(model, validator.tokens)
+    validation = validator.run()
     padding = model_config.vocab_padding * model_config.d_model * (1 if model_config.tie_weights else 2)
     return Row(name, model.num_parameters() - padding, model_config.seq_length, validation)
 

@@ -9,14 +9,13 @@ from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError
 from gpt2xla.generation.continuation import continue_texts, prompt_ids
 from gpt2xla.generation.prompt_file import PromptReader
-from gpt2xla.generation.sampling import SamplingConfig
+from gpt2xla.generation.sampling import USUAL
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.logs.console import say
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Runtime
 
 _NEW_TOKENS = 64
-_SAMPLING = SamplingConfig(temperature=0.8, top_k=40)
 
 
 class Sampler:
@@ -59,7 +58,7 @@ class Sampler:
         """Return the prompt and its continuation. Every process computes it, and none waits for another; the random numbers
         of training stay as they are."""
         (text,) = continue_texts(
-            self.model, self.tokenizer, [self.prompt], self.new_tokens, _SAMPLING, settings=self.settings, seed=self.seed,
+            self.model, self.tokenizer, [self.prompt], self.new_tokens, USUAL, settings=self.settings, seed=self.seed,
             device=self.runtime,
         )  # fmt: skip
         self.model.train()

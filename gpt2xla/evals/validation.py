@@ -55,6 +55,8 @@ class Validator:
         stop: Stop | None = None,
     ) -> None:
         self.train, self.windows, self.runtime = config.train, windows, runtime
+        self._windows = validation_windows(windows, config.train.eval_batch_size, config.train.valid_steps)
+        self.tokens = self._windows * windows.seq_length  # how many the model reads
         self._name = name.replace(" step", "")
         self._losses = RowLosses(model, runtime, name, stop)
 
@@ -64,8 +66,7 @@ class Validator:
         runtime, train = self.runtime, self.train
         shares = (runtime.rank, runtime.world_size, runtime.devices)
         batches = validation_batches(self.windows, train.eval_batch_size, train.valid_steps, *shares)
-        count = validation_windows(self.windows, train.eval_batch_size, train.valid_steps)
-        with Progress(self._name, -(-count // train.eval_batch_size), shown=runtime.is_main) as progress:
+        with Progress(self._name, -(-self._windows // train.eval_batch_size), shown=runtime.is_main) as progress:
             sums, counts = self._losses.of(batches, progress).T
         loss = sums.sum() / counts.sum()
         return Validation(

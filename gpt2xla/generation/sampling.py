@@ -41,6 +41,7 @@ class SamplingConfig:
 
 
 GREEDY = SamplingConfig(temperature=0)
+USUAL = SamplingConfig(temperature=0.8, top_k=40)  # defaults of generate.py, and what samples during training use
 
 
 def pick(logits_V: Tensor, text: Sequence[int], sampling: SamplingConfig, generator: torch.Generator) -> int:

@@ -136,8 +136,11 @@ class Runtime(Device, Processes, Protocol):
 
         A resumed run therefore needs no stored generator state."""
 
-    def setup_model(self, model: GPT2) -> nn.Module:
-        """Choose how `model` computes (`kernels.py`), move it to the device and return the module to train. Collective."""
+    def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
+        """Choose how `model` computes (`kernels.py`), move it to the device and return the module to train. Collective.
+
+        `evaluated_tokens` is how many tokens will be evaluated, on all devices together, where nothing is trained: a runtime
+        that may compile decides by the work ahead."""
 
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None

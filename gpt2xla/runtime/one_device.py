@@ -85,7 +85,7 @@ class OneDevice:
     def seed(self, seed: int, step: int) -> None:
         torch.manual_seed(self._seed_of(seed, step))
 
-    def setup_model(self, model: GPT2) -> nn.Module:
+    def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
         return model.to(self.device)
 
     def build_optimizer(

@@ -28,8 +28,9 @@ def validate(start: Start, runtime: Runtime) -> None:
     tokenizer_of(config, [start.source], [windows])  # refuses another tokenizer than the model's
     model = start.build_model()
     with explain_evaluation(runtime, config.train, "validation"):
-        runtime.setup_model(model)
-        result = Validator(config, windows, model, runtime).run()
+        validator = Validator(config, windows, model, runtime)
+        runtime.setup_model(model, validator.tokens)
+        result = validator.run()
     if runtime.is_main:
         for note in windows.stream.notes:
             print(note)

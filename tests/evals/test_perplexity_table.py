@@ -28,7 +28,7 @@ def test_a_table_of_two_models_in_markdown_and_json(tmp_path: Path) -> None:
     table = (tmp_path / "table.md").read_text()
     assert table in text
     head, _, *rows = table.splitlines()
-    assert head.startswith("| Model | Params | loss | PPL | tokens |")
+    assert head.startswith("| Model | Parameters | Loss | Perplexity | Tokens |")
     written = json.loads((tmp_path / "table.json").read_text())
     assert written["precision"] == "fp32"
     for row, values, model in zip(rows, written["models"], models, strict=True):

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -15,8 +16,10 @@ import torch
 from conftest import ROOT, run, run_here, run_xla, succeed
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.commands.generate import GenerateConfig
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import load_tokenizer
+from gpt2xla.generation.sampling import USUAL
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 
@@ -45,15 +48,34 @@ def test_text_continues_and_the_seed_decides(model: Path) -> None:
     assert succeed(run_here("generate.py", *arguments, "--seed", 2)) != first
 
 
-def test_prompts_are_asked_for_until_the_end_of_input(model: Path) -> None:
+def test_prompts_are_asked_for_until_the_end_of_input_and_each_draws_differently(model: Path) -> None:
+    """Prompt number n of a session, from 0, draws with the seed + n; the seed is printed."""
+    flags = ["--model", model, "--max-new-tokens", 20]
     result = subprocess.run(
-        [sys.executable, "generate.py", "--model", str(model), "--max-new-tokens", "5"],
-        cwd=ROOT, input="one\n\ntwo", capture_output=True, text=True, check=False,
+        [sys.executable, "generate.py", *map(str, flags)],
+        cwd=ROOT, input="one\n\none", capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.count(">> ") == 4
-    assert ">> one" in result.stdout
-    assert ">> two" in result.stdout
+    assert result.returncode == 0
+    seed = int(re.fullmatch(r"seed (\d+): add --seed \1 to get these texts again\n", result.stderr)[1])
+    texts = [succeed(run_here("generate.py", *flags, "--prompt", "one", "--seed", seed + n)) for n in range(2)]
+    assert texts[0] != texts[1]
+    assert result.stdout == f">> {texts[0]}>> >> {texts[1]}>> \n"
+
+
+def test_without_a_seed_each_start_draws_differently_and_prints_the_seed(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("Hello\n")
+    for flags in (["--prompt", "Hello"], ["--prompts-file", tmp_path / "in.txt"]):
+        flags = ["--model", model, "--max-new-tokens", 30, *flags]
+        first, second = (run_here("generate.py", *flags) for _ in range(2))
+        assert succeed(first) != succeed(second)
+        (seed,) = re.findall(r"^seed (\d+): add --seed", first.stderr, re.MULTILINE)
+        again = run_here("generate.py", *flags, "--seed", seed)
+        assert (succeed(again), again.stderr) == (first.stdout, "")
+    assert run_here("generate.py", *flags, "--temperature", 0).stderr == ""
+
+
+def test_what_is_drawn_from_is_what_samples_during_training_are_drawn_from() -> None:
+    assert (GenerateConfig(model="x").temperature, GenerateConfig(model="x").top_k) == (USUAL.temperature, USUAL.top_k)
 
 
 def test_ctrl_c_stops_a_text_and_asks_again(model: Path) -> None:
@@ -118,7 +140,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(model: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("output", "culprit"),
-    [("in.txt", "is the --prompts-file itself"), ("", "no file"), ("none/out.jsonl", "No such file")],
+    [("in.txt", "is the --prompts-file itself"), ("", "no file"), ("none/out.jsonl", "there is no folder")],
 )
 def test_an_output_that_cannot_be_is_refused_before_anything_is_generated(
     model: Path, tmp_path: Path, output: str, culprit: str
@@ -189,6 +211,7 @@ def test_a_device_that_is_not_there_is_refused(model: Path) -> None:
         (["--model", ""], "the model's name is empty"),
         (["--prompt", "a\udcffb"], "--prompt is not UTF-8"),
         (["--num-samples", "0"], "--num-samples 0"),
+        (["--num-samples", "2", "--temperature", "0"], "--num-samples 2: all would be the same"),
         (["--stop", ""], "--stop"),
         (["--output", "x.jsonl"], "--output"),
         (["--prompts-file", "prompts.txt"], "--prompts-file"),

@@ -72,6 +72,9 @@ def test_long_runs_alone_are_compiled_unasked() -> None:
         assert (runtime._compile(model) is not None) == expected
         runtime.train = TrainConfig(train_steps=steps, compile=False)
         assert runtime._compile(model) is None
+    runtime.train = TrainConfig()
+    for tokens, expected in ((1000, False), (int(3 * 2e14 / model.flops_per_token()) + 1, True)):
+        assert (runtime._compile(model, tokens) is not None) == expected, "an evaluation: forward alone"
 
 
 def test_without_a_compiler_nothing_is_compiled_and_asking_for_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

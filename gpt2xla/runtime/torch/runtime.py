@@ -61,8 +61,8 @@ class TorchRuntime(OneDevice):
         self._sharded: nn.Module | None = None
         self._pending: deque[tuple[Callable[..., None], Callable[[], list[float]]]] = deque()
 
-    def setup_model(self, model: GPT2) -> nn.Module:
-        compiled = self._compile(model)
+    def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
+        compiled = self._compile(model, evaluated_tokens)
         if compiled:
             self.watch = compiled
         model.kernels = self._kernels(model.config, compiled)
@@ -72,10 +72,16 @@ class TorchRuntime(OneDevice):
         model.to(self.device)
         return parallel.wrap_in_ddp(model, self.accelerator) if self.distributed else model
 
-    def _compile(self, model: GPT2) -> CompiledBlock | None:
-        flops = model.flops_per_token() * model.config.seq_length * self.train.train_batch_size / self.devices
-        flops *= self.train.train_steps * self.train.gradient_accum_step
-        asked = self.train.compile
+    def _flops_ahead(self, model: GPT2, evaluated_tokens: int | None) -> float:
+        """Return the floating-point operations that this process's device will do: those of a whole training run, or of an
+        evaluation, which has no backward pass and so takes a third per token."""
+        if evaluated_tokens is not None:
+            return model.flops_per_token() / 3 * evaluated_tokens / self.devices
+        sequences = self.train.train_steps * self.train.gradient_accum_step * self.train.train_batch_size
+        return model.flops_per_token() * model.config.seq_length * sequences / self.devices
+
+    def _compile(self, model: GPT2, evaluated_tokens: int | None = None) -> CompiledBlock | None:
+        asked, flops = self.train.compile, self._flops_ahead(model, evaluated_tokens)
         if asked is False or (asked is None and flops < self.accelerator.compile_pays_from):
             return None
         if lack := self.accelerator.why_not_compiled():

@@ -23,7 +23,7 @@ class XlaDevice(OneDevice):
         open_compile_cache(compile_cache)
         super().__init__(torch_xla.device())
 
-    def setup_model(self, model: GPT2) -> nn.Module:
+    def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
         model.kernels = Kernels(static_shapes=True)
         return super().setup_model(model)
 

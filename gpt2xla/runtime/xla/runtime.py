@@ -90,7 +90,7 @@ class XlaRuntime(XlaDevice):
         super().seed(seed, step)
         torch_xla.manual_seed(self._seed_of(seed, step), self.device)
 
-    def setup_model(self, model: GPT2) -> nn.Module:
+    def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
         if self.scaler and xr.device_type() == "CPU" and self.is_main:
             say(
                 "warning: XLA emulates fp16 on a CPU, a hundred times slower than fp32; choose fp32 or bf16", error=True
