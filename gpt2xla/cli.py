@@ -10,14 +10,15 @@ import argparse
 import dataclasses
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from gpt2xla import __version__
 from gpt2xla.config import GROUPS, PRESETS, Preset, RunConfig
 from gpt2xla.config.config_file import read_config_file
-from gpt2xla.config.options import Option, expanded, flag, option
+from gpt2xla.config.options import Option, check_paths, expanded, flag, option
 from gpt2xla.config.suggestions import unknown
 from gpt2xla.errors import InputError
 
@@ -73,8 +74,11 @@ def _expand_preset(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_options(group: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
-    """Return the options of a program whose options are one dataclass. Raises InputError for a wrong flag."""
-    return group(**_parse((group,), description, argv))
+    """Return the options of a program whose options are one dataclass. Raises InputError for a wrong flag or path."""
+    given = _parse((group,), description, argv)
+    options = group(**given)
+    check_paths(options, given)
+    return options
 
 
 def _parse(groups: Sequence[type], description: str, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -96,14 +100,61 @@ def _parse(groups: Sequence[type], description: str, argv: Sequence[str] | None)
     return values
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse's parser, which raises a mistake as an InputError of one line instead of printing the usage and exiting."""
+class _Version(argparse.Action):
+    """--version: prints the versions that decide what a run does. torch and torch_xla are not imported for it."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *ignored: Any) -> None:
+        print(versions())
+        parser.exit()
+
+
+def versions() -> str:
+    """Return the versions of gpt2xla, torch and torch_xla in a line."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [f"gpt2xla {__version__}"]
+    for package in ("torch", "torch_xla"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} is not installed")
+    return ", ".join(found)
+
+
+class _Caught(Exception):
+    """Carries a parser out of the program that made it."""
+
+
+def parser_of(main: Callable[[], None]) -> argparse.ArgumentParser:
+    """Return the parser that a program makes, without running the rest of the program."""
+    OneLineParser.is_wanted = True
+    try:
+        main()
+    except _Caught as caught:
+        return caught.args[0]
+    finally:
+        OneLineParser.is_wanted = False
+    raise AssertionError("a program parses before it does anything else")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse's parser, which raises a mistake as an InputError of one line instead of printing the usage and exiting.
+
+    Flags may be spelled with underscores. `other_names` maps flags that --help does not show to those that they mean; ""
+    stands for the arguments without a flag."""
+
+    is_wanted = False  # whether `parser_of` waits for it
+
+    def __init__(self, other_names: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(
             allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110), **kwargs
         )
+        self.other_names = dict(other_names or {})
         self._mistake = ""
+        self.add_argument(
+            "--version", action=_Version, nargs=0, default=argparse.SUPPRESS,
+            help="show the versions of gpt2xla and torch, and exit",
+        )  # fmt: skip
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, mistake = self.parse(args)
@@ -113,7 +164,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse(self, args: Sequence[str] | None) -> tuple[argparse.Namespace, str]:
         """Return the values of the flags, and what is wrong with the first word that belongs to no flag, if any."""
-        words = sys.argv[1:] if args is None else list(args)
+        if self.is_wanted:
+            raise _Caught(self)
+        words = [part for word in (sys.argv[1:] if args is None else args) for part in self._in_our_names(word)]
         known = {string.lstrip("-").replace("-", "_"): string for a in self._actions for string in a.option_strings}
         names = [word.partition("=")[0] for word in words[: words.index("--") if "--" in words else None]]
         flags = [name for name in names if name.startswith("--") and " " not in name and name not in known.values()]
@@ -123,6 +176,16 @@ class OneLineParser(argparse.ArgumentParser):
             stray = f"{rest[0]!r} belongs to no flag; remove it, or put quotes around a value with spaces"
             self._mistake = unknown(rest[0], known) if rest[0].startswith("-") else stray
         return found, self._mistake
+
+    def _in_our_names(self, word: str) -> list[str]:
+        """Return `word`, or the words for it if it is a flag by another name."""
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            return [word]
+        dashed = name.replace("_", "-")
+        if (ours := self.other_names.get(dashed)) is not None:
+            return [ours + equals + value] if ours else [value] if equals else []
+        return [dashed + equals + value] if dashed in self._option_string_actions else [word]
 
     def error(self, message: str) -> NoReturn:
         named = re.fullmatch(r"argument ([^:]*): (.*)", message, re.DOTALL)
@@ -143,7 +206,7 @@ def path(word: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_group(parser: argparse.ArgumentParser, group: type) -> None:
+def add_group(parser: OneLineParser, group: type) -> None:
     """Add one dataclass as one titled group of flags, whose values are words for `Option.read`. Flags not given stay out of
     the namespace; a field without a default is a required flag."""
     target = parser.add_argument_group((group.__doc__ or "").strip())
@@ -152,6 +215,7 @@ def add_group(parser: argparse.ArgumentParser, group: type) -> None:
             reading: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
             reading = {"nargs": found.count or "+", "metavar": ("B1", "B2") if found.count == 2 else found.metavar}
+        parser.other_names |= {flag(other): flag(name) for other in found.other_names}
         target.add_argument(
             flag(name),
             dest=name,

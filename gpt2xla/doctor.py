@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpt2xla import __version__
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.errors import InputError, RunFailed
@@ -214,7 +215,7 @@ def main() -> None:
     options = parse_options(DoctorConfig, "Look for known problems before a run on XLA devices.")
     machine = Machine.here(Path(options.checkpoints_dir))
     found = list(problems(machine))
-    _show("versions", {"Python": platform.python_version(), **machine.versions})
+    _show("versions", {"gpt2xla": __version__, "Python": platform.python_version(), **machine.versions})
     files = " ".join(machine.device_files) or "none"
     room = "cannot be written to" if machine.free_disk is None else f"{_gigabytes(machine.free_disk)} free"
     _show(

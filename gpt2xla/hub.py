@@ -7,7 +7,6 @@ more. The functions here look through the whole chain of causes.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -85,6 +84,8 @@ def reason(error: BaseException, repo: str, kind: str = "model") -> str:
 def answer(error: BaseException) -> str:
     """Return in one line what came instead of a file: the status and address of the failed request, or the error."""
     if (response := _response(error)) is not None:
+        import http.client  # only here: --help of every program imports this file
+
         meaning = http.client.responses.get(response.status_code, "")
         return f"{response.status_code} {meaning}".strip() + f" for {str(response.url).split('?')[0]}"
     first = next((link for link in _chain(error) if _is_network(link)), error)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Converts a GPT-2 to a Hugging Face folder: `python scripts/convert_checkpoint.py --input ckpt.pt --output-dir my-gpt2`."""
+"""Converts a GPT-2 to a Hugging Face folder: `python scripts/convert_checkpoint.py --model ckpt.pt --output-dir my-gpt2`."""
 
 import sys
 

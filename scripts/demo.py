@@ -15,10 +15,7 @@ from pathlib import Path
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.data.inspection import contents
-from gpt2xla.data.shards import TokenStream
 from gpt2xla.errors import InputError
-from gpt2xla.logs.sinks import METRICS_FILE
 from gpt2xla.processes.exits import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +51,7 @@ def main() -> None:
         "generate.py", "--model", checkpoints, "--prompt", "def read(self, size):\n", "--max-new-tokens", 120,
         "--temperature", 0.8, "--top-k", 40, "--seed", 1,
     )  # fmt: skip
-    report(checkpoints / METRICS_FILE, TokenStream(data / "test"))
+    report(checkpoints, data / "test")
 
 
 def prepare_corpus(folder: Path) -> Path:
@@ -80,11 +77,15 @@ def run(program: str, *arguments: object, **environment: str) -> None:
         sys.exit(finished.returncode)
 
 
-def report(metrics: Path, test: TokenStream) -> None:
+def report(checkpoints: Path, test: Path) -> None:
     """Print the validation loss beside that of a model that ignores context; the trained one must be below it."""
-    losses = [json.loads(line).get("valid_loss") for line in metrics.read_text().splitlines()]
+    from gpt2xla.data.inspection import contents
+    from gpt2xla.data.shards import TokenStream
+    from gpt2xla.logs.sinks import METRICS_FILE
+
+    losses = [json.loads(line).get("valid_loss") for line in (checkpoints / METRICS_FILE).read_text().splitlines()]
     loss = [value for value in losses if value is not None][-1]
-    entropy = contents(test, vocab_size=None, eot_id=None).unigram_entropy
+    entropy = contents(TokenStream(test), vocab_size=None, eot_id=None).unigram_entropy
     print(
         f"\nunigram entropy of the test tokens  {entropy:.4f} nats per token (the loss of a model that ignores context)"
     )

@@ -38,15 +38,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SMALL_RUN = [
     "--vocab-size", "97", "--seq-length", "16", "--d-model", "32", "--num-layers", "2", "--num-heads", "2",
     "--train-batch-size", "4", "--gradient-accum-step", "3", "--eval-batch-size", "4", "--valid-steps", "3",
-    "--learning-rate", "0.01", "--min-lr", "0.001", "--warmup-steps", "4", "--decay-steps", "20", "--max-grad-norm", "0.5",
+    "--learning-rate", "0.01", "--min-lr", "0.001", "--warmup-steps", "0", "--decay-steps", "20", "--max-grad-norm", "0.5",
     "--train-steps", "20", "--valid-interval", "10", "--save-interval", "10",
 ]  # fmt: skip
 
 
 def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the repository from its root, as the README's commands do."""
+    """Run a program of the repository from its root, as the README's commands do. It may be `-m gpt2xla COMMAND`."""
     return subprocess.run(
-        [sys.executable, program, *map(str, arguments)],
+        [sys.executable, *program.split(), *map(str, arguments)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, check=False,
         timeout=500,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def run_xla(
 def torchrun(
     processes: int, *arguments: object, program: str = "run_pretrain.py", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", program]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program.split()]
     return run("-m", *launcher, *arguments, **environment)
 
 

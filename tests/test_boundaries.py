@@ -15,8 +15,8 @@ SOURCES = [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob(
 
 # From top to bottom: a room imports only from rooms below it.
 ROOMS = [
-    "commands", "doctor", "tpu_check", "training", "evals", "checkpoint", "generation", "runtime", "data", "optim", "model",
-    "logs", "hub", "cli", "config", "processes", "files", "errors",
+    "__main__", "commands", "doctor", "tpu_check", "training", "evals", "checkpoint", "generation", "runtime", "data",
+    "optim", "model", "logs", "cli", "config", "hub", "processes", "files", "errors",
 ]  # fmt: skip
 
 

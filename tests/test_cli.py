@@ -47,7 +47,8 @@ def refused(result: subprocess.CompletedProcess[str], *culprits: str) -> None:
 # Flags added to a run that works -> what the one line must name.
 WRONG_FLAGS = {
     "unknown flag": (["--learning-rat", "0.1"], ["--learning-rat is unknown; did you mean --learning-rate?"]),
-    "underscores": (["--train_dir", "x"], ["--train_dir", "did you mean --train-dir?"]),
+    "underscores, which are fine": (["--train_dir", "/no/such/folder"], ["--train-dir /no/such/folder"]),
+    "underscores in a wrong flag": (["--train_dirs", "x"], ["--train_dirs", "did you mean --train-dir?"]),
     "another trainer's flag": (["--lr", "0.1"], ["--lr", "did you mean --learning-rate?"]),
     "one dash": (["-lr", "0.1"], ["-lr", "did you mean --learning-rate?"]),
     "nothing like a flag": (["--zzz"], ["--zzz is unknown (--help lists the flags)"]),
@@ -64,7 +65,8 @@ WRONG_FLAGS = {
     "impossible dropout": (["--dropout", "1.5"], ["--dropout 1.5"]),
     "impossible beta": (["--betas", "0.9", "1.0"], ["--betas 0.9 1.0"]),
     "learning rate not a number": (["--learning-rate", "nan"], ["--learning-rate"]),
-    "decay ends in warm-up": (["--warmup-steps", "50"], ["--decay-steps 20", "--warmup-steps 50"]),
+    "warm-up outlasts the run": (["--warmup-steps", "20"], ["--warmup-steps 20", "--train-steps 20", "such as 1"]),
+    "decay ends in warm-up": (["--warmup-steps", "9", "--decay-steps", "9"], ["--decay-steps 9", "--warmup-steps 9"]),
     "missing shard folder": (["--train-dir", "/no/such/folder"], ["--train-dir /no/such/folder", "prepare_text.py"]),
     "folder without shards": (["--valid-dir", "gpt2xla"], ["--valid-dir gpt2xla", ".npy"]),
     "vocabulary too small": (["--vocab-size", "90"], ["--vocab-size 90", "use at least 97"]),
@@ -122,8 +124,9 @@ def test_a_wrong_environment_is_one_line(
 def test_a_wrong_flag_on_xla_is_one_line_too(
     devices: str, flags: list[str], culprits: list[str], data_flags: list[str], tmp_path: Path
 ) -> None:
+    """By the installed command, whose workers start in another way than a script's."""
     flags = [*data_flags, *SMALL_RUN, "--checkpoints-dir", str(tmp_path / "c"), *flags]
-    refused(run_xla(*flags, CPU_NUM_DEVICES=devices), *culprits)
+    refused(run_xla(*flags, program="-m gpt2xla train-xla", CPU_NUM_DEVICES=devices), *culprits)
 
 
 def test_a_flag_that_xla_does_not_know_is_named(data_flags: list[str], tmp_path: Path) -> None:
@@ -134,7 +137,8 @@ def test_a_flag_that_xla_does_not_know_is_named(data_flags: list[str], tmp_path:
 
 
 def test_a_batch_that_does_not_divide_is_refused_by_torchrun(data_flags: list[str], tmp_path: Path) -> None:
-    result = torchrun(2, *data_flags, *SMALL_RUN, "--train-batch-size", 3, "--checkpoints-dir", tmp_path)
+    flags = [*data_flags, *SMALL_RUN, "--train-batch-size", 3, "--checkpoints-dir", tmp_path]
+    result = torchrun(2, *flags, program="-m gpt2xla train")
     assert result.returncode != 0
     assert (
         result.stderr.count("--train-batch-size 3 does not divide over 2 devices; use a multiple of 2, such as 4") == 1

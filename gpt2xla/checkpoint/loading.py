@@ -18,7 +18,7 @@ from gpt2xla.checkpoint.formats.stored_weights import StoredWeights
 from gpt2xla.checkpoint.run_folder import followed, list_checkpoints, refuse_unfinished
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError, user_error
-from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.gpt2 import GPT2, blank
 
 
 def locate(name: str) -> Path:
@@ -63,9 +63,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, Tensor], source: Path
 
     A vocabulary that `config` pads gets rows of zeros, and positions beyond those of `config` are left out. Raises
     InputError if `source` cannot be read."""
-    with torch.device("meta"):
-        model = GPT2(config)
-    model.to_empty(device="cpu")
+    model = blank(config)
     with torch.no_grad(), user_error(str(source)):
         for name, parameter in model.named_parameters():
             stored = weights[name]

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from gpt2xla.checkpoint.logged import newest_line
 from gpt2xla.config import ModelConfig, RunConfig
-from gpt2xla.data.mixture import parse_weights
-from gpt2xla.data.remote import is_url
+from gpt2xla.config.paths import is_url, parse_weights
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.logs.sinks import METRICS_FILE, perplexity
 

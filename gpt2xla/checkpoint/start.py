@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,18 @@ import torch
 
 from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.folder import SHARDS, TRAINING_STATE, is_evaluated
-from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
+from gpt2xla.config.paths import check_model, check_resumed
+from gpt2xla.data.opening import with_vocabulary
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
-from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.gpt2 import GPT2, blank
+from gpt2xla.optim.schedule import past_decay
 from gpt2xla.optim.state import moment_shapes
 
 # Options of this command that a resumed run does not inherit.
@@ -62,9 +65,7 @@ class Start:
         """Return the model with its first weights, on the CPU. Raises InputError if they cannot be read."""
         if self.source is not None and self.weights is not None:
             return build_model(self.config.model, self.weights, self.source)
-        with torch.device("meta"):
-            model = GPT2(self.config.model)
-        model.to_empty(device="cpu")
+        model = blank(self.config.model)
         model.init_weights(torch.Generator().manual_seed(self.config.general.seed))
         return model
 
@@ -77,12 +78,17 @@ def find_start(config: RunConfig) -> Start:
     notes: list[str] = []
     with user_error(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
         source, continues = _choose(config.general, notes)
+    if continues and source:
+        config = _complete(config, source, notes)
+    if not config.general.do_test:
+        config.check_schedule()
     if source is None:
+        if not config.general.do_test:
+            config, note = with_vocabulary(config)
+            notes += [note] if note else []
         config.model.check()
         _refuse_beyond_memory(config.model)
         return Start(config, notes=tuple(notes))
-    if continues:
-        config = _complete(config, source, notes)
     if config.general.do_test and config.train.mixed_precision == "auto" and "mixed_precision" not in config.given:
         config = config.in_precision("none")  # so that losses are comparable between devices
     saved_model, weights = load_weights(source)
@@ -96,10 +102,8 @@ def find_start(config: RunConfig) -> Start:
 
 def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:
     """Return the source, and whether its run is resumed."""
-    if general.from_checkpoint is not None and hf.is_missing_path(general.from_checkpoint):
-        raise InputError(
-            f"--from-checkpoint {general.from_checkpoint}: no such folder or file; correct the path, or leave the flag out"
-        )
+    if general.from_checkpoint is not None:
+        check_model("--from-checkpoint", general.from_checkpoint)
     root = Path(general.checkpoints_dir)
     named = None if general.resume in ("auto", "never") else Path(general.resume)
     is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())
@@ -109,6 +113,7 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
             "another folder or move it away"
         )
     if named:
+        check_resumed("--resume", general.resume)
         return _verified(run_folder.followed(named), f"--resume {named}"), True
     if general.resume == "auto" and not (general.do_test and general.from_checkpoint):
         newest = _newest_good(root, notes)
@@ -127,10 +132,6 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
 
 
 def _verified(folder: Path, asked: str) -> Path:
-    if not folder.is_dir():
-        raise InputError(
-            f"{asked}: no such checkpoint folder; use auto, never or a path like checkpoints/step-00001000"
-        )
     if damage := find_damage(folder):
         raise InputError(f"{asked}: {damage}; choose another checkpoint")
     return folder
@@ -170,7 +171,9 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
                 options[name] = value
             elif now[name] != value:
                 notes.append(f"changed: {flag(name)} {_as_given(value)} -> {_as_given(now[name])}")
-        completed = RunConfig.from_flat({name: now[name] for name in config.given} | options)
+        given = {name: now[name] for name in config.given}
+        completed = RunConfig.from_flat(given | options, config.given)
+        is_longer = completed.train.train_steps > saved.get("train_steps", math.inf)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{source / run_folder.RUN_CONFIG} cannot be used: {error}") from None
     asked = completed.optim.optim_type
@@ -180,7 +183,9 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
             f"--optim-type {asked} cannot use the state of {trained} in {source}; leave the flag out, or begin a new run "
             "with its weights (--resume never)"
         )
-    return dataclasses.replace(completed, given=config.given)
+    if is_longer and (note := past_decay(completed.optim, completed.train.train_steps)):
+        notes.append(note)
+    return completed
 
 
 def _as_given(value: Any) -> Any:

@@ -1,1 +1,3 @@
-"""The programs: their options and their `main`. `scripts/` and the files at the top of the repository call them."""
+"""The programs: their options and their `main`. `scripts/`, the files at the top of the repository and `gpt2xla`
+(dispatch.py) call them.
+"""

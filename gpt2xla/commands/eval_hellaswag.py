@@ -4,19 +4,25 @@ import sys
 from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import MODEL_HELP, TOKENIZER_HELP, option
+from gpt2xla.config import MODEL_HELP, TOKENIZER_HELP, option, paths
 from gpt2xla.errors import counted
 from gpt2xla.evals.options import EvalConfig, open_runtime
-from gpt2xla.runtime.leaving import leaving_together
 
 
 @dataclass(frozen=True, kw_only=True)
 class HellaSwagConfig(EvalConfig):
     """HellaSwag"""
 
-    model: str = option(MISSING, MODEL_HELP, is_path=True)
-    data: str | None = option(None, "items as JSON lines (default: the validation set on the hub)", is_path=True)
-    tokenizer: str | None = option(None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True)
+    model: str = option(MISSING, MODEL_HELP, is_path=True, check=paths.check_model)
+    data: str | None = option(
+        None,
+        "items as JSON lines (default: the validation set on the hub)",
+        is_path=True,
+        other_names=("hellaswag_data",),
+    )
+    tokenizer: str | None = option(
+        None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True, check=paths.check_tokenizer
+    )
 
 
 def main() -> None:
@@ -25,6 +31,7 @@ def main() -> None:
     from gpt2xla.checkpoint.loading import build_model, load_weights, locate
     from gpt2xla.data.tokenizer import find_tokenizer
     from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
+    from gpt2xla.runtime.leaving import leaving_together
 
     runtime = open_runtime(options.device, train)
     with leaving_together(runtime):

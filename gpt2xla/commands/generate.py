@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import option
+from gpt2xla.config import MODEL_HELP, PRECISION_ALIASES, TOKENIZER_HELP, Precision, option, paths
 from gpt2xla.errors import InputError
 
 
@@ -19,14 +19,9 @@ from gpt2xla.errors import InputError
 class GenerateConfig:
     """Generation"""
 
-    model: str = option(
-        MISSING, "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file", is_path=True
-    )
+    model: str = option(MISSING, MODEL_HELP, is_path=True, check=paths.check_model)
     tokenizer: str | None = option(
-        None,
-        "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
-        "hub id (default: the model's own)",
-        is_path=True,
+        None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True, check=paths.check_tokenizer
     )
     prompt: str | None = option(None, "text to continue (default: ask for prompts until end of input)")
     prompts_file: str | None = option(None, "file of prompts to continue, one a line; writes JSON lines", is_path=True)
@@ -55,7 +50,12 @@ class GenerateConfig:
         "transformers does, refuse stops there",
     )
     device: Literal["auto", "cpu", "cuda", "mps", "xla"] = option("auto", "auto: cuda, else mps, else cpu")
-    dtype: Literal["fp32", "bf16"] = option("fp32", "type of the weights and of all that is computed from them")
+    mixed_precision: Precision = option(
+        "none",
+        "type of the weights and of all that is computed from them; none: fp32; auto: the device's default for training",
+        aliases=PRECISION_ALIASES,
+        other_names=("dtype",),
+    )
 
     def check(self) -> None:
         for name in ("max_new_tokens", "num_samples", "batch_size"):
@@ -119,7 +119,7 @@ def main() -> None:
         shown = ", ".join(f"{key} {value}" for key, value in unused.items())
         print(f"note: only flags count here, not the model's generation_config.json: {shown}", file=sys.stderr)
     model = build_model(model_config, weights, source)
-    device = move(model, options.device, options.dtype)
+    device = move(model, options.device, options.mixed_precision)
     seed = options.seed if options.seed is not None else draw_seed(options)
 
     def continued(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gpt2xla.cli import OneLineParser, path
 from gpt2xla.config import TOKENIZER_HELP
+from gpt2xla.config.paths import check_shards, check_tokenizer
 from gpt2xla.errors import InputError, counted
 
 if TYPE_CHECKING:
@@ -18,8 +19,11 @@ SHOWN_IDS = 20
 
 
 def main() -> None:
-    parser = OneLineParser(description="Show what a folder of token shards holds, and check all of it.")
-    parser.add_argument("folder", type=path, metavar="DIR", help="folder of token shards, or one with train/ and test/")
+    by_flag = dict.fromkeys(("--data", "--train-dir", "--valid-dir"), "")
+    parser = OneLineParser(by_flag, description="Show what a folder of token shards holds, and check all of it.")
+    parser.add_argument(
+        "folder", type=path, metavar="DIR", help="folder or URL of shards, or one with train/ and test/"
+    )
     parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
     parser.add_argument(
         "--tokenizer", type=path, metavar="PATH", help=f"{TOKENIZER_HELP} (default: the one beside the shards)"
@@ -30,6 +34,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.documents < 0:
         raise InputError(f"--documents {options.documents}: choose a number of at least 0")
+    check_shards("DIR", options.folder)
+    if options.tokenizer:
+        check_tokenizer("--tokenizer", options.tokenizer)
     from gpt2xla.data.inspection import splits
 
     for name, stream in splits(options.folder).items():

@@ -8,21 +8,29 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import option
+from gpt2xla.config import option, paths
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.evals.options import EvalConfig, open_runtime
 from gpt2xla.files import write_whole
-from gpt2xla.runtime.leaving import leaving_together
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableConfig(EvalConfig):
     """Perplexity table"""
 
-    models: tuple[str, ...] = option(
-        MISSING, "checkpoint folders, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files", is_path=True
+    model: tuple[str, ...] = option(
+        MISSING,
+        "checkpoint folders, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files",
+        is_path=True,
+        check=paths.check_models,
+        other_names=("models",),
     )
-    valid_dir: str = option(MISSING, "folder or URL of the token shards to measure on", is_path=True)
+    valid_dir: str = option(
+        MISSING,
+        "folder or URL of the token shards to measure on, or one with test/ in it",
+        is_path=True,
+        check=paths.check_shards,
+    )
     valid_steps: int | Literal["all"] = option(
         "all", "number of batches of --batch-size, or all: each token of the split once"
     )
@@ -37,18 +45,17 @@ def main() -> None:
     options = parse_options(TableConfig, "Measure loss and perplexity of several models on one split.")
     train = options.train_config(options.valid_steps)
     files = _files(options.output) if options.output is not None else []
+    from gpt2xla.data.split_folders import split_folder
     from gpt2xla.evals.perplexity_table import Row, markdown, measure
+    from gpt2xla.runtime.leaving import leaving_together
     from gpt2xla.runtime.precision import label
 
+    valid_dir = split_folder(options.valid_dir, "test", "--valid-dir")
     runtime = open_runtime(options.device, train)
     with leaving_together(runtime):
-        about = {
-            "valid_dir": options.valid_dir,
-            "devices": runtime.description,
-            "precision": label(runtime.precision.name),
-        }
+        about = {"valid_dir": valid_dir, "devices": runtime.description, "precision": label(runtime.precision.name)}
         rows: list[Row] = []
-        for row in measure(list(options.models), options.valid_dir, train, runtime):
+        for row in measure(list(options.model), valid_dir, train, runtime):
             rows.append(row)
             if runtime.is_main and files:  # after each model: a later one may take hours, and fail
                 with user_error(f"--output {options.output}"):

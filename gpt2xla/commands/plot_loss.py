@@ -11,7 +11,9 @@ _KINDS = (".png", ".svg", ".pdf")
 
 
 def main() -> None:
-    parser = OneLineParser(description="Draw training and validation loss against tokens.")
+    parser = OneLineParser(
+        {"--run": "", "--checkpoints-dir": ""}, description="Draw training and validation loss against tokens."
+    )
     parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="checkpoints folders, or metrics.jsonl files")
     parser.add_argument(
         "--output",

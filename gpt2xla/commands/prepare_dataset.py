@@ -4,8 +4,7 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.data.preparation.hub import HubConfig, dataset_parts
-from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare_and_report
+from gpt2xla.data.preparation.options import HubConfig, PrepareConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,4 +16,7 @@ class DatasetConfig(HubConfig, PrepareConfig):
 
 def main() -> None:
     options = parse_options(DatasetConfig, "Tokenise a text data set into train/ and test/ shards.")
+    from gpt2xla.data.preparation.hub import dataset_parts
+    from gpt2xla.data.preparation.pipeline import prepare_and_report
+
     prepare_and_report(lambda: dataset_parts(options), options)

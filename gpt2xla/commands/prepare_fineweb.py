@@ -1,13 +1,17 @@
 """FineWeb -> token shards: `python scripts/prepare_fineweb.py --output-dir fineweb_10BT`."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.data.documents.corpus import Part, local_parts
 from gpt2xla.data.documents.reading_options import INPUT_HELP
-from gpt2xla.data.preparation.hub import HubConfig, dataset_parts
-from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare_and_report
+from gpt2xla.data.preparation.options import HubConfig, PrepareConfig
+
+if TYPE_CHECKING:
+    from gpt2xla.data.documents.corpus import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,10 @@ class FinewebConfig(HubConfig, PrepareConfig):
 
 def main() -> None:
     options = parse_options(FinewebConfig, "Tokenise FineWeb into train/ and test/ shards.")
+    from gpt2xla.data.documents.corpus import local_parts
+    from gpt2xla.data.preparation.hub import dataset_parts
+    from gpt2xla.data.preparation.pipeline import prepare_and_report
+
     if options.fineweb_edu:
         options = replace(options, dataset="HuggingFaceFW/fineweb-edu")
 

@@ -4,7 +4,6 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
-from gpt2xla.data.documents.corpus import local_parts
 from gpt2xla.data.documents.reading_options import (
     COLUMN_HELP,
     EXCLUDE_HELP,
@@ -15,7 +14,7 @@ from gpt2xla.data.documents.reading_options import (
     Format,
     SplitBy,
 )
-from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare_and_report
+from gpt2xla.data.preparation.options import PrepareConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,9 @@ class TextConfig(PrepareConfig):
 
 def main() -> None:
     options = parse_options(TextConfig, "Tokenise text files into train/ and test/ shards.")
+    from gpt2xla.data.documents.corpus import local_parts
+    from gpt2xla.data.preparation.pipeline import prepare_and_report
+
     prepare_and_report(
         lambda: local_parts(
             options.input,

@@ -3,6 +3,7 @@
 Asks the TPU's own compiler, which needs no TPU but the extra tpu-check. Exits with 3 if the run does not fit one of them.
 """
 
+import contextlib
 import importlib.util
 import json
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.cli import parse_run
-from gpt2xla.config import XlaConfig, option
+from gpt2xla.config import RunConfig, XlaConfig, option
+from gpt2xla.config.paths import check_mixture
 from gpt2xla.errors import InputError, counted, user_error
 from gpt2xla.tpu_check.check import check, find_batch
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
@@ -42,6 +44,7 @@ def main() -> None:
     if options.json:
         with user_error(f"--json {options.json}"):
             Path(options.json).touch()
+    config = with_datas_vocabulary(config)
     reports = []
     for topology in options.topology:
         report = (find_batch if options.find_batch else check)(config, options, topology, say)
@@ -51,6 +54,19 @@ def main() -> None:
             Path(options.json).write_text(json.dumps(reports, indent=2) + "\n")
     if not all(report["fits"] for report in reports):
         sys.exit(DOES_NOT_FIT)
+
+
+def with_datas_vocabulary(config: RunConfig) -> RunConfig:
+    """Return the run with the --vocab-size that training takes from its data, where these are on this machine."""
+    with contextlib.suppress(InputError):
+        check_mixture("--train-dir", config.data.train_dir)
+        from gpt2xla.data.opening import with_vocabulary
+        from gpt2xla.data.split_folders import with_splits
+
+        config, note = with_vocabulary(with_splits(config))
+        if note:
+            say(note)
+    return config
 
 
 def say(line: str) -> None:

@@ -90,7 +90,8 @@ def main() -> None:
 
 def corpus(options: TokenizerConfig) -> list[Part]:
     from gpt2xla.data.documents.corpus import local_parts
-    from gpt2xla.data.preparation.hub import HubConfig, dataset_parts
+    from gpt2xla.data.preparation.hub import dataset_parts
+    from gpt2xla.data.preparation.options import HubConfig
 
     if options.dataset:
         return dataset_parts(

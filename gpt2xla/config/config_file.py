@@ -51,15 +51,17 @@ def read_config_file(file: Path, options: Mapping[str, Option]) -> dict[str, Any
     except RecursionError:
         raise InputError(f"is nested too deeply; {_EXAMPLE}") from None
     found: dict[str, tuple[str, _Value]] = {}
+    renamed = {other: name for name, option in options.items() for other in option.other_names}
     for key, value in pairs:
         name = key.replace("-", "_")
+        name = renamed.get(name, name)
         if name in found:
             raise InputError(f"{key} is set twice; keep one of the lines")
         found[name] = key, value
     if found.keys() >= _IN_EVERY_RUN:  # it is a run_config.json
         values = in_todays_words({name: value for name, (_, value) in found.items()})
         found = {name: (name, value) for name, value in values.items()}
-    read = {name: _read(key, value, options) for name, (key, value) in found.items()}
+    read = {name: _read(name, key, value, options) for name, (key, value) in found.items()}
     return {name: value for name, value in read.items() if value is not None}
 
 
@@ -71,10 +73,9 @@ def in_todays_words(saved: dict[str, Any]) -> dict[str, Any]:
     return saved | renamed
 
 
-def _read(key: str, value: _Value, options: Mapping[str, Option]) -> Any:
+def _read(name: str, key: str, value: _Value, options: Mapping[str, Option]) -> Any:
     if key == "config":
         raise InputError("a config file cannot name another one")
-    name = key.replace("-", "_")
     option = options.get(name)
     if isinstance(value, _Pairs):
         raise InputError(f"{key} has keys below it; {_flat(value, option)}")

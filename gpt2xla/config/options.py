@@ -11,7 +11,7 @@ import decimal
 import math
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal
@@ -23,16 +23,29 @@ _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 
 def option(
-    default: Any, help: str, *, is_path: bool = False, aliases: Mapping[str, str] | None = None, joins: bool = False
+    default: Any,
+    help: str,
+    *,
+    is_path: bool = False,
+    check: Callable[[str, Any], None] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    joins: bool = False,
+    other_names: tuple[str, ...] = (),
 ) -> Any:
     """Return a dataclass field that is a flag.
 
     Args:
         default: MISSING makes the flag a required one.
         is_path: whether a leading ~ is the user's home folder.
+        check: called with flag and value before anything heavy is imported; raises InputError for a path that is plainly
+            wrong (`paths.py`).
         aliases: other words for some of the values.
-        joins: whether a list in a config file stands for its parts with commas between them."""
-    metadata = {"help": help, "is_path": is_path, "aliases": aliases or {}, "joins": joins}
+        joins: whether a list in a config file stands for its parts with commas between them.
+        other_names: names that --help does not show but that mean the same, such as the option's earlier ones."""
+    metadata = {
+        "help": help, "is_path": is_path, "check": check, "aliases": aliases or {}, "joins": joins,
+        "other_names": other_names,
+    }  # fmt: skip
     return field(default=default, metadata=metadata)
 
 
@@ -75,17 +88,27 @@ def expanded(path: str) -> str:
     return whole
 
 
+def check_paths(group: Any, names: Iterable[str]) -> None:
+    """Run the `check` of those options of a dataclass's instance that `names` holds, in this order. Raises InputError."""
+    found = {f.name: f for f in options_of(group)}
+    for name in names:
+        if name in found and (check := found[name].metadata["check"]) and (value := getattr(group, name)) is not None:
+            check(flag(name), value)
+
+
 @dataclass(frozen=True)
 class Option:
-    """One option of a dataclass. For `is_path`, `aliases` and `joins` see `option`."""
+    """One option of a dataclass. For the last five see `option`."""
 
     name: str
     kind: Any  # the type of its value, without the None that a default may be
     default: Any
     help: str
     is_path: bool
+    check: Callable[[str, Any], None] | None
     aliases: Mapping[str, str]
     joins: bool
+    other_names: tuple[str, ...]
 
     @classmethod
     def all_of(cls, group: Any) -> dict[str, Option]:

@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from gpt2xla.config.options import check_types, flag, option, options_of, require, require_at_least, require_at_most
+from gpt2xla.config import paths
+from gpt2xla.config.options import (
+    check_paths,
+    check_types,
+    flag,
+    option,
+    options_of,
+    require,
+    require_at_least,
+    require_at_most,
+)  # fmt: skip
 
 # A larger number is a slip: no machine holds so much, and it could take hours to find that out.
 _MOST_PARAMETERS = 2**40
 _MOST_LAYERS = 10_000
 _MOST_SEQUENCES = 2**20
+_WARMUP_SHARE = 0.0375
 
 Preset = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 Precision = Literal["auto", "none", "bf16", "fp16"]
@@ -60,11 +73,14 @@ class GeneralConfig:
         "model to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a "
         ".safetensors, .pt or llm.c file, or our own checkpoint folder, which resumes unless --resume is never",
         is_path=True,
+        check=paths.check_model,
+        other_names=("model",),
     )
     resume: str = option(
         "auto",
         "auto: resume from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of a checkpoint",
         is_path=True,
+        check=paths.check_resumed,
         aliases=dict.fromkeys(_OFF, "never"),
     )
     do_test: bool = option(False, "validate on --valid-dir and exit, without training")
@@ -82,16 +98,23 @@ class DataConfig:
 
     train_dir: tuple[str, ...] = option(
         ("./fineweb_10BT/train",),
-        "folder of token shards to train on, or its URL (gs://, s3://, hf://datasets/...); several are mixed by weight: "
-        "a=0.7 b=0.3",
+        "folder of token shards to train on, one with train/ and test/ in it, or its URL (gs://, s3://, hf://datasets/...); "
+        "several are mixed by weight: a=0.7 b=0.3",
         is_path=True,
+        check=paths.check_mixture,
     )
-    valid_dir: str = option("./fineweb_10BT/test", "folder or URL of token shards to validate on", is_path=True)
+    valid_dir: str = option(
+        "./fineweb_10BT/test",
+        "folder or URL of token shards to validate on; if --train-dir has train/ and test/ in it, its test/ by default",
+        is_path=True,
+        check=paths.check_shards,
+    )
     tokenizer: str | None = option(
         None,
         "tokenizer to store with checkpoints: a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id "
         "(default: the one beside the shards)",
         is_path=True,
+        check=paths.check_tokenizer,
     )
     shuffle: bool = option(False, "read the windows of each epoch in an order drawn from --seed")
     drop_last: bool = option(
@@ -121,7 +144,8 @@ class ModelConfig:
 
     vocab_size: int = option(
         50304,
-        "number of token ids; 50304 is GPT-2's 50257 rounded up to a multiple of 128, and pads a checkpoint with 50257",
+        "number of token ids; a new model has by default as many as its data's manifest or tokenizer says, rounded up to a "
+        "multiple of 128; 50304, which is GPT-2's 50257 rounded up, pads a checkpoint with 50257",
     )
     seq_length: int = option(
         1024, "longest sequence, in tokens; a smaller one than a checkpoint's cuts its position embeddings"
@@ -189,24 +213,28 @@ class OptimConfig:
     betas: tuple[float, float] = option((0.9, 0.95), "decay rates of Adam's two averages")
     weight_decay: float = option(0.1, "weight decay of matrices and embeddings; biases and layer norms have none")
     decay_method: Literal["cosine", "noam"] = option("cosine", "shape of the schedule after the warm-up")
-    warmup_steps: int = option(750, "steps of linear warm-up")
+    warmup_steps: int | None = option(None, "steps of linear warm-up (default: 3.75% of --train-steps)")
     min_lr: float = option(6e-5, "cosine: the final learning rate, from --decay-steps on")
-    decay_steps: int = option(20_000, "cosine: the step at which --min-lr is reached, warm-up included")
+    decay_steps: int | None = option(
+        None, "cosine: the step at which --min-lr is reached, warm-up included (default: --train-steps)"
+    )
     max_grad_norm: float = option(1.0, "clip the norm of the whole gradient to this; 0 means no clipping")
 
     def check(self) -> None:
         require_at_least(0, self, "learning_rate", "weight_decay", "min_lr", "max_grad_norm", "warmup_steps")
         for beta in self.betas:
             require(0 <= beta < 1, f"--betas {self.betas[0]} {self.betas[1]}: each must be at least 0 and below 1")
-        if self.decay_method == "cosine":
-            require(
-                self.decay_steps > self.warmup_steps,
-                f"--decay-steps {self.decay_steps} must be above --warmup-steps {self.warmup_steps}",
-            )
-            require(
-                self.min_lr <= self.learning_rate,
-                f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}; lower it",
-            )
+        require(
+            self.decay_method != "cosine" or self.min_lr <= self.learning_rate,
+            f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}; lower it",
+        )
+
+    def over(self, steps: int) -> OptimConfig:
+        """Return the same with the warm-up and decay that a run of so many steps has by default. The shares are those of the
+        published recipe: 750 and 20,000 of 20,000."""
+        warmup = round(_WARMUP_SHARE * steps) if self.warmup_steps is None else self.warmup_steps
+        decay = steps if self.decay_steps is None else self.decay_steps
+        return dataclasses.replace(self, warmup_steps=warmup, decay_steps=decay)
 
 
 @dataclass(frozen=True)
@@ -304,49 +332,10 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
-class TorchConfig:
-    """Torch runner (run_pretrain.py)"""
-
-    ddp_backend: Literal["nccl", "gloo"] | None = option(
-        None, "how processes under torchrun communicate (default: nccl on CUDA, else gloo)"
-    )
-    compile_cache: str = option(
-        "~/.cache/gpt2xla",
-        "folder that keeps torch.compile's programs for the next start; '' leaves it to torch",
-        is_path=True,
-    )
-    zero1: bool = option(False, "under torchrun: split the optimizer's state over processes")
-    fsdp: bool = option(
-        False, "under torchrun: split weights, gradients and optimizer state over processes, for large models"
-    )
-
-
-@dataclass(frozen=True)
-class XlaConfig:
-    """XLA runner (run_pretrain_xla.py)"""
-
-    mp_start_method: Literal["spawn", "fork"] = option("spawn", "how worker processes start; notebooks need fork")
-    ddp: bool = option(
-        False,
-        "reduce gradients with DistributedDataParallel instead of one all-reduce after backward; compiles more graphs",
-    )
-    spmd: bool = option(
-        False, "run one process per host, split each batch over its devices, and let XLA add the communication"
-    )
-    fsdp: bool = option(
-        False, "with --spmd: split weights, gradients and optimizer state over the devices too, for large models"
-    )
-    use_syncfree_optim: bool = option(False, "torch_xla's sync-free optimizer: less host time per step")
-    compile_cache: str = option(
-        "~/.cache/gpt2xla",
-        "folder that keeps a TPU's compiled programs for the next start; '' keeps none",
-        is_path=True,
-    )
-
-
-@dataclass(frozen=True)
 class RunConfig:
-    """All options of one run. `given` names those that the user set by flag, preset or file; a checkpoint fills the rest."""
+    """All options of one run. `given` names those that the user set by flag, preset or file; a checkpoint fills the rest.
+
+    Warm-up and decay are numbers here: what was not set follows from --train-steps."""
 
     general: GeneralConfig = field(default_factory=GeneralConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -356,14 +345,18 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     given: frozenset[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "optim", self.optim.over(self.train.train_steps))
+
     @classmethod
-    def from_flat(cls, options: dict[str, Any]) -> RunConfig:
-        """Return the run in which `options` are set and all others have their defaults. Raises as `check` does."""
+    def from_flat(cls, options: dict[str, Any], given: Collection[str] | None = None) -> RunConfig:
+        """Return the run in which `options` are set and all others have their defaults. The user set those in `given`; by
+        default, all of `options`. Raises as `check` does."""
         groups = {
             name: group(**{f.name: options[f.name] for f in options_of(group) if f.name in options})
             for name, group in GROUPS.items()
         }
-        config = cls(**groups, given=frozenset(options))
+        config = cls(**groups, given=frozenset(options if given is None else given))
         config.check()
         return config
 
@@ -384,6 +377,38 @@ class RunConfig:
             check_types(group)
         for group in groups:
             group.check()
+        if "train_steps" in self.given or {"warmup_steps", "decay_steps"} <= self.given:
+            self.check_schedule()
+
+    def check_schedule(self) -> None:
+        """Raise InputError for a warm-up that outlasts the run, if the user asked for it, or the decay. Where --train-steps
+        was not given, only a complete run shows that: one to be resumed brings its own."""
+        optim, steps = self.optim, self.train.train_steps
+        assert optim.warmup_steps is not None
+        assert optim.decay_steps is not None
+        require(
+            optim.warmup_steps < steps or "warmup_steps" not in self.given,
+            f"--warmup-steps {optim.warmup_steps} is not below --train-steps {steps}: the learning rate would never reach "
+            f"its peak; use fewer, such as {round(_WARMUP_SHARE * steps)}, or leave the flag out",
+        )
+        require(
+            optim.decay_method != "cosine" or optim.decay_steps > optim.warmup_steps,
+            f"--decay-steps {optim.decay_steps} must be above --warmup-steps {optim.warmup_steps}",
+        )
+
+    def check_paths(self) -> None:
+        """Raise InputError if a path that the user gave is plainly wrong, or the default --train-dir, where no run can be
+        resumed that has another one. The programs that train call it before they import torch."""
+        general, names = self.general, set(self.given)
+        is_new = (
+            general.from_checkpoint is None and general.resume == "auto" and not Path(general.checkpoints_dir).exists()
+        )
+        if general.do_test:
+            names.discard("train_dir")
+        elif is_new:
+            names.add("train_dir")
+        for group in (general, self.data):
+            check_paths(group, sorted(names & self.given) + sorted(names - self.given))
 
 
 GROUPS: dict[str, type] = {

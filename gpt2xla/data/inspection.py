@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from gpt2xla.data.shards import TokenStream
+from gpt2xla.data.split_folders import split_folder
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer
 from gpt2xla.errors import InputError
@@ -144,9 +144,9 @@ def splits(folder: str) -> dict[str, TokenStream]:
     be those of two splits (llm.c, nanoGPT). Raises InputError if there are no shards, or some are damaged."""
     if not folder:
         raise InputError("DIR is empty; name a folder, the one you are in as .")
-    below = [split for name in ("train", "test") if (split := Path(folder, name)).is_dir()]
-    if below:
-        return {str(split): TokenStream(split, "DIR") for split in below}
+    found = [split_folder(folder, "train", "DIR"), split_folder(folder, "test", "DIR")]
+    if below := [split for split in found if split != folder]:
+        return {split: TokenStream(split, "DIR") for split in below}
     train, valid = TokenStream(folder, "DIR"), TokenStream(folder, "--valid-dir")
     if train.files == valid.files:
         return {folder: train}

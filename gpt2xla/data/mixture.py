@@ -7,14 +7,12 @@ from n by a division and a look-up, and any 10,000 sequences in a row hold each 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from gpt2xla.data.permutation import permute
-from gpt2xla.data.remote import is_url
 from gpt2xla.errors import InputError
 
 PATTERN = 10_000
@@ -36,7 +34,10 @@ class Mixture:
 
     @classmethod
     def of(cls, weights: Sequence[float]) -> Mixture:
-        """Return the mixture of data sets with these weights, which need not add up to 1."""
+        """Return the mixture of data sets with these weights, which need not add up to 1. Raises InputError if
+        there are more than PATTERN."""
+        if len(weights) > PATTERN:
+            raise InputError(f"--train-dir names {len(weights)} folders; at most {PATTERN} can be mixed")
         counts = _apportion(weights)
         pattern = np.repeat(np.arange(len(counts)), counts)[permute(np.arange(PATTERN), PATTERN, "mixture")]
         ranks = np.empty(PATTERN, dtype=np.int64)
@@ -60,35 +61,6 @@ class Mixture:
             start = int(sequences[rows[0]]) // PATTERN * self.counts[number] + int(self.ranks[entries[rows[0]]])
             found.append((number, rows, start))
         return found
-
-
-def parse_weights(option: str, entries: Sequence[str]) -> tuple[list[str], list[float]]:
-    """Return folders and weights from `a=0.7 b=0.3`, or from a single folder. Raises InputError."""
-    folders: list[str] = []
-    weights: list[float] = []
-    for entry in entries:
-        folder, _, text = entry.rpartition("=")
-        try:
-            weight: float | None = float(text)
-        except ValueError:
-            weight = None
-        if not folder or weight is None:
-            if len(entries) == 1:  # a folder may have = in its name
-                return [entry], [1.0]
-            raise InputError(f"{option} {entry} has no weight: of several folders each needs one, such as {entry}=0.5")
-        if not (math.isfinite(weight) and weight > 0):
-            raise InputError(f"{option} {entry}: choose a weight above 0, or leave the folder out")
-        folders.append(folder)
-        weights.append(weight)
-    seen: set[str] = set()
-    for folder in folders:
-        place = folder.rstrip("/") if is_url(folder) else os.path.realpath(folder)  # the same one may have two names
-        if place in seen:
-            raise InputError(f"{option} names {folder} twice; name it once with the sum of its weights")
-        seen.add(place)
-    if len(folders) > PATTERN:
-        raise InputError(f"{option} names {len(folders)} folders; at most {PATTERN} can be mixed")
-    return folders, weights
 
 
 def _apportion(weights: Sequence[float]) -> tuple[int, ...]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import RunConfig
-from gpt2xla.data.mixture import PATTERN, Mixture, parse_weights
-from gpt2xla.data.remote import Cache
-from gpt2xla.data.shards import TokenStream
-from gpt2xla.data.tokenizer import Tokenizer, match_tokenizer
+from gpt2xla.config.paths import is_url, parse_weights
+from gpt2xla.data.mixture import PATTERN, Mixture
+from gpt2xla.data.remote import Cache, RemoteFolder
+from gpt2xla.data.shards import MANIFEST, Manifest, TokenStream
+from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer, match_tokenizer
+from gpt2xla.data.tokenizer_folder import has_tokenizer
 from gpt2xla.data.windows import TrainingOrder, Windows, share_of
 from gpt2xla.errors import InputError
+
+_ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,38 @@ class TrainingData:
         if len(sets) == 1:
             return sets[0].stream.fingerprint
         return " + ".join(f"{c}/{PATTERN} of {w.stream.fingerprint}" for w, c in zip(sets, counts, strict=True))
+
+
+def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the run of a new model with --vocab-size set, and a note on it for the user, "" if it was given.
+
+    The size is the number of the data's ids rounded up to a multiple of 128, with which matrix products are fast, and the
+    default where the data do not say. Raises InputError if a manifest or tokenizer cannot be read."""
+    if "vocab_size" in config.given:
+        return config, ""
+    ids = [_ids_of(config, folder) for folder in parse_weights("--train-dir", config.data.train_dir)[0]]
+    if not all(ids):
+        size = config.model.vocab_size
+        return (
+            config,
+            f"vocabulary: {size:,} ids, the default, as the data do not say how many they need (--vocab-size)",
+        )
+    most = max(ids)
+    size = -(-most // _ALIGNMENT) * _ALIGNMENT
+    note = f"vocabulary: {size:,} ids, the data's {most:,}" + (
+        " rounded up to a multiple of 128" if size > most else ""
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size)), note
+
+
+def _ids_of(config: RunConfig, folder: str) -> int:
+    """Return the number of ids of a folder's or URL's tokenizer, by its manifest if it has one; 0 if unknown."""
+    remote = RemoteFolder(folder, "--train-dir", _cache(config), MANIFEST) if is_url(folder) else None
+    place = remote.folder if remote else Path(folder)
+    if manifest := Manifest.load(place):
+        return manifest.vocab_size
+    name = config.data.tokenizer or (str(place) if has_tokenizer(place) else None)
+    return load_tokenizer(name).vocab_size if name else 0
 
 
 def tokenizer_of(config: RunConfig, folders: list[Path], windows: Sequence[Windows]) -> Tokenizer | None:

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 
+from gpt2xla.config.paths import PREPARE
 from gpt2xla.data.shard_files.shard_format import SUFFIXES
 from gpt2xla.errors import InputError, RunFailed, in_one_line, user_error
 from gpt2xla.files import write_whole
@@ -46,8 +47,21 @@ class Cache:
 DEFAULT_CACHE = Cache(Path("~/.cache/gpt2xla/data"))
 
 
-def is_url(name: str) -> bool:
-    return "://" in name
+def exists(url: str, option: str) -> bool:
+    """Tell whether there is something at the URL, as far as its storage says. Raises InputError if it cannot be opened."""
+    files, path = _opened(url, option)
+    return files.exists(path)
+
+
+def _opened(url: str, option: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and its path there."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
+        raise InputError(f"{option} {url} needs another package: pip install {package}") from None
+    except Exception as error:  # each storage has its own errors, also for credentials
+        raise InputError(f"{option} {url} cannot be opened: {type(error).__name__}: {in_one_line(error)}") from None
 
 
 class RemoteFolder:
@@ -59,18 +73,10 @@ class RemoteFolder:
 
     def __init__(self, url: str, option: str, cache: Cache, manifest: str) -> None:
         self.url, self.option, self.cache = url.rstrip("/"), option, cache
-        try:
-            self._files, self._path = fsspec.core.url_to_fs(self.url)
-        except ImportError as error:
-            package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
-            raise InputError(f"{option} {self.url} needs another package: pip install {package}") from None
-        except Exception as error:  # each storage has its own errors, also for credentials
-            raise InputError(
-                f"{option} {self.url} cannot be opened: {type(error).__name__}: {in_one_line(error)}"
-            ) from None
+        self._files, self._path = _opened(self.url, option)
         text = self._read_small(manifest)
         if text is None:
-            fix = "make it with scripts/prepare_text.py, or copy the shards here"
+            fix = f"make it with {PREPARE}, or copy the shards here"
             raise InputError(f"{option} {url} has no {manifest}, without which a remote folder cannot be read; {fix}")
         name = re.sub(r"[^A-Za-z0-9.-]+", "-", self.url)[-80:].strip("-.")
         root = cache.folder.expanduser()

@@ -18,7 +18,8 @@ from typing import get_origin, get_type_hints
 
 import numpy as np
 
-from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder, is_url
+from gpt2xla.config.paths import PREPARE, check_shards, is_url
+from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder
 from gpt2xla.data.shard_files.foreign_shards import pointer
 from gpt2xla.data.shard_files.raw_ids import largest_sampled
 from gpt2xla.data.shard_files.shard_folder import refuse_others, shards_of
@@ -102,19 +103,15 @@ class TokenStream:
         self._remote = RemoteFolder(self.name, option, cache, MANIFEST) if is_url(self.name) else None
         self.folder = self._remote.folder if self._remote else Path(folder)
         self.notes: list[str] = []
-        with user_error(f"{option} {folder}"):  # no permission, or a name that is too long
-            if not self.folder.is_dir():
-                what = "is a file; name its folder" if self.folder.exists() else "no such folder"
-                raise InputError(f"{option} {folder}: {what}; make one with scripts/prepare_text.py")
+        check_shards(option, str(folder))
+        with user_error(f"{option} {folder}"):  # no permission
             self.manifest = Manifest.load(self.folder)
             if self.manifest:
                 self.files = [self.folder / shard.file for shard in self.manifest.shards]
             else:
                 self.files, self.notes = shards_of(self.folder, option)
         if not self.files:
-            fix = "make some with scripts/prepare_text.py"
-            if (train := self.folder / "train").is_dir():
-                fix = f"its splits are folders: name {train}"
+            fix = f"make some with {PREPARE}"
             raise InputError(f"{option} {folder} holds no shards ({', '.join(SUFFIXES)}); {fix}")
         self._shards: list[np.ndarray | None]  # a remote one is None until it is read
         self.format = "numpy"

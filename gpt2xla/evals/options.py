@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class EvalConfig:
     """Evaluation"""
 
-    device: Literal["auto", "xla"] = option(
-        "auto", "auto: GPU or CPU through torch, several of them under torchrun; xla: all XLA devices of this host"
+    device: Literal["auto", "cpu", "cuda", "mps", "xla"] = option(
+        "auto", "auto: cuda, else mps, else cpu, several of them under torchrun; xla: all XLA devices of this host"
     )
     batch_size: int = option(32, "sequences per batch, over all devices together")
     mixed_precision: Precision = option(
@@ -38,10 +38,10 @@ class EvalConfig:
 
 def open_runtime(device: str, train: TrainConfig) -> Runtime:
     """Open the runtime of the --device. Raises InputError if there is no such device."""
-    if device == "auto":
+    if device != "xla":
         from gpt2xla.runtime.torch.runtime import TorchRuntime
 
-        return TorchRuntime(TorchConfig(), train)
+        return TorchRuntime(TorchConfig(), train, device)
     from gpt2xla.runtime.xla.environment import importing_torch_xla, prepare
 
     prepare(os.environ)

@@ -61,7 +61,7 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     try:
         windows = open_validation(config)
     except InputError as error:
-        raise InputError(f"--models {name}: {error}") from None
+        raise InputError(f"--model {name}: {error}") from None
     if runtime.is_main:
         for note in windows.stream.notes:
             say(note, error=True)
@@ -81,7 +81,7 @@ def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None
     folder = model_folder(source)
     if manifest and has_tokenizer(folder) and load_tokenizer(str(folder)).sha256 != manifest.tokenizer_sha256:
         raise InputError(
-            f"--models {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss there "
+            f"--model {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss there "
             f"means nothing; prepare the text again with --tokenizer {folder}"
         )
 

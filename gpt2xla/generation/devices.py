@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
 
+from gpt2xla.config import Precision
 from gpt2xla.errors import InputError
 from gpt2xla.generation.packed_linear import pack_linears
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Device
 from gpt2xla.runtime.one_device import OneDevice
+from gpt2xla.runtime.precision import DTYPES, of_cuda
 from gpt2xla.runtime.xla.environment import importing_torch_xla
 
 
-def move(model: GPT2, name: str, dtype: str) -> Device:
+def move(model: GPT2, name: str, precision: Precision) -> Device:
     """Move `model` to a device, laid out as it generates fastest there, and return the device.
 
     Args:
         name: auto, cpu, cuda, mps or xla, as --device says.
-        dtype: fp32 or bf16: the type of the weights and of all that is computed from them.
+        precision: as --mixed-precision says; the type of the weights and of all that is computed from them.
 
     Raises InputError if there is no such device."""
-    if dtype == "bf16":
-        model.to(torch.bfloat16)
     if name == "xla":
         with importing_torch_xla():
             from gpt2xla.runtime.xla.device import XlaDevice
         device: OneDevice = XlaDevice()
     else:
         device = _torch_device(name)
+    model.to(DTYPES[_chosen(device.device) if precision == "auto" else precision])
     device.setup_model(model)
     if device.device.type == "cpu" and (reason := pack_linears(model)):
         print(f"note: generating with torch's own matrix products, half as fast: {reason}", file=sys.stderr)
     return device
+
+
+def _chosen(device: torch.device) -> Precision:
+    """Return what auto means: the type in which the device is trained by default."""
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return of_cuda("", has_bf16, torch.cuda.get_device_capability(device)).auto
+    return "bf16" if device.type == "xla" and os.environ.get("PJRT_DEVICE") == "TPU" else "none"
 
 
 def _torch_device(name: str) -> OneDevice:

@@ -33,7 +33,7 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
         if not config.tie_weights:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self.kernels = Kernels()  # how the parts are computed; a runtime sets its own
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,9 +107,29 @@ class GPT2(nn.Module):
         return 6 * matrices + 12 * c.num_layers * c.d_model * c.seq_length
 
 
+def blank(config: ModelConfig) -> GPT2:
+    """Return the model on the CPU, with memory for weights that are still to be written.
+
+    Neither drawing weights on the meta device nor `to_empty` is used: both import half of torch's compiler, for a second."""
+    with torch.device("meta"):
+        model = GPT2(config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+    return model
+
+
+class Linear(nn.Linear):
+    """torch's, without first weights on the meta device."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 def _embedding(rows: int, columns: int) -> nn.Embedding:
-    # Its own normal_() would, on the meta device, import half of torch's compiler, for seconds.
-    return nn.Embedding(rows, columns, _weight=torch.randn(rows, columns))
+    weight = torch.empty(rows, columns)  # as above
+    return nn.Embedding(rows, columns, _weight=weight if weight.is_meta else weight.normal_())
 
 
 class Block(nn.Module):
@@ -132,8 +152,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.d_model, 3 * config.d_model, bias=config.bias)
-        self.c_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.c_attn = Linear(config.d_model, 3 * config.d_model, bias=config.bias)
+        self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None, layer: int) -> Tensor:
         if kernels.separate_qkv:
@@ -158,8 +178,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.c_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.c_fc = Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.c_proj = Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x = self.c_fc(x_BTD)

@@ -14,6 +14,7 @@ from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.opening import TrainingData
+from gpt2xla.data.split_folders import with_splits
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.evals.schedule import Evaluations
 from gpt2xla.generation.settings import settings_of
@@ -46,7 +47,7 @@ def pretrain(
     if not config.general.do_test:
         with user_error(_flag(config)):
             refuse_if_locked(*_lock(config))  # by a run that is changing what is read now
-    start = find_start(config)
+    start = find_start(with_splits(config))
     is_chosen_here = start.config.train.mixed_precision == "auto"
     train = start.config.train
     if config.general.do_test:  # a compile, unless asked for, takes longer than most evaluations

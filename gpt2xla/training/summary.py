@@ -16,6 +16,7 @@ from gpt2xla.evals.validation import Validation
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import perplexity, with_error
 from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.optim.schedule import describe
 from gpt2xla.runtime import memory
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.precision import label
@@ -69,6 +70,7 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
         "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,} to validate on{checked}",
         "run": f"steps {first_step + 1} to {train.train_steps}: {train.train_steps * data.tokens_per_step:,} tokens in "
         f"all, {_epochs(order, train.train_steps * data.sequences_per_step)}",
+        "schedule": describe(config.optim),
         "tokenizer": data.tokenizer.name if data.tokenizer else "none found: checkpoints will lack one (--tokenizer)",
         "output": str(Path(config.general.checkpoints_dir)),
     }

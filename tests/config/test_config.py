@@ -179,6 +179,7 @@ UNDERSTOOD = {
     "shuffle: 1": {"shuffle": True},
     "tie-weights: 'False'": {"tie_weights": False},
     "compile: null": {},
+    "model: gpt2": {"from_checkpoint": "gpt2"},  # another name of it
     "activation: gelu": {"activation": "gelu-tanh"},
     "activation: gelu-exact": {"activation": "gelu-exact"},
     "seed: &x 3\ntrain_steps: *x": {"seed": 3, "train_steps": 3},
@@ -227,6 +228,7 @@ REFUSED = {
     "spmd: true": ["spmd", "run_pretrain_xla.py"],
     "seed: 1\nseed: 2": ["seed is set twice"],
     "train-steps: 1\ntrain_steps: 1": ["train_steps is set twice"],
+    "model: gpt2\nfrom_checkpoint: gpt2": ["from_checkpoint is set twice"],
     '{"seed": 1, "seed": 2}': ["seed is set twice"],
     "seed: 1\n---\nseed: 2": ["several documents"],
     "train:\n\tseed: 1": ["line 2", "spaces instead of tabs"],

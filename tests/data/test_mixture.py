@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2xla.data.mixture import PATTERN, Mixture, parse_weights
+from gpt2xla.config.paths import parse_weights
+from gpt2xla.data.mixture import PATTERN, Mixture
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import TrainingOrder, Windows
 from gpt2xla.errors import InputError

@@ -66,7 +66,7 @@ def test_a_model_of_other_tokens_is_refused(tmp_path: Path) -> None:
     flags = ["--models", model, "--valid-dir", split, "--output", tmp_path / "table"]
     result = run_here("scripts/perplexity_table.py", *flags)
     assert result.returncode == 2
-    assert f"--models {model}: its tokenizer is not the one that made --valid-dir (bytes)" in result.stderr
+    assert f"--model {model}: its tokenizer is not the one that made --valid-dir (bytes)" in result.stderr
     missing = run_here("scripts/perplexity_table.py", *flags, "--models", model, tmp_path / "none")
     assert missing.returncode == 2
     assert f"{tmp_path / 'none'}: no such folder" in missing.stderr

@@ -12,7 +12,7 @@ from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.optim.muon import orthogonalized
 from gpt2xla.optim.optimizer import clip_gradients, parameter_groups
-from gpt2xla.optim.schedule import learning_rate
+from gpt2xla.optim.schedule import learning_rate, past_decay
 from gpt2xla.optim.state import export_state
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
@@ -40,8 +40,18 @@ def test_noam_schedule() -> None:
 
 def test_schedules_without_warm_up_are_finite() -> None:
     for method in ("cosine", "noam"):
-        config = OptimConfig(decay_method=method, warmup_steps=0)  # type: ignore[arg-type]
+        config = OptimConfig(decay_method=method, warmup_steps=0).over(20_000)  # type: ignore[arg-type]
         assert 0 < learning_rate(config, 768, 0) <= config.learning_rate
+
+
+def test_warm_up_and_decay_follow_the_runs_length_unless_they_are_set() -> None:
+    for steps, warmup in ((20_000, 750), (2000, 75), (60, 2), (1, 0)):
+        found = OptimConfig().over(steps)
+        assert (found.warmup_steps, found.decay_steps) == (warmup, steps)
+    found = OptimConfig(warmup_steps=5, decay_steps=30).over(60)
+    assert (found.warmup_steps, found.decay_steps) == (5, 30)
+    assert past_decay(found, 30) == ""
+    assert "stays at 6.00e-05 from step 30 to 60" in past_decay(found, 60)
 
 
 def test_clipping_equals_float64() -> None:

@@ -37,8 +37,6 @@ _HUB_FILES = (
 )  # fmt: skip
 # Fetched only where there are no safetensors.
 _HUB_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
-# A name that ends in these is more likely a path than a hub id.
-_FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], settings: GenerationSettings) -> None:
@@ -161,13 +159,3 @@ def find_folder(name: str) -> Path:
         if not any(folder.glob("model*.safetensors*")):
             folder = hub.snapshot(hub_id, _HUB_PICKLES)
         return folder
-
-
-def is_missing_path(name: str) -> bool:
-    """Whether `name` is a path with nothing there: one that the hub could not know, or one into a folder that is here."""
-    path = Path(name)
-    if path.exists():
-        return False
-    if not hub.is_id(name):
-        return True
-    return path.suffix in _FILE_SUFFIXES or (path.parent != Path() and path.parent.is_dir())

@@ -21,19 +21,10 @@ from typing import Any, TypeVar
 import yaml
 
 from gpt2xla import hub
-from gpt2xla.config import option
 from gpt2xla.data.documents import saved_dataset
 from gpt2xla.data.documents.corpus import Part, Split, local_parts, remote_part
-from gpt2xla.data.documents.reading_options import (
-    ALL_SUFFIXES,
-    COLUMN_HELP,
-    FORMAT_HELP,
-    SPLIT_HELP,
-    Format,
-    Reading,
-    SplitBy,
-    described,
-)
+from gpt2xla.data.documents.reading_options import ALL_SUFFIXES, Reading, described
+from gpt2xla.data.preparation.options import HubConfig
 from gpt2xla.data.preparation.temporary_folder import temporary_folder
 from gpt2xla.errors import InputError, RunFailed, counted, user_error
 
@@ -41,22 +32,6 @@ T = TypeVar("T")
 _LONGEST_WAIT = 60.0
 _NAMES_PER_REQUEST = 500
 _CARD = "README.md"  # describes a data set, and may list its files
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubConfig:
-    """Data set"""
-
-    dataset: str = option("HuggingFaceFW/fineweb", "name on the hub, or a local folder", is_path=True)
-    config: str | None = option(None, "configuration of the data set; of a local folder, one that its README.md lists")
-    split: str = option("train", "split to take")
-    test_split: str | None = option(None, "split that becomes test/ (default: documents are drawn from --split)")
-    text_column: str = option("text", COLUMN_HELP)
-    split_by: SplitBy | None = option(None, f"{SPLIT_HELP} (default: file; line on the hub, as datasets reads it)")
-    format: Format = option("auto", FORMAT_HELP)
-    streaming: bool = option(False, "remove each file after it was read, instead of keeping it in the hub's cache")
-    cache_dir: str | None = option(None, "where files are kept (default: the hub's cache)", is_path=True)
-    retries: int = option(8, "how often to try again when the hub fails, after 1, 2, 4, ... seconds, at most 60")
 
 
 def dataset_parts(options: HubConfig, say: Callable[[str], None] = print) -> list[Part]:

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from gpt2xla.config import TOKENIZER_HELP, option, require_at_least
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
+from gpt2xla.data.preparation.options import PrepareConfig
 from gpt2xla.data.preparation.record import RECORD, SPLITS, Record
 from gpt2xla.data.preparation.spelled_tokens import SpelledInCorpus
 from gpt2xla.data.preparation.splitting import Assigned, Splitter
@@ -35,43 +35,9 @@ from gpt2xla.errors import InputError, RunFailed, counted, user_error
 from gpt2xla.processes.locks import locked
 
 _PARTIAL = ".partial"
-_MOST_TOKENS = 10**12  # per shard
 _SECONDS_BETWEEN_RECORDS = 2.0
 # Shards per corpus, for text of 6.7 bytes per token; English has 4.5 with GPT-2's tokenizer.
 _LEAST_BYTES_PER_BYTE = 0.3
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """Preparation"""
-
-    output_dir: str = option("./data", "folder to make train/ and test/ in", is_path=True)
-    tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True)
-    test_fraction: float | None = option(
-        None,
-        "share of the documents that goes to test/, at least one document (default: 0.01, and as much of the end of the "
-        "text as makes 20,000 tokens and 1% of them all)",
-    )
-    test_tokens: int | None = option(None, "largest number of tokens in test/ (default: one shard)")
-    max_tokens: int | None = option(None, "stop after the document that reaches this many (default: take all)")
-    shard_size: int = option(100_000_000, "tokens per shard")
-    seed: int = option(1061109567, "seed that decides which documents go to test/")
-    num_workers: int = option(max(1, os.cpu_count() or 1), "number of threads that encode")
-    special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
-        "as-text",
-        "what to do with special tokens, such as <|user|> or <|endoftext|>, that a document spells: as-text encodes the "
-        "letters and counts them, as-ids encodes the tokens, as transformers does, refuse stops there",
-    )
-
-    def check(self) -> None:
-        """Raise InputError if a value is out of range."""
-        if not self.output_dir:
-            raise InputError("--output-dir is empty; name a folder")
-        if self.test_fraction is not None and not 0 <= self.test_fraction < 1:
-            raise InputError(f"--test-fraction {self.test_fraction}: choose a share of at least 0 and below 1")
-        require_at_least(1, self, "test_tokens", "max_tokens", "shard_size", "num_workers")
-        if self.shard_size > _MOST_TOKENS:
-            raise InputError(f"--shard-size {self.shard_size}: choose at most {_MOST_TOKENS:,}")
 
 
 def prepare_and_report(corpus: Callable[[], Sequence[Part]], config: PrepareConfig) -> None:

@@ -6,13 +6,14 @@ import codecs
 import re
 import unicodedata
 
+from gpt2xla.config.paths import PREPARE
 from gpt2xla.data.shard_files.first_bytes import foreign
 
 _MOVE = "it is no token shard: move it out of the folder"
-_PREPARE = "make token shards of it with scripts/prepare_text.py"
+_PREPARE = f"make token shards of it with {PREPARE}"
 # The fix for formats that are not supported, if it is not "move it".
 _FIXES = {
-    **dict.fromkeys(("parquet", "arrow", "feather-1", "avro"), f"{_PREPARE} or prepare_dataset.py"),
+    **dict.fromkeys(("parquet", "arrow", "feather-1", "avro"), _PREPARE),
     "zip": f"unpack it, or if {_MOVE}",
     "numpy": "copy it again: it is cut short",
     "megatron-index": "its name ended in .idx: rename it back",

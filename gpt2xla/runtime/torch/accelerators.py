@@ -189,12 +189,18 @@ class Mps(Accelerator):
     kind = "mps"
 
 
-def pick_accelerator(place: Place | None) -> Accelerator:
+def pick_accelerator(place: Place | None, asked: str = "auto") -> Accelerator:
     """Return this process's device: a CUDA GPU if torch sees one, else, without torchrun, MPS if there is one, else the CPU.
 
-    Raises InputError if there are fewer GPUs than processes, or if it is unknown which one is this process's."""
-    if not torch.cuda.is_available():
-        return Mps() if torch.backends.mps.is_available() and not place else Cpu()
+    `asked` may name one of these: cuda, mps or cpu. Raises InputError if torch finds none of that kind, if there are fewer
+    GPUs than processes, or if it is unknown which one is this process's."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and not place}
+    if not there.get(asked, True):
+        raise InputError(f"--device {asked}: torch finds none here; use --device auto")
+    if asked == "cpu":
+        return Cpu()
+    if asked == "mps" or not there["cuda"]:
+        return Mps() if there["mps"] else Cpu()
     processes, devices = place.local_world_size if place else 1, torch.cuda.device_count()
     if processes > devices:
         raise InputError(f"--nproc_per_node {processes}: there are only {devices} GPUs here; start that many processes")

@@ -35,12 +35,12 @@ from gpt2xla.runtime.torch.process_group import Peers, find_place, join
 class TorchRuntime(OneDevice):
     """Implements `base.Runtime` for one of torch's devices. Joins torchrun's process group if there is one."""
 
-    def __init__(self, options: TorchConfig, config: TrainConfig) -> None:
+    def __init__(self, options: TorchConfig, config: TrainConfig, device: str = "auto") -> None:
         self.options, self.train = options, config
         place = find_place(os.environ)
         self.distributed = place is not None
         parallel.check_options(options, distributed=self.distributed)
-        self.accelerator = accelerator = pick_accelerator(place)
+        self.accelerator = accelerator = pick_accelerator(place, device)
         if place:
             join(place, choose_backend(options.ddp_backend, accelerator))
         accelerator.prepare(config.matmul_precision)

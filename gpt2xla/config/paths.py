@@ -1,0 +1,113 @@
+"""Paths that a user names, and what shows without opening them that they are wrong: that is said before torch is imported.
+
+Each check raises an InputError for `flag`. What it lets pass may still be wrong; whoever opens it says so.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt2xla import hub
+from gpt2xla.errors import InputError, user_error
+
+# How token shards are made, for messages: from a clone, or after pip install.
+PREPARE = "scripts/prepare_text.py (or: gpt2xla prepare text)"
+# A name that ends in these is more likely a path than a hub id.
+_FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json")
+
+
+def is_url(name: str) -> bool:
+    return "://" in name
+
+
+def is_missing_path(name: str) -> bool:
+    """Whether `name` is a path with nothing there: one that the hub could not know, or one into a folder that is here."""
+    path = Path(name)
+    if path.exists():
+        return False
+    if not hub.is_id(name):
+        return True
+    return path.suffix in _FILE_SUFFIXES or (path.parent != Path() and path.parent.is_dir())
+
+
+def check_shards(flag: str, folder: str) -> None:
+    """Check a folder of token shards. A URL passes."""
+    if not folder or is_url(folder):
+        return
+    path = Path(folder)
+    with user_error(f"{flag} {folder}"):  # no permission, or a name that is too long
+        if not path.is_dir():
+            what = "is a file; name its folder" if path.exists() else "no such folder"
+            raise InputError(f"{flag} {folder}: {what}; make one with {PREPARE}")
+
+
+def check_mixture(flag: str, entries: Sequence[str]) -> None:
+    """Check the folders of `a=0.7 b=0.3`, or a single folder."""
+    if all(entries):
+        for folder in parse_weights(flag, entries)[0]:
+            check_shards(flag, folder)
+
+
+def check_model(flag: str, name: str) -> None:
+    """Check the name of a model. One that may be on the hub passes."""
+    with user_error(f"{flag} {name}"):
+        if name and is_missing_path(name):
+            raise InputError(
+                f"{flag} {name}: no such folder or file; correct the path, or give a model's id on the hub"
+            )
+
+
+def check_models(flag: str, names: Sequence[str]) -> None:
+    for name in names:
+        check_model(flag, name)
+
+
+def check_tokenizer(flag: str, name: str) -> None:
+    """Check the name of a tokenizer. One that may be on the hub, or tiktoken's, passes."""
+    with user_error(f"{flag} {name}"):
+        if name and is_missing_path(name):
+            fix = "correct the path, or give bytes, one of tiktoken's names, or owner/name on the hub"
+            raise InputError(f"{flag} {name}: no such folder or file; {fix}")
+
+
+def check_resumed(flag: str, value: str) -> None:
+    """Check the folder of the checkpoint to resume, unless `value` is auto or never."""
+    with user_error(f"{flag} {value}"):
+        if value not in ("", "auto", "never") and not Path(value).is_dir():
+            fix = "use auto, never or a path like checkpoints/step-00001000"
+            raise InputError(f"{flag} {Path(value)}: no such checkpoint folder; {fix}")
+
+
+def parse_weights(flag: str, entries: Sequence[str]) -> tuple[list[str], list[float]]:
+    """Return folders and weights from `a=0.7 b=0.3`, or from a single folder. Raises InputError."""
+    folders: list[str] = []
+    weights: list[float] = []
+    for entry in entries:
+        folder, weight = split_weight(entry)
+        if weight is None:
+            if len(entries) == 1:  # a folder may have = in its name
+                return [entry], [1.0]
+            raise InputError(f"{flag} {entry} has no weight: of several folders each needs one, such as {entry}=0.5")
+        if not (math.isfinite(weight) and weight > 0):
+            raise InputError(f"{flag} {entry}: choose a weight above 0, or leave the folder out")
+        folders.append(folder)
+        weights.append(weight)
+    seen: set[str] = set()
+    for folder in folders:
+        place = folder.rstrip("/") if is_url(folder) else os.path.realpath(folder)  # the same one may have two names
+        if place in seen:
+            raise InputError(f"{flag} names {folder} twice; name it once with the sum of its weights")
+        seen.add(place)
+    return folders, weights
+
+
+def split_weight(entry: str) -> tuple[str, float | None]:
+    """Return the folder and the weight of `a=0.7`; None for an entry without a weight."""
+    folder, _, text = entry.rpartition("=")
+    try:
+        return (folder, float(text)) if folder else (entry, None)
+    except ValueError:
+        return entry, None
