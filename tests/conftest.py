@@ -70,6 +70,12 @@ def run_here(program: str, *arguments: object) -> subprocess.CompletedProcess[st
     return subprocess.CompletedProcess(words, code, output.getvalue(), errors.getvalue())
 
 
+def told(result: subprocess.CompletedProcess[str], text: str) -> int:
+    """In how many lines of their own the processes report an error with `text`. torchrun repeats it in its report."""
+    starts = ("run_pretrain", "gpt2xla")
+    return sum(text in line for line in result.stderr.splitlines() if line.startswith(starts) and ": error: " in line)
+
+
 def require_xla() -> None:
     if importlib.util.find_spec("torch_xla") is None:
         pytest.skip("needs torch_xla: pip install -e '.[xla]'")

@@ -81,7 +81,7 @@ def _card(
         "layers, width, heads": f"{config.num_layers}, {config.d_model}, {config.num_heads}",
         "vocabulary": f"{config.real_vocab_size:,} ids",
         "context": f"{config.seq_length:,} tokens",
-        "tokenizer": _name(tokenizer.name) if tokenizer else "none is stored here",
+        "tokenizer": "in this folder" if tokenizer else "none is stored here",
     } | facts
     table = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
     return (

@@ -51,11 +51,14 @@ class Saver:
 
         Args:
             is_evaluated: whether the evaluations due after `step` are done; if not, a resumed run makes up for them."""
+        self.stop.begin_save()
         shards = run_folder.shards_folder(self.folder, step)
         weights, state = self.runtime.snapshot(self.model, self.optimizer, shards)
         if self.runtime.is_main:
             training = {"step": step, "is_evaluated": is_evaluated, **state, **self.run_state()}
             self._writes.start(partial(self._write, weights, training, shards))
+        else:
+            self.stop.end_save()
 
     def keep(self, step: int, is_evaluated: bool) -> None:
         """Note in the checkpoint that the run resumed whether the evaluations due after it are done now. A run that resumed
@@ -74,10 +77,13 @@ class Saver:
         return self._writes.wait()
 
     def _write(self, weights: dict[str, Tensor], training: dict[str, Any], shards: Path) -> None:
-        written = checkpoint.save(
-            self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer,
-            settings=self.settings, shards=shards,
-        )  # fmt: skip
+        try:
+            written = checkpoint.save(
+                self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer,
+                settings=self.settings, shards=shards,
+            )  # fmt: skip
+        finally:
+            self.stop.end_save()
         if not self._has_no_link and (problem := run_folder.point(self.folder / run_folder.LATEST, written)):
             self._has_no_link = True
             say(problem)

@@ -26,7 +26,7 @@ _ENDS = b"\0"  # for the watching thread; signals count from 1
 class StopSignals:
     """While active, the first SIGTERM or SIGINT requests a stop instead of ending the process.
 
-    A second one, a second or more later, ends the process at once, unless the checkpoint for the stop is being written; then
+    A second one, a second or more later, ends the process at once, unless a checkpoint is being written; then
     a third one does. Until a trainer calls `handle`, both signals do what they did before.
 
     Python calls a signal's handler between two of its own instructions. While the main thread is inside a long call of C,
@@ -37,7 +37,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None  # name of the signal that requested the stop
-        self.is_saving = False  # whether the run has begun to write its last checkpoint
+        self._saves = 0  # that are under way
         self._after = ""  # what is done before the stop, in words; empty until a trainer promises to act on `received`
         self._newest: Callable[[], str] = str
         self._requests = 0
@@ -57,6 +57,15 @@ class StopSignals:
             after: what is done before the run stops, in words.
             newest: returns which checkpoint is the newest, in words."""
         self._newest, self._after = newest, after
+
+    def begin_save(self) -> None:
+        """Note that a checkpoint is being written. The next signal lets that finish."""
+        with self._lock:
+            self._saves += 1
+
+    def end_save(self) -> None:
+        with self._lock:
+            self._saves -= 1
 
     @property
     def is_handled(self) -> bool:
@@ -134,10 +143,10 @@ class StopSignals:
         name, again = (
             ("", "press again") if number == signal.SIGINT else (f"{signal.Signals(number).name}: ", "send it again")
         )
-        if self.is_saving and not self._has_waited:
+        if self._saves and not self._has_waited:
             self._has_waited = True
             if is_first("saving"):
-                _say(f"{name}the last checkpoint is being written, then the run ends; {again} to end at once")
+                _say(f"{name}a checkpoint is being written, then the run ends; {again} to end at once")
         elif self._requests == 1:
             if is_first("stopping"):
                 _say(f"{name}stopping with a checkpoint after {self._after}; {again} to stop without one")

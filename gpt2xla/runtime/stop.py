@@ -80,10 +80,14 @@ class Stop:
         """Request a stop for this process's own `reason`."""
         self._requested_reason = reason
 
-    def begin_last_save(self) -> None:
-        """Note that the run only saves and ends from here on: a signal does not stop that at once."""
+    def begin_save(self) -> None:
+        """Note that a save begins: one more signal does not end the run before `end_save`."""
         if self.signals:
-            self.signals.is_saving = True
+            self.signals.begin_save()
+
+    def end_save(self) -> None:
+        if self.signals:
+            self.signals.end_save()
 
     @property
     def reason(self) -> str:

@@ -75,10 +75,10 @@ class Trainer:
             else:
                 is_evaluated = self.evaluations.run(step, self.log.evaluation_line)
                 stopping = not is_evaluated
-            if stopping or step == self.config.train_steps:
-                self.stop.begin_last_save()
             if stopping or is_due(self.config.save_interval, step, self.config.train_steps):
                 self._save(step, is_evaluated)
+                stopping = stopping or self.stop.agreed()  # meanwhile: this checkpoint will do
+        self.stop.begin_save()  # the last one may still be under way, and all processes wait for it
         self.runtime.wait()
         return step
 

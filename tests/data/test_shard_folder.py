@@ -67,9 +67,3 @@ def test_shards_that_a_manifest_does_not_name_are_refused(tmp_path: Path) -> Non
     np.save(train / "shard_999999.npy", IDS)
     with pytest.raises(InputError, match=r"shard_999999\.npy is not named in manifest\.json"):
         TokenStream(train)
-
-
-def test_a_folder_of_splits_is_distinguished_from_one_of_shards(tmp_path: Path) -> None:
-    prepare_documents(tmp_path / "data")
-    with pytest.raises(InputError, match=r"data/train"):
-        TokenStream(tmp_path / "data")

@@ -63,7 +63,7 @@ def damage(file: Path, kind: str, draw: float) -> None:
 
 
 def _copy_damaged(setting: Setting, origin: Path, folder: Path, step: int, name: str, kind: str) -> Path:
-    shutil.copytree(origin, folder)
+    shutil.copytree(origin, folder, symlinks=True)
     draw = runs.random_of(setting.seed, folder.name).random()
     damage(folder / f"step-{step:08d}" / name, kind, draw)
     return folder / f"step-{step:08d}"
@@ -96,7 +96,7 @@ def _refusal_of(argv: list[str]) -> str | None:
 def _runs_on(setting: Setting, flags: list[str], case: tuple[str, str]) -> None:
     name, kind = case
     folder = setting.folder / f"whole-{name}-{kind}".replace(" ", "_")
-    shutil.copytree(setting.unbroken[1], folder)
+    shutil.copytree(setting.unbroken[1], folder, symlinks=True)
     shutil.copy(setting.unbroken[1].with_name(f"{setting.unbroken[1].name}.steps-0"), f"{folder}.steps-0")
     newest = folder / "step-00000060"
     damage(newest / name, kind, runs.random_of(setting.seed, *case).random())

@@ -41,7 +41,7 @@ def chat_model(folder: Path, config: dict[str, Any], generation: dict[str, Any] 
     backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_end|>", "<|pad|>", "<|im_start|>")])
     backend.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
-    stored = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "model_max_length": 99, **names}
+    stored = {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", "model_max_length": 16, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(stored, indent=1))
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}<|im_start|>{{m.content}}<|im_end|>{% endfor %}"

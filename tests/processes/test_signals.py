@@ -19,7 +19,8 @@ def work():
         hashlib.pbkdf2_hmac("sha256", b"", b"", 20_000_000)
 def train(stop, is_saving=False):
     stop.handle("this step", lambda: "newest checkpoint: step 7 (run/step-00000007)")
-    stop.is_saving = is_saving
+    if is_saving:
+        stop.begin_save()
     print("working", flush=True)
     work()
 if __name__ == "__main__":
@@ -32,7 +33,7 @@ if __name__ == "__main__":
         train(stop, sys.argv[1] == "saving")
 """
 STOPS = "{0}stopping with a checkpoint after this step; {1} to stop without one\n"
-SAVES = "{0}the last checkpoint is being written, then the run ends; {1} to end at once\n"
+SAVES = "{0}a checkpoint is being written, then the run ends; {1} to end at once\n"
 ENDS = "{0}ended at once; newest checkpoint: step 7 (run/step-00000007)\n"
 
 
