@@ -59,7 +59,7 @@ class StopSignals:
         self._newest, self._after = newest, after
 
     def begin_save(self) -> None:
-        """Note that a checkpoint is being written. The next signal lets that finish."""
+        """Note that a checkpoint is being written. A second signal lets that finish."""
         with self._lock:
             self._saves += 1
 
@@ -143,13 +143,13 @@ class StopSignals:
         name, again = (
             ("", "press again") if number == signal.SIGINT else (f"{signal.Signals(number).name}: ", "send it again")
         )
-        if self._saves and not self._has_waited:
+        if self._requests == 1:
+            if is_first("stopping"):
+                _say(f"{name}stopping with a checkpoint after {self._after}; {again} to stop without one")
+        elif self._saves and not self._has_waited:
             self._has_waited = True
             if is_first("saving"):
                 _say(f"{name}a checkpoint is being written, then the run ends; {again} to end at once")
-        elif self._requests == 1:
-            if is_first("stopping"):
-                _say(f"{name}stopping with a checkpoint after {self._after}; {again} to stop without one")
         else:
             self._end_at_once(number, name)
 

@@ -41,7 +41,7 @@ ENDS = "{0}ended at once; newest checkpoint: step 7 (run/step-00000007)\n"
     ("mode", "number", "again", "answers"),
     [
         ("training", signal.SIGINT, "press again", [STOPS, ENDS]),
-        ("saving", signal.SIGTERM, "send it again", [SAVES, ENDS]),
+        ("saving", signal.SIGTERM, "send it again", [STOPS, SAVES, ENDS]),
         ("worker", signal.SIGTERM, "send it again", [STOPS, ENDS]),
     ],
 )
