@@ -3,7 +3,6 @@
 Asks the TPU's own compiler, which needs no TPU but the extra tpu-check. Exits with 3 if the run does not fit one of them.
 """
 
-import contextlib
 import importlib.util
 import json
 import signal
@@ -58,19 +57,25 @@ def main() -> None:
 
 def with_datas_vocabulary(config: RunConfig) -> RunConfig:
     """Return the run with the --vocab-size that training takes from its data, where these are on this machine."""
-    with contextlib.suppress(InputError):
+    try:
         check_mixture("--train-dir", config.data.train_dir)
-        from gpt2xla.data.opening import with_vocabulary
-        from gpt2xla.data.split_folders import with_splits
+    except InputError:
+        return config
+    from gpt2xla.data.opening import with_vocabulary
+    from gpt2xla.data.split_folders import with_splits
 
-        config, note = with_vocabulary(with_splits(config))
-        if note:
-            say(note)
+    config, note = with_vocabulary(with_splits(config))
+    if note:
+        say(note)
     return config
 
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -83,10 +88,10 @@ def describe(report: dict[str, Any]) -> str:
     ]
     if report["fits"]:
         lines += [
-            f"  per device and update: {report['flops'] / 1e12:.1f} TFLOP, {report['bytes'] / 1e9:.0f} GB moved, "
-            f"{report['cycles'] / 1e6:.0f} million cycles by the compiler's estimate",
-            f"  cannot take less than {report['roofline_seconds'] * 1e3:.0f} ms ({report['roofline_bound']}-bound): at most "
-            f"{report['tokens_per_step'] / report['roofline_seconds']:,.0f} tokens per second on all devices together",
+            f"  per device and update: {_shown(report['flops'] / 1e12)} TFLOP, {_shown(report['bytes'] / 1e9)} GB moved, "
+            f"{_shown(report['cycles'] / 1e6)} million cycles by the compiler's estimate",
+            f"  cannot take less than {_shown(report['roofline_seconds'] * 1e3)} ms ({report['roofline_bound']}-bound): at "
+            f"most {report['tokens_per_step'] / report['roofline_seconds']:,.0f} tokens per second on all devices together",
             f"  host: {report['trace_ms']} ms of tracing per update; compiled in {report['compile_seconds']} s here",
         ]
     lines.append("  largest in memory, beside weights and optimizer state:")

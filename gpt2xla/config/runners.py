@@ -30,7 +30,9 @@ class TorchConfig:
 class XlaConfig:
     """XLA runner (run_pretrain_xla.py)"""
 
-    mp_start_method: Literal["spawn", "fork"] = option("spawn", "how worker processes start; notebooks need fork")
+    mp_start_method: Literal["spawn", "fork"] = option(
+        "spawn", "how worker processes start; in a notebook, fork works only before anything there uses the device"
+    )
     ddp: bool = option(
         False,
         "reduce gradients with DistributedDataParallel instead of one all-reduce after backward; compiles more graphs",
