@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,11 @@ def versions() -> str:
     return ", ".join(found)
 
 
+def _width() -> int:
+    """Return the columns of --help: those of the terminal, but lines longer than these are hard to read."""
+    return min(110, shutil.get_terminal_size((112, 24)).columns - 2)
+
+
 class _Caught(Exception):
     """Carries a parser out of the program that made it."""
 
@@ -147,7 +153,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, other_names: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         super().__init__(
-            allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=110), **kwargs
+            allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=_width()), **kwargs
         )
         self.other_names = dict(other_names or {})
         self._mistake = ""

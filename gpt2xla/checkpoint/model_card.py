@@ -48,11 +48,11 @@ def card_of_run(
     resume = f"""
 ## Continue training
 
-With gpt2xla's `run_pretrain.py`, in the folder that holds this one or in a new one:
+With gpt2xla's `run_pretrain.py`, in RUN, the folder that holds this one, or in a new one:
 
 ```bash
-python run_pretrain.py --checkpoints-dir checkpoints
-python run_pretrain.py --from-checkpoint {name} --checkpoints-dir continued
+python run_pretrain.py --checkpoints-dir RUN
+python run_pretrain.py --from-checkpoint RUN/{name} --checkpoints-dir continued
 ```
 """
     about = f"A GPT-2 language model, trained with gpt2xla. This is its checkpoint after step {step:,}."

@@ -20,6 +20,7 @@ from gpt2xla.logs.sinks import METRICS_FILE
 LATEST = "latest"
 RUN_CONFIG = "run_config.json"
 _SHARDS = "training_state"
+_STEP = re.compile(r"step-\d{8,}")  # a copy under another name, such as step-best, is the user's
 _ABANDONED = re.compile(r"abandoned-(\d+)-(.*)")
 
 
@@ -40,13 +41,14 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 def list_folders(root: Path) -> list[Path]:
     """Return the folders in `root` that are named like checkpoints, finished or not, oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if folder.is_dir())
+    return sorted(folder for folder in root.glob("step-*") if _STEP.fullmatch(folder.name) and folder.is_dir())
 
 
 def list_abandoned(root: Path) -> list[Path]:
     """Return the checkpoints in `root` that were set aside, oldest first."""
     found = [(_ABANDONED.match(folder.name), folder) for folder in root.glob("abandoned-*-step-*") if folder.is_dir()]
-    return [folder for _, _, folder in sorted((int(name[1]), name[2], folder) for name, folder in found if name)]
+    steps = ((int(name[1]), name[2], folder) for name, folder in found if name and _STEP.fullmatch(name[2]))
+    return [folder for _, _, folder in sorted(steps)]
 
 
 def newest_in_words(root: Path) -> str:

@@ -80,7 +80,7 @@ def find_start(config: RunConfig) -> Start:
         source, continues = _choose(config.general, notes)
     if continues and source:
         config = _complete(config, source, notes)
-    if not config.general.do_test:
+    elif not config.general.do_test:
         config.check_schedule()
     if source is None:
         if not config.general.do_test:
@@ -174,6 +174,8 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
         given = {name: now[name] for name in config.given}
         completed = RunConfig.from_flat(given | options, config.given)
         is_longer = completed.train.train_steps > saved.get("train_steps", math.inf)
+        if not config.general.do_test:
+            completed.check_schedule(saved)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{source / run_folder.RUN_CONFIG} cannot be used: {error}") from None
     asked = completed.optim.optim_type
@@ -183,8 +185,11 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
             f"--optim-type {asked} cannot use the state of {trained} in {source}; leave the flag out, or begin a new run "
             "with its weights (--resume never)"
         )
-    if is_longer and (note := past_decay(completed.optim, completed.train.train_steps)):
+    steps, warmup = completed.train.train_steps, completed.optim.warmup_steps
+    if is_longer and (note := past_decay(completed.optim, steps)):
         notes.append(note)
+    elif "train_steps" in config.given and warmup and steps <= warmup:
+        notes.append(f"note: the run ends within its warm-up of {warmup:,} steps; --warmup-steps changes that")
     return completed
 
 

@@ -53,7 +53,11 @@ def main() -> None:
 def _run(chosen: list[Command]) -> None:
     sys.argv[0], words = "gpt2xla", sys.argv[1:]
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
+        if words[1:]:  # help train
+            sys.argv[1:] = [*words[1:], "--help"]
+            _run(chosen)
+        else:
+            print(_help())
     elif words[0] == "--version":
         print(versions())
     elif words[1:] in (["-h"], ["--help"]) and any(name.startswith(f"{words[0]} ") for name in COMMANDS):
@@ -95,6 +99,6 @@ def _help(first: str = "") -> str:
     rows = (f"  {name:<20} {command.help}" for name, command in COMMANDS.items() if name.startswith(first))
     lines = [
         "usage: gpt2xla COMMAND [OPTIONS]", "", "A TPU-first PyTorch/XLA trainer for GPT-2.", "", *rows, "",
-        "gpt2xla COMMAND --help lists the options of a command.",
+        "gpt2xla COMMAND --help lists the options of a command; --version, the versions.",
     ]  # fmt: skip
     return "\n".join(lines)

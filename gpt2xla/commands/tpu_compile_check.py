@@ -60,6 +60,8 @@ def with_datas_vocabulary(config: RunConfig) -> RunConfig:
     try:
         check_mixture("--train-dir", config.data.train_dir)
     except InputError:
+        if "train_dir" in config.given:
+            raise
         return config
     from gpt2xla.data.opening import with_vocabulary
     from gpt2xla.data.split_folders import with_splits

@@ -6,7 +6,7 @@ from gpt2xla.config import TorchConfig
 
 def main() -> None:
     config, options = parse_run(TorchConfig)
-    config.check_paths()
+    config.check_early()
     # Imported after parsing, so that --help and wrong flags answer at once.
     from gpt2xla.processes.signals import StopSignals
     from gpt2xla.runtime.torch.runtime import TorchRuntime

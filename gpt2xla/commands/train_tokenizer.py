@@ -111,7 +111,8 @@ def report_compression(tokenizer: Tokenizer, held_out: HeldOut) -> None:
 
     if not held_out.documents:
         print(
-            "not measured: only each 100th document is held out, and there are fewer (--split-by line makes more of them)"
+            "bytes per token: not measured, as only each 100th document is held out, and there are fewer "
+            "(--split-by line makes more of them)"
         )
         return
     size = f"{counted(len(held_out.documents), 'held-out document')}, {held_out.bytes / 1e6:.2f} MB"

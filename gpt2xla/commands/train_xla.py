@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # they import torch, for which --help must not wait
 def main(argv: Sequence[str] | None = None) -> None:
     """Run with `argv`, by default the process's own arguments. A notebook's kernel may call it several times."""
     config, options = parse_run(XlaConfig, argv)
-    config.check_paths()
+    config.check_early()
     prepare(os.environ)
     if options.fsdp and not options.spmd:
         raise InputError("--fsdp needs --spmd; add it")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from gpt2xla.errors import InputError, user_error
 
 # How token shards are made, for messages: from a clone, or after pip install.
 PREPARE = "scripts/prepare_text.py (or: gpt2xla prepare text)"
-# A name that ends in these is more likely a path than a hub id.
+# A name that ends in these, or is a checkpoint's, is more likely a path than a hub id.
+_CHECKPOINT = re.compile(r"step-\d{8,}|latest|best")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json")
 
 
@@ -30,7 +32,11 @@ def is_missing_path(name: str) -> bool:
         return False
     if not hub.is_id(name):
         return True
-    return path.suffix in _FILE_SUFFIXES or (path.parent != Path() and path.parent.is_dir())
+    return (
+        path.suffix in _FILE_SUFFIXES
+        or _CHECKPOINT.fullmatch(path.name) is not None
+        or (path.parent != Path() and path.parent.is_dir())
+    )
 
 
 def check_shards(flag: str, folder: str) -> None:
@@ -42,6 +48,13 @@ def check_shards(flag: str, folder: str) -> None:
         if not path.is_dir():
             what = "is a file; name its folder" if path.exists() else "no such folder"
             raise InputError(f"{flag} {folder}: {what}; make one with {PREPARE}")
+
+
+def check_file(flag: str, name: str) -> None:
+    """Check that a file is there."""
+    with user_error(f"{flag} {name}"):
+        if name and not Path(name).exists():
+            raise InputError(f"{flag} {name}: no such file; correct the path")
 
 
 def check_mixture(flag: str, entries: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ _MOST_PARAMETERS = 2**40
 _MOST_LAYERS = 10_000
 _MOST_SEQUENCES = 2**20
 _WARMUP_SHARE = 0.0375
+_NOAM_WARMUP = 750  # which is a factor of its peak, so it does not follow the run's length
 
 Preset = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 Precision = Literal["auto", "none", "bf16", "fp16"]
@@ -213,7 +214,7 @@ class OptimConfig:
     betas: tuple[float, float] = option((0.9, 0.95), "decay rates of Adam's two averages")
     weight_decay: float = option(0.1, "weight decay of matrices and embeddings; biases and layer norms have none")
     decay_method: Literal["cosine", "noam"] = option("cosine", "shape of the schedule after the warm-up")
-    warmup_steps: int | None = option(None, "steps of linear warm-up (default: 3.75% of --train-steps)")
+    warmup_steps: int | None = option(None, "steps of linear warm-up (default: 3.75% of --train-steps; noam: 750)")
     min_lr: float = option(6e-5, "cosine: the final learning rate, from --decay-steps on")
     decay_steps: int | None = option(
         None, "cosine: the step at which --min-lr is reached, warm-up included (default: --train-steps)"
@@ -232,7 +233,8 @@ class OptimConfig:
     def over(self, steps: int) -> OptimConfig:
         """Return the same with the warm-up and decay that a run of so many steps has by default. The shares are those of the
         published recipe: 750 and 20,000 of 20,000."""
-        warmup = round(_WARMUP_SHARE * steps) if self.warmup_steps is None else self.warmup_steps
+        share = _NOAM_WARMUP if self.decay_method == "noam" else round(_WARMUP_SHARE * steps)
+        warmup = share if self.warmup_steps is None else self.warmup_steps
         decay = steps if self.decay_steps is None else self.decay_steps
         return dataclasses.replace(self, warmup_steps=warmup, decay_steps=decay)
 
@@ -280,7 +282,9 @@ class TrainConfig:
     )
     valid_interval: int = option(500, "updates between validations; 0 means only at the end")
     hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, with one more at the end; 0 means none")
-    hellaswag_data: str | None = option(None, "HellaSwag's items, JSON lines (default: the hub's 10,042)", is_path=True)
+    hellaswag_data: str | None = option(
+        None, "HellaSwag's items, JSON lines (default: the hub's 10,042)", is_path=True, check=paths.check_file
+    )
     sample_interval: int = option(0, "updates between sample texts that the model writes; 0 means none")
     sample_prompt: str = option("", "text that the samples continue (default: they begin after an end-of-text token)")
     special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
@@ -377,28 +381,32 @@ class RunConfig:
             check_types(group)
         for group in groups:
             group.check()
-        if "train_steps" in self.given or {"warmup_steps", "decay_steps"} <= self.given:
-            self.check_schedule()
 
-    def check_schedule(self) -> None:
-        """Raise InputError for a warm-up that outlasts the run, if the user asked for it, or the decay. Where --train-steps
-        was not given, only a complete run shows that: one to be resumed brings its own."""
+    def check_schedule(self, saved: Mapping[str, Any] | None = None) -> None:
+        """Raise InputError for a warm-up that outlasts the run, if the user asked for it, or the decay.
+
+        Args:
+            saved: the options of the run that is resumed. What was good for that one stays."""
         optim, steps = self.optim, self.train.train_steps
         assert optim.warmup_steps is not None
         assert optim.decay_steps is not None
+        changed = {
+            name for name in ("warmup_steps", "decay_steps") if not saved or saved.get(name) != getattr(optim, name)
+        }
         require(
-            optim.warmup_steps < steps or "warmup_steps" not in self.given,
+            optim.warmup_steps < steps or "warmup_steps" not in self.given & changed,
             f"--warmup-steps {optim.warmup_steps} is not below --train-steps {steps}: the learning rate would never reach "
             f"its peak; use fewer, such as {round(_WARMUP_SHARE * steps)}, or leave the flag out",
         )
         require(
-            optim.decay_method != "cosine" or optim.decay_steps > optim.warmup_steps,
-            f"--decay-steps {optim.decay_steps} must be above --warmup-steps {optim.warmup_steps}",
+            optim.decay_method != "cosine" or optim.decay_steps > optim.warmup_steps or not changed,
+            f"--decay-steps {optim.decay_steps} must be above --warmup-steps {optim.warmup_steps}"
+            + ("" if "warmup_steps" in self.given else f", which is {_WARMUP_SHARE:.2%} of --train-steps"),
         )
 
-    def check_paths(self) -> None:
-        """Raise InputError if a path that the user gave is plainly wrong, or the default --train-dir, where no run can be
-        resumed that has another one. The programs that train call it before they import torch."""
+    def check_early(self) -> None:
+        """Raise InputError if a path that the user gave is plainly wrong; where no run can be resumed that has others, also
+        for the schedule and the default --train-dir. The programs that train call it before they import torch."""
         general, names = self.general, set(self.given)
         is_new = (
             general.from_checkpoint is None and general.resume == "auto" and not Path(general.checkpoints_dir).exists()
@@ -406,8 +414,9 @@ class RunConfig:
         if general.do_test:
             names.discard("train_dir")
         elif is_new:
+            self.check_schedule()
             names.add("train_dir")
-        for group in (general, self.data):
+        for group in (general, self.data, self.train):
             check_paths(group, sorted(names & self.given) + sorted(names - self.given))
 
 

@@ -18,15 +18,17 @@ from gpt2xla.errors import user_error
 
 def with_splits(config: RunConfig) -> RunConfig:
     """Return the run with the folders of its splits. Without --valid-dir it takes the test/ beside the train/ that it found,
-    if there is exactly one."""
-    data, is_given = config.data, "valid_dir" in config.given
+    if there is one only; that counts as given if --train-dir is."""
+    data, given = config.data, config.given
+    is_given = "valid_dir" in given
     train_dir, valid_dir, tests = data.train_dir, data.valid_dir, set()
     if not (config.general.do_test and is_given):  # it does not read --train-dir
         found = []
         for entry in data.train_dir:
             folder, weight = split_weight(entry)
             train = split_folder(folder, "train", "--train-dir")
-            if train != folder and (test := split_folder(folder, "test", "--train-dir")) != folder:
+            parent = train.rstrip("/").removesuffix("/train")
+            if parent != train.rstrip("/") and (test := split_folder(parent, "test", "--train-dir")) != parent:
                 tests.add(test)
             found.append(train if weight is None else f"{train}={entry.rpartition('=')[2]}")
         train_dir = tuple(found)
@@ -34,7 +36,9 @@ def with_splits(config: RunConfig) -> RunConfig:
         valid_dir = split_folder(valid_dir, "test", "--valid-dir")
     elif len(tests) == 1:
         valid_dir = tests.pop()
-    return dataclasses.replace(config, data=dataclasses.replace(data, train_dir=train_dir, valid_dir=valid_dir))
+        given = given | {"valid_dir"} if "train_dir" in given else given
+    data = dataclasses.replace(data, train_dir=train_dir, valid_dir=valid_dir)
+    return dataclasses.replace(config, data=data, given=given)
 
 
 def split_folder(folder: str, split: Literal["train", "test"], option: str) -> str:

@@ -164,7 +164,8 @@ def _training_forms(step: int, last: int, numbers: list[str]) -> Iterator[str]:
 def _evaluation_text(line: dict[str, Any]) -> str:
     if "valid_loss" in line:
         loss, error = line["valid_loss"], line["valid_standard_error"]
-        shown = f"{with_error(loss, error)}, perplexity {perplexity(loss):.2f}"
+        ppl = perplexity(loss)
+        shown = f"{with_error(loss, error)}, perplexity {ppl:.{0 if ppl >= 1000 else 2}f}"
         return f"validation loss {shown} on {counted(line['valid_tokens'], 'token')}"
     if "hellaswag_acc" in line:
         acc, acc_norm, items = (line[f"hellaswag_{name}"] for name in ("acc", "acc_norm", "items"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from gpt2xla.config import OptimConfig
+from gpt2xla.errors import counted
 
 
 def learning_rate(config: OptimConfig, d_model: int, step: int) -> float:
@@ -28,7 +29,8 @@ def learning_rate(config: OptimConfig, d_model: int, step: int) -> float:
 
 def describe(config: OptimConfig) -> str:
     """Return the schedule in words, for a run's summary."""
-    warmup = f"warm-up of {config.warmup_steps:,} steps"
+    assert config.warmup_steps is not None
+    warmup = f"warm-up of {counted(config.warmup_steps, 'step')}"
     if config.decay_method == "noam":
         return f"{warmup}, then as noam's formula"
     return f"{warmup} to {config.learning_rate:.2e}, cosine decay to {config.min_lr:.2e} at step {config.decay_steps:,}"

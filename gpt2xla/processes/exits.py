@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import io
@@ -64,6 +65,8 @@ def exit_now_on_signal(code: int) -> int:
     if threading.current_thread() is threading.main_thread():  # Python handles signals in no other
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: os._exit(code))
+            # As Python shuts down, handlers become the default again, which kills. What is ignored stays ignored.
+            atexit.register(signal.signal, number, signal.SIG_IGN)
     return code
 
 

@@ -165,7 +165,8 @@ class StopSignals:
 
     def _end_at_once(self, number: int, name: str) -> NoReturn:
         if is_first("ended"):
-            _say(f"{name}ended at once; {self._newest()}")
+            with contextlib.suppress(Exception):  # whatever lies in the run's folder: the run must end
+                _say(f"{name}ended at once; {self._newest()}")
         os._exit(128 + number)
 
     def _pass_on(self, number: int, frame: FrameType | None, workers: list[Any]) -> None:

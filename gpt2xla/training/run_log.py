@@ -53,11 +53,16 @@ class RunLog:
         log = cls(config.train, runtime, data.order, throughput, time_left, stop, saved.get("skipped", 0))
         if runtime.is_main:
             log.sinks.append(JsonlSink(folder / METRICS_FILE, start.step, start.is_evaluated))
-            log.sinks.append(ConsoleSink(start.step, config.train.train_steps, time_left.seconds))
+            log.sinks.append(ConsoleSink(start.step, config.train.train_steps, log._seconds_left))
             if config.wandb.wandb_logging:
                 log._wandb = WandbSink(config, folder, saved.get("wandb_id"))
                 log.sinks.append(log._wandb)
         return log
+
+    def _seconds_left(self) -> float | None:
+        """Return the expected time to the end, or to the time limit if that comes first."""
+        seconds = self.time_left.seconds()
+        return None if seconds is None else min(seconds, self.stop.seconds_left)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run's log needs: plain values for the checkpoint."""

@@ -46,7 +46,8 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
 def print_end(config: RunConfig, step: int, stop_reason: str, validation: Validation | None) -> None:
     """Print how the run ended after `step`, and where its checkpoint is."""
     if step < config.train.train_steps:
-        print(f"stopped by {stop_reason or 'another process'} after step {step}; rerun the same command to resume")
+        again = "rerun the same command" if config.general.resume == "auto" else "rerun the command without --resume"
+        print(f"stopped by {stop_reason or 'another process'} after step {step}; {again} to resume")
     elif validation:
         loss = with_error(validation.loss, validation.standard_error)
         print(f"done: validation loss {loss}, perplexity {perplexity(validation.loss):.2f}")
@@ -93,6 +94,10 @@ def _epoch_counts(order: TrainingOrder, sequences: int) -> list[float]:
     return [share * sequences / epoch.per_epoch for epoch, share in parts]
 
 
+def _shown(count: float) -> str:
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
+
+
 def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
     """Yield what the user should know about these data, a line each."""
     tokens = data.validation.stream.length
@@ -104,6 +109,6 @@ def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
         if count > _MOST_EPOCHS:
             text = f"{windows.stream.name} ({counted(windows.stream.length, 'token')})"
             yield (
-                f"note: the run reads {text} {count:,.3g} times; after about {_MOST_EPOCHS}, a model begins to learn the "
+                f"note: the run reads {text} {_shown(count)} times; after about {_MOST_EPOCHS}, a model begins to learn the "
                 "text by heart: watch the validation loss, and give it more text"
             )

@@ -6,7 +6,8 @@ import datetime
 from collections import deque
 from collections.abc import Mapping
 
-_STEPS_BEFORE_IT_IS_SAID = 10
+_STEPS_BEFORE_IT_IS_SAID = 10  # or a minute of them
+_SECONDS_BEFORE_IT_IS_SAID = 60.0
 _FEWEST_STEPS = 20  # a shorter run ends before its end was worth a line
 _NEWEST = 100  # updates, over which the pace is measured
 
@@ -22,6 +23,7 @@ class TimeLeft:
         self._first = self._step = first_step
         self._last, self._intervals = last_step, intervals
         self._paces: deque[float] = deque(maxlen=_NEWEST)
+        self._is_said = False
         self._guessed, self._evaluations = validation, dict[str, float]()
 
     def step(self, step: int, seconds: float) -> None:
@@ -46,11 +48,13 @@ class TimeLeft:
         )
 
     def expected_end(self, seconds_to_limit: float, now: datetime.datetime) -> str:
-        """Return the sentence about the expected end, after the tenth update that counts; "" after all others."""
+        """Return the sentence about the expected end, once: after the tenth update that counts, or earlier if updates are
+        slow. Return "" otherwise."""
         left, steps = self.seconds(), self._last - self._step
-        is_time = len(self._paces) == _STEPS_BEFORE_IT_IS_SAID == self._step - self._first - 1
-        if left is None or not is_time or self._last - self._first < _FEWEST_STEPS:
+        is_time = len(self._paces) >= _STEPS_BEFORE_IT_IS_SAID or sum(self._paces) >= _SECONDS_BEFORE_IT_IS_SAID
+        if left is None or self._is_said or not is_time or self._last - self._first < _FEWEST_STEPS:
             return ""
+        self._is_said = True
         pace = f"{_short(sum(self._paces) / len(self._paces))} per step"
         if seconds_to_limit < left:
             reached = f"after about step {self._step + int(steps * seconds_to_limit / left)} of {self._last}"

@@ -38,7 +38,7 @@ def validate(start: Start, runtime: Runtime) -> None:
     if runtime.is_main:
         for note in windows.stream.notes:
             print(note)
-        print(f"{start.source}: {result}; the split has {windows.stream.length - 1:,} to predict")
+        print(f"{start.source}: {result}; {windows.stream.name} has {windows.stream.length - 1:,} to predict")
         _log_test(config, start.source, result)
 
 

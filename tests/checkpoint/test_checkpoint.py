@@ -167,12 +167,15 @@ def test_those_set_aside_count_in_the_limit_and_are_deleted_first_by_name(root: 
     run_folder.prepare_folder(root, 10)
     shutil.copytree(root / "step-00000010", root / "step-00000015")
     run_folder.prepare_folder(root, 10)
+    shutil.copytree(root / "step-00000010", root / "step-best")  # the user's
     aside = ["abandoned-1-step-00000020", "abandoned-1-step-00000030", "abandoned-2-step-00000015"]
     assert [folder.name for folder in run_folder.list_abandoned(root)] == aside
     newest = Path(shutil.copytree(root / "step-00000010", root / "step-00000012"))
     assert run_folder.prune(root, newest, 3) == [f"removed: {name} (--saved-checkpoint-limit 3)" for name in aside[:2]]
     assert run_folder.prune(root, newest, 1) == [f"removed: {aside[2]} (--saved-checkpoint-limit 1)"]
     assert run_folder.list_checkpoints(root) == [newest]
+    run_folder.prepare_folder(root, 10)
+    assert (root / "step-best").is_dir()
 
 
 def test_the_link_to_the_newest_is_repaired_and_means_its_folder(root: Path) -> None:

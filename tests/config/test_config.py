@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run_here
 
 from gpt2xla.cli import parse_run
-from gpt2xla.config import DataConfig, TorchConfig, XlaConfig
+from gpt2xla.config import DataConfig, RunConfig, TorchConfig, XlaConfig
 from gpt2xla.errors import InputError
 
 PROMISED = """--checkpoints-dir --seed --train-dir --valid-dir --drop-last --vocab-size --seq-length --d-model --num-layers
@@ -292,3 +292,14 @@ def test_programs_take_paths_below_the_home_folder(program: str) -> None:
         r"^  (--[a-z-]*(?:dir|file|cache|output|model|models|tokenizer|config)) (\w+)", text, re.MULTILINE
     )
     assert {flag for flag, kind in named if kind != "PATH"} <= {"--config", "--d-model"}, "--config: of a data set"
+
+
+def test_a_resumed_run_keeps_a_schedule_that_a_new_one_may_not_have() -> None:
+    saved = {"warmup_steps": 50, "decay_steps": 1000, "train_steps": 10}
+    for same in ({"warmup_steps": 50, "train_steps": 10}, {"decay_steps": 1000, "train_steps": 30_000}):
+        run = RunConfig.from_flat(same)
+        with pytest.raises(InputError, match=r"is not below --train-steps 10|which is 3\.75% of --train-steps"):
+            run.check_schedule()
+        RunConfig.from_flat(saved | same, same).check_schedule(saved)
+    with pytest.raises(InputError, match="--warmup-steps 60 is not below"):
+        RunConfig.from_flat(saved | {"warmup_steps": 60}, {"warmup_steps"}).check_schedule(saved)

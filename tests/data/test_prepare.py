@@ -188,15 +188,37 @@ def test_test_gets_the_last_document_where_none_was_drawn(
 
 
 @pytest.mark.parametrize(
+    ("flags", "least", "most", "says"),
+    [
+        ({}, 20_000, 22_000, "the end of the text was added"),  # of the long document, which is drawn, only a part
+        ({"test_tokens": 100}, 80, 100, "allow more than 100"),
+        ({"test_fraction": 0.01}, 379_998, 379_998, ""),
+    ],
+    ids=str,
+)
+def test_test_takes_no_more_than_it_needs_or_may(
+    flags: dict[str, Any], least: int, most: int, says: str, tmp_path: Path
+) -> None:
+    texts = ["word " * 66] * 17 + ["words " * 63_333] + ["word " * 66] * 4
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    config, said = PrepareConfig(output_dir=str(tmp_path / "out"), **flags), [""]
+    manifests = prepare(
+        local_parts([tmp_path / "a.txt"], split_by="endoftext"), load_tokenizer("bytes"), config, said.append
+    )
+    assert least <= manifests["test"].tokens <= most
+    assert says in said[-1]
+
+
+@pytest.mark.parametrize(
     ("documents", "drawn", "tokens", "moved"),
     [
-        ([300_000], 0, 20_000, "a part of one"),
-        ([2_900] * 40 + [60_000] * 4, 2_900, 20_000, "a part of one"),
+        ([300_000], 0, 20_000, "a part of a document"),
+        ([2_900] * 40 + [60_000] * 4, 2_900, 20_000, "a part of a document"),
         ([900] * 400, 4_500, 20_000, "18 documents"),
         ([60_000] * 3 + [4_000] * 30, 4_000, 20_000, "4 documents"),
         ([500] * 80, 500, 4_000, "7 documents"),
-        ([150_000] * 15, 0, 22_500, "a part of one"),
-        ([90], 0, 9, "a part of one"),
+        ([150_000] * 15, 0, 22_500, "a part of a document"),
+        ([90], 0, 9, "a part of a document"),
     ],
     ids=["one", "long end", "short", "long beginning", "tiny", "one percent", "a line"],
 )
@@ -221,7 +243,7 @@ def test_the_end_of_the_text_tops_test_up(
     assert found[4_000_000] == found[5_000]
     train, test = (np.array(ids_of(tmp_path / "5000" / split)) for split in ("train", "test"))
     assert tokens <= len(test) <= 1.5 * tokens + 1000
-    assert f"gave test/ {drawn:,} tokens; from the end of the text came {moved} more" in said[0]
+    assert f"for test/ had {drawn:,} tokens, so the end of the text was added: {moved}" in said[0]
     assert (len(said) == 2) == (len(test) < 20_000)
     lines = [bytes(ids[ids < 256].astype(np.uint8)).split(b"\n") for ids in (train, test)]
     assert not set(filter(lambda line: len(line) == 8, lines[0])) & set(filter(lambda line: len(line) == 8, lines[1]))

@@ -210,7 +210,7 @@ def test_what_another_reader_makes_room_for_can_still_be_read(source: Path, cach
         time.sleep(0.1)
         assert file.exists(), "inside the block it is not removed, whatever the limit"
     other.join()
-    assert shards_in(cache) == []  # each made room for its own
+    assert len(shards_in(cache)) <= 1  # within the limit; which one is left depends on who ended first, if any
     assert (tokens == TOKENS[:2000]).all(), "what is mapped stays readable"
 
 

@@ -107,16 +107,21 @@ def test_a_log_gets_lines_that_grow_rarer(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_the_expected_end_counts_evaluations_and_limits() -> None:
     now = datetime.datetime(2026, 11, 27, 14, 0)
-    left = TimeLeft(1000, 2000, {"valid_loss": 100, "sample": 0}, validation=5)
     said = []
+    for limit, pace in ((1e9, 6.0), (600.0, 6.0), (1e9, 40.0)):
+        left = TimeLeft(1000, 2000, {"valid_loss": 100, "sample": 0}, validation=5)
+        for step in range(1001, 1031):
+            left.step(step, 500.0 if step == 1001 else pace)  # the first one compiles
+            said.append((step, left.expected_end(limit, now)))
+    left = TimeLeft(1000, 2000, {"valid_loss": 100, "sample": 0}, validation=5)
     for step in range(1001, 1031):
-        left.step(step, 500.0 if step == 1001 else 6.0)  # the first one compiles
-        said += [left.expected_end(limit, now) for limit in (1e9, 600.0)]
+        left.step(step, 500.0 if step == 1001 else 6.0)
     assert left.seconds() == 970 * 6 + 10 * 5 * 6
     # 989 steps of 6 s, and 10 validations of 5 steps each.
-    assert [text for text in said if text] == [
-        "expected to end in 1 h 44 min, at 15:43 (6 s per step)",
-        "expected to stop at the time limit in 10 min, at 14:10, after about step 1106 of 2000 (6 s per step)",
+    assert [(step, text) for step, text in said if text] == [
+        (1011, "expected to end in 1 h 44 min, at 15:43 (6 s per step)"),
+        (1011, "expected to stop at the time limit in 10 min, at 14:10, after about step 1106 of 2000 (6 s per step)"),
+        (1003, "expected to end in 11 h 38 min, at Sat 28 Nov, 01:38 (40 s per step)"),
     ]
     left.evaluation("valid_loss", 60.0)
     left.evaluation("sample", 7.0)

@@ -81,7 +81,9 @@ class Splitter:
             yield self._held.popleft()
 
     def end(self) -> Iterator[Assigned]:
-        """Top up test/ from the end of the corpus, and yield the blocks that are left."""
+        """Bring test/ to a useful size with what is held back, and yield the blocks that are left."""
+        if self._is_topped_up:
+            self._give_back()
         if self._missing():
             self._top_up()
         last = self._held[-1] if self._held else None
@@ -92,7 +94,14 @@ class Splitter:
             self.test = int(last.lengths[-1])
         if 0 < self.test < USEFUL_TOKENS:
             fix = "leave --test-fraction out" if self._is_free and not self._is_topped_up else "give more text"
+            if self._is_topped_up and self._most < USEFUL_TOKENS:
+                fix = f"allow more than {self._most:,} (--test-tokens, --shard-size)"
             self._say(f"warning: test/ has only {counted(self.test, 'token')}, so {noise_of(self.test)}; {fix}")
+        if self._is_topped_up and self.test > 2 * self._ample():
+            share = self.test / (self.train + self.test)
+            self._say(
+                f"warning: test/ has {share:.0%} of the tokens: a long document was drawn; limit it with --test-tokens"
+            )
         yield from self._held
 
     def _drawn(self, block: Block, encoded: Encoded) -> np.ndarray:
@@ -117,6 +126,23 @@ class Splitter:
         wanted = max(USEFUL_TOKENS, min(int(_LEAST_SHARE * total), _AMPLE_TOKENS))
         return max(0, min(wanted, int(_MOST_SHARE * total), self._most) - self.test)
 
+    def _ample(self) -> float:
+        """Return how many tokens of a small corpus test/ needs at most."""
+        return max(USEFUL_TOKENS, _MOST_SHARE * (self.train + self.test))
+
+    def _give_back(self) -> None:
+        """Move drawn documents that are held back to train/, the longest first, while test/ has more than it needs."""
+        drawn = [
+            (int(held.lengths[document]), number, document)
+            for number, held in enumerate(self._held)
+            if held.block.split is None
+            for document in np.flatnonzero(held.is_test).tolist()
+        ]
+        for length, number, document in sorted(drawn, reverse=True):
+            if self.test > self._ample():
+                self._held[number].is_test[document] = False
+                self.test, self.train = self.test - length, self.train + length
+
     def _spare(self, held: Assigned) -> int:
         return int(held.lengths[~held.is_test].sum())
 
@@ -130,17 +156,17 @@ class Splitter:
                 if missing <= 0:
                     break
                 is_only, is_long = length == self.train, length > missing + max(wanted // 2, _NOT_CUT)
-                if (is_only or is_long) and self._cut(held, document, missing):
-                    part = "a part of one"
+                is_too_long = self.test + length > self._most
+                if (is_only or is_long or is_too_long) and self._cut(held, document, missing):
+                    part = "a part of a document"
                     self._move(held, document + 1)
-                elif not is_only:
+                elif not (is_only or is_too_long):
                     whole += 1
                     self._move(held, document)
         added = " and ".join(filter(None, [counted(whole, "document") if whole else "", part]))
         if added:
-            self._say(
-                f"note: drawn documents gave test/ {counted(drawn, 'token')}; from the end of the text came {added} more"
-            )
+            had = counted(drawn, "token")
+            self._say(f"note: the documents drawn for test/ had {had}, so the end of the text was added: {added}")
 
     def _move(self, held: Assigned, document: int) -> None:
         held.is_test[document] = True
@@ -148,15 +174,16 @@ class Splitter:
         self.train -= int(held.lengths[document])
 
     def _cut(self, held: Assigned, document: int, tokens: int) -> bool:
-        """Cut a document in two, at the end of a line or word, so that the second has at least so many tokens. Return
-        whether that is possible."""
-        text, old = held.block.texts[document].as_py(), held.encoded
+        """Cut a document in two, at the end of a line or word, so that the second has at least so many tokens, or a little
+        less than --test-tokens allows. Return whether that is possible."""
+        text, old, room = held.block.texts[document].as_py(), held.encoded, self._most - self.test
+        tokens = min(tokens, room - room // 10)
         wanted = tokens / int(held.lengths[document]) * len(text)  # characters
         while (start := _border(text, len(text) - math.ceil(wanted))) > 0:
-            if len(self._encode(text[start:]).ids) >= tokens:
+            if (count := len(self._encode(text[start:]).ids)) >= tokens:
                 break
             wanted *= 1.1
-        if start <= 0:
+        if start <= 0 or count > room:
             return False
         new = self._encode(text[:start], text[start:])
         first, end = int(old.ends[document - 1]) if document else 0, int(old.ends[document])
