@@ -45,7 +45,7 @@ LONGEST_PAGE = 200
 # Appended to training commands; the last value of a flag wins. Steps are small, and a longer run stays longer.
 SMALL = """--vocab-size 400 --seq-length 32 --d-model 32 --num-layers 1 --num-heads 2 --train-batch-size 4
 --eval-batch-size 4 --gradient-accum-step 1 --valid-steps 2""".split()
-STEPS = {"800": "2", "2000": "4", "3000": "6"}
+STEPS = {"600": "2", "2000": "4", "3000": "6"}
 
 
 class Block(NamedTuple):
