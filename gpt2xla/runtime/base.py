@@ -124,9 +124,8 @@ class Runtime(Device, Processes, Protocol):
     """One process's view of the devices it trains on."""
 
     precision: ChosenPrecision  # what the model computes in, after --mixed-precision auto is decided
-    steps_behind: (
-        int  # how many steps late the host may wait for a step's values without the device running out of work
-    )
+    # How many steps late the host may wait for a step's values, so that the device does not run out of work.
+    steps_behind: int
 
     @property
     def memory(self) -> Memory: ...
