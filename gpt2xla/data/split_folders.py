@@ -18,7 +18,7 @@ from gpt2xla.errors import user_error
 
 def with_splits(config: RunConfig) -> RunConfig:
     """Return the run with the folders of its splits. Without --valid-dir it takes the test/ beside the train/ that it found,
-    if there is one only; that counts as given if --train-dir is."""
+    if there is one only."""
     data, given = config.data, config.given
     is_given = "valid_dir" in given
     train_dir, valid_dir, tests = data.train_dir, data.valid_dir, set()
@@ -36,7 +36,9 @@ def with_splits(config: RunConfig) -> RunConfig:
         valid_dir = split_folder(valid_dir, "test", "--valid-dir")
     elif len(tests) == 1:
         valid_dir = tests.pop()
-        given = given | {"valid_dir"} if "train_dir" in given else given
+        # Who names the folder of both names its test/ too. Beside a train/, it is only a guess: a resumed run keeps its own.
+        if "train_dir" in given and train_dir != data.train_dir:
+            given = given | {"valid_dir"}
     data = dataclasses.replace(data, train_dir=train_dir, valid_dir=valid_dir)
     return dataclasses.replace(config, data=data, given=given)
 
