@@ -4,13 +4,16 @@ Another kind is one more class, and one more line in `pick_accelerator`."""
 
 from __future__ import annotations
 
+import math
 import os
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError, in_one_line
 from gpt2xla.logs.console import say
 from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
@@ -23,6 +26,8 @@ from gpt2xla.runtime.precision import DevicePrecision, of_cuda
 from gpt2xla.runtime.torch.cpu import choose_products, share_cores
 from gpt2xla.runtime.torch.host_memory import free_host_memory, keep_freed_memory
 from gpt2xla.runtime.torch.process_group import Place
+
+_TOKENS_TO_MEASURE, _TIMES_TO_MEASURE = 16_384, 5
 
 # Messages for memory that was not requested through torch's own allocator, and those of MPS's allocator.
 _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
@@ -92,8 +97,13 @@ class Accelerator(Memory):
             return False
         return True
 
-    def fused_blocks(self) -> Fused | None:
-        """Return kernels for whole blocks of the model, if the device has them."""
+    def fused_blocks(self, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused | None:
+        """Return kernels for whole blocks of the model, if the device has them.
+
+        Args:
+            tokens: how many a micro-step has.
+            dtype: of the products.
+            measures: whether it pays to find out which kernels are faster here."""
         return None
 
     def why_not_compiled(self) -> str | None:
@@ -187,10 +197,10 @@ class Cuda(Accelerator):
 
         return None if has_triton() else "it needs Triton, and a GPU of compute capability 7.0 or more"
 
-    def fused_blocks(self) -> Fused | None:
+    def fused_blocks(self, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused | None:
         if self.why_not_compiled() or torch.version.hip:
             return None
-        from gpt2xla.model.fused.block import fused_block, fused_layer_norm
+        from gpt2xla.model.fused.block import fastest_tile, fused_block, fused_layer_norm
 
         try:  # Triton builds its launcher with the machine's C compiler, which is not everywhere
             fused_layer_norm(torch.zeros(1, 8, device=self.device), torch.nn.LayerNorm(8, device=self.device))
@@ -200,7 +210,25 @@ class Cuda(Accelerator):
                 error=True,
             )
             return None
-        return fused_block, fused_layer_norm
+        tile = None
+        if measures and dtype != torch.float32:
+            x_ND = torch.randn(min(tokens, _TOKENS_TO_MEASURE), model.d_model, dtype=dtype, device=self.device)
+            tile = fastest_tile(model, x_ND, self._seconds)
+        products = ", activation in products" if tile else ""
+        return Fused(partial(fused_block, tile=tile), fused_layer_norm, f"fused blocks{products}")
+
+    def _seconds(self, work: Callable[..., object], *args: object) -> float:
+        """Return how long `work(*args)` takes on the device, at best."""
+        work(*args)
+        best = math.inf
+        for _ in range(_TIMES_TO_MEASURE):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work(*args)
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+        return best
 
 
 class Mps(Accelerator):
