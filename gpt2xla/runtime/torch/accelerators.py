@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from gpt2xla.config import ModelConfig
-from gpt2xla.errors import InputError, in_one_line
-from gpt2xla.logs.console import say
+from gpt2xla.errors import InputError
 from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.model.attention import chunked_attention, kept_attention
 from gpt2xla.model.kernels import Attention, Fused
-from gpt2xla.model.loss import LOGITS_AT_ONCE
+from gpt2xla.model.loss import LOGITS_AT_ONCE, in_place_cross_entropy
 from gpt2xla.runtime.base import GIB, Memory, Shortage
 from gpt2xla.runtime.one_device import set_matmul_precision
 from gpt2xla.runtime.precision import DevicePrecision, of_cuda
@@ -66,6 +65,13 @@ class Accelerator(Memory):
     def describe(self, processes: int) -> str:
         """Return the devices of all `processes` in words."""
         return f"{processes} x {self.name}"
+
+    def chunked_loss(self, dtype: torch.dtype) -> tuple[Callable[..., Tensor], int | None]:
+        """Return the loss in pieces for products in `dtype`, as in `loss.py`, and how many bytes of logits make a piece,
+        unasked; None makes all of them at once."""
+        # Unscaled gradients are not in fp16's range.
+        at_once = None if dtype == torch.float16 else self.logits_at_once
+        return partial(in_place_cross_entropy, reads_wait=self.reads_wait), at_once
 
     def read_later(self, values: Tensor) -> Callable[[], list[float]]:
         """Return what reads the 1-d tensor's values, once the device has them."""
@@ -184,6 +190,13 @@ class Cuda(Accelerator):
 
         return read
 
+    def chunked_loss(self, dtype: torch.dtype) -> tuple[Callable[..., Tensor], int | None]:
+        if not self._has_fused():
+            return super().chunked_loss(dtype)
+        from gpt2xla.model.fused.cross_entropy import fused_cross_entropy
+
+        return fused_cross_entropy, self.logits_at_once
+
     def when_full(self) -> Shortage:
         memory = torch.cuda.get_device_properties(self.device).total_memory
         return Shortage(f"{self.device} ({self.name}, {memory / GIB:.0f} GiB)", memory)
@@ -195,21 +208,26 @@ class Cuda(Accelerator):
     def why_not_compiled(self) -> str | None:
         from torch.utils._triton import has_triton
 
-        return None if has_triton() else "it needs Triton, and a GPU of compute capability 7.0 or more"
+        if not has_triton():
+            return "it needs Triton, and a GPU of compute capability 7.0 or more"
+        from triton.runtime import driver
+
+        try:
+            driver.active.get_current_target()  # compiles the program that starts kernels, unless a run before did
+        except Exception:
+            return "it needs a C compiler, such as gcc, and Python's header files (python3-dev)"
+        return None
+
+    def _has_fused(self) -> bool:
+        """Tell whether the kernels of `model/fused/` run here."""
+        # AMD's products of 16-bit numbers are not summed in fp32.
+        return not torch.version.hip and self.why_not_compiled() is None
 
     def fused_blocks(self, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused | None:
-        if self.why_not_compiled() or torch.version.hip:
+        if not self._has_fused():
             return None
         from gpt2xla.model.fused.block import fastest_tile, fused_block, fused_layer_norm
 
-        try:  # Triton builds its launcher with the machine's C compiler, which is not everywhere
-            fused_layer_norm(torch.zeros(1, 8, device=self.device), torch.nn.LayerNorm(8, device=self.device))
-        except Exception as error:
-            say(
-                f"note: training without fused kernels, which is slower: Triton fails ({in_one_line(error)})",
-                error=True,
-            )
-            return None
         tile = None
         if measures and dtype != torch.float32:
             x_ND = torch.randn(min(tokens, _TOKENS_TO_MEASURE), model.d_model, dtype=dtype, device=self.device)

@@ -22,7 +22,6 @@ from gpt2xla.errors import InputError
 from gpt2xla.model.attention import kept_numbers
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Fused, Kernels, choose_kernels
-from gpt2xla.model.loss import in_place_cross_entropy
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import OneDevice, adam, own_part
 from gpt2xla.runtime.precision import choose
@@ -107,15 +106,14 @@ class TorchRuntime(OneDevice):
     def _kernels(self, model: ModelConfig, compiled: CompiledBlock | None, fused: Fused | None) -> Kernels:
         device, dtype, sequences = self.accelerator, self.precision.dtype, self.train.train_batch_size // self.devices
         logits = sequences * model.seq_length * model.vocab_size * dtype.itemsize
-        # Unscaled gradients are not in fp16's range.
-        at_once = None if dtype == torch.float16 else device.logits_at_once
+        chunked_loss, at_once = device.chunked_loss(dtype)
         keeps = kept_numbers(sequences, model) * dtype.itemsize <= device.kept_bytes
         return choose_kernels(
             self.train,
             model,
             attention=device.attention,
             preferred="kept" if keeps else "sdpa",
-            chunked_loss=partial(in_place_cross_entropy, reads_wait=device.reads_wait),
+            chunked_loss=chunked_loss,
             loss_chunks=-(-logits // at_once) if at_once else None,
             checkpoint=partial(checkpoint, use_reentrant=False),
             compiled=compiled,
