@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt2xla.errors import InputError
 from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.model.attention import chunked_attention, kept_attention
-from gpt2xla.model.kernels import Attention
+from gpt2xla.model.kernels import Attention, LogSums
 from gpt2xla.model.loss import LOGITS_AT_ONCE, in_place_cross_entropy
 from gpt2xla.runtime.base import GIB, Memory, Shortage
 from gpt2xla.runtime.one_device import set_matmul_precision
@@ -68,6 +68,10 @@ class Accelerator(Memory):
         # Unscaled gradients are not in fp16's range.
         at_once = None if dtype == torch.float16 else self.logits_at_once
         return partial(in_place_cross_entropy, reads_wait=self.reads_wait), at_once
+
+    def log_sums(self) -> LogSums | None:
+        """Return the device's own form of `Kernels.log_sums`, if it has one."""
+        return None
 
     def read_later(self, values: Tensor) -> Callable[[], list[float]]:
         """Return what reads the 1-d tensor's values, once the device has them."""
@@ -178,11 +182,22 @@ class Cuda(Accelerator):
         return read
 
     def chunked_loss(self, dtype: torch.dtype) -> tuple[Callable[..., Tensor], int | None]:
-        if torch.version.hip or self._lack_for_triton():  # AMD's products of 16-bit numbers are not summed in fp32
+        if not self._fuses():
             return super().chunked_loss(dtype)
         from gpt2xla.model.fused.cross_entropy import fused_cross_entropy
 
         return fused_cross_entropy, self.logits_at_once
+
+    def log_sums(self) -> LogSums | None:
+        if not self._fuses():
+            return None
+        from gpt2xla.model.fused.cross_entropy import fused_log_sums
+
+        return fused_log_sums
+
+    def _fuses(self) -> bool:
+        """Return whether parts of the model can be fused. With AMD torch does not sum products of 16-bit numbers in fp32."""
+        return torch.version.hip is None and self._lack_for_triton() is None
 
     def when_full(self) -> Shortage:
         memory = torch.cuda.get_device_properties(self.device).total_memory
