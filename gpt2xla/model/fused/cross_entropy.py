@@ -27,7 +27,7 @@ _THREADS, _REGISTERS = 1024, 32
 _IGNORED = tl.constexpr(IGNORED_LABEL)
 _LOWEST = tl.constexpr(-3e38)  # finite, so that -inf minus it is a number
 # Gradients of logits lie in [-1, 1]. In fp16 they are multiplied by this until they are in fp32 again, since below 6e-8
-# they would be 0.
+# they would be 0. A row's sum to 2 at most, so that the gradient of x fits while the head's weights are below 32.
 _FP16_SCALE = 1024
 
 
