@@ -16,6 +16,9 @@ from gpt2xla.model.loss import plain_cross_entropy
 from gpt2xla.model.norm import plain_layer_norm
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Fused = tuple[
+    Callable[[Any, Any], Any], Callable[..., Tensor]
+]  # `block` and `layer_norm` of Kernels, which go together
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Kernels:
     head: Callable[[Tensor, Tensor], Tensor] = F.linear  # (x, head weight) -> logits
     static_shapes: bool = False  # whether each new shape costs a compile; if so, shapes must not follow a text's length
     compiled: Callable[..., Tensor] | None = None  # (block, x, kernels) for full length; None calls the block itself
+    # (block, x) -> x after the block; x may be of any type that `layer_norm` takes too. None means the block's own lines.
+    block: Callable[[Any, Any], Any] | None = None
     checkpoint: Callable[..., Any] | None = None  # (block, x, ...), keeps only a block's input; None keeps everything
     description: str = "torch's own"  # for the summary at the start of a run
 
@@ -49,6 +54,7 @@ def choose_kernels(
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
     static_shapes: bool = False,
     compiled: Callable[..., Tensor] | None = None,
+    fused: Fused | None = None,
 ) -> Kernels:
     """Return the kernels that the user asked for or, for options left at their defaults, those that the runtime prefers.
 
@@ -63,7 +69,8 @@ def choose_kernels(
     chunks = train.loss_chunks or loss_chunks
     pieces = f"loss in {chunks} {'piece' if chunks == 1 else 'pieces'}" if chunks else "loss at once"
     checkpointed = ", blocks computed twice" if train.activation_checkpointing == "block" else ""
-    compiles = ", blocks compiled" if compiled else ""
+    kind = ", blocks compiled" if compiled else ", fused blocks" if fused else ""
+    block, layer_norm = fused or (None, layer_norm)
     return Kernels(
         attention=attention.get(name),
         cross_entropy=partial(chunked_loss, chunks=chunks) if chunks else plain_cross_entropy,
@@ -71,6 +78,7 @@ def choose_kernels(
         separate_qkv=name in ("chunked", "flash"),
         static_shapes=static_shapes,
         compiled=compiled,
+        block=block,
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,
-        description=f"{name} attention, {pieces}{checkpointed}{compiles}",
+        description=f"{name} attention, {pieces}{checkpointed}{kind}",
     )

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, in_one_line
+from gpt2xla.logs.console import say
 from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.model.attention import chunked_attention, kept_attention
-from gpt2xla.model.kernels import Attention
+from gpt2xla.model.kernels import Attention, Fused
 from gpt2xla.model.loss import LOGITS_AT_ONCE
 from gpt2xla.runtime.base import GIB, Memory, Shortage
 from gpt2xla.runtime.one_device import set_matmul_precision
@@ -90,6 +91,10 @@ class Accelerator(Memory):
             traceback.clear_frames(error.__traceback__)
             return False
         return True
+
+    def fused_blocks(self) -> Fused | None:
+        """Return kernels for whole blocks of the model, if the device has them."""
+        return None
 
     def why_not_compiled(self) -> str | None:
         """Return what torch.compile lacks on this machine, or None if it has all."""
@@ -181,6 +186,21 @@ class Cuda(Accelerator):
         from torch.utils._triton import has_triton
 
         return None if has_triton() else "it needs Triton, and a GPU of compute capability 7.0 or more"
+
+    def fused_blocks(self) -> Fused | None:
+        if self.why_not_compiled() or torch.version.hip:
+            return None
+        from gpt2xla.model.fused.block import fused_block, fused_layer_norm
+
+        try:  # Triton builds its launcher with the machine's C compiler, which is not everywhere
+            fused_layer_norm(torch.zeros(1, 8, device=self.device), torch.nn.LayerNorm(8, device=self.device))
+        except Exception as error:
+            say(
+                f"note: training without fused kernels, which is slower: Triton fails ({in_one_line(error)})",
+                error=True,
+            )
+            return None
+        return fused_block, fused_layer_norm
 
 
 class Mps(Accelerator):

@@ -21,7 +21,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.model.attention import kept_numbers
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.model.kernels import Kernels, choose_kernels
+from gpt2xla.model.kernels import Fused, Kernels, choose_kernels
 from gpt2xla.model.loss import in_place_cross_entropy
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import OneDevice, adam, own_part
@@ -63,15 +63,22 @@ class TorchRuntime(OneDevice):
         self._pending: deque[tuple[Callable[..., None], Callable[[], list[float]]]] = deque()
 
     def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
-        compiled = self._compile(model, evaluated_tokens)
+        fused = self._fused(model.config)
+        compiled = None if fused else self._compile(model, evaluated_tokens)
         if compiled:
             self.watch = compiled
-        model.kernels = self._kernels(model.config, compiled)
+        model.kernels = self._kernels(model.config, compiled, fused)
         if self.mesh:
             self._sharded = parallel.shard_fully(model, self.mesh, self.accelerator)
             return self._sharded
         model.to(self.device)
         return parallel.wrap_in_ddp(model, self.accelerator) if self.distributed else model
+
+    def _fused(self, model: ModelConfig) -> Fused | None:
+        """Return the device's own kernels for whole blocks, if it has them and they compute what was asked for."""
+        if self.train.compile or model.dropout > 0 or self.train.attention not in ("auto", "sdpa"):
+            return None
+        return self.accelerator.fused_blocks()
 
     def _flops_ahead(self, model: GPT2, evaluated_tokens: int | None) -> float:
         """Return the floating-point operations that this process's device will do: those of a whole training run, or of an
@@ -92,7 +99,7 @@ class TorchRuntime(OneDevice):
         open_compile_cache(self.options.compile_cache)
         return CompiledBlock(prints=self.is_main)
 
-    def _kernels(self, model: ModelConfig, compiled: CompiledBlock | None) -> Kernels:
+    def _kernels(self, model: ModelConfig, compiled: CompiledBlock | None, fused: Fused | None) -> Kernels:
         device, dtype, sequences = self.accelerator, self.precision.dtype, self.train.train_batch_size // self.devices
         logits = sequences * model.seq_length * model.vocab_size * dtype.itemsize
         # Unscaled gradients are not in fp16's range.
@@ -107,6 +114,7 @@ class TorchRuntime(OneDevice):
             loss_chunks=-(-logits // at_once) if at_once else None,
             checkpoint=partial(checkpoint, use_reentrant=False),
             compiled=compiled,
+            fused=fused,
         )
 
     def _adam(self, config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
