@@ -154,7 +154,8 @@ def test_where_recording_fails_steps_are_run_as_they_are(
     assert len(Graph.made) == most
 
 
-def test_split_weights_are_never_recorded(model: GPT2) -> None:
+def test_without_recordings_a_rounded_number_of_slots_gives_the_same_texts(model: GPT2) -> None:
+    """As for a model whose weights are split over processes."""
     device = CudaDevice(OneDevice(torch.device("cpu")), [], print)
     assert texts(model, device) == texts(model, OneDevice(torch.device("cpu")))
     assert not Graph.made
