@@ -59,9 +59,7 @@ class Sampler:
     def run(self) -> str:
         """Return the prompt and its continuation. Every process computes it, and none waits for another; the random numbers
         of training stay as they are."""
-        with (
-            self.device.autocast()
-        ):  # the outermost one keeps what is cast: each weight is cast once, not for each token
+        with self.device.autocast():  # the outermost one keeps cast weights, from token to token
             (text,) = continue_texts(
                 self.model, self.tokenizer, [self.prompt], self.new_tokens, USUAL, settings=self.settings,
                 seed=self.seed, device=self.device,
