@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,9 +16,14 @@ from gpt2xla.model.loss import plain_cross_entropy
 from gpt2xla.model.norm import plain_layer_norm
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-Fused = tuple[
-    Callable[[Any, Any], Any], Callable[..., Tensor]
-]  # `block` and `layer_norm` of Kernels, which go together
+
+
+class Fused(NamedTuple):
+    """Two of the `Kernels` below that go together, and what they are in words."""
+
+    block: Callable[[Any, Any], Any]
+    layer_norm: Callable[..., Tensor]
+    description: str
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,15 @@ def choose_kernels(
     chunks = train.loss_chunks or loss_chunks
     pieces = f"loss in {chunks} {'piece' if chunks == 1 else 'pieces'}" if chunks else "loss at once"
     checkpointed = ", blocks computed twice" if train.activation_checkpointing == "block" else ""
-    kind = ", blocks compiled" if compiled else ", fused blocks" if fused else ""
-    block, layer_norm = fused or (None, layer_norm)
+    kind = ", blocks compiled" if compiled else f", {fused.description}" if fused else ""
     return Kernels(
         attention=attention.get(name),
         cross_entropy=partial(chunked_loss, chunks=chunks) if chunks else plain_cross_entropy,
-        layer_norm=layer_norm,
+        layer_norm=fused.layer_norm if fused else layer_norm,
         separate_qkv=name in ("chunked", "flash"),
         static_shapes=static_shapes,
         compiled=compiled,
-        block=block,
+        block=fused.block if fused else None,
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,
         description=f"{name} attention, {pieces}{checkpointed}{kind}",
     )

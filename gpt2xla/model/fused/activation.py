@@ -52,11 +52,7 @@ def _forward(h, bias, y, size, F: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.co
     x = tl.load(h + at, inside, 0.0).to(tl.float32)
     if bias is not None:
         x += tl.load(bias + at % F, inside, 0.0).to(tl.float32)
-    if KIND == "relu":
-        out = tl.maximum(x, 0.0)
-    else:
-        out = x * _share(x, KIND)
-    tl.store(y + at, out, inside)
+    tl.store(y + at, activate(x, KIND), inside)
 
 
 @triton.jit
@@ -76,11 +72,35 @@ def _backward(  # type: ignore[no-untyped-def]
         inside = (row < rows) & within[None, :]
         at = row * F + columns[None, :]
         x = tl.load(h + at, inside, 0.0).to(tl.float32) + column_bias[None, :]
-        out = tl.load(dy + at, inside, 0.0).to(tl.float32) * _slope(x, KIND)
+        out = tl.load(dy + at, inside, 0.0).to(tl.float32) * slope(x, KIND)
         tl.store(dh + at, out, inside)
         total += out
     if sums is not None:
         tl.store(sums + tl.program_id(0) * F + columns, tl.sum(total, 0), within)
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The activation of fp32 numbers x."""
+    if KIND == "relu":
+        y = tl.maximum(x, 0.0)
+    else:
+        y = x * _share(x, KIND)
+    return y
+
+
+@triton.jit
+def slope(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The derivative of the activation at x."""
+    if KIND == "relu":
+        y = tl.where(x > 0, 1.0, 0.0)
+    else:
+        share = _share(x, KIND)
+        if KIND == "gelu-tanh":
+            y = share + x * share * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * x * x)  # 3 * 0.044715
+        else:
+            y = share + x * tl.exp(-0.5 * x * x) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    return y
 
 
 @triton.jit
@@ -91,17 +111,3 @@ def _share(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     else:
         share = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)  # 1 / sqrt(2)
     return share
-
-
-@triton.jit
-def _slope(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The derivative of the activation at x."""
-    if KIND == "relu":
-        slope = tl.where(x > 0, 1.0, 0.0)
-    else:
-        share = _share(x, KIND)
-        if KIND == "gelu-tanh":
-            slope = share + x * share * (1 - share) * 1.5957691216057308 * (1 + 0.134145 * x * x)  # 3 * 0.044715
-        else:
-            slope = share + x * tl.exp(-0.5 * x * x) * 0.3989422804014327  # 1 / sqrt(2 pi)
-    return slope
