@@ -28,6 +28,8 @@ FP32 = ChosenPrecision("none")
 class OneDevice:
     """Implements `base.Runtime` for one process. With several, its collectives fail until a subclass overrides them."""
 
+    slots_at_once = 1
+
     def __init__(
         self, device: torch.device, precision: ChosenPrecision = FP32, rank: int = 0, world_size: int = 1
     ) -> None:
