@@ -1,6 +1,7 @@
 """Two processes of torchrun on one model, in each of the three ways: what they reduce and hold, that they train as one
 process does, and that checkpoints move between them all."""
 
+import dataclasses
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.torch.compile import CompiledBlock
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 LAYOUTS: dict[str, list[str]] = {"ddp": [], "zero1": ["--zero1"], "fsdp": ["--fsdp"]}
@@ -239,6 +241,63 @@ def test_an_update_is_made_with_a_finite_loss_and_at_the_given_rate(name: str, t
         assert change(1.0, 0.01) == (pytest.approx(0.01, rel=0.05), 1), "Adam's first step is the rate, and some decay"
         assert change(math.inf, 0.01) == (0, 1)
         assert change(1.0, 0.0) == (0, 2)
+    finally:
+        runtime.close()
+
+
+@pytest.mark.usefixtures("launched_alone")
+def test_fsdp_gathers_linear_layers_in_16_bits_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of two micro-steps are those of the model that is not split. Layer norms are not rounded."""
+    shape = ModelConfig(vocab_size=31, seq_length=8, d_model=16, num_layers=2, num_heads=2)
+    train, ids = TrainConfig(mixed_precision="bf16"), torch.arange(16).view(2, 1, 8)
+    gathered: dict[str, torch.dtype] = {}
+
+    def trained(options: TorchConfig) -> GPT2:
+        runtime = TorchRuntime(options, train)
+        model = GPT2(shape)
+        model.init_weights(torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for parameter in model.parameters():  # no layer norm's weights are exactly 1
+                parameter.add_(0.001 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        parallel_model = runtime.setup_model(model)
+        for module in model.h[0].modules():
+            module.register_forward_hook(
+                lambda module, *_: gathered.update((type(module).__name__, p.dtype) for p in module._parameters.values())
+            )
+        for micro_step in range(2):
+            with runtime.accumulate(parallel_model, sync=micro_step == 1):
+                with runtime.autocast():
+                    loss, _ = parallel_model(ids[micro_step], ids[micro_step])
+                runtime.backward(loss)
+        runtime.close()
+        return model
+
+    split = trained(TorchConfig(fsdp=True))
+    assert gathered == {"Linear": torch.bfloat16, "LayerNorm": torch.float32}
+    monkeypatch.delenv("RANK")
+    plain = trained(TorchConfig())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(split.get_parameter(name).grad.to_local(), parameter.grad), name  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("launched_alone")
+def test_ddp_does_not_cut_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo would, where the parts of one block fill a bucket."""
+    programs = []
+
+    def count(program: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        programs.append(program)
+        return program
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_with(function, backend=count))
+    runtime = TorchRuntime(TorchConfig(), TrainConfig())
+    model = GPT2(ModelConfig(vocab_size=31, seq_length=8, d_model=256, num_layers=2, num_heads=2))
+    model.kernels = dataclasses.replace(model.kernels, compiled=CompiledBlock(prints=False))
+    ids = torch.arange(8)[None]
+    try:
+        torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)(ids, ids)[0].backward()
+        assert len(programs) == 1
     finally:
         runtime.close()
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from gpt2xla.errors import InputError, RunFailed
@@ -61,8 +62,8 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     return Place(rank, numbers["WORLD_SIZE"], numbers.get("LOCAL_RANK"), numbers.get("LOCAL_WORLD_SIZE", 1))
 
 
-def join(place: Place, backend: str) -> None:
-    """Make the default process group of all processes. Waits of more than a moment are announced.
+def join(place: Place, backend: str, device: torch.device) -> None:
+    """Make the default process group of all processes, each with its `device`. Waits of more than a moment are announced.
 
     Raises InputError if MASTER_PORT is taken or nobody answers at MASTER_ADDR, and RunFailed if others do not join."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -82,7 +83,12 @@ def join(place: Place, backend: str) -> None:
         store.set_timeout(COLLECTIVE_TIMEOUT)
         store = dist.PrefixStore("default_pg", store)
         dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT
+            backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if backend == "nccl" else None,  # which NCCL would guess in a barrier; gloo takes none
         )
 
 
