@@ -262,7 +262,9 @@ def test_fsdp_gathers_linear_layers_in_16_bits_and_changes_no_bit(monkeypatch: p
         parallel_model = runtime.setup_model(model)
         for module in model.h[0].modules():
             module.register_forward_hook(
-                lambda module, *_: gathered.update((type(module).__name__, p.dtype) for p in module._parameters.values())
+                lambda module, *_: gathered.update(
+                    (type(module).__name__, p.dtype) for p in module._parameters.values()
+                )
             )
         for micro_step in range(2):
             with runtime.accumulate(parallel_model, sync=micro_step == 1):
@@ -317,6 +319,46 @@ def test_when_torchrun_is_killed_its_workers_stop_with_a_checkpoint(data_flags: 
     assert "stopped by the end of torchrun after step" in text
     assert "Traceback" not in text
     assert text.rstrip().endswith(list_checkpoints(tmp_path)[-1].name)
+
+
+def two_processes(*arguments: tuple[object, ...]) -> list[subprocess.Popen[str]]:
+    """Start waiting_worker.py twice as the processes of a run, without a launcher that would end them, and wait for both."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    here = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "workers" / "waiting_worker.py", *map(str, own)],
+            env=here | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, own in enumerate(arguments)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in started if process.stdout] == ["here\n"] * 2
+    return started
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+def test_a_process_that_waits_in_c_ends_after_another_has() -> None:
+    """As one does that waits for a collective of NCCL's."""
+    first, second = two_processes((0, "yes"), (0, "yes"))
+    second.kill()
+    assert first.wait(10) == 1
+    assert first.communicate()[1] == (
+        "waiting_worker.py: error: rank 1 exited early and stopped the run; rerun the same command to resume\n"
+    )
+    second.communicate()
+
+
+def test_a_process_that_is_done_waits_for_the_others() -> None:
+    for process in two_processes((0, "no"), (2, "no")):
+        assert process.communicate(timeout=20) == ("", "")
+        assert process.returncode == 0
 
 
 def test_fsdp_evaluates_and_writes_before_and_between_its_steps(tmp_path: Path) -> None:

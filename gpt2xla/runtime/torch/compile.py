@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gpt2xla.errors import RunFailed, in_one_line, user_error
 from gpt2xla.logs.console import say
 from gpt2xla.model.kernels import Kernels
+from gpt2xla.processes.signals import compiling
 from gpt2xla.runtime.base import CompileWatch
 
 
@@ -49,7 +50,8 @@ class CompiledBlock(CompileWatch):
             say(f"compiling the blocks of the {name} ...")
         start = time.perf_counter()
         try:
-            y_BTD = self._compiled(block, x_BTD, kernels)
+            with compiling(before_training=block.training):
+                y_BTD = self._compiled(block, x_BTD, kernels)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = in_one_line(error.inner_exception)
             raise RunFailed(f"torch.compile failed ({reason}); start again without it: --no-compile") from error

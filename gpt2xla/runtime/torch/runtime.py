@@ -205,5 +205,6 @@ class TorchRuntime(OneDevice):
         return None if peak is None else peak * self.devices
 
     def close(self) -> None:
-        if self.distributed and dist.is_initialized():
+        if self._peers and dist.is_initialized():
+            self._peers.close()
             dist.destroy_process_group()
