@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +16,14 @@ from gpt2xla.model.loss import plain_cross_entropy
 from gpt2xla.model.norm import plain_layer_norm
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+class Fused(NamedTuple):
+    """Two of the `Kernels` below that go together, and what they are in words."""
+
+    block: Callable[[Any, Any], Any]
+    layer_norm: Callable[..., Tensor]
+    description: str
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Kernels:
     head: Callable[[Tensor, Tensor], Tensor] = F.linear  # (x, head weight) -> logits
     static_shapes: bool = False  # whether each new shape costs a compile; if so, shapes must not follow a text's length
     compiled: Callable[..., Tensor] | None = None  # (block, x, kernels) for full length; None calls the block itself
+    # (block, x) -> x after the block; x may be of any type that `layer_norm` takes too. None means the block's own lines.
+    block: Callable[[Any, Any], Any] | None = None
     checkpoint: Callable[..., Any] | None = None  # (block, x, ...), keeps only a block's input; None keeps everything
     description: str = "torch's own"  # for the summary at the start of a run
 
@@ -49,6 +59,7 @@ def choose_kernels(
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
     static_shapes: bool = False,
     compiled: Callable[..., Tensor] | None = None,
+    fused: Fused | None = None,
 ) -> Kernels:
     """Return the kernels that the user asked for or, for options left at their defaults, those that the runtime prefers.
 
@@ -63,14 +74,15 @@ def choose_kernels(
     chunks = train.loss_chunks or loss_chunks
     pieces = f"loss in {chunks} {'piece' if chunks == 1 else 'pieces'}" if chunks else "loss at once"
     checkpointed = ", blocks computed twice" if train.activation_checkpointing == "block" else ""
-    compiles = ", blocks compiled" if compiled else ""
+    kind = ", blocks compiled" if compiled else f", {fused.description}" if fused else ""
     return Kernels(
         attention=attention.get(name),
         cross_entropy=partial(chunked_loss, chunks=chunks) if chunks else plain_cross_entropy,
-        layer_norm=layer_norm,
+        layer_norm=fused.layer_norm if fused else layer_norm,
         separate_qkv=name in ("chunked", "flash"),
         static_shapes=static_shapes,
         compiled=compiled,
+        block=fused.block if fused else None,
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,
-        description=f"{name} attention, {pieces}{checkpointed}{compiles}",
+        description=f"{name} attention, {pieces}{checkpointed}{kind}",
     )

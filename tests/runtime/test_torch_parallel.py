@@ -246,8 +246,8 @@ def test_an_update_is_made_with_a_finite_loss_and_at_the_given_rate(name: str, t
 
 
 @pytest.mark.usefixtures("launched_alone")
-def test_fsdp_gathers_linear_layers_in_16_bits_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of two micro-steps are those of the model that is not split. Layer norms are not rounded."""
+def test_fsdp_gathers_matrices_in_16_bits_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of two micro-steps are those of the model that is not split. All else is gathered in fp32."""
     shape = ModelConfig(vocab_size=31, seq_length=8, d_model=16, num_layers=2, num_heads=2)
     train, ids = TrainConfig(mixed_precision="bf16"), torch.arange(16).view(2, 1, 8)
     gathered: dict[str, torch.dtype] = {}
@@ -260,12 +260,9 @@ def test_fsdp_gathers_linear_layers_in_16_bits_and_changes_no_bit(monkeypatch: p
             for parameter in model.parameters():  # no layer norm's weights are exactly 1
                 parameter.add_(0.001 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         parallel_model = runtime.setup_model(model)
-        for module in model.h[0].modules():
-            module.register_forward_hook(
-                lambda module, *_: gathered.update(
-                    (type(module).__name__, p.dtype) for p in module._parameters.values()
-                )
-            )
+        model.h[0].mlp.register_forward_hook(
+            lambda *_: gathered.update((name, p.dtype) for name, p in model.h[0].named_parameters())
+        )
         for micro_step in range(2):
             with runtime.accumulate(parallel_model, sync=micro_step == 1):
                 with runtime.autocast():
@@ -275,7 +272,9 @@ def test_fsdp_gathers_linear_layers_in_16_bits_and_changes_no_bit(monkeypatch: p
         return model
 
     split = trained(TorchConfig(fsdp=True))
-    assert gathered == {"Linear": torch.bfloat16, "LayerNorm": torch.float32}
+    assert len(gathered) == 4 * 2 + 2 * 2
+    for name, dtype in gathered.items():
+        assert dtype == (torch.bfloat16 if "ln_" not in name and name.endswith("weight") else torch.float32), name
     monkeypatch.delenv("RANK")
     plain = trained(TorchConfig())
     for name, parameter in plain.named_parameters():

@@ -66,19 +66,19 @@ def wrap_in_ddp(model: nn.Module, accelerator: Accelerator) -> DistributedDataPa
 def shard_fully(model: GPT2, mesh: DeviceMesh, accelerator: Accelerator, dtype: torch.dtype) -> GPT2:
     """Split every parameter of `model`, which is on the host, along its first dimension over the devices of `mesh`.
 
-    A block's linear layers are gathered where they compute, forward and backward. All else, embeddings and layer norms,
-    belongs to the root, and stays gathered from forward to backward: it is little beside activations. Parameters are fp32;
-    linear layers are sent in `dtype`, the run's compute type, to which autocast, under which all calls of `model` must be
-    made, rounds them anyway. Gradients are summed in fp32."""
+    A block's matrices are gathered where it computes, forward and backward. All else, embeddings, layer norms and biases,
+    belongs to the root, and stays gathered from forward to backward: it is little beside activations, and the next block
+    may add a block's last bias. Parameters are fp32; matrices are sent in `dtype`, the run's compute type, to which
+    autocast, under which all calls of `model` must be made, rounds them anyway. Gradients are summed in fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a third of a second
 
     # Without `cast_forward_inputs` it would also round the residual stream.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    linear = {p for m in model.h.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
-    # The root comes first: it would not look into blocks that are split already, for their layer norms.
-    fully_shard(model, mesh=mesh, ignored_params=linear)
+    matrices = {parameter for parameter in model.h.parameters() if parameter.dim() == 2}
+    # The root comes first: it would not look into blocks that are split already, for their layer norms and biases.
+    fully_shard(model, mesh=mesh, ignored_params=matrices)
     for block in model.h:
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - linear)
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - matrices)
     if not accelerator.averages:
         for part in (model, *model.h):
             cast("FSDPModule", part).set_force_sum_reduction_for_comms(True)
