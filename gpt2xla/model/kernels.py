@@ -16,6 +16,7 @@ from gpt2xla.model.loss import plain_cross_entropy
 from gpt2xla.model.norm import plain_layer_norm
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+LogSums = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Fused(NamedTuple):
@@ -34,6 +35,9 @@ class Kernels:
     attention: Attention | None = None
     # (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`
     cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
+    # (x, head weight in the same type, padding) -> for each token (B, T) the logarithm of the sum of its exponentiated
+    # logits, in fp32. Evaluations use it. None means torch's own.
+    log_sums: LogSums | None = None
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm  # (x, module) -> module(x)
     # Project queries, keys and values with three products instead of one. XLA then writes each of them in the layout that
     # attention reads, instead of copying the parts of a joint one.
@@ -56,6 +60,7 @@ def choose_kernels(
     loss_chunks: int | None,  # into how many pieces --loss-chunks 0 cuts the loss; None computes it at once
     chunked_loss: Callable[..., Tensor],
     checkpoint: Callable[..., Any],
+    log_sums: LogSums | None = None,
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
     static_shapes: bool = False,
     compiled: Callable[..., Tensor] | None = None,
@@ -78,6 +83,7 @@ def choose_kernels(
     return Kernels(
         attention=attention.get(name),
         cross_entropy=partial(chunked_loss, chunks=chunks) if chunks else plain_cross_entropy,
+        log_sums=log_sums,
         layer_norm=fused.layer_norm if fused else layer_norm,
         separate_qkv=name in ("chunked", "flash"),
         static_shapes=static_shapes,

@@ -18,7 +18,7 @@ from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.model.attention import chunked_attention, kept_attention
-from gpt2xla.model.kernels import Attention, Fused
+from gpt2xla.model.kernels import Attention, Fused, LogSums
 from gpt2xla.model.loss import LOGITS_AT_ONCE, in_place_cross_entropy
 from gpt2xla.runtime.base import GIB, Memory, Shortage
 from gpt2xla.runtime.one_device import set_matmul_precision
@@ -75,6 +75,10 @@ class Accelerator(Memory):
         # Unscaled gradients are not in fp16's range.
         at_once = None if dtype == torch.float16 else self.logits_at_once
         return partial(in_place_cross_entropy, reads_wait=self.reads_wait), at_once
+
+    def log_sums(self) -> LogSums | None:
+        """Return the device's own form of `Kernels.log_sums`, if it has one."""
+        return None
 
     def read_later(self, values: Tensor) -> Callable[[], list[float]]:
         """Return what reads the 1-d tensor's values, once the device has them."""
@@ -228,6 +232,13 @@ class Cuda(Accelerator):
         from gpt2xla.model.fused.cross_entropy import fused_cross_entropy
 
         return fused_cross_entropy, self.logits_at_once
+
+    def log_sums(self) -> LogSums | None:
+        if not self._has_fused():
+            return None
+        from gpt2xla.model.fused.cross_entropy import fused_log_sums
+
+        return fused_log_sums
 
     def when_full(self) -> Shortage:
         memory = torch.cuda.get_device_properties(self.device).total_memory

@@ -117,6 +117,7 @@ class TorchRuntime(OneDevice):
             preferred="kept" if keeps else "sdpa",
             chunked_loss=chunked_loss,
             loss_chunks=-(-logits // at_once) if at_once else None,
+            log_sums=device.log_sums(),
             checkpoint=partial(checkpoint, use_reentrant=False),
             compiled=compiled,
             fused=fused,
