@@ -4,6 +4,7 @@ Another kind is one more class, and one more line in `pick_accelerator`."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import traceback
@@ -22,6 +23,7 @@ from gpt2xla.model.loss import LOGITS_AT_ONCE, in_place_cross_entropy
 from gpt2xla.runtime.base import GIB, Memory, Shortage
 from gpt2xla.runtime.one_device import set_matmul_precision
 from gpt2xla.runtime.precision import DevicePrecision, of_cuda
+from gpt2xla.runtime.torch.compile import uncompiled
 from gpt2xla.runtime.torch.cpu import choose_products, share_cores
 from gpt2xla.runtime.torch.host_memory import free_host_memory, keep_freed_memory
 from gpt2xla.runtime.torch.process_group import Place
@@ -48,6 +50,7 @@ class Accelerator(Memory):
     ddp_ids: list[torch.device] | None = None  # for DistributedDataParallel
     averages = True  # whether FSDP's reduction gives the mean of gradients
     compile_pays_from = float("inf")  # FLOPs of a run that make up for the compile, unasked
+    stack_bytes = 0  # of matrices that Muon updates together
     can_try = True  # whether `has_room_for` can do work on this process alone
 
     def __init__(self, index: int | None = None) -> None:
@@ -81,6 +84,10 @@ class Accelerator(Memory):
         """Return what reads the 1-d tensor's values, once the device has them."""
         return values.tolist
 
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the tensor on the host."""
+        return tensor.to("cpu", copy=True)
+
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Return the peak floating-point operations per second; None if unknown."""
         return named_peak_flops(self.name)
@@ -98,7 +105,7 @@ class Accelerator(Memory):
         if not self.can_try:
             return None
         try:
-            with torch.compiler.set_stance("force_eager"):  # which takes more memory than compiled code, but no minutes
+            with uncompiled():
                 work()
         except Exception as error:
             if self.shortage(error) is None:
@@ -172,6 +179,7 @@ class Cuda(Accelerator):
     pins = True
     reads_behind = 1
     logits_at_once = LOGITS_AT_ONCE["cuda"]
+    stack_bytes = 2**27  # twelve of the 124M model's largest matrices; those of larger models fill a GPU sooner
     compile_pays_from = 1e15  # a few minutes of a slow GPU, where a compile saves a third of the time
 
     def __init__(self, index: int | None = 0) -> None:
@@ -193,6 +201,30 @@ class Cuda(Accelerator):
             return on_host.tolist()
 
         return read
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        # The driver would copy to ordinary memory by one thread, which is slow where that memory is new. Here the device
+        # fills one half of a pinned buffer while all threads empty the other. Pinning the whole copy, which would be
+        # faster, could take most of the host's memory from other programs.
+        on_host, halves = torch.empty(tensor.shape, dtype=tensor.dtype), self._staging.view(tensor.dtype)
+        filled: list[tuple[torch.cuda.Event, Tensor, Tensor]] = []
+
+        def empty(event: torch.cuda.Event, half: Tensor, target: Tensor) -> None:
+            event.synchronize()
+            target.copy_(half)
+
+        pieces, targets = (t.reshape(-1).split(halves.shape[1]) for t in (tensor, on_host))
+        for number, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
+            half = halves[number % 2, : len(piece)].copy_(piece, non_blocking=True)
+            filled.append((torch.cuda.current_stream().record_event(), half, target))
+            if number:
+                empty(*filled[-2])
+        empty(*filled[-1])
+        return on_host
+
+    @functools.cached_property
+    def _staging(self) -> Tensor:
+        return torch.empty(2, 2**24, dtype=torch.uint8, pin_memory=True)
 
     def chunked_loss(self, dtype: torch.dtype) -> tuple[Callable[..., Tensor], int | None]:
         if not self._has_fused():

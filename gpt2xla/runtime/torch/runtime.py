@@ -41,18 +41,20 @@ class TorchRuntime(OneDevice):
         parallel.check_options(options, distributed=self.distributed)
         self.accelerator = accelerator = pick_accelerator(place, device)
         if place:
-            join(place, choose_backend(options.ddp_backend, accelerator))
+            join(place, choose_backend(options.ddp_backend, accelerator), accelerator.device)
         accelerator.prepare(config.matmul_precision)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
             torch.use_deterministic_algorithms(True)
+            # Nothing here reads what nothing has written; filling each new tensor would cost a pass over it.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         precision = choose(config.mixed_precision, accelerator.precision())
         rank, world_size = (place.rank, place.world_size) if place else (0, 1)
         super().__init__(accelerator.device, precision, rank, world_size)
         self.mesh = init_device_mesh(accelerator.kind, (world_size,)) if options.fsdp else None
         accelerator.can_try = self.mesh is None  # else the other processes, which may not have failed, would take part
         self.memory, self.state_options = accelerator, {"count_on_device": accelerator.fused}
-        self.steps_behind = accelerator.reads_behind
+        self.steps_behind, self.stack_bytes = accelerator.reads_behind, accelerator.stack_bytes
         self._peers = Peers() if self.distributed else None
         if precision.name == "fp16":
             self.scaler = torch.amp.GradScaler(accelerator.kind, enabled=True)
@@ -69,7 +71,7 @@ class TorchRuntime(OneDevice):
             self.watch = compiled
         model.kernels = self._kernels(model.config, compiled, fused)
         if self.mesh:
-            self._sharded = parallel.shard_fully(model, self.mesh, self.accelerator)
+            self._sharded = parallel.shard_fully(model, self.mesh, self.accelerator, self.precision.dtype)
             return self._sharded
         model.to(self.device)
         return parallel.wrap_in_ddp(model, self.accelerator) if self.distributed else model
@@ -128,6 +130,9 @@ class TorchRuntime(OneDevice):
 
     def _place_state(self, tensor: Tensor) -> Tensor:
         return parallel.split(tensor, self.mesh, self.device) if self.mesh else self.to_device(tensor)
+
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        return torch.zeros_like(parameter, requires_grad=False)
 
     def _send(self, batch: Batch) -> Batch:
         pins = self.accelerator.pins
@@ -198,13 +203,13 @@ class TorchRuntime(OneDevice):
         for name, tensor in tensors.items():
             whole = parallel.joined(tensor.detach())
             if self.is_main:
-                on_host[name] = whole.to("cpu", copy=True)
+                on_host[name] = self.accelerator.to_host(whole)
         return on_host
 
     def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
         # Whole even where it is split: all checkpoints of this runtime are of one kind and are written in the background.
         if self.options.zero1:
-            return {key: parallel.collect(part, self.device) for key, part in moments.items()}
+            return {key: parallel.collect(part, self.accelerator) for key, part in moments.items()}
         return super()._moments(moments, folder)
 
     def peak_flops(self) -> float | None:
@@ -212,5 +217,6 @@ class TorchRuntime(OneDevice):
         return None if peak is None else peak * self.devices
 
     def close(self) -> None:
-        if self.distributed and dist.is_initialized():
+        if self._peers and dist.is_initialized():
+            self._peers.close()
             dist.destroy_process_group()
