@@ -14,7 +14,8 @@ def errors() -> dict[str, dict[str, tuple[float, float]]]:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "tests/workers/fused_worker.py"]
-    return json.loads(succeed(subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)))
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return json.loads(succeed(ended).splitlines()[-1])
 
 
 @pytest.mark.parametrize(

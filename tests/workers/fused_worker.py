@@ -2,13 +2,16 @@
 
 Prints a JSON object: for each case the relative errors of the loss and of each gradient, with fused and plain blocks."""
 
+import copy
 import dataclasses
 import json
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from gpt2xla.config import ModelConfig
@@ -17,6 +20,8 @@ from gpt2xla.model.fused.block import fused_block, fused_layer_norm
 from gpt2xla.model.fused.feed_forward import Tile
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels
+from gpt2xla.runtime.torch import parallel
+from gpt2xla.runtime.torch.accelerators import Cpu
 
 TILE = Tile(16, 32, 16, 4, 2)
 FUSED = Kernels(block=fused_block, layer_norm=fused_layer_norm)
@@ -45,6 +50,13 @@ def checkpointed(function: Any, *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False)
 
 
+def split_over_processes(model: GPT2) -> GPT2:
+    """As --fsdp does, over this process alone: a block's parameters are gone as soon as it has run."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    return parallel.shard_fully(model, init_device_mesh("cpu", (1,)), Cpu(), torch.float32)
+
+
 def main() -> None:
     add_norm.PROGRAMS = 4  # so that each has several rows
     errors: dict[str, dict[str, tuple[float, float]]] = {}
@@ -63,6 +75,8 @@ def main() -> None:
         if name == "two layers":
             again = results(model, dataclasses.replace(FUSED, checkpoint=checkpointed), ids, dtype)
             assert all(torch.equal(fused[key], again[key]) for key in fused), "checkpointed blocks differ"
+            split = results(split_over_processes(copy.deepcopy(model)), FUSED, ids, dtype)
+            assert all(torch.equal(fused[key], parallel.joined(split[key])) for key in fused), "split blocks differ"
         exact = results(model.double(), Kernels(), ids, torch.float64)
         errors[name] = {
             key: tuple(float((found[key] - exact[key]).norm() / exact[key].norm()) for found in (fused, plain))
