@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,50 +90,64 @@ class Running:
 
 
 def measure(
-    chosen: list[Contender], size: str, precision: str, device: str, turns: Turns, batch: int | None = None
+    chosen: list[Contender],
+    size: str,
+    precision: str,
+    device: str,
+    turns: Turns,
+    batch: int | None = None,
+    after_round: Callable[[dict[str, Any]], None] = lambda run: None,
 ) -> dict[str, Any]:
-    """Return rates, losses, memory and costs of all contenders by name. `left_out` tells which have failed, and how."""
+    """Return rates, losses, memory and costs of all contenders by name. `left_out` tells which have failed, and how.
+
+    `after_round` gets what is known after each round, and after the profiles."""
     options, *batches = SIZES[size]
     batch = batch or batches[device != "cpu"]
-    curves, rates, first, host, memory, profiles, batches_taken, left_out = ({} for _ in range(8))
+    by_name = "batches", "curves", "tokens_per_second", "profiles", "memory_bytes", "first_update_seconds", "left_out"
+    run: dict[str, Any] = {"size": size, "precision": precision, "batch": batch, **{key: {} for key in by_name}}
+    run["host_seconds_per_update"] = {}
+    run["peak_flops"] = named_peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
     with tempfile.TemporaryDirectory() as name:
         config = draw_weights(Path(name), options)
+        run |= {"seq_length": config.seq_length, "flops_per_token": flops_per_token(config)}
         running: list[Running] = []
+
+        def leave_out(name: str, error: EndedEarly) -> None:
+            run["left_out"][name] = str(error)
+            print(size, precision, error, flush=True)
+
         for contender in chosen:  # the first turn also compiles
             try:
                 started, answer = _start(contender, Path(name), batch, precision, device, turns.curve - 1)
             except EndedEarly as error:
-                left_out[contender.name] = str(error)
-                print(size, precision, error, flush=True)
+                leave_out(contender.name, error)
                 continue
             running.append(started)
-            batches_taken[contender.name] = started.batch
-            curves[contender.name], first[contender.name] = answer["losses"], answer["first_seconds"]
-            print(size, precision, f"{contender.name}: ready, loss {answer['losses'][-1]:.4f}", flush=True)
+            run["batches"][started.name], run["curves"][started.name] = started.batch, answer["losses"]
+            run["first_update_seconds"][started.name] = answer["first_seconds"]
+            print(size, precision, f"{started.name}: ready, loss {answer['losses'][-1]:.4f}", flush=True)
         for number in range(turns.rounds):
-            for contender in list(running):
+            for one in list(running):
                 try:
-                    turn = contender.train(turns.updates)
+                    turn = one.train(turns.updates)
                 except EndedEarly as error:
-                    left_out[contender.name] = str(error)
-                    running.remove(contender)
+                    running.remove(one)
+                    leave_out(one.name, error)
                     continue
                 seconds = statistics.median(turn["seconds"])
-                rates.setdefault(contender.name, []).append(contender.batch * config.seq_length / seconds)
-                host[contender.name], memory[contender.name] = turn["host_seconds"], turn["memory"]
-            print(size, precision, number + 1, {n: round(values[-1]) for n, values in rates.items()}, flush=True)
-        for contender in running:
-            if contender.name in turns.profiled:
-                profiles[contender.name] = contender.profile()
-        for contender in running:
-            contender.end()
-    return {
-        "size": size, "precision": precision, "batch": batch, "batches": batches_taken,
-        "seq_length": config.seq_length, "flops_per_token": flops_per_token(config), "curves": curves,
-        "tokens_per_second": rates, "profiles": profiles, "memory_bytes": memory, "first_update_seconds": first,
-        "host_seconds_per_update": host, "left_out": left_out,
-        "peak_flops": named_peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None,
-    }  # fmt: skip
+                rates = run["tokens_per_second"].setdefault(one.name, [])
+                rates.append(one.batch * config.seq_length / seconds)
+                run["memory_bytes"][one.name] = turn["memory"]
+                run["host_seconds_per_update"][one.name] = turn["host_seconds"]
+                print(size, precision, number + 1, f"{one.name}: {rates[-1]:,.0f} tokens/s", flush=True)
+            after_round(run)
+        for one in running:
+            if one.name in turns.profiled:
+                run["profiles"][one.name] = one.profile()
+        after_round(run)
+        for one in running:
+            one.end()
+    return run
 
 
 def _start(
