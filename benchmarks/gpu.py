@@ -80,9 +80,10 @@ class Check:
         seconds = min(step.seconds * scale, left)
         command = [sys.executable, step.program, step.name, "--work", self.work, "--seconds", seconds]
         command += ["--nanogpt", self.nanogpt] if self.nanogpt else []
+        paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # this tree, installed or not
         mark = f"{os.getpid()}-{step.name}"
         environment = {
-            **os.environ, "GPU_CHECK_STEP": mark, "PYTHONPATH": str(HERE.parent), "PYTHONUNBUFFERED": "1",
+            **os.environ, "GPU_CHECK_STEP": mark, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"), "USE_TORCH_XLA": "0", "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false",
         }  # fmt: skip

@@ -145,15 +145,16 @@ def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 class Runs:
-    """Small runs of run_pretrain.py side by side: each is too small to keep a card busy."""
+    """Small runs of run_pretrain.py side by side, as many as there are cores for: each is too small to keep a card busy."""
 
     def __init__(self, job: Job) -> None:
-        self.end = time.monotonic() + job.seconds - 15  # with time to compare
+        self.end = time.monotonic() + job.seconds - 20  # with time to compare
         self.folder, self.data = job.work / "runs", data_folder(job)
         self.folder.mkdir(exist_ok=True)
-        self.processes: dict[str, subprocess.Popen[Any]] = {}
+        self.at_once = max(2, len(os.sched_getaffinity(0)) * 3 // 4)
+        self.waiting: list[tuple[str, list[str], dict[str, str]]] = []
 
-    def start(self, name: str, *options: Any, program: tuple[str, ...] = (sys.executable,), cpu: bool = False) -> None:
+    def add(self, name: str, *options: Any, program: tuple[str, ...] = (sys.executable,), cpu: bool = False) -> None:
         command = [
             *program,
             ROOT / "run_pretrain.py",
@@ -165,23 +166,33 @@ class Runs:
         command += [*OPTIONS, "--checkpoints-dir", self.folder / name, *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "4" if cpu else "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
         environment |= {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
-        with (self.folder / f"{name}.log").open("w") as log:
-            self.processes[name] = subprocess.Popen(
-                [str(part) for part in command], cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+        self.waiting.append((name, [str(part) for part in command], environment))
 
-    def finish(self) -> None:
-        """Wait for all that were started, and kill those that take too long."""
-        for name, process in self.processes.items():
-            try:
-                code = process.wait(max(1, self.end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                check(False, f"{name}: too slow: {' | '.join(self.log(name)[-3:])[-400:]}")
-                continue
-            if code:
-                check(False, f"{name}: exit code {code}: {' | '.join(self.log(name)[-3:])[-400:]}")
-        self.processes = {}
+    def make(self) -> None:
+        """Make the runs that were added, and kill those that take too long."""
+        running: dict[str, subprocess.Popen[Any]] = {}
+        while self.waiting or running:
+            while self.waiting and len(running) < self.at_once:
+                name, command, environment = self.waiting.pop(0)
+                with (self.folder / f"{name}.log").open("a") as log:
+                    running[name] = subprocess.Popen(
+                        command, cwd=self.folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+                    )
+            time.sleep(0.1)
+            is_late = time.monotonic() > self.end
+            for name, process in list(running.items()):
+                code = process.poll()
+                if code is None and is_late:
+                    process.kill()
+                if code is not None or is_late:
+                    del running[name]
+                    if code != 0:
+                        ended = "too slow" if code is None else f"exit code {code}"
+                        check(False, f"{name}: {ended}: {' | '.join(self.log(name)[-3:])[-400:]}")
+            if is_late:
+                for name, *_ in self.waiting:
+                    check(False, f"{name}: not started: no time")
+                self.waiting = []
 
     def log(self, name: str) -> list[str]:
         return (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
@@ -222,18 +233,18 @@ def data_folder(job: Job) -> Path:
 def side_by_side(job: Job) -> None:
     """The card's losses beside the CPU's in fp32."""
     runs = Runs(job)
-    runs.start("cpu", "--no-compile", cpu=True)
-    runs.start("cpu_muon", "--no-compile", "--optim-type", "muon", cpu=True)
-    runs.start("fp32", "--no-compile", "--mixed-precision", "none")
-    runs.start("fp32_compiled", "--compile", "--mixed-precision", "none")
-    runs.start("tf32", "--compile", "--mixed-precision", "none", "--matmul-precision", "high")
-    runs.start("bf16", "--no-compile", *BF16)
-    runs.start("bf16_compiled", "--compile", *BF16)
-    runs.start("fp16_compiled", "--compile", "--mixed-precision", "fp16")
-    runs.start("muon", "--compile", *BF16, "--optim-type", "muon")
-    runs.start("checkpointed", "--compile", *BF16, "--activation-checkpointing", "block")
-    runs.start("dropout", "--compile", *BF16, "--dropout", 0.1)
-    runs.finish()
+    runs.add("cpu", "--no-compile", cpu=True)
+    runs.add("cpu_muon", "--no-compile", "--optim-type", "muon", cpu=True)
+    runs.add("fp32", "--no-compile", "--mixed-precision", "none")
+    runs.add("fp32_compiled", "--compile", "--mixed-precision", "none")
+    runs.add("tf32", "--compile", "--mixed-precision", "none", "--matmul-precision", "high")
+    runs.add("bf16", "--no-compile", *BF16)
+    runs.add("bf16_compiled", "--compile", *BF16)
+    runs.add("fp16_compiled", "--compile", "--mixed-precision", "fp16")
+    runs.add("muon", "--compile", *BF16, "--optim-type", "muon")
+    runs.add("checkpointed", "--compile", *BF16, "--activation-checkpointing", "block")
+    runs.add("dropout", "--compile", *BF16, "--dropout", 0.1)
+    runs.make()
     for name, allowed in (
         ("fp32", 2e-4),
         ("fp32_compiled", 2e-4),
@@ -253,16 +264,15 @@ def side_by_side(job: Job) -> None:
 def repeats(job: Job) -> None:
     """The same command again, and stopped and resumed, to the last bit; one process under torchrun, beside none."""
     runs = Runs(job)
-    runs.start("first", *DETERMINISTIC)
-    runs.start("again", *DETERMINISTIC)
-    runs.start("resumed", *DETERMINISTIC, "--train-steps", STEPS // 2, "--decay-steps", STEPS)
-    stopped = runs.processes.pop("resumed")
-    runs.start("alone", "--compile", *BF16)
+    runs.add("first", *DETERMINISTIC)
+    runs.add("again", *DETERMINISTIC)
+    runs.add("resumed", *DETERMINISTIC, "--train-steps", STEPS // 2)
+    runs.add("alone", "--compile", *BF16)
     for name, options in (("ddp", ()), ("zero1", ("--zero1",)), ("fsdp", ("--fsdp",))):
-        runs.start(name, "--compile", *BF16, *options, program=ONE_PROCESS)
-    if stopped.wait(max(1, runs.end - time.monotonic())) == 0:
-        runs.start("resumed", *DETERMINISTIC)
-    runs.finish()
+        runs.add(name, "--compile", *BF16, *options, program=ONE_PROCESS)
+    runs.make()
+    runs.add("resumed", *DETERMINISTIC)
+    runs.make()
     runs.compare("again", "first", 0)
     runs.compare("resumed", "first", 0)
     weights = [_weights(runs.folder / name) for name in ("first", "resumed")]
