@@ -18,11 +18,11 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -65,6 +65,7 @@ class Check:
 
     def __init__(self, minutes: float, nanogpt: Path | None, work: Path, out: Path) -> None:
         self.start, self.minutes, self.nanogpt, self.work, self.out = time.monotonic(), minutes, nanogpt, work, out
+        self.written = out  # the newest page
         self.results: dict[str, Any] = {"date": str(date.today()), "environment": {}, "steps": [], "reports": []}
 
     def seconds_left(self) -> float:
@@ -102,8 +103,9 @@ class Check:
         finally:
             kill_all_of(mark)
             for line in said.read_text(errors="replace").splitlines():
-                if line.startswith('{"report"'):
-                    self.take(step, json.loads(line))
+                with suppress(ValueError, TypeError):  # a line that is no report, or was cut off
+                    if "report" in (report := json.loads(line)):
+                        self.take(step, report)
             end = log.read_text(errors="replace").strip().splitlines()[-3:] if status != "done" else []
             self.note(step, status, time.monotonic() - began, " | ".join(end)[-600:])
 
@@ -139,82 +141,16 @@ class Check:
         return failed + unfinished
 
     def write(self) -> None:
-        card = self.results["environment"].get("card")
-        if card:
+        from gpu_page import page  # which imports torch
+
+        if card := self.results["environment"].get("card"):
             name = re.sub(r"\W+", "_", card.lower().replace("nvidia", "")).strip("_")
             self.out.mkdir(parents=True, exist_ok=True)
-            for suffix, text in (("json", json.dumps(self.results, indent=1)), ("md", self.markdown())):
+            for suffix, text in (("json", json.dumps(self.results, indent=1) + "\n"), ("md", page(self.results))):
+                self.written = self.out / f"gpu_{name}.{suffix}"
                 partial = self.out / f".gpu_{name}.{suffix}.partial"
-                partial.write_text(text + "\n")
-                partial.replace(self.out / f"gpu_{name}.{suffix}")
-
-    def markdown(self) -> str:
-        from train_turns import largest_costs, spread, table
-
-        e = self.results["environment"]
-        lines = [
-            f"{e['card']} ({e['memory_GB']:.0f} GB), driver {e['driver']}; {self.results['date']}; torch {e['torch']}, "
-            f"CUDA {e['cuda']}, cuDNN {e['cudnn']}, Triton {e['triton']}, transformers {e['transformers']}; Python "
-            f"{e['python']}, {e['cores']} cores.",
-            "",
-        ]
-        if checks := self.reports("check"):
-            right = sum(report["passed"] for report in checks)
-            lines += [f"## Right or wrong: {right} of {len(checks)} checks passed", ""]
-            lines += [f"- {'passed' if r['passed'] else '**failed**'}: {r['what']}" for r in checks] + [""]
-        if runs := [report["run"] for report in self.reports("rates")]:
-            lines += [
-                "## Training",
-                "",
-                "Medians of rounds in which all take turns; in brackets the least and the most.",
-                "",
-            ]
-            lines += [table(runs)]
-            for run in runs:
-                name = f"{run['size']}, {run['batch']} x {run['seq_length']}"
-                for who, memory in run["memory_bytes"].items():
-                    host, first = run["host_seconds_per_update"][who], run["first_update_seconds"][who]
-                    lines.append(
-                        f"- {name}, {who}: {memory / 1e9:.1f} GB at most, {host * 1e3:.1f} ms of the host per update, first "
-                        f"update after {first:.0f} s."
-                    )
-                for who, profile in run["profiles"].items():
-                    if largest_costs(profile):
-                        lines.append(
-                            f"- {name}, {who}: {profile['seconds'] * 1e3:.1f} ms in {profile['launches']:.0f} kernels per "
-                            "update, by the profiler."
-                        )
-            lines += [
-                "- nanoGPT's compiled model returns its logits too, as its train.py does it, and fills their gradient.",
-                "",
-            ]
-        if generated := self.reports("generation"):
-            lines += ["## Generation", "", "| | batch | tokens/s | first call, s |", "|---|---|---|---|"]
-            for r in generated:
-                rate = spread(r["tokens_per_second"], ",.0f")
-                lines.append(f"| {r['program']} | {r['batch']} | {rate} | {r['first_seconds']:.1f} |")
-            lines.append("")
-        for r in self.reports("save"):
-            seconds = statistics.median(r["seconds"][1:])
-            lines += [f"A checkpoint of {r['bytes'] / 1e9:.1f} GB stops training for {seconds:.2f} s.", ""]
-        if kernels := self.reports("kernel"):
-            lines += ["## Single kernels", "", "| | ms | TFLOP/s | TB/s |", "|---|---|---|---|"]
-            for r in kernels:
-                if "error" in r:
-                    lines.append(f"| {r['name']} | {r['error']} | | |")
-                else:
-                    rates = (
-                        f"{r['tflops']:.0f}" if r["tflops"] else "",
-                        f"{t:.2f}" if (t := r["terabytes_per_second"]) else "",
-                    )
-                    lines.append(f"| {r['name']} | {r['ms']:.3f} | {' | '.join(rates)} |")
-            lines.append("")
-        lines += ["## Steps", ""]
-        lines += [
-            f"- {s['step']}: {s['status']}, {s['seconds']:.0f} s. {s['error']}".rstrip() for s in self.results["steps"]
-        ]
-        lines += [f"- {report['text']}." for report in self.reports("note")]
-        return "\n".join(lines)
+                partial.write_text(text)
+                partial.replace(self.written)
 
 
 def _key(report: dict[str, Any]) -> tuple[str, int]:
@@ -261,13 +197,22 @@ def main() -> int:
             if step.name == "environment" or not args.only or step.name in args.only:
                 checked.make(step)
             if not checked.results["environment"].get("card"):
-                print("gpu.py: error: torch finds no CUDA device here", file=sys.stderr)
+                ended = checked.results["steps"][0]
+                why = (
+                    ended["error"] or ended["status"]
+                    if ended["status"] != "done"
+                    else "torch finds no CUDA device here"
+                )
+                print(f"gpu.py: error: {why}", file=sys.stderr)
                 return 2
-    failures = checked.failures()
-    print(f"\n{checked.markdown()}\n")
+    from gpu_page import summary
+
+    failures, checks = checked.failures(), len(checked.reports("check"))
+    print(f"\n{summary(checked.results)}\n")
     for failure in failures:
         print("FAIL", failure)
-    print(f"{len(failures)} of {len(checked.reports('check'))} checks failed" if failures else "all checks passed")
+    print(f"{len(failures)} failures beside {checks} checks" if failures else f"all {checks} checks passed", end="; ")
+    print(checked.written)
     return 1 if failures else 0
 
 

@@ -146,14 +146,14 @@ def timed(device: torch.device, updates: int, answer: dict[str, Any]) -> Iterato
     start = time.perf_counter()
     for number in range(updates + 1):
         yield losses
+        if number == 0:
+            _finish(device)
+            first = time.perf_counter()
         if device.type == "cuda":  # a program that trains does not wait for each update
             ends.append(torch.cuda.Event(enable_timing=True))
             ends[-1].record()
         else:
             ends.append(time.perf_counter())
-        if number == 0:
-            _finish(device)
-            first = time.perf_counter()
     enqueued = time.perf_counter()
     _finish(device)
     pairs = itertools.pairwise(ends)

@@ -168,7 +168,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = ["| model, precision | | tokens/s | ours is faster by | MFU |", "|---|---|---|---|---|"]
     notes = []
     for run in runs:
-        name, rates, peak = f"{run['size']}, {run['precision']}", run["tokens_per_second"], run["peak_flops"]
+        name = f"{run['size']}, {run['batch']} x {run['seq_length']}, {run['precision']}"
+        rates, peak = run["tokens_per_second"], run["peak_flops"]
         for contender, profile in run["profiles"].items():
             if costs := largest_costs(profile):
                 notes.append(f"- {name}: the three largest costs of {contender}: {costs}.")
