@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
 OPTIONS = [
     "--tokenizer", "bytes", "--vocab-size", 384, "--seq-length", 256, "--d-model", 256, "--num-layers", 4,
-    "--num-heads", 4, "--train-batch-size", 16, "--gradient-accum-step", 2, "--eval-batch-size", 16,
+    "--num-heads", 4, "--train-batch-size", 8, "--gradient-accum-step", 2, "--eval-batch-size", 8,
     "--valid-steps", 4, "--valid-interval", 10, "--save-interval", 10, "--learning-rate", 1e-3, "--min-lr", 1e-4,
     "--warmup-steps", 5, "--decay-steps", STEPS, "--train-steps", STEPS,
 ]  # fmt: skip
@@ -151,7 +151,9 @@ class Runs:
         self.end = time.monotonic() + job.seconds - 20  # with time to compare
         self.folder, self.data = job.work / "runs", data_folder(job)
         self.folder.mkdir(exist_ok=True)
-        self.at_once = max(2, len(os.sched_getaffinity(0)) * 3 // 4)
+        cores = len(os.sched_getaffinity(0))
+        self.at_once, self.cpu_threads = max(2, cores * 3 // 4), max(1, min(4, cores // 4))
+        self.failed: set[str] = set()
         self.waiting: list[tuple[str, list[str], dict[str, str]]] = []
 
     def add(self, name: str, *options: Any, program: tuple[str, ...] = (sys.executable,), cpu: bool = False) -> None:
@@ -164,7 +166,7 @@ class Runs:
             self.data / "test",
         ]
         command += [*OPTIONS, "--checkpoints-dir", self.folder / name, *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "4" if cpu else "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.cpu_threads), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
         environment |= {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
         self.waiting.append((name, [str(part) for part in command], environment))
 
@@ -188,14 +190,19 @@ class Runs:
                     del running[name]
                     if code != 0:
                         ended = "too slow" if code is None else f"exit code {code}"
-                        check(False, f"{name}: {ended}: {' | '.join(self.log(name)[-3:])[-400:]}")
-            if is_late:
-                for name, *_ in self.waiting:
-                    check(False, f"{name}: not started: no time")
-                self.waiting = []
+                        log = self.log(name)
+                        errors = [line for line in log if "rror" in line and "error_file" not in line]
+                        self._fail(name, f"{ended}: {' | '.join((errors or log)[-3:])[-400:]}")
+            while self.waiting and is_late:
+                self._fail(self.waiting.pop(0)[0], "not started: no time")
+
+    def _fail(self, name: str, why: str) -> None:
+        self.failed.add(name)
+        check(False, f"{name}: {why}")
 
     def log(self, name: str) -> list[str]:
-        return (self.folder / f"{name}.log").read_text(errors="replace").strip().splitlines()
+        file = self.folder / f"{name}.log"
+        return file.read_text(errors="replace").strip().splitlines() if file.exists() else []
 
     def values(self, name: str, key: str) -> dict[int, float]:
         """Return a run's values by update."""
@@ -211,6 +218,8 @@ class Runs:
         return max(abs(a[step] - b[step]) for step in b)
 
     def compare(self, name: str, other: str, allowed: float, key: str = "loss") -> None:
+        if {name, other} & self.failed:
+            return
         apart = self.apart(name, other, key)
         check(
             apart <= allowed,
@@ -275,14 +284,16 @@ def repeats(job: Job) -> None:
     runs.make()
     runs.compare("again", "first", 0)
     runs.compare("resumed", "first", 0)
-    weights = [_weights(runs.folder / name) for name in ("first", "resumed")]
-    same = bool(weights[0]) and weights[0].keys() == weights[1].keys()
-    same = same and all(np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
-    check(same, "resumed: its weights are those of first to the last bit")
     for name in ("ddp", "zero1", "fsdp"):
         runs.compare(name, "alone", 2e-2)
         said = [line for line in runs.log(name) if re.search(r"[Ww]arn|NCCL|destroy|barrier", line)]
         report("note", text=f"{name} of one process over NCCL warns of {said[:4] or 'nothing'}")
+    if {"first", "resumed"} & runs.failed:
+        return
+    weights = [_weights(runs.folder / name) for name in ("first", "resumed")]
+    same = bool(weights[0]) and weights[0].keys() == weights[1].keys()
+    same = same and all(np.array_equal(weights[0][key], weights[1][key]) for key in weights[0])
+    check(same, "resumed: its weights are those of first to the last bit")
 
 
 def _weights(run_folder: Path) -> dict[str, Any]:
