@@ -47,8 +47,9 @@ STEPS = (
     Step("environment", CORRECTNESS, 40),
     Step("kernels", CORRECTNESS, 75),
     Step("side-by-side", CORRECTNESS, 110, least=45),
-    Step("rates-124M", SPEED, 200, least=60),
+    Step("rates-124M", SPEED, 140, least=60),
     Step("repeats", CORRECTNESS, 110, least=45),
+    Step("rates-trainer", SPEED, 110, least=60),
     Step("rates-batch-8", SPEED, 90, least=40),
     Step("single-kernels", SPEED, 40),
     Step("generation", SPEED, 90, least=30),
@@ -113,8 +114,7 @@ class Check:
         if report["report"] == "environment":
             self.results["environment"] = report
         elif report["report"] == "rates":  # each replaces the one of the round before
-            key = (report["run"]["size"], report["run"]["batch"])
-            others = [r for r in self.results["reports"] if r["report"] != "rates" or _key(r) != key]
+            others = [r for r in self.results["reports"] if (r["report"], r["step"]) != ("rates", step.name)]
             self.results["reports"] = [*others, {"step": step.name, **report}]
         else:
             self.results["reports"].append({"step": step.name, **report})
@@ -151,10 +151,6 @@ class Check:
                 partial = self.out / f".gpu_{name}.{suffix}.partial"
                 partial.write_text(text)
                 partial.replace(self.written)
-
-
-def _key(report: dict[str, Any]) -> tuple[str, int]:
-    return report["run"]["size"], report["run"]["batch"]
 
 
 def kill_all_of(mark: str) -> None:

@@ -313,7 +313,7 @@ def out_of_memory(job: Job) -> None:
     ended = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=job.work)
     said = (ended.stderr.strip().splitlines() or ["nothing"])[-1]
     seconds = time.monotonic() - start
-    advises = ended.returncode == 1 and "is the same 1024 sequences per update" in said
+    advises = ended.returncode == 1 and "is the same 1,024 sequences per update" in said
     check(advises, f"out of memory, after {seconds:.0f} s: {said[-400:]}")
 
 

@@ -35,24 +35,23 @@ def _nanogpt(job: Job) -> list[Contender]:
     return [Contender("nanoGPT, compiled", "nanoGPT", job.nanogpt, True, is_compared=True)] if job.nanogpt else []
 
 
-def _trainer() -> list[Contender]:
-    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        report("note", text=f"Trainer is left out: {' and '.join(missing)} is not installed")
-        return []
-    return [Contender("Trainer, compiled", "Trainer", compile=True, may_shrink=True)]
-
-
 def _measure(chosen: list[Contender], size: str, turns: Turns, batch: int | None = None) -> dict[str, Any]:
     return measure(chosen, size, "bf16", "cuda", turns, batch, after_round=lambda run: report("rates", run=run))
 
 
 def rates_124m(job: Job) -> None:
-    chosen = [OURS, *_nanogpt(job), *_trainer()]
-    turns = Turns(rounds=4, updates=15, curve=50, profiled=frozenset(c.name for c in chosen))
-    result = _measure(chosen, "124M", turns)
+    chosen = [OURS, *_nanogpt(job)]
+    result = _measure(chosen, "124M", Turns(rounds=5, updates=15, curve=50, profiled=frozenset(c.name for c in chosen)))
     for name, apart in losses_apart(result).items():
         check(apart <= SAME_LOSS, f"losses of 50 updates within {apart:.1e} of {name} ({SAME_LOSS:.0e} allowed)")
+
+
+def rates_trainer(job: Job) -> None:
+    if missing := [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]:
+        report("note", text=f"Trainer is left out: {' and '.join(missing)} is not installed")
+        return
+    trainer = Contender("Trainer, compiled", "Trainer", compile=True, may_shrink=True)
+    _measure([OURS, trainer], "124M", Turns(rounds=3, updates=10, curve=1, profiled=frozenset({trainer.name})))
 
 
 def rates_batch_8(job: Job) -> None:
@@ -93,23 +92,23 @@ def generation(job: Job) -> None:
     model.init_weights(torch.Generator().manual_seed(0))
     device = move(model, "cuda", "bf16")
 
-    def ours(batch: int) -> None:
-        for _ in generate(model, [prompt] * batch, new, GREEDY, device=device):
-            pass
+    def ours(batch: int) -> int:
+        return sum(len(step) for step in generate(model, [prompt] * batch, new, GREEDY, device=device))
 
-    programs: dict[str, Callable[[int], Any]] = {"ours": ours}
+    programs: dict[str, Callable[[int], int]] = {"ours": ours}
     if importlib.util.find_spec("transformers"):
         from transformers import GPT2Config, GPT2LMHeadModel
 
         theirs = GPT2LMHeadModel(GPT2Config()).to(device="cuda", dtype=torch.bfloat16).eval()
         theirs.generation_config.eos_token_id = None  # never end early
 
-        def transformers(batch: int, **options: Any) -> None:
+        def transformers(batch: int, **options: Any) -> int:
             ids = torch.tensor([prompt] * batch, device="cuda")
             mask = torch.ones_like(ids)
-            theirs.generate(
+            text = theirs.generate(
                 ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0, **options
-            )  # fmt: skip
+            )
+            return text.numel() - ids.numel()
 
         programs["transformers"] = transformers
         programs["transformers, static cache"] = partial(transformers, cache_implementation="static")
@@ -117,15 +116,15 @@ def generation(job: Job) -> None:
         report("note", text="transformers is not installed: generation is not compared with it")
     for name, program in programs.items():  # the last one compiles for long, and may not end
         for batch in (1, 8):
-            seconds = []
+            seconds, rates = [], []
             for _ in range(5):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                program(batch)
+                tokens = program(batch)
                 torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - start)
-            rates = [batch * new / s for s in seconds[2:]]
-            report("generation", program=name, batch=batch, tokens_per_second=rates, first_seconds=seconds[0])
+                rates.append(tokens / seconds[-1])
+            report("generation", program=name, batch=batch, tokens_per_second=rates[2:], first_seconds=seconds[0])
 
 
 def save(job: Job) -> None:
@@ -235,6 +234,7 @@ if __name__ == "__main__":
     run(
         {
             "rates-124M": rates_124m,
+            "rates-trainer": rates_trainer,
             "rates-batch-8": rates_batch_8,
             "rates-355M": rates_355m,
             "rates-774M": rates_774m,
