@@ -49,15 +49,15 @@ STEPS = (
     Step("side-by-side", CORRECTNESS, 110, least=45),
     Step("rates-124M", SPEED, 140, least=60),
     Step("repeats", CORRECTNESS, 110, least=45),
-    Step("rates-trainer", SPEED, 110, least=60),
     Step("rates-batch-8", SPEED, 90, least=40),
+    Step("rates-trainer", SPEED, 110, least=60),
     Step("single-kernels", SPEED, 40),
     Step("generation", SPEED, 90, least=30),
-    Step("rates-1.5B", SPEED, 75, least=40),
-    Step("rates-355M", SPEED, 120, least=60),
     Step("out-of-memory", CORRECTNESS, 60, least=30),
     Step("save", SPEED, 40, least=25),
-    Step("rates-774M", SPEED, 60, least=40),
+    Step("rates-355M", SPEED, 130, least=80),
+    Step("rates-1.5B", SPEED, 110, least=75),
+    Step("rates-774M", SPEED, 80, least=50),
 )
 
 

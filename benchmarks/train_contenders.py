@@ -83,8 +83,9 @@ def draw_weights(folder: Path, options: dict[str, Any]) -> ModelConfig:
     config = ModelConfig(
         **{**options, "vocab_size": 50304, "activation": "gelu-exact"}
     )  # nanoGPT computes the exact GELU
-    model = GPT2(config)
-    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.device("meta"):  # torch would draw weights of its own first
+        model = GPT2(config)
+    model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(0))
     hf.save_model(folder, config, model.state_dict(), GenerationSettings.ending_with(None))
     return config
 
