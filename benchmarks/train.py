@@ -19,51 +19,24 @@ import argparse
 import json
 import os
 import platform
-import statistics
-import subprocess
-import sys
-import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-
-from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.config import PRESETS, ModelConfig
-from gpt2xla.generation.settings import GenerationSettings
-from gpt2xla.logs.peak_flops import named_peak_flops
-from gpt2xla.model.gpt2 import GPT2
+from train_contenders import SIZES
+from train_turns import Contender, Turns, measure, table
 
 RESULTS = Path(__file__).parent / "results"
-CONTENDERS = Path(__file__).with_name("train_contenders.py")
-KEEP_MEMORY = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368"
-SMALL = {"num_layers": 6, "d_model": 384, "num_heads": 6, "seq_length": 256}
-# Name: model, sequences per update on a CPU and on a GPU.
-SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
-    "6x384": (SMALL, 16, 256),
-    "124M": (PRESETS["gpt2"], 2, 64),
-    "355M": (PRESETS["gpt2-medium"], 1, 32),
-    "1.5B": (PRESETS["gpt2-xl"], 1, 8),
-}
-
-
-@dataclass(frozen=True)
-class Contender:
-    name: str
-    kind: str
-    peer: Path | None = None
-    compile: bool = False
-    tuned: bool = False
 
 
 def contenders(args: argparse.Namespace) -> list[Contender]:
-    found = [Contender("ours", "ours", compile=True), Contender("ours, not compiled", "ours")]
+    found = [Contender("ours", "ours", compile=True, is_compared=True), Contender("ours, not compiled", "ours")]
     if args.nanogpt:
         nano = Contender("nanoGPT", "nanoGPT", args.nanogpt)
-        found += [replace(nano, name="nanoGPT, tuned", compile=True, tuned=True)]
+        found += [replace(nano, name="nanoGPT, tuned", compile=True, tuned=True, is_compared=True)]
         found += [nano] if args.device == "cpu" else []
     if args.trainer:
         trainer = Contender("Trainer", "Trainer")
@@ -71,107 +44,6 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
     if args.reference and args.device == "cpu":
         found += [Contender("reference", "reference", args.reference)]
     return found
-
-
-class Running:
-    """A contender in its process."""
-
-    def __init__(self, contender: Contender, folder: Path, batch: int, precision: str, device: str, *more: str) -> None:
-        environment = {**os.environ, "USE_TORCH_XLA": "0"}  # or transformers' Trainer would take XLA's CPU
-        environment |= {"GLIBC_TUNABLES": KEEP_MEMORY} if contender.tuned else {}
-        command = [sys.executable, "-W", "ignore", CONTENDERS, "--contender", contender.kind, "--folder", folder]
-        command += ["--batch", batch, "--device", device]
-        command += ["--peer", contender.peer] if contender.peer else []
-        command += ["--precision", precision] if precision != "fp32" else []
-        command += [*(f"--{name}" for name in ("compile", "tuned") if getattr(contender, name)), *more]
-        self.name = contender.name
-        self.process = subprocess.Popen(
-            [str(part) for part in command], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def train(self, updates: int) -> dict[str, Any]:
-        assert self.process.stdin
-        self.process.stdin.write(f"{updates}\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> Any:
-        assert self.process.stdout
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"{self.name} ended early, with exit code {self.process.wait()}; its error stands above")
-        return json.loads(answer)
-
-    def end(self) -> None:
-        self.process.communicate()
-
-
-def measure(args: argparse.Namespace, chosen: list[Contender], size: str, precision: str) -> dict[str, Any]:
-    options, *batches = SIZES[size]
-    batch = args.batch or batches[args.device != "cpu"]
-    # nanoGPT computes the exact GELU.
-    config = ModelConfig(**{**options, "vocab_size": 50304, "activation": "gelu-exact"})
-    model = GPT2(config)
-    model.init_weights(torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as name:
-        hf.save_model(Path(name), config, model.state_dict(), GenerationSettings.ending_with(None))
-        flops = model.flops_per_token()
-        del model
-        profiled = Running(chosen[0], Path(name), batch, precision, args.device, "--profile")
-        costs = profiled.answer()
-        profiled.end()
-        running = [Running(c, Path(name), batch, precision, args.device) for c in chosen]
-        curves, rates = {}, {contender.name: [] for contender in running}
-        for contender in running:  # the first turn also compiles
-            is_compared = contender.name in ("ours", "nanoGPT, tuned")
-            curves[contender.name] = contender.train(args.curve - 1 if is_compared else 0)["losses"]
-            print(size, precision, f"{contender.name}: ready, loss {curves[contender.name][-1]:.4f}", flush=True)
-        memory = {}
-        for number in range(args.rounds):
-            for contender in running:
-                turn = contender.train(args.updates)
-                rates[contender.name].append(batch * config.seq_length / statistics.median(turn["seconds"]))
-                memory[contender.name] = turn["memory"]
-            print(size, precision, number + 1, {n: round(values[-1]) for n, values in rates.items()}, flush=True)
-        for contender in running:
-            contender.end()
-    peak = named_peak_flops(torch.cuda.get_device_name()) if args.device == "cuda" else None
-    return {
-        "batch": batch, "seq_length": config.seq_length, "flops_per_token": flops, "curves": curves,
-        "tokens_per_second": rates, "largest_costs": costs, "memory_bytes": memory, "peak_flops": peak,
-    }  # fmt: skip
-
-
-def table(results: dict[str, Any]) -> str:
-    lines = [
-        f"{results['hardware']}; {results['date']}; torch {results['torch']}, transformers {results['transformers']}; "
-        f"{results['rounds']} rounds of {results['updates']} timed updates; medians, in brackets the least and the most.",
-        "",
-        "| model, precision | | tokens/s | ours is faster by | MFU |",
-        "|---|---|---|---|---|",
-    ]
-    notes = []
-    for run in results["runs"]:
-        costs = ", ".join(f"`{name[:60]}` {share:.0%}" for name, share in run["largest_costs"])
-        notes.append(f"- {run['size']}, {run['precision']}: the three largest costs of our update: {costs}.")
-        name, rates = f"{run['size']}, {run['precision']}", run["tokens_per_second"]
-        for contender, values in rates.items():
-            ratios = [own / theirs for own, theirs in zip(rates["ours"], values, strict=True)]
-            peak = run["peak_flops"]
-            mfu = f"{statistics.median(values) * run['flops_per_token'] / peak:.1%}" if peak else ""
-            lines.append(f"| {name} | {contender} | {_spread(values, ',.0f')} | {_spread(ratios, '.2f')} | {mfu} |")
-        for contender, theirs in run["curves"].items():
-            if len(theirs) > 1 and contender != "ours":
-                apart = max(abs(a - b) for a, b in zip(run["curves"]["ours"], theirs, strict=True))
-                notes.append(
-                    f"- {name}: over {len(theirs)} updates (loss {theirs[0]:.3f} to {theirs[-1]:.3f}) no loss of ours "
-                    f"and of {contender} is further apart than {apart:.1e}."
-                )
-    return "\n".join([*lines, "", *notes]) + "\n"
-
-
-def _spread(values: list[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def main() -> None:
@@ -215,12 +87,17 @@ def main() -> None:
         "hardware": torch.cuda.get_device_name() if args.device == "cuda" else args.hardware,
         "rounds": args.rounds, "updates": args.updates, "runs": [],
     }  # fmt: skip
+    head = (
+        f"{results['hardware']}; {results['date']}; torch {results['torch']}, transformers {results['transformers']}; "
+        f"{args.rounds} rounds of {args.updates} timed updates; medians, in brackets the least and the most.\n\n"
+    )
+    turns = Turns(args.rounds, args.updates, args.curve, profiled=frozenset({"ours"}))
     for size in args.sizes:
         for precision in precisions:
-            results["runs"].append({"size": size, "precision": precision} | measure(args, chosen, size, precision))
+            results["runs"].append(measure(chosen, size, precision, args.device, turns, args.batch))
             output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-            output.with_suffix(".md").write_text(table(results))
-    print(table(results))
+            output.with_suffix(".md").write_text(head + table(results["runs"]))
+    print(head + table(results["runs"]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The trainers that `train.py` compares, each in a process of its own: it waits for a line with a number of updates on its
-standard input, makes them, and answers with their losses and the seconds they took.
+standard input, makes them, and answers with their losses and the seconds they took. The line "profile" asks for a profile.
 
 All begin with the same weights and see the same tokens, at the same rates: what differs is the work per update.
 """
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
-from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
+from gpt2xla.config import PRESETS, ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.data.windows import Batch
+from gpt2xla.generation.settings import GenerationSettings
+from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.optim.optimizer import ADAM_EPS, parameter_groups
 from gpt2xla.optim.schedule import learning_rate
 from gpt2xla.runtime.precision import DTYPES
@@ -34,6 +36,16 @@ from gpt2xla.runtime.precision import DTYPES
 OPTIM = {"learning_rate": 6e-4, "warmup_steps": 715, "decay_steps": 10_000}
 CLIP, BETAS, DECAY = 1.0, (0.9, 0.95), 0.1
 Update = Callable[[Tensor, Tensor], Tensor]
+
+SMALL = {"num_layers": 6, "d_model": 384, "num_heads": 6, "seq_length": 256}
+# Name: model, sequences per update on a CPU and on a GPU.
+SIZES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "6x384": (SMALL, 16, 256),
+    "124M": (PRESETS["gpt2"], 2, 64),
+    "355M": (PRESETS["gpt2-medium"], 1, 32),
+    "774M": (PRESETS["gpt2-large"], 1, 16),
+    "1.5B": (PRESETS["gpt2-xl"], 1, 8),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +78,31 @@ class Job:
         return torch.autocast(self.device.type, dtype=dtype) if self.precision != "none" else nullcontext()
 
 
+def draw_weights(folder: Path, options: dict[str, Any]) -> ModelConfig:
+    """Write the first weights of a model to `folder` and return its shape, which all contenders can have."""
+    config = ModelConfig(
+        **{**options, "vocab_size": 50304, "activation": "gelu-exact"}
+    )  # nanoGPT computes the exact GELU
+    with torch.device("meta"):  # torch would draw weights of its own first
+        model = GPT2(config)
+    model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(0))
+    hf.save_model(folder, config, model.state_dict(), GenerationSettings.ending_with(None))
+    return config
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return GPT2(config).flops_per_token()
+
+
+def folder_of_model(path: Path) -> Path:
+    """Return the folder of a nanoGPT's model.py, of which `path` is either. Raises ValueError if there is none."""
+    folder = path.parent if path.name == "model.py" else path
+    if not (folder / "model.py").is_file():
+        raise ValueError(f"{path}: there is no model.py; name nanoGPT's")
+    return folder
+
+
 def rate(step: int) -> float:
     return learning_rate(OptimConfig(**OPTIM), 0, step)  # type: ignore[arg-type]
 
@@ -77,7 +114,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tuned", action="store_true")
-    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     if args.tuned:
@@ -87,45 +123,64 @@ def main() -> None:
         torch.device(args.device), Path(args.peer) if args.peer else None, args.compile, args.tuned,
     )  # fmt: skip
     answers, sys.stdout = sys.stdout, sys.stderr  # what the trainers print is no answer
-    turn = profiled(job.device, answers) if args.profile else turns(job.device, answers)
-    CONTENDERS[args.contender](job, turn)
+    CONTENDERS[args.contender](job, turns(job.device, answers))
 
 
 def turns(device: torch.device, answers: TextIO) -> Iterator[list[Tensor]]:
     """One item per update that is asked for: the list that takes its loss. Of a turn the first one is not timed: it finds
     caches cold, and in the first turn nothing compiled."""
     for line in sys.stdin:
-        losses: list[Tensor] = []
-        ends = []
-        for _ in range(int(line) + 1):
-            yield losses
-            _finish(device)
-            ends.append(time.perf_counter())
-        seconds = [after - before for before, after in itertools.pairwise(ends)]
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-        answer = {"losses": [float(loss) for loss in losses], "seconds": seconds, "memory": memory}
+        answer: dict[str, Any] = {"memory": None}
+        if line.strip() == "profile":
+            yield from profiled(device, answer)
+        else:
+            yield from timed(device, int(line), answer)
         if device.type == "cuda":
+            answer["memory"] = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()  # for the others, who take their turns in the same memory
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def profiled(device: torch.device, answers: TextIO) -> Iterator[list[Tensor]]:
-    """Some updates to warm up, then three of which the answer tells the largest costs: (operation, share of the time)."""
-    for _ in range(3):
-        yield []
+def timed(device: torch.device, updates: int, answer: dict[str, Any]) -> Iterator[list[Tensor]]:
+    losses: list[Tensor] = []
+    ends: list[Any] = []
+    start = time.perf_counter()
+    for number in range(updates + 1):
+        yield losses
+        if number == 0:
+            _finish(device)
+            first = time.perf_counter()
+        if device.type == "cuda":  # a program that trains does not wait for each update
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record()
+        else:
+            ends.append(time.perf_counter())
+    enqueued = time.perf_counter()
+    _finish(device)
+    pairs = itertools.pairwise(ends)
+    answer["seconds"] = [a.elapsed_time(b) / 1e3 if device.type == "cuda" else b - a for a, b in pairs]
+    answer["first_seconds"] = first - start
+    answer["host_seconds"] = (enqueued - first) / max(updates, 1)
+    answer["losses"] = [float(loss) for loss in losses]
+
+
+def profiled(device: torch.device, answer: dict[str, Any]) -> Iterator[list[Tensor]]:
+    """Three updates. Answers the costs of one, largest first: (kernel or, on a CPU, operation, seconds, launches)."""
+    yield []
     _finish(device)
     with torch.profiler.profile() as profile:
         for _ in range(3):
             yield []
         _finish(device)
     on_device = device.type == "cuda"
-    seconds = {
-        event.key: event.self_device_time_total if on_device else event.self_cpu_time_total
+    costs = [
+        (event.key, (event.self_device_time_total if on_device else event.self_cpu_time_total) / 3e6, event.count / 3)
         for event in profile.key_averages()
-    }
-    whole = sum(seconds.values())
-    largest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
-    print(json.dumps([(name, time / whole) for name, time in largest]), file=answers, flush=True)
+        if not on_device or event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    answer["costs"] = sorted(costs, key=lambda cost: -cost[1])[:40]
+    answer["seconds"] = sum(seconds for _, seconds, _ in costs)
+    answer["launches"] = sum(launches for *_, launches in costs)
 
 
 def _finish(device: torch.device) -> None:
@@ -146,15 +201,13 @@ def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     config = dataclasses.replace(RunConfig.from_flat(options), model=job.model)
     runtime = TorchRuntime(TorchConfig(), config.train)
     model = build_model(job.model, hf.load_model(job.folder)[1], job.folder)
-    losses: list[float] = []
     step = TrainStep(config, runtime, model, None)
     batches = runtime.device_batches(Batch(*job.tokens(number)) for number in range(10_000))
     model.train()
     for number, out in enumerate(wanted):
         loss, grad_norm, _ = step(batches, number)
-        runtime.when_ready(lambda loss, norm: losses.append(loss), torch.stack([loss, grad_norm]))
-        runtime.wait()
-        out.append(torch.tensor(losses.pop()))
+        runtime.when_ready(lambda loss, norm: None, torch.stack([loss, grad_norm]))  # read when the trainer reads them
+        out.append(loss.detach())
 
 
 def nanogpt(job: Job, wanted: Iterator[list[Tensor]]) -> None:

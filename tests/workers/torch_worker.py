@@ -36,7 +36,9 @@ def main() -> None:
     config, options = parse_run(TorchConfig, sys.argv[2:])
     steps: list[TrainStep] = []
     original_init, original_call = TrainStep.__init__, TrainStep.__call__
-    reduce_scatter = dist.reduce_scatter_tensor
+    # FSDP calls the former from torch 2.14 on.
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    reduce_scatter = getattr(dist, name)
 
     def kept(self: TrainStep, *args: Any) -> None:
         original_init(self, *args)
@@ -55,7 +57,7 @@ def main() -> None:
         return reduce_scatter(output, input, *args, **kwargs)
 
     TrainStep.__init__, TrainStep.__call__ = kept, counted  # type: ignore[method-assign]
-    dist.reduce_scatter_tensor = count_reduce_scatter
+    setattr(dist, name, count_reduce_scatter)
     pretrain(config, lambda train: TorchRuntime(options, train))
     (step,) = steps
     states = [state[key] for state in step.optimizer.state.values() for key in ADAM_MOMENTS]

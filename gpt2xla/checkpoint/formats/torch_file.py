@@ -35,9 +35,12 @@ def load_plain(file: Path, mapped: bool = False) -> Any:
         is_zip = zipfile.is_zipfile(file)  # torch's older format is not, and must be read whole
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if is_zip else []
         stand_ins: list[Any] = [(PlainConfig, name) for name in names if name.rpartition(".")[2] == "GPTConfig"]
-        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+        # torch 2.14 reads the other format where a path has that ending, whatever is in the file.
+        is_misnamed = file.suffix == ".safetensors"
+        mapped = mapped and is_zip and not is_misnamed
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(), file.open("rb") as opened:
             warnings.simplefilter("ignore")  # torch's advice on formats
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+            return torch.load(opened if is_misnamed else file, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except Exception as error:  # a broken pickle can make the reader raise anything
