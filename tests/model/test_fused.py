@@ -6,7 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, succeed
+
+from gpt2xla.config import ModelConfig, RunConfig, TorchConfig
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.kernels import Fused
+from gpt2xla.runtime.torch.accelerators import Cpu
+from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +38,38 @@ def test_fused_blocks_compute_what_the_plain_one_does(errors: dict, case: str, m
     for name, (fused, plain) in errors[case].items():
         assert fused < most, name
         assert name == "loss" or fused < 2 * plain, name  # one loss may be right by chance
+
+
+@pytest.mark.parametrize(
+    ("options", "dropout", "used"),
+    [
+        ({}, 0.0, "fused, measured"),
+        ({"attention": "sdpa", "compile": False}, 0.0, "fused, measured"),
+        ({"deterministic": True}, 0.0, "fused"),
+        ({"train_steps": 1}, 0.0, "fused"),
+        ({}, 0.1, None),
+        ({"compile": True}, 0.0, None),
+        ({"attention": "chunked"}, 0.0, None),
+    ],
+)
+def test_fused_blocks_are_used_where_they_compute_what_was_asked(
+    monkeypatch: pytest.MonkeyPatch, options: dict, dropout: float, used: str | None
+) -> None:
+    """What is measured at start may differ from run to run, so `--deterministic` does not measure."""
+
+    def fused_blocks(device: Cpu, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused:
+        assert (tokens, dtype) == (4 * 8, torch.float32)
+        return Fused(lambda block, x: x, lambda x, norm: x, "fused" + ", measured" * measures)
+
+    monkeypatch.setattr(Cpu, "fused_blocks", fused_blocks, raising=False)
+    monkeypatch.setattr(Cpu, "compile_pays_from", 1e7)
+    config = RunConfig.from_flat({"train_batch_size": 4, "train_steps": 100, "mixed_precision": "none", **options})
+    try:
+        runtime = TorchRuntime(TorchConfig(), config.train, "cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    model = GPT2(ModelConfig(vocab_size=31, seq_length=8, d_model=8, num_layers=1, num_heads=2, dropout=dropout))
+    runtime.setup_model(model)
+    assert (model.kernels.block is not None) == (used is not None)
+    assert not used or model.kernels.description.endswith(f", {used}")
+    assert not used or model.kernels.compiled is None
