@@ -40,6 +40,7 @@ from train_contenders import CONTENDERS, SIZES, Job, draw_weights, folder_of_mod
 # What an H100 SXM reaches, in FLOP/s and bytes/s: large bf16 products; products whose rows do not begin at multiples of 16
 # bytes, which its matrix units cannot fetch by themselves; causal attention; passes over memory.
 PRODUCTS, UNALIGNED, MEMORY = 700e12, 250e12, 3.0e12
+TRITON_PRODUCTS = 550e12  # Triton's own, which are slower than cuBLAS's but may compute more in passing
 ATTENTION = {"FlashAttention 2": 250e12, "cuDNN": 390e12}
 PARTS = ("products", "attention", "blocks", "loss", "optimizer", "embedding, rest")
 
@@ -143,7 +144,10 @@ class Counter(TorchDispatchMode):
     def _triton_run(self, original: Callable[..., Any], kernel: Any, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         tensors = [arg for arg in named.values() if isinstance(arg, Tensor)]
-        self._add(kernel.fn.__name__, tensors, triton_bytes(kernel, named), "blocks")
+        moved, flops = triton_bytes(kernel, named), 0.0
+        if "tl.dot" in inspect.getsource(kernel.fn):
+            flops = 2.0 * named["rows"] * named["COLUMNS"] * named["DEPTH"]
+        self._add(kernel.fn.__name__, tensors, moved, "products" if flops else "blocks", flops, rate=TRITON_PRODUCTS)
         return original(kernel, *args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -182,14 +186,21 @@ class Counter(TorchDispatchMode):
         return result
 
     def _add(
-        self, name: str, tensors: list[Tensor], moved: float, part: str, flops: float = 0.0, unaligned: float = 0.0
+        self,
+        name: str,
+        tensors: list[Tensor],
+        moved: float,
+        part: str,
+        flops: float = 0.0,
+        unaligned: float = 0.0,
+        rate: float = PRODUCTS,
     ) -> None:
         if part not in ("products", "attention"):
             if self.phase == "optimizer":
                 part = "optimizer"
             elif "embedding" not in name and any(self.vocab_size in t.shape for t in tensors):
                 part = "loss"
-        rate = ATTENTION["FlashAttention 2"] if part == "attention" else UNALIGNED if unaligned else PRODUCTS
+        rate = ATTENTION["FlashAttention 2"] if part == "attention" else UNALIGNED if unaligned else rate
         work = Work(1, moved, flops, max(moved / MEMORY, flops / rate), unaligned)
         self.update.work.setdefault((part, name), Work()).add(work)
 
@@ -320,8 +331,13 @@ def _has_odd_rows(tensor: Tensor) -> bool:
     return tensor.dim() >= 2 and any(stride * tensor.element_size() % 16 for stride in strides)
 
 
-def count(kind: str, job: Job) -> Update:
-    """Return what an update of the contender does. It is for a process of its own."""
+def count(kind: str, job: Job, in_products: bool) -> Update:
+    """Return what an update of the contender does. It is for a process of its own.
+
+    Whether ours computes the activation `in_products` is what a run finds out by measuring."""
+    import gpt2xla.model.fused.block as fused
+
+    fused.fastest_tile = lambda *args: fused.TILES[0] if in_products else None
     import torch._inductor.config as inductor
 
     inductor.benchmark_kernel = True  # with which Inductor notes the bytes of its kernels
@@ -397,6 +413,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--batch", type=int, help="sequences per update (default: by size)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
+    parser.add_argument("--activation-in-products", action="store_true", help="count ours as where that is faster")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="also list the N kernels that take longest")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -419,7 +436,7 @@ def main() -> None:
                 torch.device("cuda"), peer, compile=True, tuned=False,
             )  # fmt: skip
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                updates[kind] = process.submit(count, kind, job).result()
+                updates[kind] = process.submit(count, kind, job, args.activation_in_products).result()
     print(f"{args.size}, {args.batch or batch} x {config.seq_length}, {args.precision}, torch {torch.__version__}\n")
     print(table(updates, args.top))
 

@@ -194,8 +194,10 @@ def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     from gpt2xla.runtime.torch.runtime import TorchRuntime
     from gpt2xla.training.train_step import TrainStep
 
+    # On a GPU ours is what a run does unasked.
     options = {
-        "train_batch_size": job.batch, "gradient_accum_step": 1, "mixed_precision": job.precision, "compile": job.compile,
+        "train_batch_size": job.batch, "gradient_accum_step": 1, "mixed_precision": job.precision,
+        "compile": None if job.device.type == "cuda" else job.compile,
         "betas": BETAS, "weight_decay": DECAY, "max_grad_norm": CLIP, "train_steps": 10_000, **OPTIM,
     }  # fmt: skip
     config = dataclasses.replace(RunConfig.from_flat(options), model=job.model)

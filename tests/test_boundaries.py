@@ -89,9 +89,10 @@ def test_only_the_xla_runtime_and_its_runner_import_torch_xla() -> None:
     assert importers - runtime == {"gpt2xla/commands/train_xla.py", "gpt2xla/tpu_check/placeholder_runtime.py"}
 
 
-def test_kinds_of_devices_are_known_in_two_files() -> None:
+def test_kinds_of_devices_are_known_in_few_files() -> None:
     knowing = {str(f.relative_to(ROOT)) for f in SOURCES if "torch.cuda" in f.read_text()}
-    assert knowing == {"gpt2xla/runtime/torch/accelerators.py", "gpt2xla/generation/devices.py"}
+    generation = {"gpt2xla/generation/devices.py", "gpt2xla/generation/cuda_graphs.py"}
+    assert knowing == {"gpt2xla/runtime/torch/accelerators.py"} | generation
     asking = [f.name for f in (PACKAGE / "runtime" / "torch").glob("*.py") if "device.type" in f.read_text()]
     assert not asking, "accelerators.py has an answer for each kind of device"
     for file in (PACKAGE / "training").glob("*.py"):

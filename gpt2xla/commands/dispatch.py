@@ -13,15 +13,14 @@ from typing import NamedTuple
 
 from gpt2xla.cli import versions
 from gpt2xla.errors import InputError
-from gpt2xla.processes.exits import exit_code, exit_now_on_signal
+from gpt2xla.processes.exits import run_and_exit
 
 
 class Command(NamedTuple):
-    """A program: the module with its `main`, what --help says about it, and whether it trains."""
+    """A program: the module with its `main`, and what --help says about it."""
 
     module: str
     help: str
-    trains: bool = False
 
 
 COMMANDS = {
@@ -29,8 +28,8 @@ COMMANDS = {
     "prepare fineweb": Command("commands.prepare_fineweb", "FineWeb or FineWeb-Edu -> token shards"),
     "prepare dataset": Command("commands.prepare_dataset", "a data set from the hub -> token shards"),
     "tokenizer": Command("commands.train_tokenizer", "train a tokenizer on your text"),
-    "train": Command("commands.train", "pre-train, resume or validate on GPUs or a CPU", trains=True),
-    "train-xla": Command("commands.train_xla", "the same on TPUs, through PyTorch/XLA", trains=True),
+    "train": Command("commands.train", "pre-train, resume or validate on GPUs or a CPU"),
+    "train-xla": Command("commands.train_xla", "the same on TPUs, through PyTorch/XLA"),
     "generate": Command("commands.generate", "continue text with a model"),
     "evaluate perplexity": Command("commands.perplexity_table", "loss and perplexity of models on one split"),
     "evaluate hellaswag": Command("commands.eval_hellaswag", "a model's accuracy on HellaSwag"),
@@ -45,17 +44,16 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the process's arguments name, and exit with its exit code."""
-    chosen: list[Command] = []
-    code = exit_code(lambda: _run(chosen))
-    sys.exit(exit_now_on_signal(code) if chosen and chosen[0].trains else code)
+    run_and_exit(run)
 
 
-def _run(chosen: list[Command]) -> None:
+def run() -> None:
+    """Run the command that the process's arguments name."""
     sys.argv[0], words = "gpt2xla", sys.argv[1:]
     if not words or words[0] in ("-h", "--help", "help"):
         if words[1:]:  # help train
             sys.argv[1:] = [*words[1:], "--help"]
-            _run(chosen)
+            run()
         else:
             print(_help())
     elif words[0] == "--version":
@@ -64,7 +62,6 @@ def _run(chosen: list[Command]) -> None:
         print(_help(words[0]))
     else:
         name = _named(words)
-        chosen.append(COMMANDS[name])
         # The programs' --help and errors begin with it.
         sys.argv = [f"gpt2xla {name}", *words[len(name.split()) :]]
         main_of(name)()

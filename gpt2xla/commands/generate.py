@@ -51,8 +51,9 @@ class GenerateConfig:
     )
     device: Literal["auto", "cpu", "cuda", "mps", "xla"] = option("auto", "auto: cuda, else mps, else cpu")
     mixed_precision: Precision = option(
-        "none",
-        "type of the weights and of all that is computed from them; none: fp32; auto: the device's default for training",
+        "auto",
+        "type of the weights and of all that is computed from them; none: fp32; auto: as in training, bf16 on TPUs and GPUs "
+        "that have it, fp16 on other GPUs with fast fp16, otherwise none",
         aliases=PRECISION_ALIASES,
         other_names=("dtype",),
     )

@@ -17,6 +17,7 @@ from gpt2xla.errors import RunFailed
 from gpt2xla.logs.progress import Progress
 from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.kernels import LogSums
 from gpt2xla.model.loss import IGNORED_LABEL, LOGITS_AT_ONCE, logits_of_labels, mask_padding
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop, Stopped
@@ -68,7 +69,8 @@ class RowLosses:
     def _score(self, batch: Batch) -> None:
         with self.runtime.autocast():
             x_BTD, padding = self.model.hidden(batch.input_ids), self.model.config.vocab_padding
-            losses_B = row_losses(x_BTD, self.model.head_weight, batch.labels, padding)
+            head_VD, log_sums = self.model.head_weight, self.model.kernels.log_sums
+            losses_B = row_losses(x_BTD, head_VD, batch.labels, padding, log_sums)
         counts_B = (batch.labels != IGNORED_LABEL).sum(1)
         values = torch.stack([losses_B, counts_B], dim=1).flatten()
         if self.stop:
@@ -86,14 +88,21 @@ class RowLosses:
         self.runtime.when_ready(ready, self.runtime.gather_rows(values))
 
 
-def row_losses(x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0) -> Tensor:
+def row_losses(
+    x_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, padding: int = 0, log_sums: LogSums | None = None
+) -> Tensor:
     """Return the summed cross-entropy of each sequence (B), in nats and fp32; the last `padding` ids have no probability.
 
-    Logits are computed in pieces along T; a label's logit comes from the label's own row of the head."""
+    A label's logit comes from the label's own row of the head. `log_sums`: see `Kernels`."""
     x_BTD = x_BTD.to(compute_dtype(x_BTD))
     weight_VD = weight_VD.to(x_BTD.dtype)
     label_logits_BT = logits_of_labels(x_BTD, weight_VD, labels_BT)
-    chunks = min(-(-labels_BT.numel() * len(weight_VD) // _LOGITS_AT_ONCE), labels_BT.shape[1])
-    logits = (F.linear(x_BCD, weight_VD).float() for x_BCD in x_BTD.chunk(chunks, dim=1))
-    log_sums_BT = torch.cat([mask_padding(logits_BCV, padding).logsumexp(-1) for logits_BCV in logits], dim=1)
+    log_sums_BT = (log_sums or _log_sums)(x_BTD, weight_VD, padding)
     return torch.where(labels_BT != IGNORED_LABEL, log_sums_BT - label_logits_BT, 0.0).sum(1)
+
+
+def _log_sums(x_BTD: Tensor, weight_VD: Tensor, padding: int) -> Tensor:
+    """Compute `Kernels.log_sums` in pieces along T."""
+    chunks = min(-(-x_BTD.shape[:2].numel() * len(weight_VD) // _LOGITS_AT_ONCE), x_BTD.shape[1])
+    logits = (F.linear(x_BCD, weight_VD).float() for x_BCD in x_BTD.chunk(chunks, dim=1))
+    return torch.cat([mask_padding(logits_BCV, padding).logsumexp(-1) for logits_BCV in logits], dim=1)

@@ -8,6 +8,7 @@ from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError
 from gpt2xla.generation.continuation import continue_texts, prompt_ids
+from gpt2xla.generation.devices import for_generation
 from gpt2xla.generation.prompt_file import PromptReader
 from gpt2xla.generation.sampling import USUAL
 from gpt2xla.generation.settings import GenerationSettings
@@ -33,12 +34,13 @@ class Sampler:
         runtime: Runtime,
     ) -> None:
         self.prompt, self.seed = config.train.sample_prompt, config.general.seed
-        self.model, self.runtime = model, runtime
+        self.model = model
         if runtime.devices != runtime.world_size:
             raise InputError("--sample-interval does not work with --spmd; leave one of them out")
         if tokenizer is None:
             raise InputError("--sample-interval: there is no tokenizer to write text with; name one with --tokenizer")
         tell = partial(say, error=True) if runtime.is_main else lambda text: None
+        self.device = for_generation(runtime, model, tell)
         reader = PromptReader(tokenizer, config.train.special_tokens_in_text, "--sample-prompt", tell)
         reader.checked(self.prompt)
         self.tokenizer, self.settings, vocab_size = reader.tokenizer, settings, config.model.real_vocab_size
@@ -57,9 +59,10 @@ class Sampler:
     def run(self) -> str:
         """Return the prompt and its continuation. Every process computes it, and none waits for another; the random numbers
         of training stay as they are."""
-        (text,) = continue_texts(
-            self.model, self.tokenizer, [self.prompt], self.new_tokens, USUAL, settings=self.settings, seed=self.seed,
-            device=self.runtime,
-        )  # fmt: skip
+        with self.device.autocast():  # the outermost one keeps cast weights, from token to token
+            (text,) = continue_texts(
+                self.model, self.tokenizer, [self.prompt], self.new_tokens, USUAL, settings=self.settings,
+                seed=self.seed, device=self.device,
+            )  # fmt: skip
         self.model.train()
         return text.prompt + text.text

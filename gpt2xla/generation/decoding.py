@@ -1,6 +1,6 @@
 """The decoding loop: new tokens for one or several texts side by side, with cached keys and values, on any device.
 
-Shape suffixes: B texts, T new tokens of each text with padding, V vocabulary.
+Shape suffixes: B texts, T new tokens of each text with padding, W = T + 2, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from gpt2xla.model.kv_cache import KVCache
 from gpt2xla.runtime.base import Device
 from gpt2xla.runtime.one_device import OneDevice
 
+READING_OF_A_TOKEN = "reading of a token"  # the name of the step that is repeated for each new token
 _SMALLEST_BUCKET = 32  # tokens; buckets double from there
 
 
@@ -100,38 +101,47 @@ class _Reader:
     """Runs the model with a cache, on its device.
 
     If each shape costs a compile, it uses few shapes: one token per text, or one of the buckets for prompts, always over the
-    whole cache."""
+    whole cache. If each number of slots costs time, it uses few of these."""
 
     def __init__(self, model: GPT2, rows: int, device: Device) -> None:
-        self.model, self.rows, self.device = model, rows, device
+        self.rows, self.device, self.seq_length = rows, device, model.config.seq_length
         self.static = model.kernels.static_shapes
+        self.slots_at_once = self.seq_length if self.static else device.slots_at_once
         with device.autocast():
-            self.cache = KVCache(model.config, rows, compute_dtype(model.wte.weight), device.to_device)
-        self._read_prompts = device.compile_step(self._read, "reading of prompts")
-        self._read_token = device.compile_step(self._read, "reading of a token")
+            dtype = compute_dtype(model.wte.weight)
+
+        def zeros(*shape: int) -> Tensor:
+            if self.static:  # made on the device, they would be part of the first program
+                return device.to_device(torch.zeros(shape, dtype=dtype))
+            return torch.zeros(shape, dtype=dtype, device=device.device)
+
+        cache = KVCache(model.config, rows, zeros)
+
+        # It does not know the reader, so no circle of references keeps the cache in memory.
+        def read(texts_BW: Tensor, span: int) -> Tensor:
+            with device.autocast():
+                starts_B, counts_B, ids_BT = texts_BW[:, 0], texts_BW[:, 1], texts_BW[:, 2:]
+                return model.next_logits(ids_BT, starts_B, counts_B, cache, span).float()
+
+        self._read_prompts = device.compile_step(read, "reading of prompts")
+        self._read_token = device.compile_step(read, READING_OF_A_TOKEN)
 
     def read(self, texts: Sequence[_Row]) -> Tensor:
         """Read the unread end of each text and return the logits (B, V) that follow it, in fp32 on the host."""
-        seq_length = self.model.config.seq_length
         new = max(len(row.unread) for row in texts)
         if self.static:
-            new, span = _bucket(new, seq_length), seq_length
-        else:
-            span = min(max(row.start for row in texts) + new, seq_length)
-        ids_BT = torch.zeros(self.rows, new, dtype=torch.int64)
-        starts_B, counts_B = (torch.zeros(self.rows, dtype=torch.int64) for _ in range(2))
-        for number, row in enumerate(texts):
-            if row.unread:
-                ids_BT[number] = row.unread[-1]  # the padding, as `GPT2.next_logits` expects it
-                ids_BT[number, : len(row.unread)] = torch.tensor(row.unread, dtype=torch.int64)
-            starts_B[number], counts_B[number] = row.start, len(row.unread)
+            new = _bucket(new, self.seq_length)
+        needed = max(row.start for row in texts) + new
+        span = min(-(-needed // self.slots_at_once) * self.slots_at_once, self.seq_length)
+        # All that the device needs, in one copy: per text its start, its count and its ids, padded as `GPT2.next_logits`
+        # expects it.
+        rows = [
+            [row.start, len(row.unread), *row.unread, *(row.unread[-1:] or [0]) * (new - len(row.unread))]
+            for row in texts
+        ]
+        rows += [[0] * (2 + new)] * (self.rows - len(texts))
         read = self._read_token if new == 1 else self._read_prompts
-        ids_BT, starts_B, counts_B = map(self.device.to_device, (ids_BT, starts_B, counts_B))
-        return read(ids_BT, starts_B, counts_B, span).cpu()
-
-    def _read(self, ids_BT: Tensor, starts_B: Tensor, counts_B: Tensor, span: int) -> Tensor:
-        with self.device.autocast():
-            return self.model.next_logits(ids_BT, starts_B, counts_B, self.cache, span).float()
+        return read(self.device.to_device(torch.tensor(rows)), span).cpu()
 
 
 def _bucket(new: int, seq_length: int) -> int:

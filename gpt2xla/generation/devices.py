@@ -1,14 +1,18 @@
-"""Finds the device that text is generated on, and moves a model there."""
+"""Finds the device that text is generated on, moves a model there, and chooses how the device is used."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from gpt2xla.config import Precision
 from gpt2xla.errors import InputError
+from gpt2xla.generation.cuda_graphs import CudaDevice
+from gpt2xla.generation.decoding import READING_OF_A_TOKEN
 from gpt2xla.generation.packed_linear import pack_linears
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Device
@@ -35,7 +39,16 @@ def move(model: GPT2, name: str, precision: Precision) -> Device:
     device.setup_model(model)
     if device.device.type == "cpu" and (reason := pack_linears(model)):
         print(f"note: generating with torch's own matrix products, half as fast: {reason}", file=sys.stderr)
-    return device
+    return for_generation(device, model, lambda note: print(note, file=sys.stderr))
+
+
+def for_generation(device: Device, model: GPT2, tell: Callable[[str], None]) -> Device:
+    """Return `device`, where `model` is already, as it generates fastest. `tell` is given what the user should know."""
+    if device.device.type != "cuda":
+        return device
+    # Weights that are split over processes (FSDP) are gathered for each step, at another place each time.
+    is_whole = type(model.wte.weight) is nn.Parameter
+    return CudaDevice(device, [READING_OF_A_TOKEN] if is_whole else [], tell)
 
 
 def _chosen(device: torch.device) -> Precision:

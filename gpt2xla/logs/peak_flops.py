@@ -29,22 +29,29 @@ DEVICE_PEAK_FLOPS = {
     "V100 PCIE": 112e12,
     "T4": 65e12,
     "A10": 125e12,
+    "A10G": 70e12,  # Amazon's, by "NVIDIA A10G on AWS"
     "A30": 165e12,
     "A40": 149.7e12,
     "A100": 312e12,
     "RTX A6000": 154.8e12,
     "RTX 6000 Ada": 364.2e12,
     "L4": 121e12,
+    "L20": 119.5e12,
     "L40": 181e12,
     "L40S": 362e12,
     "H100": 989e12,  # SXM
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
+    "H800": 989e12,  # SXM, which has the H100's multiprocessors and clock, and slower links
+    "H800 PCIe": 756e12,
+    "H20": 148e12,  # held below export limits
     "H200": 989e12,  # SXM
     "H200 NVL": 835e12,
     "GH200": 989e12,
     "B200": 2250e12,
     "GB200": 2500e12,
+    "B300": 2250e12,
+    "GB300": 2500e12,
     # "NVIDIA Ampere GA102 GPU Architecture", "NVIDIA Ada GPU Architecture" and "NVIDIA RTX Blackwell GPU Architecture",
     # their tables' rows "Peak FP16 Tensor TFLOPS with FP32 Accumulate". Cards missing there follow by the same arithmetic:
     # a multiprocessor does 512 such operations per clock, at the boost clock of NVIDIA's product page.
@@ -55,6 +62,8 @@ DEVICE_PEAK_FLOPS = {
     "RTX 4090": 165.2e12,
     "RTX 5060": 38.4e12, "RTX 5060 Ti": 47.4e12, "RTX 5070": 61.7e12, "RTX 5070 Ti": 87.9e12,
     "RTX 5080": 112.6e12, "RTX 5090": 209.5e12,
+    # "NVIDIA RTX Blackwell PRO GPU Architecture". Max-Q and Server Edition have other clocks.
+    "RTX PRO 6000 Blackwell Workstation": 503.8e12,
 }  # fmt: skip
 # Words that, after a name, mean another device: "RTX 4090 Laptop GPU", "RTX 5090 D", "A100-SXM4-40GB MIG 1g.5gb".
 _OTHER_DEVICES = {"Ti", "SUPER", "D", "Laptop", "Mobile", "Max", "MIG", "ADA", "Ada"}

@@ -141,6 +141,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        if kernels.block and not cache:
+            return kernels.block(self, x_BTD)
         x_BTD = x_BTD + self.attn(kernels.layer_norm(x_BTD, self.ln_1), kernels, cache, layer)
         return x_BTD + self.mlp(kernels.layer_norm(x_BTD, self.ln_2))
 

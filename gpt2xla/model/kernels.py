@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +16,15 @@ from gpt2xla.model.loss import plain_cross_entropy
 from gpt2xla.model.norm import plain_layer_norm
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+LogSums = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class Fused(NamedTuple):
+    """Two of the `Kernels` below that go together, and what they are in words."""
+
+    block: Callable[[Any, Any], Any]
+    layer_norm: Callable[..., Tensor]
+    description: str
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,9 @@ class Kernels:
     attention: Attention | None = None
     # (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`
     cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
+    # (x, head weight in the same type, padding) -> for each token (B, T) the logarithm of the sum of its exponentiated
+    # logits, in fp32. Evaluations use it. None means torch's own.
+    log_sums: LogSums | None = None
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm  # (x, module) -> module(x)
     # Project queries, keys and values with three products instead of one. XLA then writes each of them in the layout that
     # attention reads, instead of copying the parts of a joint one.
@@ -33,6 +45,8 @@ class Kernels:
     head: Callable[[Tensor, Tensor], Tensor] = F.linear  # (x, head weight) -> logits
     static_shapes: bool = False  # whether each new shape costs a compile; if so, shapes must not follow a text's length
     compiled: Callable[..., Tensor] | None = None  # (block, x, kernels) for full length; None calls the block itself
+    # (block, x) -> x after the block; x may be of any type that `layer_norm` takes too. None means the block's own lines.
+    block: Callable[[Any, Any], Any] | None = None
     checkpoint: Callable[..., Any] | None = None  # (block, x, ...), keeps only a block's input; None keeps everything
     description: str = "torch's own"  # for the summary at the start of a run
 
@@ -46,9 +60,11 @@ def choose_kernels(
     loss_chunks: int | None,  # into how many pieces --loss-chunks 0 cuts the loss; None computes it at once
     chunked_loss: Callable[..., Tensor],
     checkpoint: Callable[..., Any],
+    log_sums: LogSums | None = None,
     layer_norm: Callable[[Tensor, nn.LayerNorm], Tensor] = plain_layer_norm,
     static_shapes: bool = False,
     compiled: Callable[..., Tensor] | None = None,
+    fused: Fused | None = None,
 ) -> Kernels:
     """Return the kernels that the user asked for or, for options left at their defaults, those that the runtime prefers.
 
@@ -63,14 +79,16 @@ def choose_kernels(
     chunks = train.loss_chunks or loss_chunks
     pieces = f"loss in {chunks} {'piece' if chunks == 1 else 'pieces'}" if chunks else "loss at once"
     checkpointed = ", blocks computed twice" if train.activation_checkpointing == "block" else ""
-    compiles = ", blocks compiled" if compiled else ""
+    kind = ", blocks compiled" if compiled else f", {fused.description}" if fused else ""
     return Kernels(
         attention=attention.get(name),
         cross_entropy=partial(chunked_loss, chunks=chunks) if chunks else plain_cross_entropy,
-        layer_norm=layer_norm,
+        log_sums=log_sums,
+        layer_norm=fused.layer_norm if fused else layer_norm,
         separate_qkv=name in ("chunked", "flash"),
         static_shapes=static_shapes,
         compiled=compiled,
+        block=fused.block if fused else None,
         checkpoint=checkpoint if train.activation_checkpointing == "block" else None,
-        description=f"{name} attention, {pieces}{checkpointed}{compiles}",
+        description=f"{name} attention, {pieces}{checkpointed}{kind}",
     )

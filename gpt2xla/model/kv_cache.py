@@ -16,18 +16,16 @@ class KVCache:
     """Buffers for `rows` texts of up to seq_length tokens, allocated once. No shape depends on how long the texts are.
 
     A token's slot in its row is its position, so texts of different lengths lie side by side without padding before them.
-    Slots after a row's last token are never looked at, and are overwritten. `dtype` is that of the model's products, and
-    `to_device` moves a tensor from the host to the model's device."""
+    Slots after a row's last token are never looked at, and are overwritten. `zeros(rows, columns)` makes zeros of the type
+    of the model's products, on its device."""
 
-    def __init__(
-        self, config: ModelConfig, rows: int, dtype: torch.dtype, to_device: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.rows, self.seq_length, self.dtype = rows, config.seq_length, dtype
-        shape = (rows * self.seq_length, config.d_model)
+    def __init__(self, config: ModelConfig, rows: int, zeros: Callable[[int, int], Tensor]) -> None:
+        self.rows, self.seq_length = rows, config.seq_length
         self.layers = [
-            tuple(to_device(torch.zeros(shape, dtype=dtype)) for _ in ("keys", "values"))
+            tuple(zeros(rows * self.seq_length, config.d_model) for _ in ("keys", "values"))
             for _ in range(config.num_layers)
         ]
+        self.dtype = self.layers[0][0].dtype
 
     def begin(self, starts_B: Tensor, new: int, span: int) -> None:
         """Prepare a pass over `new` tokens per row; the first one of row b has position starts_B[b].

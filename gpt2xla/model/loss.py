@@ -46,9 +46,23 @@ def in_place_cross_entropy(
     """Return the same as `chunked_cross_entropy`, on devices that run each operation when it is called: each pass over the
     logits overwrites them, until they hold their own gradient. They stay in the type of the products, such as bf16.
 
-    `reads_wait` says that reading a value makes the host wait for the device. Then no value is read. Otherwise a
-    row's log-sum-exp is recovered from its label's probability, unless that is too small: it saves two passes."""
+    `reads_wait` says that reading a value makes the host wait for the device, as on GPUs. Then no value is read, and what
+    is multiplied is laid out for GPUs. Otherwise a row's log-sum-exp is recovered from its label's probability, unless that
+    is too small: it saves two passes."""
     return _InPlaceCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, reads_wait)
+
+
+def space_for_logits(x_ND: Tensor, vocab_size: int, chunks: int) -> Tensor:
+    """Return memory (C, S) whose first V columns hold the logits of one of `chunks` pieces, laid out as GPUs multiply fast.
+
+    S is V rounded up, so that rows begin at multiples of 128 bytes. From odd addresses a product takes several times as
+    long. C is a multiple of 128, of the tiles of a product, or all N."""
+    rows = min(_rounded_up(-(-len(x_ND) // chunks), 128), len(x_ND))
+    return x_ND.new_empty(rows, _rounded_up(vocab_size, 64))
+
+
+def _rounded_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
 def mask_padding(logits_V: Tensor, padding: int) -> Tensor:
@@ -121,24 +135,28 @@ class _InPlaceCrossEntropy(_WithGradient):
         wants_gradient = any(ctx.needs_input_grad[:2])
         head_VD = weight_VD.to(x_ND.dtype)
         losses, dx_ND, dweight_VD = [], torch.empty_like(x_ND), None
-        size = -(-len(x_ND) // chunks)
-        space_CV, rows_C = x_ND.new_empty(size, len(head_VD)), torch.arange(size, device=x_ND.device)
-        parts = (t.split(size) for t in (x_ND, labels_N.where(counted_N, 0), counted_N, dx_ND))
+        ids = len(head_VD)
+        if reads_wait:
+            space_CS = space_for_logits(x_ND, ids, chunks)
+        else:
+            space_CS = x_ND.new_empty(-(-len(x_ND) // chunks), ids)
+        rows_C = torch.arange(len(space_CS), device=x_ND.device)
+        parts = (t.split(len(space_CS)) for t in (x_ND, labels_N.where(counted_N, 0), counted_N, dx_ND))
         for x_CD, labels_C, counted_C, dx_CD in zip(*parts, strict=True):
-            logits_CV = torch.mm(x_CD, head_VD.t(), out=space_CV[: len(x_CD)])
-            if padding:
-                logits_CV[:, -padding:] = -torch.inf
+            logits_CS = space_CS[: len(x_CD)]
+            torch.mm(x_CD, head_VD.t(), out=logits_CS[:, :ids])
+            logits_CS[:, ids - padding :] = -torch.inf
             of_labels = rows_C[: len(x_CD)], labels_C
-            if logits_CV.dtype == torch.float16:  # whose probabilities below 6e-5 are subnormal, with poor logarithms
-                logits_CV = logits_CV.float()
-            label_logits_C = logits_CV[of_labels].float()
+            if logits_CS.dtype == torch.float16:  # whose probabilities below 6e-5 are subnormal, with poor logarithms
+                logits_CS = logits_CS.float()
+            label_logits_C = logits_CS[of_labels].float()
             if reads_wait:
-                max_C = logits_CV.amax(-1).float()
-                probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
-                log_sum_C = max_C - probabilities_CV.amax(-1).float().log()
+                max_C = logits_CS.amax(-1).float()
+                probabilities_CS = torch.softmax(logits_CS, -1, out=logits_CS)
+                log_sum_C = max_C - probabilities_CS.amax(-1).float().log()
             else:
-                probabilities_CV = torch.softmax(logits_CV, -1, out=logits_CV)
-                label_probabilities_C = probabilities_CV[of_labels].float()
+                probabilities_CS = torch.softmax(logits_CS, -1, out=logits_CS)
+                label_probabilities_C = probabilities_CS[of_labels].float()
                 log_sum_C = label_logits_C - label_probabilities_C.log()
                 vanished_C = label_probabilities_C < torch.finfo(torch.float32).tiny
                 if vanished_C.any():
@@ -146,12 +164,14 @@ class _InPlaceCrossEntropy(_WithGradient):
                     log_sum_C[vanished_C] = again_CV.logsumexp(-1)
             losses.append(torch.where(counted_C, log_sum_C - label_logits_C, 0.0).sum())
             if wants_gradient:
-                dlogits_CV = probabilities_CV.to(x_CD.dtype)  # a copy only in fp16
+                dlogits_CV = probabilities_CS.to(x_CD.dtype)[:, :ids]  # a copy only in fp16
                 # In bf16 scatter_ would copy all of them.
                 dlogits_CV[of_labels] = (torch.exp(label_logits_C - log_sum_C) - 1).to(x_CD.dtype)
                 counted_C1 = counted_C[:, None]
-                # On CPUs the product is faster this way round.
-                torch.mul((head_VD.t() @ dlogits_CV.t()).t(), counted_C1, out=dx_CD)
+                if reads_wait:
+                    torch.mm(dlogits_CV, head_VD, out=dx_CD).mul_(counted_C1)
+                else:  # On CPUs the product is faster this way round.
+                    torch.mul((head_VD.t() @ dlogits_CV.t()).t(), counted_C1, out=dx_CD)
                 part_VD = (dlogits_CV.t() @ (x_CD * counted_C1)).to(weight_VD.dtype)
                 dweight_VD = part_VD if dweight_VD is None else dweight_VD.add_(part_VD)
         if wants_gradient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,10 +30,23 @@ class Muon(torch.optim.Optimizer):
     torch's own class reads the rate on the host, and cannot skip an update on the device.
 
     `matrices` are parameter groups with `weight_decay` and `blocks`: how many matrices of equal size each parameter stacks
-    along its rows. `others` shares its groups and its state with this one. Products that orthogonalize are in `dtype`."""
+    along its rows. `others` shares its groups and its state with this one. Products that orthogonalize are in `dtype`.
 
-    def __init__(self, matrices: list[dict[str, Any]], others: torch.optim.Optimizer, lr: float, dtype: torch.dtype):
+    Parameters of one shape are updated together, up to `stack_bytes` of them: one of a block's matrices is too small to
+    fill a GPU. An update takes about eight times as much memory for a while. 0 updates them one by one."""
+
+    def __init__(
+        self,
+        matrices: list[dict[str, Any]],
+        others: torch.optim.Optimizer,
+        lr: float,
+        dtype: torch.dtype,
+        stack_bytes: int = 0,
+    ) -> None:
         super().__init__(matrices, {"lr": lr})
+        self._stacks = [
+            (group, stack) for group in self.param_groups for stack in _stacks(group["params"], stack_bytes)
+        ]
         self.matrices, self.others, self.dtype = self.param_groups, others, dtype
         self.param_groups = [*self.matrices, *others.param_groups]
         others.state = self.state
@@ -48,9 +61,8 @@ class Muon(torch.optim.Optimizer):
         ones do; `others` gets it in the same way."""
         assert closure is None
         skip = getattr(self, "found_inf", None) if found_inf is None else found_inf
-        for group in self.matrices:
-            for parameter in group["params"]:
-                self._update(group, parameter, self.state[parameter]["momentum_buffer"], skip)
+        for group, parameters in self._stacks:
+            self._update(group, parameters, skip)
         if found_inf is not None:
             self.others.step(found_inf=found_inf)  # type: ignore[call-overload]
         else:
@@ -58,17 +70,43 @@ class Muon(torch.optim.Optimizer):
                 self.others.grad_scale, self.others.found_inf = None, skip  # type: ignore[attr-defined]
             self.others.step()
 
-    def _update(self, group: dict[str, Any], parameter: Tensor, momentum_buffer: Tensor, skip: Tensor | None) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], skip: Tensor | None) -> None:
+        """Update parameters of one shape, joined along their rows."""
+        momentum_buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        gradient = _joined([parameter.grad for parameter in parameters])  # type: ignore[misc]
+        parameter, momentum_buffer = _joined(parameters), _joined(momentum_buffers)
         momentum = momentum_buffer + (1 - MOMENTUM) * (gradient - momentum_buffer)
         nesterov = gradient + MOMENTUM * (momentum - gradient)
-        blocks = nesterov.unflatten(0, (group["blocks"], -1))
+        blocks = nesterov.unflatten(0, (group["blocks"] * len(parameters), -1))
         update = 0.2 * math.sqrt(max(blocks.shape[1:])) * orthogonalized(blocks, self.dtype).flatten(0, 1)
         # Not as a factor 1 - rate * weight_decay: for a small rate that rounds to 1, and on XLA it would be another graph.
         step = group["lr"] * (update + group["weight_decay"] * parameter)
-        for tensor, new in ((momentum_buffer, momentum), (parameter, parameter - step)):
-            tensor.copy_(new if skip is None else torch.where(skip > 0, tensor, new))
+        for tensors, old, new in (
+            (momentum_buffers, momentum_buffer, momentum),
+            (parameters, parameter, parameter - step),
+        ):
+            kept = new if skip is None else torch.where(skip > 0, old, new)
+            if len(tensors) == 1:
+                tensors[0].copy_(kept)
+            else:
+                torch._foreach_copy_(tensors, kept.chunk(len(tensors)))
+
+
+def _stacks(parameters: Iterable[Tensor], stack_bytes: int) -> list[list[Tensor]]:
+    """Split the parameters into lists of one shape and at most `stack_bytes`, or of one parameter."""
+    stacks: list[list[Tensor]] = []
+    newest: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        stack = newest.get(parameter.shape)
+        if stack is None or (len(stack) + 1) * parameter.nbytes > stack_bytes:
+            stack = newest[parameter.shape] = []
+            stacks.append(stack)
+        stack.append(parameter)
+    return stacks
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,11 +17,16 @@ Groups = list[dict[str, Any]]
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, dtype: torch.dtype, adam: Callable[[Groups], torch.optim.Optimizer]
+    model: nn.Module,
+    config: OptimConfig,
+    dtype: torch.dtype,
+    adam: Callable[[Groups], torch.optim.Optimizer],
+    stack_bytes: int = 0,
 ) -> torch.optim.Optimizer:
     """Return `adam` of all parameters or, with --optim-type muon, Muon of the blocks' matrices and `adam` of the rest.
 
-    `adam` builds the runtime's Adam from parameter groups; `dtype` is the run's compute type."""
+    `adam` builds the runtime's Adam from parameter groups; `dtype` is the run's compute type. Muon updates up to
+    `stack_bytes` of matrices together."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if is_updated_by_muon(config, name, p.shape)}
     others = adam(parameter_groups([p for name, p in named.items() if name not in matrices], config.weight_decay))
@@ -35,7 +40,7 @@ def build_optimizer(
         {"params": parameters, "blocks": blocks, "weight_decay": config.weight_decay}
         for blocks, parameters in ((3, joint), (1, single))
     ]
-    return Muon(groups, others, config.learning_rate, dtype)
+    return Muon(groups, others, config.learning_rate, dtype, stack_bytes)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> Groups:

@@ -30,6 +30,7 @@ def init_state(
     optimizer: torch.optim.Optimizer,
     saved: dict[str, Any] | None,
     to_device: Callable[[Tensor], Tensor],
+    zeros: Callable[[Tensor], Tensor],
     *,
     count_on_device: bool = True,
     **extra: Tensor,
@@ -37,15 +38,16 @@ def init_state(
     """Give each parameter of `optimizer` its state before the first step, so that a compiled first step is the same graph as
     the later ones.
 
-    `saved` is what `export_state` returned on any runtime; None starts from zeros. `extra` is what Adam expects beside its
-    two moments, and its step count is on the device with `count_on_device`."""
+    `saved` is what `export_state` returned on any runtime, for `to_device`; None starts from `zeros` like a parameter, on
+    its device. `extra` is what Adam expects beside its two moments, and its step count is on the device with
+    `count_on_device`."""
     updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     kept = moment_shapes(config, {name: parameter.shape for name, parameter in model.named_parameters()})
     for name, parameter in model.named_parameters():
         if parameter not in updated:
             continue
-        own = {key: saved[key][name] if saved else torch.zeros(parameter.shape) for key in kept if name in kept[key]}
-        state = {key: to_device(tensor) for key, tensor in own.items()}
+        own = [key for key in kept if name in kept[key]]
+        state = {key: to_device(saved[key][name]) if saved else zeros(parameter) for key in own}
         if name in kept[ADAM_MOMENTS[0]]:
             step = torch.tensor(float(saved["step"] if saved else 0))
             state["step"] = to_device(step) if count_on_device else step

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from gpt2xla.errors import InputError, RunFailed, is_out_of_memory
 from gpt2xla.processes.quiet import hide_remarks
@@ -29,6 +29,25 @@ SECONDS_FOR_MAIN = 3
 # A launcher may name a file in this variable. Then only the process that creates it, with what it reports in its name,
 # reports that, however slow the machine is.
 REPORT_ONCE = "GPT2XLA_REPORT_ONCE"
+
+
+def run_and_exit(main: Callable[[], None]) -> NoReturn:
+    """Run the `main` of a program with threads of other libraries, and exit with its `exit_code`.
+
+    What is registered with atexit is done. Then the process ends without taking Python itself apart: a library's thread
+    that wants Python's lock in that moment would abort the process ("terminate called without an active exception"), and
+    torchrun would report a finished run as failed."""
+    codes: list[int] = []
+    atexit.register(lambda: _leave(codes[0]) if codes else None)  # registered first, so that it is called last
+    codes.append(exit_now_on_signal(exit_code(main)))
+    sys.exit(codes[0])
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def exit_code(main: Callable[[], None]) -> int:

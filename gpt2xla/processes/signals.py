@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -36,6 +36,7 @@ class StopSignals:
     worker's main thread, which is the only thread where Python lets signals be handled."""
 
     def __init__(self) -> None:
+        self.has_nothing_to_save = False  # so that the first signal ends the process
         self.received: str | None = None  # name of the signal that requested the stop
         self._saves = 0  # that are under way
         self._after = ""  # what is done before the stop, in words; empty until a trainer promises to act on `received`
@@ -66,6 +67,10 @@ class StopSignals:
     def end_save(self) -> None:
         with self._lock:
             self._saves -= 1
+
+    def end_step(self) -> None:
+        """Note that a step has been made since the start."""
+        self.has_nothing_to_save = False
 
     @property
     def is_handled(self) -> bool:
@@ -143,7 +148,7 @@ class StopSignals:
         name, again = (
             ("", "press again") if number == signal.SIGINT else (f"{signal.Signals(number).name}: ", "send it again")
         )
-        if self._requests == 1:
+        if self._requests == 1 and not self.has_nothing_to_save:
             if is_first("stopping"):
                 _say(f"{name}stopping with a checkpoint after {self._after}; {again} to stop without one")
         elif self._saves and not self._has_waited:
@@ -186,6 +191,31 @@ class StopSignals:
         else:
             signal.signal(number, before)
             os.kill(os.getpid(), number)
+
+
+def is_saving() -> bool:
+    """Tell whether this process is writing a checkpoint."""
+    return _active is not None and _active._saves > 0
+
+
+@contextlib.contextmanager
+def compiling(*, before_training: bool) -> Iterator[None]:
+    """Wrap a compile, for which torch starts other processes.
+
+    Those, if this thread starts them, never receive SIGTERM or Ctrl-C, which a whole group of processes may get: torch would
+    wait for ever for one that has ended. This process's other threads still receive both. `before_training`, a signal ends
+    the process at once, until `StopSignals.end_step`: a compile may take longer than who sent it waits, and nothing is
+    lost."""
+    stop = _active
+    if stop is None:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    stop.has_nothing_to_save |= before_training
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _say(line: str) -> None:

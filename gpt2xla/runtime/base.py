@@ -72,6 +72,8 @@ class Device(Protocol):
     """Where a model lives and how work reaches it: all that generation needs."""
 
     device: torch.device
+    # Cached attention looks at a multiple of so many slots. More than one where each other number costs time.
+    slots_at_once: int
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Return a host tensor on the device, as data: never as a constant of a compiled program."""

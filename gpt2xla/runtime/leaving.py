@@ -22,6 +22,7 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
     Joining threads or collectives first could wait for ever."""
     try:
         yield
+        runtime.close()
     except BaseException as error:
         if runtime.world_size == 1:
             raise
@@ -30,13 +31,17 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
             if not runtime.is_main and _wait_for_an_end(runtime, SECONDS_FOR_MAIN):
                 os._exit(2 if isinstance(error, InputError) else 1)
         elif ended := _wait_for_an_end(runtime, _SECONDS_TO_END if runtime.is_main else SECONDS_FOR_MAIN):
-            ranks = f"rank{'s' if len(ended) > 1 else ''} {', '.join(map(str, ended))}"
-            error = RunFailed(f"{ranks} exited early and stopped the run; rerun the same command to resume")
+            error = exited_early(ended)
         code = report(error)
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)
-    runtime.close()
+
+
+def exited_early(ranks: list[int]) -> RunFailed:
+    """Return the error of a run of which `ranks` have exited."""
+    which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    return RunFailed(f"{which} exited early and stopped the run; rerun the same command to resume")
 
 
 def _wait_for_an_end(runtime: Runtime, seconds: float) -> list[int]:

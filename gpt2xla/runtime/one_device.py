@@ -28,6 +28,8 @@ FP32 = ChosenPrecision("none")
 class OneDevice:
     """Implements `base.Runtime` for one process. With several, its collectives fail until a subclass overrides them."""
 
+    slots_at_once = 1
+
     def __init__(
         self, device: torch.device, precision: ChosenPrecision = FP32, rank: int = 0, world_size: int = 1
     ) -> None:
@@ -38,6 +40,7 @@ class OneDevice:
         self.random_rank = rank  # the rank that goes into the seed
         self.memory, self.watch = Memory(), CompileWatch()
         self.scaler: Any = None  # torch.amp.GradScaler, or the same on XLA; None where gradients stay in range
+        self.stack_bytes = 0  # of matrices that Muon updates together
         self.state_options: dict[str, Any] = {"count_on_device": False}  # of `init_state`, for this runtime's Adam
 
     # Device
@@ -92,9 +95,9 @@ class OneDevice:
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(model, config, self.precision.dtype, self._adam(config))
+        optimizer = build_optimizer(model, config, self.precision.dtype, self._adam(config), self.stack_bytes)
         own, state = own_part(optimizer), saved["optimizer"] if saved else None
-        init_state(model, config, own, state, self._place_state, **self.state_options)
+        init_state(model, config, own, state, self._place_state, self._zeros, **self.state_options)
         if self.scaler and saved and "scaler" in saved["runtime"]:
             self.scaler.load_state_dict(saved["runtime"]["scaler"])
         return optimizer
@@ -161,6 +164,9 @@ class OneDevice:
 
     def _place_state(self, tensor: Tensor) -> Tensor:
         return self.to_device(tensor)
+
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        return self._place_state(torch.zeros(parameter.shape))
 
     def _set_rate(self, optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
         for group in optimizer.param_groups:

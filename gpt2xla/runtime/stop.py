@@ -70,6 +70,8 @@ class Stop:
 
     def agreed(self) -> bool:
         """Tell, after a step, whether all processes stop here."""
+        if self.signals:
+            self.signals.end_step()
         behind = self.runtime.steps_behind
         self.runtime.wait(behind=behind)
         if self.runtime.world_size == 1:

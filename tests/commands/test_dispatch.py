@@ -9,6 +9,7 @@ from conftest import ROOT, run_here
 
 from gpt2xla.commands import dispatch
 from gpt2xla.commands.dispatch import COMMANDS, main_of
+from gpt2xla.processes.exits import exit_code
 
 SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
 
@@ -17,7 +18,7 @@ def answer(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *word
     """Exit code and output of `gpt2xla WORDS`."""
     monkeypatch.setattr(sys, "argv", ["/usr/bin/gpt2xla", *words])
     with pytest.raises(SystemExit) as end:
-        dispatch.main()
+        sys.exit(exit_code(dispatch.run))
     shown = capsys.readouterr()
     return int(end.value.code or 0), shown.out + shown.err
 

@@ -44,13 +44,14 @@ WRONG_PATHS = [
 PROGRAM = """
 import contextlib, io, json, sys
 from gpt2xla.commands import dispatch
+from gpt2xla.processes.exits import exit_code
 heavy, found = json.loads(sys.argv[1]), []
 for words in json.loads(sys.argv[2]):
     sys.argv = ["gpt2xla", *words]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            dispatch.main()
+            code = exit_code(dispatch.run)
         except SystemExit as end:
             code = end.code
     found.append([words, code, out.getvalue(), err.getvalue(), [name for name in heavy if name in sys.modules]])

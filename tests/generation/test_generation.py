@@ -67,7 +67,7 @@ def greedy_of(theirs: GPT2LMHeadModel, prompt: list[int], count: int, **options)
 def cached_logits(model: GPT2, ids: torch.Tensor, read_at_once: int) -> torch.Tensor:
     """(B, T - read_at_once + 1, V): after the first tokens, and after each one more."""
     rows, length = ids.shape
-    cache = KVCache(model.config, rows, torch.float32, lambda tensor: tensor)
+    cache = KVCache(model.config, rows, torch.zeros)
     steps = [(0, read_at_once), *((t, t + 1) for t in range(read_at_once, length))]
     with torch.no_grad():
         parts = [

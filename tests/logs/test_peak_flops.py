@@ -25,6 +25,8 @@ CARDS = {
     "RTX 4080": (76, 2505, 512), "RTX 4080 SUPER": (80, 2550, 512), "RTX 4090": (128, 2520, 512),
     "RTX 5060": (30, 2497, 512), "RTX 5060 Ti": (36, 2572, 512), "RTX 5070": (48, 2512, 512),
     "RTX 5070 Ti": (70, 2452, 512), "RTX 5080": (84, 2617, 512), "RTX 5090": (170, 2407, 512),
+    "A10G": (80, 1710, 512), "L20": (92, 2520, 512), "H800": (132, 1830, 4096), "H800 PCIe": (114, 1620, 4096),
+    "RTX PRO 6000 Blackwell Workstation": (188, 2617, 1024),
 }  # fmt: skip
 # Cores or chips that are one device: matrix units of 128 x 128 (v6e: 256 x 256), a product and a sum each per clock (MHz).
 TPUS = {
@@ -55,6 +57,13 @@ def test_a_tpu_computes_what_its_matrix_units_do(name: str) -> None:
         ("NVIDIA GeForce RTX 5090", "RTX 5090"),
         ("NVIDIA GeForce RTX 5090 D", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA H800 PCIe", "H800 PCIe"),
+        ("NVIDIA B300 SXM6 AC", "B300"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell Workstation"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", None),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA H100 NVL", "H100 NVL"),
@@ -65,7 +74,6 @@ def test_a_tpu_computes_what_its_matrix_units_do(name: str) -> None:
         ("NVIDIA A100-SXM4-40GB", "A100"),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA A10", "A10"),
-        ("NVIDIA A10G", None),
         ("NVIDIA L4", "L4"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA RTX A6000", "RTX A6000"),

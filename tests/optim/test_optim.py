@@ -1,5 +1,6 @@
 """Schedules against their formulas, clipping and updates against float64, and the optimizers' state carried over by name."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -114,22 +115,24 @@ def test_updates_equal_torchs_and_the_state_survives_its_export(optim_type: str,
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch's own Muon: torch 2.9 or later")
+@pytest.mark.parametrize("stack_bytes", [0, 2**30, 2 * 4 * 48 * 16])
 def test_muons_updates_equal_torchs_and_the_state_survives_its_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stack_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps, export through a file, import, three more: as six of torch.optim.Muon, on queries, keys and values as
-    matrices of their own, and torch.optim.AdamW, in float64."""
+    matrices of their own, and torch.optim.AdamW, in float64. One by one, stacked, and in several stacks."""
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.double)  # in which torch's Muon always multiplies
     config = OptimConfig(optim_type="muon", learning_rate=0.01, weight_decay=0.1)
     runtime = TorchRuntime(TorchConfig(), TrainConfig())
-    model = GPT2(SMALL)
+    runtime.stack_bytes = stack_bytes
+    model = GPT2(dataclasses.replace(SMALL, num_layers=3))
     model.init_weights(torch.Generator().manual_seed(0))
     truth = {
         name: [nn.Parameter(part) for part in p.detach().double().chunk(3 if name.endswith("c_attn.weight") else 1)]
         for name, p in model.named_parameters()
     }
     in_blocks = {name for name in truth if name[:2] == "h." and "ln_" not in name and name.endswith("weight")}
-    assert len(in_blocks) == 2 * 4
+    assert len(in_blocks) == 3 * 4
     plain = [
         torch.optim.Muon(
             [p for name in in_blocks for p in truth[name]], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
@@ -179,11 +182,15 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("stack_bytes", [0, 2**30])
 @pytest.mark.parametrize(
     ("precision", "bad"), [("none", "gradient"), ("none", "infinite gradient"), ("none", "loss"), ("fp16", "gradient")]
 )
-def test_an_update_that_is_not_finite_changes_no_bit_and_is_never_read(precision: str, bad: str) -> None:
+def test_an_update_that_is_not_finite_changes_no_bit_and_is_never_read(
+    precision: str, bad: str, stack_bytes: int
+) -> None:
     runtime = TorchRuntime(TorchConfig(), TrainConfig(mixed_precision=precision))  # type: ignore[arg-type]
+    runtime.stack_bytes = stack_bytes
     model = GPT2(SMALL)
     model.init_weights(torch.Generator().manual_seed(0))
     optimizer = runtime.build_optimizer(model, OptimConfig(optim_type="muon"), None)

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,3 +242,24 @@ def test_torchrun_is_told_and_remarks_are_hidden(
     assert caplog.messages == ["the compiler is too old"]
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
     assert failure.message["message"].endswith(": error: it is wrong")
+
+
+def test_what_goes_wrong_while_python_takes_itself_apart_does_not_change_the_exit_code() -> None:
+    program = """
+import atexit, os, sys
+from gpt2xla.processes.exits import run_and_exit
+
+class Abort:
+    def __del__(self):
+        os.abort()
+
+def main():
+    global kept
+    kept = Abort()
+    atexit.register(print, "registered with atexit")
+    print("done")
+
+run_and_exit(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "done\nregistered with atexit\n"), ended.stderr

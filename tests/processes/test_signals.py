@@ -30,6 +30,9 @@ if __name__ == "__main__":
             process.start()
             process.join()
             raise SystemExit(process.exitcode)
+        if sys.argv[1] == "compiling":
+            with signals.compiling(before_training=True):
+                train(stop)
         train(stop, sys.argv[1] == "saving")
 """
 STOPS = "{0}stopping with a checkpoint after this step; {1} to stop without one\n"
@@ -43,6 +46,7 @@ ENDS = "{0}ended at once; newest checkpoint: step 7 (run/step-00000007)\n"
         ("training", signal.SIGINT, "press again", [STOPS, ENDS]),
         ("saving", signal.SIGTERM, "send it again", [STOPS, SAVES, ENDS]),
         ("worker", signal.SIGTERM, "send it again", [STOPS, ENDS]),
+        ("compiling", signal.SIGTERM, "send it again", [ENDS]),
     ],
 )
 def test_each_signal_is_answered_at_once(
@@ -68,3 +72,26 @@ def test_each_signal_is_answered_at_once(
             assert time.monotonic() - sent < 1
         assert process.wait(5) == 128 + number
         assert process.stderr.read() == ""
+
+
+COMPILES = """
+import subprocess, time
+from gpt2xla.processes import signals
+with signals.StopSignals() as stop:
+    stop.handle("this step", str)
+    with signals.compiling(before_training=False):
+        child = subprocess.Popen(["sleep", "0.5"])
+    print("compiling", flush=True)
+    print(child.wait(), stop.received)
+"""
+
+
+def test_what_a_compile_starts_survives_a_signal_to_all_processes() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", COMPILES], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        assert process.stdout.readline() == "compiling\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.communicate(timeout=10)[0] == "0 SIGTERM\n"

@@ -46,6 +46,16 @@ def test_freed_memory_is_not_fetched_again_page_by_page() -> None:
     assert faults("do not") > 5 * pages
 
 
+def test_deterministic_does_not_fill_new_tensors() -> None:
+    """Which takes a pass over each of them, of logits and gradients too."""
+    try:
+        TorchRuntime(TorchConfig(), TrainConfig(deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.empty(1000).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_memory_is_not_kept_where_the_address_space_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (2**40, 2**40))
     monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("malloc was changed"))

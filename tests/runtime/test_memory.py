@@ -28,7 +28,8 @@ from gpt2xla.runtime.memory import (
     same_update,
     train_advice,
 )
-from gpt2xla.runtime.torch.accelerators import Cuda
+from gpt2xla.runtime.torch.accelerators import Cpu, Cuda
+from gpt2xla.runtime.torch.compile import CompiledBlock
 from gpt2xla.runtime.torch.host_memory import free_host_memory
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 from gpt2xla.runtime.xla.compiler_messages import compiler_figures
@@ -78,6 +79,18 @@ def run_limited(gib: float, *arguments: object) -> subprocess.CompletedProcess[s
         [sys.executable, "-c", LIMITED, str(gib), *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
     )  # fmt: skip
+
+
+def test_a_rehearsal_compiles_nothing_and_announces_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    model = GPT2(ModelConfig(vocab_size=31, seq_length=8, d_model=16, num_layers=1, num_heads=2))
+    compiled = CompiledBlock(prints=True)
+    model.kernels = dataclasses.replace(model.kernels, compiled=compiled)
+    ids = torch.arange(8)[None]
+    start = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert Cpu().has_room_for(lambda: model(ids, ids)[0].backward())
+    assert capsys.readouterr().out == ""
+    assert compiled.programs() == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == start
 
 
 @pytest.mark.parametrize("share", range(1, 40))

@@ -1,6 +1,7 @@
 """Two processes of torchrun on one model, in each of the three ways: what they reduce and hold, that they train as one
 process does, and that checkpoints move between them all."""
 
+import dataclasses
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from gpt2xla.checkpoint.start import find_start
 from gpt2xla.cli import parse_run
 from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.torch.compile import CompiledBlock
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 LAYOUTS: dict[str, list[str]] = {"ddp": [], "zero1": ["--zero1"], "fsdp": ["--fsdp"]}
@@ -243,6 +245,64 @@ def test_an_update_is_made_with_a_finite_loss_and_at_the_given_rate(name: str, t
         runtime.close()
 
 
+@pytest.mark.usefixtures("launched_alone")
+def test_fsdp_gathers_matrices_in_16_bits_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of two micro-steps are those of the model that is not split. All else is gathered in fp32."""
+    shape = ModelConfig(vocab_size=31, seq_length=8, d_model=16, num_layers=2, num_heads=2)
+    train, ids = TrainConfig(mixed_precision="bf16"), torch.arange(16).view(2, 1, 8)
+    gathered: dict[str, torch.dtype] = {}
+
+    def trained(options: TorchConfig) -> GPT2:
+        runtime = TorchRuntime(options, train)
+        model = GPT2(shape)
+        model.init_weights(torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            for parameter in model.parameters():  # no layer norm's weights are exactly 1
+                parameter.add_(0.001 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        parallel_model = runtime.setup_model(model)
+        model.h[0].mlp.register_forward_hook(
+            lambda *_: gathered.update((name, p.dtype) for name, p in model.h[0].named_parameters())
+        )
+        for micro_step in range(2):
+            with runtime.accumulate(parallel_model, sync=micro_step == 1):
+                with runtime.autocast():
+                    loss, _ = parallel_model(ids[micro_step], ids[micro_step])
+                runtime.backward(loss)
+        runtime.close()
+        return model
+
+    split = trained(TorchConfig(fsdp=True))
+    assert len(gathered) == 4 * 2 + 2 * 2
+    for name, dtype in gathered.items():
+        assert dtype == (torch.bfloat16 if "ln_" not in name and name.endswith("weight") else torch.float32), name
+    monkeypatch.delenv("RANK")
+    plain = trained(TorchConfig())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(split.get_parameter(name).grad.to_local(), parameter.grad), name  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("launched_alone")
+def test_ddp_does_not_cut_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo would, where the parts of one block fill a bucket."""
+    programs = []
+
+    def count(program: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        programs.append(program)
+        return program
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_with(function, backend=count))
+    runtime = TorchRuntime(TorchConfig(), TrainConfig())
+    model = GPT2(ModelConfig(vocab_size=31, seq_length=8, d_model=256, num_layers=2, num_heads=2))
+    model.kernels = dataclasses.replace(model.kernels, compiled=CompiledBlock(prints=False))
+    ids = torch.arange(8)[None]
+    try:
+        torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)(ids, ids)[0].backward()
+        assert len(programs) == 1
+    finally:
+        runtime.close()
+
+
 def test_when_torchrun_is_killed_its_workers_stop_with_a_checkpoint(data_flags: list[str], tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_pretrain.py", *data_flags]
     flags = [*SMALL_RUN, "--train-steps", "1000000", "--checkpoints-dir", str(tmp_path)]
@@ -258,6 +318,46 @@ def test_when_torchrun_is_killed_its_workers_stop_with_a_checkpoint(data_flags: 
     assert "stopped by the end of torchrun after step" in text
     assert "Traceback" not in text
     assert text.rstrip().endswith(list_checkpoints(tmp_path)[-1].name)
+
+
+def two_processes(*arguments: tuple[object, ...]) -> list[subprocess.Popen[str]]:
+    """Start waiting_worker.py twice as the processes of a run, without a launcher that would end them, and wait for both."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    here = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "workers" / "waiting_worker.py", *map(str, own)],
+            env=here | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, own in enumerate(arguments)
+    ]  # fmt: skip
+    assert [process.stdout.readline() for process in started if process.stdout] == ["here\n"] * 2
+    return started
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux")
+def test_a_process_that_waits_in_c_ends_after_another_has() -> None:
+    """As one does that waits for a collective of NCCL's."""
+    first, second = two_processes((0, "yes"), (0, "yes"))
+    second.kill()
+    assert first.wait(10) == 1
+    assert first.communicate()[1] == (
+        "waiting_worker.py: error: rank 1 exited early and stopped the run; rerun the same command to resume\n"
+    )
+    second.communicate()
+
+
+def test_a_process_that_is_done_waits_for_the_others() -> None:
+    for process in two_processes((0, "no"), (2, "no")):
+        assert process.communicate(timeout=20) == ("", "")
+        assert process.returncode == 0
 
 
 def test_fsdp_evaluates_and_writes_before_and_between_its_steps(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
 from gpt2xla.optim.state import ADAM_MOMENTS
+from gpt2xla.processes.exits import run_and_exit
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 from gpt2xla.training.pretrain import pretrain
 from gpt2xla.training.train_step import TrainStep
@@ -73,4 +74,4 @@ def numel_here(tensor: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_exit(main)

@@ -4,24 +4,31 @@ Another kind is one more class, and one more line in `pick_accelerator`."""
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.model.attention import chunked_attention, kept_attention
-from gpt2xla.model.kernels import Attention
-from gpt2xla.model.loss import LOGITS_AT_ONCE
+from gpt2xla.model.kernels import Attention, Fused, LogSums
+from gpt2xla.model.loss import LOGITS_AT_ONCE, in_place_cross_entropy
 from gpt2xla.runtime.base import GIB, Memory, Shortage
 from gpt2xla.runtime.one_device import set_matmul_precision
 from gpt2xla.runtime.precision import DevicePrecision, of_cuda
+from gpt2xla.runtime.torch.compile import uncompiled
 from gpt2xla.runtime.torch.cpu import choose_products, share_cores
 from gpt2xla.runtime.torch.host_memory import free_host_memory, keep_freed_memory
 from gpt2xla.runtime.torch.process_group import Place
+
+_TOKENS_TO_MEASURE, _TIMES_TO_MEASURE = 16_384, 5
 
 # Messages for memory that was not requested through torch's own allocator, and those of MPS's allocator.
 _DEVICE_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
@@ -43,6 +50,7 @@ class Accelerator(Memory):
     ddp_ids: list[torch.device] | None = None  # for DistributedDataParallel
     averages = True  # whether FSDP's reduction gives the mean of gradients
     compile_pays_from = float("inf")  # FLOPs of a run that make up for the compile, unasked
+    stack_bytes = 0  # of matrices that Muon updates together
     can_try = True  # whether `has_room_for` can do work on this process alone
 
     def __init__(self, index: int | None = None) -> None:
@@ -61,9 +69,24 @@ class Accelerator(Memory):
         """Return the devices of all `processes` in words."""
         return f"{processes} x {self.name}"
 
+    def chunked_loss(self, dtype: torch.dtype) -> tuple[Callable[..., Tensor], int | None]:
+        """Return the loss in pieces for products in `dtype`, as in `loss.py`, and how many bytes of logits make a piece,
+        unasked; None makes all of them at once."""
+        # Unscaled gradients are not in fp16's range.
+        at_once = None if dtype == torch.float16 else self.logits_at_once
+        return partial(in_place_cross_entropy, reads_wait=self.reads_wait), at_once
+
+    def log_sums(self) -> LogSums | None:
+        """Return the device's own form of `Kernels.log_sums`, if it has one."""
+        return None
+
     def read_later(self, values: Tensor) -> Callable[[], list[float]]:
         """Return what reads the 1-d tensor's values, once the device has them."""
         return values.tolist
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the tensor on the host."""
+        return tensor.to("cpu", copy=True)
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Return the peak floating-point operations per second; None if unknown."""
@@ -82,7 +105,7 @@ class Accelerator(Memory):
         if not self.can_try:
             return None
         try:
-            with torch.compiler.set_stance("force_eager"):  # which takes more memory than compiled code, but no minutes
+            with uncompiled():
                 work()
         except Exception as error:
             if self.shortage(error) is None:
@@ -90,6 +113,15 @@ class Accelerator(Memory):
             traceback.clear_frames(error.__traceback__)
             return False
         return True
+
+    def fused_blocks(self, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused | None:
+        """Return kernels for whole blocks of the model, if the device has them.
+
+        Args:
+            tokens: how many a micro-step has.
+            dtype: of the products.
+            measures: whether it pays to find out which kernels are faster here."""
+        return None
 
     def why_not_compiled(self) -> str | None:
         """Return what torch.compile lacks on this machine, or None if it has all."""
@@ -147,6 +179,7 @@ class Cuda(Accelerator):
     pins = True
     reads_behind = 1
     logits_at_once = LOGITS_AT_ONCE["cuda"]
+    stack_bytes = 2**27  # twelve of the 124M model's largest matrices; those of larger models fill a GPU sooner
     compile_pays_from = 1e15  # a few minutes of a slow GPU, where a compile saves a third of the time
 
     def __init__(self, index: int | None = 0) -> None:
@@ -169,6 +202,44 @@ class Cuda(Accelerator):
 
         return read
 
+    def to_host(self, tensor: Tensor) -> Tensor:
+        # The driver would copy to ordinary memory by one thread, which is slow where that memory is new. Here the device
+        # fills one half of a pinned buffer while all threads empty the other. Pinning the whole copy, which would be
+        # faster, could take most of the host's memory from other programs.
+        on_host, halves = torch.empty(tensor.shape, dtype=tensor.dtype), self._staging.view(tensor.dtype)
+        filled: list[tuple[torch.cuda.Event, Tensor, Tensor]] = []
+
+        def empty(event: torch.cuda.Event, half: Tensor, target: Tensor) -> None:
+            event.synchronize()
+            target.copy_(half)
+
+        pieces, targets = (t.reshape(-1).split(halves.shape[1]) for t in (tensor, on_host))
+        for number, (piece, target) in enumerate(zip(pieces, targets, strict=True)):
+            half = halves[number % 2, : len(piece)].copy_(piece, non_blocking=True)
+            filled.append((torch.cuda.current_stream().record_event(), half, target))
+            if number:
+                empty(*filled[-2])
+        empty(*filled[-1])
+        return on_host
+
+    @functools.cached_property
+    def _staging(self) -> Tensor:
+        return torch.empty(2, 2**24, dtype=torch.uint8, pin_memory=True)
+
+    def chunked_loss(self, dtype: torch.dtype) -> tuple[Callable[..., Tensor], int | None]:
+        if not self._has_fused():
+            return super().chunked_loss(dtype)
+        from gpt2xla.model.fused.cross_entropy import fused_cross_entropy
+
+        return fused_cross_entropy, self.logits_at_once
+
+    def log_sums(self) -> LogSums | None:
+        if not self._has_fused():
+            return None
+        from gpt2xla.model.fused.cross_entropy import fused_log_sums
+
+        return fused_log_sums
+
     def when_full(self) -> Shortage:
         memory = torch.cuda.get_device_properties(self.device).total_memory
         return Shortage(f"{self.device} ({self.name}, {memory / GIB:.0f} GiB)", memory)
@@ -180,7 +251,45 @@ class Cuda(Accelerator):
     def why_not_compiled(self) -> str | None:
         from torch.utils._triton import has_triton
 
-        return None if has_triton() else "it needs Triton, and a GPU of compute capability 7.0 or more"
+        if not has_triton():
+            return "it needs Triton, and a GPU of compute capability 7.0 or more"
+        from triton.runtime import driver
+
+        try:
+            driver.active.get_current_target()  # compiles the program that starts kernels, unless a run before did
+        except Exception:
+            return "it needs a C compiler, such as gcc, and Python's header files (python3-dev)"
+        return None
+
+    def _has_fused(self) -> bool:
+        """Tell whether the kernels of `model/fused/` run here."""
+        # AMD's products of 16-bit numbers are not summed in fp32.
+        return not torch.version.hip and self.why_not_compiled() is None
+
+    def fused_blocks(self, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused | None:
+        if not self._has_fused():
+            return None
+        from gpt2xla.model.fused.block import fastest_tile, fused_block, fused_layer_norm
+
+        tile = None
+        if measures and dtype != torch.float32:
+            x_ND = torch.randn(min(tokens, _TOKENS_TO_MEASURE), model.d_model, dtype=dtype, device=self.device)
+            tile = fastest_tile(model, x_ND, self._seconds)
+        products = ", activation in products" if tile else ""
+        return Fused(partial(fused_block, tile=tile), fused_layer_norm, f"fused blocks{products}")
+
+    def _seconds(self, work: Callable[..., object], *args: object) -> float:
+        """Return how long `work(*args)` takes on the device, at best."""
+        work(*args)
+        best = math.inf
+        for _ in range(_TIMES_TO_MEASURE):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work(*args)
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+        return best
 
 
 class Mps(Accelerator):

@@ -63,20 +63,28 @@ def wrap_in_ddp(model: nn.Module, accelerator: Accelerator) -> DistributedDataPa
     return ddp
 
 
-def shard_fully(model: GPT2, mesh: DeviceMesh, accelerator: Accelerator) -> GPT2:
+def shard_fully(model: GPT2, mesh: DeviceMesh, accelerator: Accelerator, dtype: torch.dtype) -> GPT2:
     """Split every parameter of `model`, which is on the host, along its first dimension over the devices of `mesh`.
 
-    Blocks are gathered where they compute. The root's own parameters, embeddings and final layer norm, stay gathered from
-    forward to backward. Parameters stay fp32, and autocast rounds them as it does in DDP: FSDP's own mixed precision would
-    also run layer norms and the residual stream in 16 bits."""
-    from torch.distributed.fsdp import fully_shard  # takes a third of a second
+    A block's matrices are gathered where it computes, forward and backward. All else, embeddings, layer norms and biases,
+    belongs to the root, and stays gathered from forward to backward: it is little beside activations, and the next block
+    may add a block's last bias. Parameters are fp32; matrices are sent in `dtype`, the run's compute type, to which
+    autocast, under which all calls of `model` must be made, rounds them anyway. Gradients are summed in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # takes a third of a second
 
-    for part in (*model.h, model):
-        fully_shard(part, mesh=mesh)
-        if not accelerator.averages:
+    # Without `cast_forward_inputs` it would also round the residual stream.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    matrices = {parameter for parameter in model.h.parameters() if parameter.dim() == 2}
+    # The root comes first: it would not look into blocks that are split already, for their layer norms and biases.
+    fully_shard(model, mesh=mesh, ignored_params=matrices)
+    for block in model.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(block.parameters()) - matrices)
+    if not accelerator.averages:
+        for part in (model, *model.h):
             cast("FSDPModule", part).set_force_sum_reduction_for_comms(True)
     # The root must run first, and an evaluation, which calls only methods of the root, may come before training.
-    _warm_up(model, accelerator.device)
+    with torch.autocast(accelerator.kind, dtype, enabled=dtype != torch.float32):
+        _warm_up(model, accelerator.device)
     return model
 
 
@@ -137,15 +145,15 @@ def split_optimizer(adam: partial[torch.optim.Optimizer], groups: list[dict[str,
     return optimizer
 
 
-def collect(held: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def collect(held: dict[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Return what all processes hold, each under other names, on the main one's host; nothing on others. Collective."""
     places: list[dict[str, torch.Size]] = [{}] * dist.get_world_size()
     dist.all_gather_object(places, {name: tensor.shape for name, tensor in held.items()})
     collected = {}
     for owner, shapes in enumerate(places):
         for name, shape in shapes.items():
-            tensor = held[name] if owner == dist.get_rank() else torch.empty(shape, device=device)
+            tensor = held[name] if owner == dist.get_rank() else torch.empty(shape, device=accelerator.device)
             dist.broadcast(tensor, src=owner)
             if dist.get_rank() == 0:
-                collected[name] = tensor.to("cpu", copy=True)
+                collected[name] = accelerator.to_host(tensor)
     return collected

@@ -13,16 +13,21 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.logs.console import say
+from gpt2xla.processes.exits import report
 from gpt2xla.processes.quiet import silent
+from gpt2xla.processes.signals import is_saving
+from gpt2xla.runtime.leaving import exited_early
 
 # Others wait while the main process saves; a large model on a slow disk takes its time.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 MINUTES_TO_MEET = 10
 SECONDS_OF_SILENCE = 10
+SECONDS_OF_GRACE = 10  # after another process has exited; where Python runs, a run ends sooner, and says more
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _FIX = "start the processes with torchrun, which sets them all, or unset them for one process"
@@ -61,8 +66,8 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     return Place(rank, numbers["WORLD_SIZE"], numbers.get("LOCAL_RANK"), numbers.get("LOCAL_WORLD_SIZE", 1))
 
 
-def join(place: Place, backend: str) -> None:
-    """Make the default process group of all processes. Waits of more than a moment are announced.
+def join(place: Place, backend: str, device: torch.device) -> None:
+    """Make the default process group of all processes, each with its `device`. Waits of more than a moment are announced.
 
     Raises InputError if MASTER_PORT is taken or nobody answers at MASTER_ADDR, and RunFailed if others do not join."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -82,12 +87,20 @@ def join(place: Place, backend: str) -> None:
         store.set_timeout(COLLECTIVE_TIMEOUT)
         store = dist.PrefixStore("default_pg", store)
         dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT
+            backend,
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if backend == "nccl" else None,  # which NCCL would guess in a barrier; gloo takes none
         )
 
 
 class Peers:
-    """Tells which of the others on this host has exited: a broken collective does not say.
+    """Tells which of the others on this host has exited: a broken collective does not say, and one of NCCL waits for ever.
+
+    While it is open, no process may exit as long as the run is well. If one does and this process has not ended some seconds
+    later, because its main thread waits in a call of C that Python cannot interrupt, a thread ends it.
 
     All processes of the default group create it together."""
 
@@ -103,13 +116,31 @@ class Peers:
                         self._watched[rank] = os.pidfd_open(process)
                     except OSError:  # perhaps it is in another container
                         continue
+        self._closed = threading.Event()
+        if self._watched:
+            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    def close(self) -> None:
+        """Let all processes exit. Collective: the run is complete only when all get here."""
+        dist.barrier()
+        self._closed.set()
+
+    def _watch(self) -> None:
+        self._poll(None)
+        while not self._closed.wait(SECONDS_OF_GRACE):
+            if not is_saving():
+                os._exit(report(exited_early(self.ended())))
 
     def ended(self) -> list[int]:
         """Return the ranks on this host that have exited in any way."""
+        return self._poll(0)
+
+    def _poll(self, timeout: float | None) -> list[int]:
+        """Return what `ended` does, once there is one or the time, in milliseconds, is over."""
         poll = select.poll()
         for watched in self._watched.values():
             poll.register(watched, select.POLLIN)
-        ready = {number for number, event in poll.poll(0)}
+        ready = {number for number, event in poll.poll(timeout)}
         return [rank for rank, watched in self._watched.items() if watched in ready]
 
 

@@ -21,8 +21,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
 from gpt2xla.model.attention import kept_numbers
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.model.kernels import Kernels, choose_kernels
-from gpt2xla.model.loss import in_place_cross_entropy
+from gpt2xla.model.kernels import Fused, Kernels, choose_kernels
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import OneDevice, adam, own_part
 from gpt2xla.runtime.precision import choose
@@ -42,18 +41,20 @@ class TorchRuntime(OneDevice):
         parallel.check_options(options, distributed=self.distributed)
         self.accelerator = accelerator = pick_accelerator(place, device)
         if place:
-            join(place, choose_backend(options.ddp_backend, accelerator))
+            join(place, choose_backend(options.ddp_backend, accelerator), accelerator.device)
         accelerator.prepare(config.matmul_precision)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
             torch.use_deterministic_algorithms(True)
+            # Nothing here reads what nothing has written; filling each new tensor would cost a pass over it.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         precision = choose(config.mixed_precision, accelerator.precision())
         rank, world_size = (place.rank, place.world_size) if place else (0, 1)
         super().__init__(accelerator.device, precision, rank, world_size)
         self.mesh = init_device_mesh(accelerator.kind, (world_size,)) if options.fsdp else None
         accelerator.can_try = self.mesh is None  # else the other processes, which may not have failed, would take part
         self.memory, self.state_options = accelerator, {"count_on_device": accelerator.fused}
-        self.steps_behind = accelerator.reads_behind
+        self.steps_behind, self.stack_bytes = accelerator.reads_behind, accelerator.stack_bytes
         self._peers = Peers() if self.distributed else None
         if precision.name == "fp16":
             self.scaler = torch.amp.GradScaler(accelerator.kind, enabled=True)
@@ -63,15 +64,27 @@ class TorchRuntime(OneDevice):
         self._pending: deque[tuple[Callable[..., None], Callable[[], list[float]]]] = deque()
 
     def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
-        compiled = self._compile(model, evaluated_tokens)
+        flops = self._flops_ahead(model, evaluated_tokens)
+        fused = self._fused(model, flops)
+        compiled = None if fused else self._compile(flops)
         if compiled:
             self.watch = compiled
-        model.kernels = self._kernels(model.config, compiled)
+        model.kernels = self._kernels(model.config, compiled, fused)
         if self.mesh:
-            self._sharded = parallel.shard_fully(model, self.mesh, self.accelerator)
+            self._sharded = parallel.shard_fully(model, self.mesh, self.accelerator, self.precision.dtype)
             return self._sharded
         model.to(self.device)
         return parallel.wrap_in_ddp(model, self.accelerator) if self.distributed else model
+
+    def _fused(self, model: GPT2, flops: float) -> Fused | None:
+        """Return the device's own kernels for whole blocks, if it has them and they compute what was asked for."""
+        train, accelerator = self.train, self.accelerator
+        if train.compile or model.config.dropout > 0 or train.attention not in ("auto", "sdpa"):
+            return None
+        tokens = train.train_batch_size // self.devices * model.config.seq_length
+        # What is measured may choose another kernel in the next run, which rounds in another way.
+        measures = flops >= accelerator.compile_pays_from and not train.deterministic
+        return accelerator.fused_blocks(model.config, tokens, self.precision.dtype, measures=measures)
 
     def _flops_ahead(self, model: GPT2, evaluated_tokens: int | None) -> float:
         """Return the floating-point operations that this process's device will do: those of a whole training run, or of an
@@ -81,8 +94,8 @@ class TorchRuntime(OneDevice):
         sequences = self.train.train_steps * self.train.gradient_accum_step * self.train.train_batch_size
         return model.flops_per_token() * model.config.seq_length * sequences / self.devices
 
-    def _compile(self, model: GPT2, evaluated_tokens: int | None = None) -> CompiledBlock | None:
-        asked, flops = self.train.compile, self._flops_ahead(model, evaluated_tokens)
+    def _compile(self, flops: float) -> CompiledBlock | None:
+        asked = self.train.compile
         if asked is False or (asked is None and flops < self.accelerator.compile_pays_from):
             return None
         if lack := self.accelerator.why_not_compiled():
@@ -92,21 +105,22 @@ class TorchRuntime(OneDevice):
         open_compile_cache(self.options.compile_cache)
         return CompiledBlock(prints=self.is_main)
 
-    def _kernels(self, model: ModelConfig, compiled: CompiledBlock | None) -> Kernels:
+    def _kernels(self, model: ModelConfig, compiled: CompiledBlock | None, fused: Fused | None) -> Kernels:
         device, dtype, sequences = self.accelerator, self.precision.dtype, self.train.train_batch_size // self.devices
         logits = sequences * model.seq_length * model.vocab_size * dtype.itemsize
-        # Unscaled gradients are not in fp16's range.
-        at_once = None if dtype == torch.float16 else device.logits_at_once
+        chunked_loss, at_once = device.chunked_loss(dtype)
         keeps = kept_numbers(sequences, model) * dtype.itemsize <= device.kept_bytes
         return choose_kernels(
             self.train,
             model,
             attention=device.attention,
             preferred="kept" if keeps else "sdpa",
-            chunked_loss=partial(in_place_cross_entropy, reads_wait=device.reads_wait),
+            chunked_loss=chunked_loss,
             loss_chunks=-(-logits // at_once) if at_once else None,
+            log_sums=device.log_sums(),
             checkpoint=partial(checkpoint, use_reentrant=False),
             compiled=compiled,
+            fused=fused,
         )
 
     def _adam(self, config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
@@ -116,6 +130,9 @@ class TorchRuntime(OneDevice):
 
     def _place_state(self, tensor: Tensor) -> Tensor:
         return parallel.split(tensor, self.mesh, self.device) if self.mesh else self.to_device(tensor)
+
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        return torch.zeros_like(parameter, requires_grad=False)
 
     def _send(self, batch: Batch) -> Batch:
         pins = self.accelerator.pins
@@ -186,13 +203,13 @@ class TorchRuntime(OneDevice):
         for name, tensor in tensors.items():
             whole = parallel.joined(tensor.detach())
             if self.is_main:
-                on_host[name] = whole.to("cpu", copy=True)
+                on_host[name] = self.accelerator.to_host(whole)
         return on_host
 
     def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
         # Whole even where it is split: all checkpoints of this runtime are of one kind and are written in the background.
         if self.options.zero1:
-            return {key: parallel.collect(part, self.device) for key, part in moments.items()}
+            return {key: parallel.collect(part, self.accelerator) for key, part in moments.items()}
         return super()._moments(moments, folder)
 
     def peak_flops(self) -> float | None:
@@ -200,5 +217,6 @@ class TorchRuntime(OneDevice):
         return None if peak is None else peak * self.devices
 
     def close(self) -> None:
-        if self.distributed and dist.is_initialized():
+        if self._peers and dist.is_initialized():
+            self._peers.close()
             dist.destroy_process_group()

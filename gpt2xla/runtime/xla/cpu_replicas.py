@@ -9,7 +9,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
-from gpt2xla.processes.exits import REPORT_ONCE, exit_code, exit_now_on_signal
+from gpt2xla.processes.exits import REPORT_ONCE, run_and_exit
 from gpt2xla.processes.quiet import silent
 from gpt2xla.runtime.torch.process_group import find_place
 from gpt2xla.runtime.xla.runtime import XlaRuntime
@@ -102,7 +101,7 @@ def _replica(rank: int, replicas: int, meeting: Path, run: Callable[..., None], 
     meeting_place = f"file://{meeting}"
     with silent(1):
         dist.init_process_group("gloo", init_method=meeting_place, rank=rank, world_size=replicas, timeout=_TIMEOUT)
-    sys.exit(exit_now_on_signal(exit_code(lambda: run(*arguments))))
+    run_and_exit(lambda: run(*arguments))
 
 
 def _end_with_launcher() -> None:
