@@ -254,19 +254,19 @@ def side_by_side(job: Job) -> None:
     runs.add("checkpointed", "--compile", *BF16, "--activation-checkpointing", "block")
     runs.add("dropout", "--compile", *BF16, "--dropout", 0.1)
     runs.make()
-    for name, allowed in (
-        ("fp32", 2e-4),
-        ("fp32_compiled", 2e-4),
-        ("tf32", 5e-3),
-        ("bf16", 5e-2),
-        ("bf16_compiled", 5e-2),
-        ("fp16_compiled", 2e-2),
+    for name, loss, norm in (
+        ("fp32", 2e-4, 1e-3),
+        ("fp32_compiled", 2e-4, 1e-3),
+        ("tf32", 2e-3, 2e-2),
+        ("bf16", 1e-2, 2e-1),
+        ("bf16_compiled", 1e-2, 2e-1),
+        ("fp16_compiled", 1e-2, 1e-1),
     ):
-        runs.compare(name, "cpu", allowed)
-        runs.compare(name, "cpu", allowed, "valid_loss")
-        runs.compare(name, "cpu", 5 * allowed, "grad_norm")
+        runs.compare(name, "cpu", loss)
+        runs.compare(name, "cpu", loss, "valid_loss")
+        runs.compare(name, "cpu", norm, "grad_norm")
     runs.compare("checkpointed", "bf16_compiled", 1e-2)
-    runs.compare("muon", "cpu_muon", 1e-1)
+    runs.compare("muon", "cpu_muon", 2e-2)
     runs.compare("dropout", "cpu", 0.5)  # draws other numbers
 
 
