@@ -274,7 +274,8 @@ class TrainConfig:
     )
     compile: bool | None = option(
         None,
-        "torch.compile the blocks (default: if the run is long enough to pay off); XLA always compiles, without this flag",
+        "torch.compile the blocks (default: if the run is long enough to pay off, and the device has no fused blocks); XLA always "
+        "compiles, without this flag",
     )
     eval_batch_size: int = option(32, "sequences per validation batch, over all devices together")
     valid_steps: int | Literal["all"] = option(
