@@ -274,8 +274,7 @@ class TrainConfig:
     )
     compile: bool | None = option(
         None,
-        "torch.compile the blocks (default: if the run is long enough to pay off, and the device has no fused blocks); XLA always "
-        "compiles, without this flag",
+        "torch.compile the blocks (default: in long runs, where the device has no fused blocks); XLA always compiles",
     )
     eval_batch_size: int = option(32, "sequences per validation batch, over all devices together")
     valid_steps: int | Literal["all"] = option(
