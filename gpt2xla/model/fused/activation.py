@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024  # numbers per program in the forward kernel
-_ROWS, _TILE, _COLUMNS = 128, 8, 256  # of a program in the backward kernel, which leaves one sum over its rows
+_ROWS, _TILE, _COLUMNS = 128, 8, 256  # of a program; the backward kernel leaves one sum over a program's rows
 
 
 def activated(h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -25,7 +24,7 @@ class _Activated(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         h = h.contiguous()
         y = torch.empty_like(h)
-        _forward[(triton.cdiv(h.numel(), _BLOCK),)](h, bias, y, h.numel(), F=h.shape[-1], KIND=activation, BLOCK=_BLOCK)
+        _launch(_forward, h, activation, h, bias, y)
         ctx.save_for_backward(h, bias)
         ctx.activation = activation
         return y
@@ -34,25 +33,38 @@ class _Activated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h, bias_F = ctx.saved_tensors
         width = h.shape[-1]
-        rows = h.numel() // width
         dh = torch.empty_like(h)
-        programs = triton.cdiv(rows, _ROWS)
-        sums_PF = None if bias_F is None else h.new_empty(programs, width, dtype=torch.float32)
-        _backward[(programs, triton.cdiv(width, _COLUMNS))](
-            grads[0].contiguous(), h, bias_F, dh, sums_PF, rows,
-            F=width, KIND=ctx.activation, ROWS=_ROWS, TILE=_TILE, COLUMNS=_COLUMNS,
-        )  # fmt: skip
-        return dh, None if sums_PF is None or bias_F is None else sums_PF.sum(0).to(bias_F.dtype), None
+        sums_PF = None
+        if bias_F is not None:
+            sums_PF = h.new_empty(triton.cdiv(h.numel() // width, _ROWS), width, dtype=torch.float32)
+        _launch(_backward, h, ctx.activation, grads[0].contiguous(), h, bias_F, dh, sums_PF)
+        return dh, None if sums_PF is None else sums_PF.sum(0), None
+
+
+def _launch(kernel: Any, h: Tensor, activation: str, *arguments: Tensor | None) -> None:
+    width = h.shape[-1]
+    rows = h.numel() // width
+    kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS))](
+        *arguments, rows, F=width, KIND=activation, ROWS=_ROWS, TILE=_TILE, COLUMNS=_COLUMNS
+    )
 
 
 @triton.jit
-def _forward(h, bias, y, size, F: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    x = tl.load(h + at, inside, 0.0).to(tl.float32)
+def _forward(  # type: ignore[no-untyped-def]
+    h, bias, y, rows,
+    F: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column_bias = tl.zeros((COLUMNS,), tl.float32)
     if bias is not None:
-        x += tl.load(bias + at % F, inside, 0.0).to(tl.float32)
-    tl.store(y + at, activate(x, KIND), inside)
+        column_bias = tl.load(bias + columns, columns < F, 0.0).to(tl.float32)
+    for start in range(0, ROWS, TILE):
+        row = start + tl.arange(0, TILE)[:, None]
+        inside = (first + row < rows) & (columns < F)[None, :]
+        at = row * F + columns[None, :]
+        x = tl.load(h + first * F + at, inside, 0.0).to(tl.float32) + column_bias[None, :]
+        tl.store(y + first * F + at, activate(x, KIND), inside)
 
 
 @triton.jit
@@ -62,21 +74,20 @@ def _backward(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * ROWS
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    within = columns < F
     column_bias = tl.zeros((COLUMNS,), tl.float32)
     if bias is not None:
-        column_bias = tl.load(bias + columns, within, 0.0).to(tl.float32)
+        column_bias = tl.load(bias + columns, columns < F, 0.0).to(tl.float32)
     total = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, ROWS, TILE):
-        row = first + start + tl.arange(0, TILE)[:, None]
-        inside = (row < rows) & within[None, :]
+        row = start + tl.arange(0, TILE)[:, None]
+        inside = (first + row < rows) & (columns < F)[None, :]
         at = row * F + columns[None, :]
-        x = tl.load(h + at, inside, 0.0).to(tl.float32) + column_bias[None, :]
-        out = tl.load(dy + at, inside, 0.0).to(tl.float32) * slope(x, KIND)
-        tl.store(dh + at, out, inside)
+        x = tl.load(h + first * F + at, inside, 0.0).to(tl.float32) + column_bias[None, :]
+        out = tl.load(dy + first * F + at, inside, 0.0).to(tl.float32) * slope(x, KIND)
+        tl.store(dh + first * F + at, out, inside)
         total += out
     if sums is not None:
-        tl.store(sums + tl.program_id(0) * F + columns, tl.sum(total, 0), within)
+        tl.store(sums + tl.program_id(0) * F + columns, tl.sum(total, 0), columns < F)
 
 
 @triton.jit

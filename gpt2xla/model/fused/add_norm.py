@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gpt2xla.model.arithmetic import compute_dtype
 
-# Of the backward kernel. All run at once, four on each multiprocessor of an H100, and each leaves one sum over its tokens.
+# Of the backward kernel where a program has four warps. All run at once, four on each multiprocessor of an H100, and each
+# leaves one sum over its tokens.
 PROGRAMS = 528
 
 
@@ -54,7 +55,7 @@ class _AddNorm(torch.autograd.Function):
         dtotal, dnormed = grads
         assert dnormed is not None, "the output head reads every block"
         rows, width = len(mean_N), total.shape[-1]
-        programs = min(rows, PROGRAMS)
+        programs = min(rows, PROGRAMS * 4 // _warps(width))
         dx = torch.empty_like(total)
         dy = None if ctx.y_dtype is None else torch.empty_like(total, dtype=ctx.y_dtype)
         sums_P3D = total.new_empty(programs, 3, width, dtype=torch.float32)
@@ -63,14 +64,14 @@ class _AddNorm(torch.autograd.Function):
             dx, dy, sums_P3D, rows,
             D=width, BLOCK=triton.next_power_of_2(width), ROWS=triton.cdiv(rows, programs), num_warps=_warps(width),
         )  # fmt: skip
-        dweight_D, dbias_D, dy_bias_D = sums_P3D.sum(0).to(weight_D.dtype)
+        dweight_D, dbias_D, dy_bias_D = sums_P3D.sum(0)
         return (
             dx, dy, dy_bias_D if ctx.has_y_bias else None, dweight_D, dbias_D if ctx.has_bias else None, None, None,
         )  # fmt: skip
 
 
 def _warps(width: int) -> int:
-    return 4 if width <= 2048 else 8
+    return min(max(triton.next_power_of_2(width) // 256, 4), 16)
 
 
 @triton.jit
@@ -78,20 +79,19 @@ def _forward(x, y, y_bias, weight, bias, total, normed, mean, scale, eps, D: tl.
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < D
-    at = row * D + columns
-    sums = tl.load(x + at, inside, 0.0).to(tl.float32)
+    sums = tl.load(x + row * D + columns, inside, 0.0).to(tl.float32)
     if y is not None:
-        sums += tl.load(y + at, inside, 0.0).to(tl.float32)
+        sums += tl.load(y + row * D + columns, inside, 0.0).to(tl.float32)
         if y_bias is not None:
             sums += tl.load(y_bias + columns, inside, 0.0).to(tl.float32)
-        tl.store(total + at, sums, inside)
+        tl.store(total + row * D + columns, sums, inside)
     row_mean = tl.sum(sums, 0) / D
     centred = tl.where(inside, sums - row_mean, 0.0)
     row_scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
     out = centred * row_scale * tl.load(weight + columns, inside, 0.0)
     if bias is not None:
         out += tl.load(bias + columns, inside, 0.0)
-    tl.store(normed + at, out, inside)
+    tl.store(normed + row * D + columns, out, inside)
     tl.store(mean + row, row_mean)
     tl.store(scale + row, row_scale)
 
@@ -109,10 +109,9 @@ def _backward(  # type: ignore[no-untyped-def]
     dy_bias = tl.zeros((BLOCK,), tl.float32)
     for step in range(ROWS):
         row = program + step * tl.num_programs(0)
-        at = row * D + columns
         inside = (columns < D) & (row < rows)
-        d = tl.load(dnormed + at, inside, 0.0).to(tl.float32)
-        value = tl.load(total + at, inside, 0.0).to(tl.float32)
+        d = tl.load(dnormed + row * D + columns, inside, 0.0).to(tl.float32)
+        value = tl.load(total + row * D + columns, inside, 0.0).to(tl.float32)
         row_scale = tl.load(scale + row, row < rows, 0.0)
         normalised = tl.where(inside, (value - tl.load(mean + row, row < rows, 0.0)) * row_scale, 0.0)
         dweight += d * normalised
@@ -121,10 +120,10 @@ def _backward(  # type: ignore[no-untyped-def]
         along = tl.sum(d * normalised, 0) / D
         out = row_scale * (d - tl.sum(d, 0) / D - normalised * along)
         if dtotal is not None:
-            out += tl.load(dtotal + at, inside, 0.0).to(tl.float32)
-        tl.store(dx + at, out, inside)
+            out += tl.load(dtotal + row * D + columns, inside, 0.0).to(tl.float32)
+        tl.store(dx + row * D + columns, out, inside)
         if dy is not None:
-            tl.store(dy + at, out, inside)
+            tl.store(dy + row * D + columns, out, inside)
             dy_bias += tl.where(inside, out, 0.0)
     here = sums + program * 3 * D + columns
     tl.store(here, dweight, columns < D)

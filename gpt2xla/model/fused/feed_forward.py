@@ -64,7 +64,7 @@ class _FeedForward(torch.autograd.Function):
         return (
             (dh_NF @ fc_FD).view_as(grads[0]),
             weight_gradient(dh_NF, x_ND, ctx.dtype),
-            sums_PF.sum(0).to(ctx.dtype) if ctx.has_bias else None,
+            sums_PF.sum(0) if ctx.has_bias else None,
             weight_gradient(dy_ND, y_NF, ctx.dtype),
             None,
             None,

@@ -60,7 +60,7 @@ class _ThreeProjections(torch.autograd.Function):
         x, weight_OD = ctx.saved_tensors
         dy_NO, dbias_O = _packed(*(grad.flatten(0, -2).contiguous() for grad in grads))
         dx, dweight_OD = (dy_NO @ weight_OD).view_as(x), weight_gradient(dy_NO, x.flatten(0, -2), ctx.dtype)
-        return dx, dweight_OD, dbias_O.to(ctx.dtype) if ctx.has_bias else None
+        return dx, dweight_OD, dbias_O if ctx.has_bias else None
 
 
 def _packed(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,9 +89,9 @@ def _pack(  # type: ignore[no-untyped-def]
         source = c
     total = tl.zeros((TILE, COLUMNS), tl.float32)
     for start in range(0, ROWS, TILE):
-        row = first + start + tl.arange(0, TILE)[:, None]
-        inside = (row < rows) & (columns < WIDTH)[None, :]
-        value = tl.load(source + row * WIDTH + columns[None, :], inside, 0.0)
-        tl.store(packed + (row * 3 + part) * WIDTH + columns[None, :], value, inside)
+        row = start + tl.arange(0, TILE)[:, None]
+        inside = (first + row < rows) & (columns < WIDTH)[None, :]
+        value = tl.load(source + first * WIDTH + row * WIDTH + columns[None, :], inside, 0.0)
+        tl.store(packed + first * 3 * WIDTH + (row * 3 + part) * WIDTH + columns[None, :], value, inside)
         total += value.to(tl.float32)
     tl.store(sums + (tl.program_id(0) * 3 + part) * WIDTH + columns, tl.sum(total, 0), columns < WIDTH)
