@@ -10,8 +10,9 @@ import torch
 from conftest import ROOT, succeed
 
 from gpt2xla.config import ModelConfig, RunConfig, TorchConfig
-from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.model.kernels import Fused
+from gpt2xla.model.gpt2 import GPT2, Block
+from gpt2xla.model.kernels import Fused, Kernels
+from gpt2xla.model.norm import plain_layer_norm
 from gpt2xla.runtime.torch.accelerators import Cpu
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
@@ -61,7 +62,7 @@ def test_fused_blocks_are_used_where_they_compute_what_was_asked(
         assert (tokens, dtype) == (4 * 8, torch.float32)
         return Fused(lambda block, x: x, lambda x, norm: x, "fused" + ", measured" * measures)
 
-    monkeypatch.setattr(Cpu, "fused_blocks", fused_blocks, raising=False)
+    monkeypatch.setattr(Cpu, "fused_blocks", fused_blocks)
     monkeypatch.setattr(Cpu, "compile_pays_from", 1e7)
     config = RunConfig.from_flat({"train_batch_size": 4, "train_steps": 100, "mixed_precision": "none", **options})
     try:
@@ -73,3 +74,22 @@ def test_fused_blocks_are_used_where_they_compute_what_was_asked(
     assert (model.kernels.block is not None) == (used is not None)
     assert not used or model.kernels.description.endswith(f", {used}")
     assert not used or model.kernels.compiled is None
+
+
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.01, False), (float("nan"), False)])
+def test_fused_blocks_that_compute_something_else_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, factor: float, agrees: bool
+) -> None:
+    def fused_blocks(device: Cpu, *args: object, **kwargs: object) -> Fused | None:
+        def block(module: Block, x: torch.Tensor) -> torch.Tensor:
+            return module(x, Kernels()) * factor
+
+        return Fused(block, plain_layer_norm, "fused") if device.has_fused else None
+
+    monkeypatch.setattr(Cpu, "fused_blocks", fused_blocks)
+    monkeypatch.setattr(Cpu, "has_fused", True)
+    config = RunConfig.from_flat({"train_batch_size": 4, "train_steps": 1, "mixed_precision": "none"})
+    model = GPT2(ModelConfig(vocab_size=31, seq_length=8, d_model=8, num_layers=1, num_heads=2))
+    TorchRuntime(TorchConfig(), config.train, "cpu").setup_model(model)
+    assert (model.kernels.block is not None) == agrees
+    assert ("note: training without fused kernels" in capsys.readouterr().err) != agrees

@@ -41,6 +41,7 @@ class Accelerator(Memory):
     name: str  # the device's own name
     backend = "gloo"  # what torch.distributed reduces with
     fused = False  # whether torch has a fused Adam for it
+    has_fused = False  # whether the kernels of model/fused/ run here
     pins = False  # whether batches are copied from pinned memory, while the device works
     reads_behind = 0  # how many steps late the host reads a step's values, so that the device never waits for work
     reads_wait = True  # whether reading a value makes the host wait for the device
@@ -187,6 +188,11 @@ class Cuda(Accelerator):
         self.name = torch.cuda.get_device_name(self.device)
         self.ddp_ids = [self.device]
 
+    def prepare(self, matmul_precision: str) -> None:
+        super().prepare(matmul_precision)
+        # AMD's products of 16-bit numbers are not summed in fp32.
+        self.has_fused = not torch.version.hip and self.why_not_compiled() is None
+
     def precision(self) -> DevicePrecision:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # also on all of AMD's
         return of_cuda(self.name, has_bf16, torch.cuda.get_device_capability(self.device))
@@ -227,14 +233,14 @@ class Cuda(Accelerator):
         return torch.empty(2, 2**24, dtype=torch.uint8, pin_memory=True)
 
     def chunked_loss(self, dtype: torch.dtype) -> tuple[Callable[..., Tensor], int | None]:
-        if not self._has_fused():
+        if not self.has_fused:
             return super().chunked_loss(dtype)
         from gpt2xla.model.fused.cross_entropy import fused_cross_entropy
 
         return fused_cross_entropy, self.logits_at_once
 
     def log_sums(self) -> LogSums | None:
-        if not self._has_fused():
+        if not self.has_fused:
             return None
         from gpt2xla.model.fused.cross_entropy import fused_log_sums
 
@@ -261,13 +267,8 @@ class Cuda(Accelerator):
             return "it needs a C compiler, such as gcc, and Python's header files (python3-dev)"
         return None
 
-    def _has_fused(self) -> bool:
-        """Tell whether the kernels of `model/fused/` run here."""
-        # AMD's products of 16-bit numbers are not summed in fp32.
-        return not torch.version.hip and self.why_not_compiled() is None
-
     def fused_blocks(self, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused | None:
-        if not self._has_fused():
+        if not self.has_fused:
             return None
         from gpt2xla.model.fused.block import fastest_tile, fused_block, fused_layer_norm
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
+from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
+from gpt2xla.logs.console import say
 from gpt2xla.model.attention import kept_numbers
+from gpt2xla.model.fused.agreement import ALLOWED, largest_error
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Fused, Kernels, choose_kernels
 from gpt2xla.runtime.base import P, T
@@ -65,16 +67,28 @@ class TorchRuntime(OneDevice):
 
     def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
         flops = self._flops_ahead(model, evaluated_tokens)
-        fused = self._fused(model, flops)
-        compiled = None if fused else self._compile(flops)
-        if compiled:
-            self.watch = compiled
-        model.kernels = self._kernels(model.config, compiled, fused)
+        model.kernels = self._kernels(model, flops)
+        if self.accelerator.has_fused and not self._agrees(model):
+            self.accelerator.has_fused = False
+            model.kernels = self._kernels(model, flops)
+        if isinstance(model.kernels.compiled, CompiledBlock):
+            self.watch = model.kernels.compiled
         if self.mesh:
             self._sharded = parallel.shard_fully(model, self.mesh, self.accelerator, self.precision.dtype)
             return self._sharded
         model.to(self.device)
         return parallel.wrap_in_ddp(model, self.accelerator) if self.distributed else model
+
+    def _agrees(self, model: GPT2) -> bool:
+        """Tell whether the model's kernels compute what torch's own operations do, and print a note if not."""
+        error = largest_error(model.config, model.kernels, self.device, self.autocast)
+        agrees = error < ALLOWED[self.precision.dtype]  # not if it is NaN
+        if not agrees and self.is_main:
+            text = (
+                f"their gradients are off by {error:.1e} on this GPU, with torch {torch.__version__}; please report it"
+            )
+            say(f"note: training without fused kernels, which is slower: {text}", error=True)
+        return agrees
 
     def _fused(self, model: GPT2, flops: float) -> Fused | None:
         """Return the device's own kernels for whole blocks, if it has them and they compute what was asked for."""
@@ -105,21 +119,23 @@ class TorchRuntime(OneDevice):
         open_compile_cache(self.options.compile_cache)
         return CompiledBlock(prints=self.is_main)
 
-    def _kernels(self, model: ModelConfig, compiled: CompiledBlock | None, fused: Fused | None) -> Kernels:
+    def _kernels(self, model: GPT2, flops: float) -> Kernels:
         device, dtype, sequences = self.accelerator, self.precision.dtype, self.train.train_batch_size // self.devices
-        logits = sequences * model.seq_length * model.vocab_size * dtype.itemsize
+        config = model.config
+        logits = sequences * config.seq_length * config.vocab_size * dtype.itemsize
         chunked_loss, at_once = device.chunked_loss(dtype)
-        keeps = kept_numbers(sequences, model) * dtype.itemsize <= device.kept_bytes
+        keeps = kept_numbers(sequences, config) * dtype.itemsize <= device.kept_bytes
+        fused = self._fused(model, flops)
         return choose_kernels(
             self.train,
-            model,
+            config,
             attention=device.attention,
             preferred="kept" if keeps else "sdpa",
             chunked_loss=chunked_loss,
             loss_chunks=-(-logits // at_once) if at_once else None,
             log_sums=device.log_sums(),
             checkpoint=partial(checkpoint, use_reentrant=False),
-            compiled=compiled,
+            compiled=None if fused else self._compile(flops),
             fused=fused,
         )
 

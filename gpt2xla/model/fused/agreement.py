@@ -1,0 +1,42 @@
+"""Whether kernels compute on this device what torch's own operations do, found out on a small model at the start of a run.
+
+No list of GPUs, drivers and versions of Triton on which they were right would be complete, and a wrong gradient shows
+only in a loss that falls more slowly than it could."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from gpt2xla.config import ModelConfig
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.kernels import Kernels
+
+# By type of the products. Two right ways to round differ by a tenth of these.
+ALLOWED = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_SEQUENCES, _TOKENS, _IDS = 2, 64, 512
+
+
+def largest_error(
+    config: ModelConfig, kernels: Kernels, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]
+) -> float:
+    """Return how far the gradients of one block and its loss are from plain ones: of all parameters, the largest norm of a
+    difference relative to the norm of the plain gradient."""
+    small = dataclasses.replace(config, num_layers=1, vocab_size=_IDS, vocab_padding=3, seq_length=_TOKENS, dropout=0.0)
+    model = GPT2(small)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.to(device)
+    ids = torch.randint(0, _IDS - 3, (_SEQUENCES, _TOKENS + 1), generator=torch.Generator().manual_seed(1)).to(device)
+
+    def gradients(kernels: Kernels) -> tuple[Tensor, ...]:
+        model.kernels = dataclasses.replace(kernels, compiled=None, checkpoint=None)
+        with autocast():
+            loss, _ = model(ids[:, :-1], ids[:, 1:])
+        return torch.autograd.grad(loss, list(model.parameters()))
+
+    pairs = zip(gradients(kernels), gradients(Kernels()), strict=True)
+    return float(torch.stack([(found - plain).norm() / plain.norm() for found, plain in pairs]).max())
