@@ -141,7 +141,7 @@ class _Reader:
         ]
         rows += [[0] * (2 + new)] * (self.rows - len(texts))
         read = self._read_token if new == 1 else self._read_prompts
-        return read(self.device.to_device(torch.tensor(rows)), span).cpu()
+        return read(self.device.to_device(torch.tensor(rows, dtype=torch.int64)), span).cpu()
 
 
 def _bucket(new: int, seq_length: int) -> int:

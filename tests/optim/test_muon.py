@@ -68,7 +68,8 @@ def test_xla_equals_torch_in_two_graphs(torch_run: Path, xla_run: Path) -> None:
     assert compiles(xla_run) == 2
     ours, theirs = (load_file(folder / "step-00000020" / "model.safetensors") for folder in (xla_run, torch_run))
     for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=1e-4)
+        # By matrix: Adam divides by a gradient's size, so that single elements with hardly any gradient differ by more.
+        assert (ours[name] - weight).norm() < 2e-4 * weight.norm(), name
 
 
 @pytest.mark.parametrize(

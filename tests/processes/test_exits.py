@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT, SMALL_RUN, prepare_documents
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -179,7 +180,7 @@ def meet(monkeypatch: pytest.MonkeyPatch, place: Place, port: int, host: str = "
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(process_group, "MINUTES_TO_MEET", minutes)
     monkeypatch.setattr(process_group, "SECONDS_OF_SILENCE", 0.1)
-    join(place, "gloo")
+    join(place, "gloo", torch.device("cpu"))
 
 
 @pytest.fixture

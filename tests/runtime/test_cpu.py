@@ -76,15 +76,20 @@ def test_products_are_exact(precision: str) -> None:
 def test_long_runs_alone_are_compiled_unasked() -> None:
     model = GPT2(CONFIG)
     runtime = TorchRuntime(TorchConfig(compile_cache=""), TrainConfig())
+
+    def is_compiled(model: GPT2, evaluated_tokens: int | None = None) -> bool:
+        runtime.setup_model(model, evaluated_tokens)
+        return model.kernels.compiled is not None
+
     per_step = model.flops_per_token() * CONFIG.seq_length * 32 * 8
     for steps, expected in ((int(2e14 / per_step) - 1, False), (int(2e14 / per_step) + 1, True)):
         runtime.train = TrainConfig(train_steps=steps)
-        assert (runtime._compile(model) is not None) == expected
+        assert is_compiled(model) == expected
         runtime.train = TrainConfig(train_steps=steps, compile=False)
-        assert runtime._compile(model) is None
+        assert not is_compiled(model)
     runtime.train = TrainConfig()
     for tokens, expected in ((1000, False), (int(3 * 2e14 / model.flops_per_token()) + 1, True)):
-        assert (runtime._compile(model, tokens) is not None) == expected, "an evaluation: forward alone"
+        assert is_compiled(model, tokens) == expected, "an evaluation: forward alone"
 
 
 def test_without_a_compiler_nothing_is_compiled_and_asking_for_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +101,9 @@ def test_without_a_compiler_nothing_is_compiled_and_asking_for_it_is_an_error(mo
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     assert "C++ compiler" in (Cpu().why_not_compiled() or "")
-    assert TorchRuntime(TorchConfig(), TrainConfig(train_steps=10**9))._compile(GPT2(CONFIG)) is None
+    model = GPT2(CONFIG)
+    TorchRuntime(TorchConfig(), TrainConfig(train_steps=10**9)).setup_model(model)
+    assert model.kernels.compiled is None
     runtime = TorchRuntime(TorchConfig(), TrainConfig(compile=True))
     with pytest.raises(InputError, match=r"^--compile: it needs a C\+\+ compiler, such as g\+\+; leave it out$"):
         runtime.setup_model(GPT2(CONFIG))
