@@ -69,7 +69,7 @@ def test_xla_equals_torch_in_two_graphs(torch_run: Path, xla_run: Path) -> None:
     ours, theirs = (load_file(folder / "step-00000020" / "model.safetensors") for folder in (xla_run, torch_run))
     for name, weight in theirs.items():
         # By matrix: Adam divides by a gradient's size, so that single elements with hardly any gradient differ by more.
-        assert (ours[name] - weight).norm() < 2e-4 * weight.norm(), name
+        assert (ours[name] - weight).norm() < 1e-3 * weight.norm(), name
 
 
 @pytest.mark.parametrize(
