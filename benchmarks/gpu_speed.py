@@ -23,7 +23,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.devices import move
 from gpt2xla.generation.sampling import GREEDY
-from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.gpt2 import GPT2, MLP
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 from gpt2xla.training.train_step import TrainStep
 
@@ -177,6 +177,7 @@ def single_kernels(job: Job) -> None:
     for name, outputs, inputs in (("c_attn", 2304, 768), ("attn.c_proj", 768, 768), ("mlp.c_proj", 768, 3072)):
         _show_linear(name, outputs, inputs)
     _show_attention()
+    _show_fused()
 
 
 def _make(*shape: int, **options: Any) -> Tensor:
@@ -228,6 +229,44 @@ def _show_attention() -> None:
     ):
         _show(f"attention, {name}: forward", partial(attention, backend, False), flops)
         _show(f"attention, {name}: forward and backward", partial(attention, backend, True), 3.5 * flops)
+
+
+def _show_fused() -> None:
+    """Show our own kernels, which should move their bytes as fast as a copy does, and both kinds of feed-forward layers."""
+    from gpt2xla.model.fused.activation import activated
+    from gpt2xla.model.fused.add_norm import add_norm
+    from gpt2xla.model.fused.block import feed_forward_layers
+    from gpt2xla.model.fused.cross_entropy import by_rows
+    from gpt2xla.model.fused.feed_forward import TILES
+
+    N, D = 65536, 768
+    x, y, h = _make(N, D).float().requires_grad_(), _make(N, D, requires_grad=True), _make(N, 4 * D, requires_grad=True)
+    vector, wide = _make(D).float().requires_grad_(), _make(4 * D).float().requires_grad_()
+
+    def twice(function: Callable[[], Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Any:
+        results = function()
+        return torch.autograd.grad(results, inputs, results, allow_unused=True)
+
+    norm = partial(add_norm, x, y, vector, vector, vector, 1e-5)
+    _show("residual sum and layer norm: forward", norm, moved=12.0 * N * D)
+    _show("residual sum and layer norm: forward and backward", partial(twice, norm, x, y, vector), moved=28.0 * N * D)
+    gelu = partial(activated, h, wide, "gelu-tanh")
+    _show("bias and GELU: forward", gelu, moved=16.0 * N * D)
+    _show("bias and GELU: forward and backward", partial(twice, gelu, h, wide), moved=40.0 * N * D)
+    logits, labels, losses = (
+        _make(9472, 50304),
+        torch.zeros(9472, dtype=torch.int64, device="cuda"),
+        _make(9472).float(),
+    )
+    row = partial(by_rows, logits, losses, 0, labels)
+    _show("loss of rows and its gradient, 9472 tokens", row, moved=4.0 * logits.numel())
+    mlp = MLP(ModelConfig()).cuda()
+    for tile in (None, *TILES):
+        name = f"activation in products of {tile.rows} x {tile.columns}" if tile else "activation by itself"
+        layers = partial(feed_forward_layers, mlp, y, tile)
+        _show(f"feed-forward layers, {name}: forward", layers, 16.0 * N * D * D)
+        work = partial(twice, layers, y, *mlp.parameters())
+        _show(f"feed-forward layers, {name}: forward and backward", work, 48.0 * N * D * D)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ def fused_block(block: Block, stream: Tensor | Stream, tile: Tile | None = None)
     y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, attn.num_heads)
     stream = Stream(x_BTD, linear(y_BTD, attn.c_proj.weight), attn.c_proj.bias)
     x_BTD, normed_BTD = _added(stream, block.ln_2)
-    return Stream(x_BTD, _feed_forward(mlp, normed_BTD, tile), mlp.c_proj.bias)
+    return Stream(x_BTD, feed_forward_layers(mlp, normed_BTD, tile), mlp.c_proj.bias)
 
 
-def _feed_forward(mlp: MLP, x: Tensor, tile: Tile | None) -> Tensor:
-    """Return `mlp(x)` without the bias of its last layer."""
+def feed_forward_layers(mlp: MLP, x: Tensor, tile: Tile | None) -> Tensor:
+    """Return `mlp(x)` without the bias of its last layer, with the activation in products if there is a `tile`."""
     if tile:
         return feed_forward(x, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.activation, tile)
     h = activated(linear(x, mlp.c_fc.weight), mlp.c_fc.bias, mlp.activation)
@@ -56,7 +56,7 @@ def fastest_tile(config: ModelConfig, x_ND: Tensor, seconds: Callable[..., float
     x_ND = x_ND.requires_grad_()
 
     def run(tile: Tile | None) -> None:
-        torch.autograd.backward(_feed_forward(mlp, x_ND, tile), x_ND.detach())
+        torch.autograd.backward(feed_forward_layers(mlp, x_ND, tile), x_ND.detach())
 
     best, least = None, seconds(run, None)
     for tile in TILES:
