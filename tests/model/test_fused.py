@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -76,9 +77,9 @@ def test_fused_blocks_are_used_where_they_compute_what_was_asked(
     assert not used or model.kernels.compiled is None
 
 
-@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.01, False), (float("nan"), False)])
-def test_fused_blocks_that_compute_something_else_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, factor: float, agrees: bool
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1.01, False), (float("nan"), False), ("x", False)])
+def test_fused_blocks_that_fail_or_compute_something_else_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, factor: Any, agrees: bool
 ) -> None:
     def fused_blocks(device: Cpu, *args: object, **kwargs: object) -> Fused | None:
         def block(module: Block, x: torch.Tensor) -> torch.Tensor:

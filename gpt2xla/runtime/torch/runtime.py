@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.data.windows import Batch
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, in_one_line
 from gpt2xla.logs.console import say
 from gpt2xla.model.attention import kept_numbers
 from gpt2xla.model.fused.agreement import ALLOWED, largest_error
@@ -67,10 +67,7 @@ class TorchRuntime(OneDevice):
 
     def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
         flops = self._flops_ahead(model, evaluated_tokens)
-        model.kernels = self._kernels(model, flops)
-        if self.accelerator.has_fused and not self._agrees(model):
-            self.accelerator.has_fused = False
-            model.kernels = self._kernels(model, flops)
+        model.kernels = self._checked_kernels(model, flops)
         if isinstance(model.kernels.compiled, CompiledBlock):
             self.watch = model.kernels.compiled
         if self.mesh:
@@ -79,16 +76,23 @@ class TorchRuntime(OneDevice):
         model.to(self.device)
         return parallel.wrap_in_ddp(model, self.accelerator) if self.distributed else model
 
-    def _agrees(self, model: GPT2) -> bool:
-        """Tell whether the model's kernels compute what torch's own operations do, and print a note if not."""
-        error = largest_error(model.config, model.kernels, self.device, self.autocast)
-        agrees = error < ALLOWED[self.precision.dtype]  # not if it is NaN
-        if not agrees and self.is_main:
-            text = (
-                f"their gradients are off by {error:.1e} on this GPU, with torch {torch.__version__}; please report it"
-            )
-            say(f"note: training without fused kernels, which is slower: {text}", error=True)
-        return agrees
+    def _checked_kernels(self, model: GPT2, flops: float) -> Kernels:
+        """Return the kernels to use, without the fused ones if they fail here or compute something else than torch does."""
+        if self.accelerator.has_fused:
+            try:
+                kernels = self._kernels(model, flops)
+                error = largest_error(model.config, kernels, self.device, self.autocast)
+                if error < ALLOWED[self.precision.dtype]:  # not if it is NaN
+                    return kernels
+                reason = f"their gradients are off by {error:.1e} on this GPU, with torch {torch.__version__}"
+            except InputError:
+                raise
+            except Exception as failure:  # each kind of GPU and version of Triton fails in its own way
+                reason = in_one_line(failure)
+            if self.is_main:
+                say(f"note: training without fused kernels, which is slower ({reason}); please report it", error=True)
+            self.accelerator.has_fused = False
+        return self._kernels(model, flops)
 
     def _fused(self, model: GPT2, flops: float) -> Fused | None:
         """Return the device's own kernels for whole blocks, if it has them and they compute what was asked for."""
