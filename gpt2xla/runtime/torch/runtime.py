@@ -21,7 +21,7 @@ from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError, in_one_line
 from gpt2xla.logs.console import say
 from gpt2xla.model.attention import kept_numbers
-from gpt2xla.model.fused.agreement import ALLOWED, largest_error
+from gpt2xla.model.fused.agreement import allowed_error, largest_error
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Fused, Kernels, choose_kernels
 from gpt2xla.runtime.base import P, T
@@ -82,7 +82,7 @@ class TorchRuntime(OneDevice):
             try:
                 kernels = self._kernels(model, flops)
                 error = largest_error(model.config, kernels, self.device, self.autocast)
-                if error < ALLOWED[self.precision.dtype]:  # not if it is NaN
+                if error < allowed_error(self.precision.dtype, self.train.matmul_precision):  # not if it is NaN
                     return kernels
                 reason = f"their gradients are off by {error:.1e} on this GPU, with torch {torch.__version__}"
             except InputError:
