@@ -64,7 +64,8 @@ STEPS = (
 class Check:
     """The steps that were made, what they found, and the time that is left."""
 
-    def __init__(self, minutes: float, nanogpt: Path | None, work: Path, out: Path) -> None:
+    def __init__(self, minutes: float, nanogpt: Path | None, work: Path, out: Path, only: list[str]) -> None:
+        self.only = only  # named in the results' file, so that some steps do not overwrite the results of all
         self.start, self.minutes, self.nanogpt, self.work, self.out = time.monotonic(), minutes, nanogpt, work, out
         self.written = out  # the newest page
         self.results: dict[str, Any] = {"date": str(date.today()), "environment": {}, "steps": [], "reports": []}
@@ -145,6 +146,7 @@ class Check:
 
         if card := self.results["environment"].get("card"):
             name = re.sub(r"\W+", "_", card.lower().replace("nvidia", "")).strip("_")
+            name = "-".join([name, *self.only])
             self.out.mkdir(parents=True, exist_ok=True)
             for suffix, text in (("json", json.dumps(self.results, indent=1) + "\n"), ("md", page(self.results))):
                 self.written = self.out / f"gpu_{name}.{suffix}"
@@ -182,13 +184,17 @@ def main() -> int:
         parser.error(f"--minutes {args.minutes}: choose a number above 0")
     if args.nanogpt and not (args.nanogpt.name == "model.py" and args.nanogpt.is_file()):
         parser.error(f"--nanogpt {args.nanogpt}: there is no such model.py; name nanoGPT's")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is not a folder")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}; name a folder to write to")
     sys.path.insert(0, str(HERE.parent))  # for a tree that is not installed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         nanogpt = args.nanogpt.resolve().parent if args.nanogpt else None
-        checked = Check(args.minutes, nanogpt, Path(work), args.out.resolve())
+        checked = Check(args.minutes, nanogpt, Path(work), args.out.resolve(), args.only or [])
         for step in STEPS:
             if step.name == "environment" or not args.only or step.name in args.only:
                 checked.make(step)
@@ -207,7 +213,14 @@ def main() -> int:
     print(f"\n{summary(checked.results)}\n")
     for failure in failures:
         print("FAIL", failure)
-    print(f"{len(failures)} failures beside {checks} checks" if failures else f"all {checks} checks passed", end="; ")
+    print(
+        f"{len(failures)} failures beside {checks} checks"
+        if failures
+        else f"all {checks} checks passed"
+        if checks
+        else "no checks",
+        end="; ",
+    )
     print(checked.written)
     return 1 if failures else 0
 

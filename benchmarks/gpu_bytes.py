@@ -416,6 +416,10 @@ def main() -> None:
     parser.add_argument("--activation-in-products", action="store_true", help="count ours as where that is faster")
     parser.add_argument("--top", type=int, default=0, metavar="N", help="also list the N kernels that take longest")
     args = parser.parse_args()
+    if args.batch is not None and args.batch < 1:
+        parser.error(f"--batch {args.batch}: choose a number of at least 1")
+    if args.activation_in_products and args.precision == "fp32":
+        parser.error("--activation-in-products needs --precision bf16 or fp16")
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA device")
     chosen = {"ours": None} if args.only != "nanoGPT" else {}

@@ -48,7 +48,7 @@ def test_steps_that_fail_or_hang_do_not_keep_the_others_from_running(
     monkeypatch.setattr(gpu, "STEPS", steps)
     work = tmp_path / "work"
     work.mkdir()
-    checked = gpu.Check(gpu.MINUTES, None, work, tmp_path / "out")
+    checked = gpu.Check(gpu.MINUTES, None, work, tmp_path / "out", [])
     for step in steps[:-1]:
         checked.make(step)
     checked.minutes = 0

@@ -109,6 +109,8 @@ def test_rows_of_all_products_are_aligned(ids: int, monkeypatch: pytest.MonkeyPa
 def test_a_gpu_fuses_its_loss_where_triton_works(lack: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cuda, "why_not_compiled", lambda self: lack)
     gpu = Cuda.__new__(Cuda)  # which finds no GPU here
+    gpu.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     gpu.prepare("highest")
     loss_of, at_once = gpu.chunked_loss(torch.float16)
     assert (loss_of is cross_entropy.fused_cross_entropy) == (lack is None)

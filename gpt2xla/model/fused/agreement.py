@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gpt2xla.config import ModelConfig
+from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels
 
-_SEQUENCES, _TOKENS, _IDS = 2, 64, 512
+# Enough for every kernel to have several programs, each with several rows and pieces, the last ones not full.
+_SEQUENCES, _TOKENS, _IDS, _PADDING = 5, 257, 8200, 3
 
 
 def allowed_error(dtype: torch.dtype, matmul_precision: str) -> float:
@@ -29,19 +32,32 @@ def allowed_error(dtype: torch.dtype, matmul_precision: str) -> float:
 def largest_error(
     config: ModelConfig, kernels: Kernels, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]
 ) -> float:
-    """Return how far the gradients of one block and its loss are from plain ones: of all parameters, the largest norm of a
-    difference relative to the norm of the plain gradient."""
-    small = dataclasses.replace(config, num_layers=1, vocab_size=_IDS, vocab_padding=3, seq_length=_TOKENS, dropout=0.0)
+    """Return how far one block and its loss are from plain ones: of the parameters' gradients and the `log_sums` of `kernels`,
+    the largest norm of a difference, relative to the norm of the plain one."""
+    small = dataclasses.replace(
+        config, num_layers=1, vocab_size=_IDS, vocab_padding=_PADDING, seq_length=_TOKENS, dropout=0.0
+    )
     model = GPT2(small)
     model.init_weights(torch.Generator().manual_seed(0))
     model.to(device)
-    ids = torch.randint(0, _IDS - 3, (_SEQUENCES, _TOKENS + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    ids = torch.randint(0, _IDS - _PADDING, (_SEQUENCES, _TOKENS + 1), generator=torch.Generator().manual_seed(1))
+    ids = ids.to(device)
+    if isinstance(kernels.cross_entropy, partial):
+        pieces = partial(kernels.cross_entropy.func, **{**kernels.cross_entropy.keywords, "chunks": 2})
+        kernels = dataclasses.replace(kernels, cross_entropy=pieces)
 
-    def gradients(kernels: Kernels) -> tuple[Tensor, ...]:
+    def results(kernels: Kernels) -> list[Tensor]:
         model.kernels = dataclasses.replace(kernels, compiled=None, checkpoint=None)
         with autocast():
             loss, _ = model(ids[:, :-1], ids[:, 1:])
-        return torch.autograd.grad(loss, list(model.parameters()))
+        found = list(torch.autograd.grad(loss, list(model.parameters())))
+        with torch.no_grad(), autocast():
+            x_BTD = model.hidden(ids[:, :-1])
+            if kernels.log_sums:
+                found.append(kernels.log_sums(x_BTD.to(compute_dtype(x_BTD)), model.head_weight, _PADDING))
+            else:
+                found.append(model.logits(ids[:, :-1]).float().logsumexp(-1))
+        return found
 
-    pairs = zip(gradients(kernels), gradients(Kernels()), strict=True)
+    pairs = zip(results(kernels), results(Kernels()), strict=True)
     return float(torch.stack([(found - plain).norm() / plain.norm() for found, plain in pairs]).max())

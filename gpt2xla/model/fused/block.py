@@ -40,7 +40,7 @@ def fused_block(block: Block, stream: Tensor | Stream, tile: Tile | None = None)
 
 def feed_forward_layers(mlp: MLP, x: Tensor, tile: Tile | None) -> Tensor:
     """Return `mlp(x)` without the bias of its last layer, with the activation in products if there is a `tile`."""
-    if tile:
+    if tile and x.element_size() == 2:  # other types would need twice the shared memory
         return feed_forward(x, mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.activation, tile)
     h = activated(linear(x, mlp.c_fc.weight), mlp.c_fc.bias, mlp.activation)
     return linear(h, mlp.c_proj.weight)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2xla.config import ModelConfig
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, in_one_line
 from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.model.attention import chunked_attention, kept_attention
 from gpt2xla.model.kernels import Attention, Fused, LogSums
@@ -42,6 +42,7 @@ class Accelerator(Memory):
     backend = "gloo"  # what torch.distributed reduces with
     fused = False  # whether torch has a fused Adam for it
     has_fused = False  # whether the kernels of model/fused/ run here
+    why_not_fused: str | None = None  # what a device lacks that should run them
     pins = False  # whether batches are copied from pinned memory, while the device works
     reads_behind = 0  # how many steps late the host reads a step's values, so that the device never waits for work
     reads_wait = True  # whether reading a value makes the host wait for the device
@@ -190,8 +191,10 @@ class Cuda(Accelerator):
 
     def prepare(self, matmul_precision: str) -> None:
         super().prepare(matmul_precision)
-        # AMD's products of 16-bit numbers are not summed in fp32.
-        self.has_fused = not torch.version.hip and self.why_not_compiled() is None
+        # AMD's products of 16-bit numbers are not summed in fp32. Older GPUs have no Triton.
+        if not torch.version.hip and torch.cuda.get_device_capability(self.device) >= (7, 0):
+            self.why_not_fused = self.why_not_compiled()
+            self.has_fused = self.why_not_fused is None
 
     def precision(self) -> DevicePrecision:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # also on all of AMD's
@@ -263,8 +266,11 @@ class Cuda(Accelerator):
 
         try:
             driver.active.get_current_target()  # compiles the program that starts kernels, unless a run before did
-        except Exception:
-            return "it needs a C compiler, such as gcc, and Python's header files (python3-dev)"
+        except Exception as error:
+            return (
+                "Triton needs a C compiler, such as gcc, Python's header files (python3-dev) and a TRITON_CACHE_DIR that it "
+                f"can write to ({in_one_line(error)})"
+            )
         return None
 
     def fused_blocks(self, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused | None:

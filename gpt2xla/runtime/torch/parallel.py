@@ -35,6 +35,12 @@ def check_options(options: TorchConfig, *, distributed: bool) -> None:
             raise InputError(f"{name} needs several processes; start them with torchrun, or leave it out")
 
 
+def check_backend(options: TorchConfig, backend: str, accelerator: Accelerator) -> None:
+    """Raise InputError for a backend that cannot split weights on the device."""
+    if options.fsdp and backend != accelerator.backend:
+        raise InputError(f"--fsdp needs {accelerator.backend} here; leave --ddp-backend {backend} out")
+
+
 def check_optimizer(options: TorchConfig, config: OptimConfig) -> None:
     """Raise InputError if an update needs whole matrices and each process has only parts."""
     for name, asked in (("--zero1", options.zero1), ("--fsdp", options.fsdp)):
@@ -51,7 +57,7 @@ def describe(options: TorchConfig) -> str:
     return ", optimizer split" if options.zero1 else ""
 
 
-def wrap_in_ddp(model: nn.Module, accelerator: Accelerator) -> DistributedDataParallel:
+def wrap_in_ddp(model: nn.Module, accelerator: Accelerator, dtype: torch.dtype) -> DistributedDataParallel:
     """Return `model` with gradients that are averaged over processes in the backward pass, outside of no_sync()."""
     ddp = DistributedDataParallel(
         model, device_ids=accelerator.ddp_ids, gradient_as_bucket_view=True, static_graph=True
@@ -59,7 +65,7 @@ def wrap_in_ddp(model: nn.Module, accelerator: Accelerator) -> DistributedDataPa
     # DDP regroups gradients after its first backward pass, and the groups decide the order of summation. After this warm-up
     # all steps sum in the same order, so that the first step after a resume equals the same step of an unbroken run.
     # static_graph also requires that the first pass reduces, which the first of several micro-steps does not.
-    _warm_up(ddp, accelerator.device)
+    _warm_up(ddp, accelerator, dtype)
     return ddp
 
 
@@ -83,15 +89,16 @@ def shard_fully(model: GPT2, mesh: DeviceMesh, accelerator: Accelerator, dtype: 
         for part in (model, *model.h):
             cast("FSDPModule", part).set_force_sum_reduction_for_comms(True)
     # The root must run first, and an evaluation, which calls only methods of the root, may come before training.
-    with torch.autocast(accelerator.kind, dtype, enabled=dtype != torch.float32):
-        _warm_up(model, accelerator.device)
+    _warm_up(model, accelerator, dtype)
     return model
 
 
-def _warm_up(model: nn.Module, device: torch.device) -> None:
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+def _warm_up(model: nn.Module, accelerator: Accelerator, dtype: torch.dtype) -> None:
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=accelerator.device)
     for _ in range(2):
-        model(ids, ids)[0].backward()
+        with torch.autocast(accelerator.kind, dtype, enabled=dtype != torch.float32):
+            loss, _ = model(ids, ids)
+        loss.backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -43,7 +43,9 @@ class TorchRuntime(OneDevice):
         parallel.check_options(options, distributed=self.distributed)
         self.accelerator = accelerator = pick_accelerator(place, device)
         if place:
-            join(place, choose_backend(options.ddp_backend, accelerator), accelerator.device)
+            backend = choose_backend(options.ddp_backend, accelerator)
+            parallel.check_backend(options, backend, accelerator)
+            join(place, backend, accelerator.device)
         accelerator.prepare(config.matmul_precision)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
@@ -74,24 +76,26 @@ class TorchRuntime(OneDevice):
             self._sharded = parallel.shard_fully(model, self.mesh, self.accelerator, self.precision.dtype)
             return self._sharded
         model.to(self.device)
-        return parallel.wrap_in_ddp(model, self.accelerator) if self.distributed else model
+        return parallel.wrap_in_ddp(model, self.accelerator, self.precision.dtype) if self.distributed else model
 
     def _checked_kernels(self, model: GPT2, flops: float) -> Kernels:
         """Return the kernels to use, without the fused ones if they fail here or compute something else than torch does."""
+        why_not = self.accelerator.why_not_fused
         if self.accelerator.has_fused:
             try:
                 kernels = self._kernels(model, flops)
                 error = largest_error(model.config, kernels, self.device, self.autocast)
                 if error < allowed_error(self.precision.dtype, self.train.matmul_precision):  # not if it is NaN
                     return kernels
-                reason = f"their gradients are off by {error:.1e} on this GPU, with torch {torch.__version__}"
-            except InputError:
-                raise
+                why_not = f"their gradients are off by {error:.1e}; please report it"
             except Exception as failure:  # each kind of GPU and version of Triton fails in its own way
-                reason = in_one_line(failure)
-            if self.is_main:
-                say(f"note: training without fused kernels, which is slower ({reason}); please report it", error=True)
+                if isinstance(failure, InputError) or self.memory.shortage(failure):
+                    raise
+                why_not = f"{in_one_line(failure)}; please report it"
             self.accelerator.has_fused = False
+        if why_not:
+            text = f"training without fused kernels, which is slower, with torch {torch.__version__}: {why_not}"
+            say(f"note: {text}" if self.is_main else f"note: rank {self.rank}: {text}", error=True)
         return self._kernels(model, flops)
 
     def _fused(self, model: GPT2, flops: float) -> Fused | None:
