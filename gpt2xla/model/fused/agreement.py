@@ -32,8 +32,8 @@ def allowed_error(dtype: torch.dtype, matmul_precision: str) -> float:
 def largest_error(
     config: ModelConfig, kernels: Kernels, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]
 ) -> float:
-    """Return how far one block and its loss are from plain ones: of the parameters' gradients and the `log_sums` of `kernels`,
-    the largest norm of a difference, relative to the norm of the plain one."""
+    """Return how far one block and its loss are from plain ones: of the gradients and the `log_sums` of `kernels`, the
+    largest norm of a difference, relative to the norm of the plain one."""
     small = dataclasses.replace(
         config, num_layers=1, vocab_size=_IDS, vocab_padding=_PADDING, seq_length=_TOKENS, dropout=0.0
     )
