@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import gpu_page  # noqa: E402, F401  it is imported late
+
+sys.path.pop()  # its generation.py would hide tests/generation
 
 PROGRAM = """
 import json, os, subprocess, sys, time

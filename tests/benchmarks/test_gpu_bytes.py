@@ -11,6 +11,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from gpu_bytes import Counter, triton_accesses  # noqa: E402
 
+sys.path.pop()  # its generation.py would hide tests/generation
+
 VOCABULARY = 96
 
 

@@ -125,7 +125,9 @@ def long_tokens() -> Tokenizer:
     text = "ab é🙂 abba 🙂🙃é babéa" * 20
     words = {text.encode()[i : i + n] for n in (2, 3, 4) for i in range(60)}
     spell = {byte: char for char, byte in BYTES.backend.get_vocab().items() if char != "<|endoftext|>"}
-    vocab = dict.fromkeys([*spell.values(), *("".join(spell[byte] for byte in word) for word in sorted(words))])
+    vocab = dict.fromkeys(
+        [*(spell[byte] for byte in range(256)), *("".join(spell[byte] for byte in word) for word in sorted(words))]
+    )
     backend = HFTokenizer(models.BPE({word: number for number, word in enumerate(vocab)}, []))
     backend.decoder = decoders.ByteLevel()
     return Tokenizer("long", backend, {})

@@ -285,6 +285,7 @@ def test_a_run_that_may_be_ended_without_a_word_is_warned() -> None:
     "options",
     [
         {},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
         pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
         {"activation_checkpointing": "block"},
         {"loss_chunks": 4},
@@ -293,7 +294,7 @@ def test_a_run_that_may_be_ended_without_a_word_is_warned() -> None:
 )
 def test_what_a_step_takes_is_never_overstated(options: dict) -> None:
     """Against torch's own record of what it allocates in one: the estimate is that or a little less."""
-    train = TrainConfig(train_batch_size=8, **options)
+    train = TrainConfig(**{"train_batch_size": 8, "compile": False, **options})
     config = ModelConfig(vocab_size=1024, seq_length=128, d_model=128, num_layers=4, num_heads=2)
     model = GPT2(config)
     runtime = TorchRuntime(TorchConfig(), train)
