@@ -61,7 +61,7 @@ class CudaDevice:
                     self._newest = graph
         except Exception as error:  # whatever it is, the step itself is known to run
             self._can_record = False
-            with suppress(Exception):  # what capture_begin began; training that goes on would lack memory
+            with suppress(Exception):  # what capture_begin began; otherwise training would lack memory
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
             self._tell(f"note: generating without CUDA graphs, which is slower: {in_one_line(error)}")
             return None

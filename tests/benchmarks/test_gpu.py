@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py goes on after steps that fail or hang, ends all that they started, and writes what is known."""
+"""benchmarks/gpu.py continues after steps that fail or hang, ends all that they started, and writes what is known."""
 
 import json
 import os
