@@ -3,8 +3,8 @@
 
     python benchmarks/gpu_bytes.py --nanogpt nanoGPT/model.py
 
-It makes some updates of ours and of nanoGPT (compiled, as its own train.py does it), and counts one of them. Nothing is
-timed, so any CUDA device does, and a busy one too. What is counted:
+It makes some updates with our trainer and with nanoGPT (compiled, as its train.py does it), and counts one of them.
+Nothing is timed, so any CUDA device does, and a busy one too. What is counted:
 
 - torch's operations, in eager code and between compiled kernels: every input is read once and every output written once.
   Views are free. Matrix products and attention also count their floating-point operations.

@@ -182,8 +182,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         for contender, apart in losses_apart(run).items():
             theirs = run["curves"][contender]
             notes.append(
-                f"- {name}: over {len(theirs)} updates (loss {theirs[0]:.3f} to {theirs[-1]:.3f}) no loss of ours and of "
-                f"{contender} is further apart than {apart:.1e}."
+                f"- {name}: over {len(theirs)} updates (loss {theirs[0]:.3f} to {theirs[-1]:.3f}) our losses and "
+                f"{contender}'s are at most {apart:.1e} apart."
             )
         notes += [f"- {name}: {reason}." for reason in run["left_out"].values()]
     return "\n".join([*lines, "", *notes]) + "\n"
