@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2xla.config import ModelConfig, OptimConfig
+from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig
 from gpt2xla.data.windows import Batch
+from gpt2xla.errors import InputError
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Device, Processes, Runtime
 from gpt2xla.runtime.one_device import OneDevice
+from gpt2xla.runtime.torch.accelerators import Cuda
+from gpt2xla.runtime.torch.parallel import check_backend
 
 
 def methods(protocol: type) -> set[str]:
@@ -61,3 +64,12 @@ def test_one_device_trains_and_resumes(tmp_path: Path) -> None:
     assert state["optimizer"]["step"] == 4
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
     assert not list(tmp_path.iterdir())
+
+
+def test_fsdp_on_gpus_refuses_gloo() -> None:
+    """Its reductions would go over NCCL all the same."""
+    gpu = Cuda.__new__(Cuda)  # which finds no GPU here
+    with pytest.raises(InputError, match=r"^--fsdp needs nccl here; leave --ddp-backend gloo out$"):
+        check_backend(TorchConfig(fsdp=True), "gloo", gpu)
+    check_backend(TorchConfig(fsdp=True), "nccl", gpu)
+    check_backend(TorchConfig(), "gloo", gpu)
