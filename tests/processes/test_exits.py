@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,15 @@ def listener() -> Iterator[Any]:
         yield server
 
 
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """Wait for the threads that still try to meet: torch warns on standard error when they give up."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "rendezvous":
+            thread.join()
+
+
 def free_port() -> int:
     with socket.create_server(("localhost", 0)) as server:
         return server.getsockname()[1]
@@ -209,7 +219,7 @@ def test_a_first_process_that_does_not_answer_is_named(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_that_do_not_come_are_one_line_after_a_notice(
-    monkeypatch: pytest.MonkeyPatch, listener: Any, capfd: pytest.CaptureFixture, rank: int
+    monkeypatch: pytest.MonkeyPatch, no_thread_left: None, listener: Any, capfd: pytest.CaptureFixture, rank: int
 ) -> None:
     """The first process waits in vain; another one connects to a program that never answers."""
     port = listener.getsockname()[1] if rank else free_port()

@@ -157,7 +157,7 @@ def _meet(announce: Callable[[], object]) -> Any:
         except RuntimeError:
             met.put(None)
 
-    threading.Thread(target=meet, daemon=True).start()
+    threading.Thread(target=meet, name="rendezvous", daemon=True).start()
     try:
         return met.get(timeout=SECONDS_OF_SILENCE)
     except queue.Empty:
