@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from gpt2xla.errors import InputError
 
+OFF = ("no", "off", "false")  # aliases of "none" or "never"; YAML 1.1 reads the first two as the third
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 

@@ -8,14 +8,16 @@ what YAML files and `run_config.json` hold.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gpt2xla.config import paths
+from gpt2xla.config.model import ModelConfig
+from gpt2xla.config.optim import WARMUP_SHARE, OptimConfig
 from gpt2xla.config.options import (
+    OFF,
     check_paths,
     check_types,
     flag,
@@ -23,42 +25,8 @@ from gpt2xla.config.options import (
     options_of,
     require,
     require_at_least,
-    require_at_most,
 )  # fmt: skip
-
-# A larger number is a slip: no machine holds so much, and it could take hours to find that out.
-_MOST_PARAMETERS = 2**40
-_MOST_LAYERS = 10_000
-_MOST_SEQUENCES = 2**20
-_WARMUP_SHARE = 0.0375
-_NOAM_WARMUP = 750  # which is a factor of its peak, so it does not follow the run's length
-
-Preset = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-Precision = Literal["auto", "none", "bf16", "fp16"]
-
-_OFF = ("no", "off", "false")  # YAML 1.1 reads the first two as the third
-PRECISION_ALIASES = dict.fromkeys(("fp32", *_OFF), "none")
-
-# Help texts of programs that take a trained model and its tokenizer.
-MODEL_HELP = "checkpoint folder, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file"
-TOKENIZER_HELP = (
-    "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
-    "hub id"
-)
-
-# The four sizes that OpenAI published: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.
-PRESETS: dict[str, dict[str, Any]] = {
-    name: {
-        "vocab_size": 50257, "seq_length": 1024, "d_model": d_model, "num_layers": num_layers, "num_heads": num_heads,
-        "d_ff": 4 * d_model, "activation": "gelu-tanh", "tie_weights": True, "bias": True, "layer_norm_eps": 1e-5,
-    }
-    for name, d_model, num_layers, num_heads in (
-        ("gpt2", 768, 12, 12),
-        ("gpt2-medium", 1024, 24, 16),
-        ("gpt2-large", 1280, 36, 20),
-        ("gpt2-xl", 1600, 48, 25),
-    )
-}  # fmt: skip
+from gpt2xla.config.train import Precision, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -82,7 +50,7 @@ class GeneralConfig:
         "auto: resume from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of a checkpoint",
         is_path=True,
         check=paths.check_resumed,
-        aliases=dict.fromkeys(_OFF, "never"),
+        aliases=dict.fromkeys(OFF, "never"),
     )
     do_test: bool = option(False, "validate on --valid-dir and exit, without training")
 
@@ -137,186 +105,6 @@ class DataConfig:
         require(self.data_cache != "", "--data-cache is empty; name a folder")
         require(self.tokenizer != "", "--tokenizer is empty; name one, or leave it out")
         require(0 <= self.data_cache_gb <= 1e9, f"--data-cache-gb {self.data_cache_gb}: choose a number from 0 to 1e9")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Model"""
-
-    vocab_size: int = option(
-        50304,
-        "number of token ids; a new model has by default as many as its data's manifest or tokenizer says, rounded up to a "
-        "multiple of 128; 50304, which is GPT-2's 50257 rounded up, pads a checkpoint with 50257",
-    )
-    seq_length: int = option(
-        1024, "longest sequence, in tokens; a smaller one than a checkpoint's cuts its position embeddings"
-    )
-    d_model: int = option(768, "width of the residual stream")
-    num_layers: int = option(12, "number of transformer blocks")
-    num_heads: int = option(12, "attention heads per block; must divide --d-model")
-    d_ff: int = option(0, "width of the feed-forward layers; 0 means 4 x --d-model")
-    dropout: float = option(0.0, "dropout probability of embeddings, attention and residual branches")
-    activation: Literal["gelu-tanh", "gelu-exact", "relu"] = option(
-        "gelu-tanh",
-        "gelu and gelu-tanh are GPT-2's tanh approximation; gelu-exact uses erf",
-        aliases={"gelu": "gelu-tanh"},
-    )
-    tie_weights: bool = option(True, "use the token embedding as the output head, as GPT-2 does")
-    bias: bool = option(True, "use biases in linear layers and layer norms, as GPT-2 does")
-    layer_norm_eps: float = option(1e-5, "epsilon inside layer norms")
-    # Not a flag: how many of the last ids only round a checkpoint's vocabulary up. They have no tokens, zero embeddings and
-    # no probability. In a model trained here from scratch all ids count.
-    vocab_padding: int = 0
-
-    def __post_init__(self) -> None:
-        if self.d_ff == 0:
-            object.__setattr__(self, "d_ff", 4 * self.d_model)
-
-    @property
-    def real_vocab_size(self) -> int:
-        """The number of ids that may occur in data and be predicted."""
-        return self.vocab_size - self.vocab_padding
-
-    @property
-    def matrix_elements(self) -> int:
-        """How many numbers the matrices of embeddings and blocks hold. It estimates the parameters before there is a model;
-        biases and layer norms add next to nothing."""
-        return self.d_model * (self.vocab_size + self.seq_length + self.num_layers * (4 * self.d_model + 2 * self.d_ff))
-
-    def check(self) -> None:
-        check_types(self)
-        require_at_least(1, self, "vocab_size", "seq_length", "d_model", "num_layers", "num_heads", "d_ff")
-        require(0 <= self.vocab_padding < self.vocab_size, f"--vocab-size {self.vocab_size} is all padding")
-        require_at_most(_MOST_LAYERS, self, "num_layers")
-        require(
-            self.matrix_elements <= _MOST_PARAMETERS,
-            f"--d-model {self.d_model}, --d-ff {self.d_ff}, --vocab-size {self.vocab_size}, --seq-length {self.seq_length}: "
-            f"that is a model of {self.matrix_elements:.1e} parameters; choose a smaller one",
-        )
-        require(
-            self.d_model % self.num_heads == 0,
-            f"--num-heads {self.num_heads} does not divide --d-model {self.d_model}; choose one that does",
-        )
-        require(0 <= self.dropout < 1, f"--dropout {self.dropout}: choose a probability of at least 0 and below 1")
-        require(0 < self.layer_norm_eps < 1, f"--layer-norm-eps {self.layer_norm_eps}: choose a small number above 0")
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Optimizer"""
-
-    optim_type: Literal["adam", "adamw", "muon"] = option(
-        "adamw",
-        "adam adds --weight-decay to the gradient; adamw decays the weights; muon makes the updates of the blocks' matrices "
-        "orthogonal and uses adamw for the rest",
-    )
-    learning_rate: float = option(6e-4, "peak learning rate (noam: the factor of the formula)")
-    betas: tuple[float, float] = option((0.9, 0.95), "decay rates of Adam's two averages")
-    weight_decay: float = option(0.1, "weight decay of matrices and embeddings; biases and layer norms have none")
-    decay_method: Literal["cosine", "noam"] = option("cosine", "shape of the schedule after the warm-up")
-    warmup_steps: int | None = option(None, "steps of linear warm-up (default: 3.75% of --train-steps; noam: 750)")
-    min_lr: float = option(6e-5, "cosine: the final learning rate, from --decay-steps on")
-    decay_steps: int | None = option(
-        None, "cosine: the step at which --min-lr is reached, warm-up included (default: --train-steps)"
-    )
-    max_grad_norm: float = option(1.0, "clip the norm of the whole gradient to this; 0 means no clipping")
-
-    def check(self) -> None:
-        require_at_least(0, self, "learning_rate", "weight_decay", "min_lr", "max_grad_norm", "warmup_steps")
-        for beta in self.betas:
-            require(0 <= beta < 1, f"--betas {self.betas[0]} {self.betas[1]}: each must be at least 0 and below 1")
-        require(
-            self.decay_method != "cosine" or self.min_lr <= self.learning_rate,
-            f"--min-lr {self.min_lr} is above --learning-rate {self.learning_rate}; lower it",
-        )
-
-    def over(self, steps: int) -> OptimConfig:
-        """Return the same with the warm-up and decay that a run of so many steps has by default. The shares are those of the
-        published recipe: 750 and 20,000 of 20,000."""
-        share = _NOAM_WARMUP if self.decay_method == "noam" else round(_WARMUP_SHARE * steps)
-        warmup = share if self.warmup_steps is None else self.warmup_steps
-        decay = steps if self.decay_steps is None else self.decay_steps
-        return dataclasses.replace(self, warmup_steps=warmup, decay_steps=decay)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Training"""
-
-    train_steps: int = option(20_000, "optimizer updates in the whole run")
-    train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
-    gradient_accum_step: int = option(8, "micro-steps per optimizer update")
-    mixed_precision: Precision = option(
-        "auto",
-        "compute type over fp32 weights: bf16; fp16, which scales the loss; none: fp32 throughout; auto: a resumed run's "
-        "own, otherwise bf16 on TPUs and GPUs that have it, fp16 on other GPUs with fast fp16, and none on CPUs, on MPS and "
-        "for --do-test, so that losses are comparable",
-        aliases=PRECISION_ALIASES,
-    )
-    matmul_precision: Literal["highest", "high", "medium"] = option(
-        "highest", "precision of fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
-    )
-    deterministic: bool = option(
-        False,
-        "CUDA: use only kernels that add in a fixed order, so that the same command gives the same numbers to the last bit; "
-        "slower; CPUs and TPUs always do so",
-    )
-    attention: Literal["auto", "sdpa", "chunked", "kept", "flash"] = option(
-        "auto",
-        "auto: the device's best; sdpa: torch's own; chunked: computes scores twice and never keeps them; kept: keeps the "
-        "attention weights, on CPUs; flash: our own kernel, on TPU v3 and later",
-    )
-    loss_chunks: int = option(0, "compute logits and loss in this many pieces to save memory; 0 lets the device choose")
-    activation_checkpointing: Literal["none", "block"] = option(
-        "none",
-        "block: keep only each block's input for the backward pass, and compute the rest again; none: keep everything",
-        aliases=dict.fromkeys(_OFF, "none"),
-    )
-    compile: bool | None = option(
-        None,
-        "torch.compile the blocks (default: in long runs, where the device has no fused blocks); XLA always compiles",
-    )
-    eval_batch_size: int = option(32, "sequences per validation batch, over all devices together")
-    valid_steps: int | Literal["all"] = option(
-        100, "validation batches, or fewer if the split ends first; all: each token of the split once"
-    )
-    valid_interval: int = option(500, "updates between validations; 0 means only at the end")
-    hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, with one more at the end; 0 means none")
-    hellaswag_data: str | None = option(
-        None, "HellaSwag's items, JSON lines (default: the hub's 10,042)", is_path=True, check=paths.check_file
-    )
-    sample_interval: int = option(0, "updates between sample texts that the model writes; 0 means none")
-    sample_prompt: str = option("", "text that the samples continue (default: they begin after an end-of-text token)")
-    special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
-        "as-text",
-        "how to read special tokens spelled in --sample-prompt: as-text takes the letters, as-ids takes the tokens, refuse "
-        "stops the run",
-    )
-    save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
-    saved_checkpoint_limit: int = option(6, "how many of the newest checkpoints to keep; 0 keeps all")
-    on_save_error: Literal["stop", "go-on"] = option(
-        "stop", "if a checkpoint cannot be written: stop: try once more, then end the run; go-on: continue training"
-    )
-    skip_nonfinite: int = option(
-        0,
-        "updates that may be skipped for a NaN or infinite loss or gradient before the run fails; those that fp16's scaling "
-        "of the loss skips do not count",
-    )
-    max_hours: float | None = option(None, "save and stop after this many hours, for sessions with a time limit")
-    max_minutes: float | None = option(None, "the same in minutes; with both, the smaller limit counts")
-
-    def check(self) -> None:
-        require_at_least(1, self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
-        require(
-            self.valid_steps == "all" or self.valid_steps > 0,
-            f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
-        )
-        require_at_most(_MOST_SEQUENCES, self, "train_batch_size", "eval_batch_size")
-        intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
-        require_at_least(0, self, *intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
-        for name in ("max_hours", "max_minutes"):
-            limit = getattr(self, name)
-            require(limit is None or 0 < limit < math.inf, f"{flag(name)} {limit}: choose a number above 0")
 
 
 @dataclass(frozen=True)
@@ -396,12 +184,12 @@ class RunConfig:
         require(
             optim.warmup_steps < steps or "warmup_steps" not in self.given & changed,
             f"--warmup-steps {optim.warmup_steps} is not below --train-steps {steps}: the learning rate would never reach "
-            f"its peak; use fewer, such as {round(_WARMUP_SHARE * steps)}, or leave the flag out",
+            f"its peak; use fewer, such as {round(WARMUP_SHARE * steps)}, or leave the flag out",
         )
         require(
             optim.decay_method != "cosine" or optim.decay_steps > optim.warmup_steps or not changed,
             f"--decay-steps {optim.decay_steps} must be above --warmup-steps {optim.warmup_steps}"
-            + ("" if "warmup_steps" in self.given else f", which is {_WARMUP_SHARE:.2%} of --train-steps"),
+            + ("" if "warmup_steps" in self.given else f", which is {WARMUP_SHARE:.2%} of --train-steps"),
         )
 
     def check_early(self) -> None:

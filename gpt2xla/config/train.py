@@ -1,0 +1,95 @@
+"""The options of training: its length and batch, how it computes, and what is evaluated and saved on the way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt2xla.config import paths
+from gpt2xla.config.options import OFF, flag, option, require, require_at_least, require_at_most
+
+_MOST_SEQUENCES = 2**20  # a larger number is a slip, too
+
+Precision = Literal["auto", "none", "bf16", "fp16"]
+PRECISION_ALIASES = dict.fromkeys(("fp32", *OFF), "none")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training"""
+
+    train_steps: int = option(20_000, "optimizer updates in the whole run")
+    train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
+    gradient_accum_step: int = option(8, "micro-steps per optimizer update")
+    mixed_precision: Precision = option(
+        "auto",
+        "compute type over fp32 weights: bf16; fp16, which scales the loss; none: fp32 throughout; auto: a resumed run's "
+        "own, otherwise bf16 on TPUs and GPUs that have it, fp16 on other GPUs with fast fp16, and none on CPUs, on MPS and "
+        "for --do-test, so that losses are comparable",
+        aliases=PRECISION_ALIASES,
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = option(
+        "highest", "precision of fp32 matrix products: highest is exact, high is TF32, medium may use bf16"
+    )
+    deterministic: bool = option(
+        False,
+        "CUDA: use only kernels that add in a fixed order, so that the same command gives the same numbers to the last bit; "
+        "slower; CPUs and TPUs always do so",
+    )
+    attention: Literal["auto", "sdpa", "chunked", "kept", "flash"] = option(
+        "auto",
+        "auto: the device's best; sdpa: torch's own; chunked: computes scores twice and never keeps them; kept: keeps the "
+        "attention weights, on CPUs; flash: our own kernel, on TPU v3 and later",
+    )
+    loss_chunks: int = option(0, "compute logits and loss in this many pieces to save memory; 0 lets the device choose")
+    activation_checkpointing: Literal["none", "block"] = option(
+        "none",
+        "block: keep only each block's input for the backward pass, and compute the rest again; none: keep everything",
+        aliases=dict.fromkeys(OFF, "none"),
+    )
+    compile: bool | None = option(
+        None,
+        "torch.compile the blocks (default: in long runs, where the device has no fused blocks); XLA always compiles",
+    )
+    eval_batch_size: int = option(32, "sequences per validation batch, over all devices together")
+    valid_steps: int | Literal["all"] = option(
+        100, "validation batches, or fewer if the split ends first; all: each token of the split once"
+    )
+    valid_interval: int = option(500, "updates between validations; 0 means only at the end")
+    hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, with one more at the end; 0 means none")
+    hellaswag_data: str | None = option(
+        None, "HellaSwag's items, JSON lines (default: the hub's 10,042)", is_path=True, check=paths.check_file
+    )
+    sample_interval: int = option(0, "updates between sample texts that the model writes; 0 means none")
+    sample_prompt: str = option("", "text that the samples continue (default: they begin after an end-of-text token)")
+    special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
+        "as-text",
+        "how to read special tokens spelled in --sample-prompt: as-text takes the letters, as-ids takes the tokens, refuse "
+        "stops the run",
+    )
+    save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
+    saved_checkpoint_limit: int = option(6, "how many of the newest checkpoints to keep; 0 keeps all")
+    on_save_error: Literal["stop", "go-on"] = option(
+        "stop", "if a checkpoint cannot be written: stop: try once more, then end the run; go-on: continue training"
+    )
+    skip_nonfinite: int = option(
+        0,
+        "updates that may be skipped for a NaN or infinite loss or gradient before the run fails; those that fp16's scaling "
+        "of the loss skips do not count",
+    )
+    max_hours: float | None = option(None, "save and stop after this many hours, for sessions with a time limit")
+    max_minutes: float | None = option(None, "the same in minutes; with both, the smaller limit counts")
+
+    def check(self) -> None:
+        require_at_least(1, self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
+        require(
+            self.valid_steps == "all" or self.valid_steps > 0,
+            f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
+        )
+        require_at_most(_MOST_SEQUENCES, self, "train_batch_size", "eval_batch_size")
+        intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
+        require_at_least(0, self, *intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
+        for name in ("max_hours", "max_minutes"):
+            limit = getattr(self, name)
+            require(limit is None or 0 < limit < math.inf, f"{flag(name)} {limit}: choose a number above 0")
