@@ -8,6 +8,7 @@ what YAML files and `run_config.json` hold.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,12 +54,18 @@ class GeneralConfig:
         aliases=dict.fromkeys(OFF, "never"),
     )
     do_test: bool = option(False, "validate on --valid-dir and exit, without training")
+    tensorboard_logging: bool = option(False, "also log to --checkpoints-dir/tensorboard, for TensorBoard")
 
     def check(self) -> None:
         require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
         require(self.from_checkpoint != "", "--from-checkpoint is empty; name a model, or leave it out")
         require(self.resume != "", "--resume is empty; choose auto, never or the path of a checkpoint")
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
+        require(
+            not self.tensorboard_logging or importlib.util.find_spec("tensorboard") is not None,
+            "--tensorboard-logging needs the package tensorboard: pip install 'gpt2xla[tensorboard]', or leave it out "
+            "(--no-tensorboard-logging)",
+        )
 
 
 @dataclass(frozen=True)

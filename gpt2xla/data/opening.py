@@ -65,6 +65,10 @@ class TrainingData:
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.config.model.seq_length
 
+    def tokens_after(self, step: int) -> int:
+        """Return how many tokens the run has read once `step` updates are made."""
+        return step * self.tokens_per_step
+
     @property
     def notes(self) -> list[str]:
         """Lines for the user about what was found in the folders."""

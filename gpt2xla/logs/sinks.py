@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +20,6 @@ TEST_FILE = "test.jsonl"  # written by --do-test
 # Between lines of a log: at first 10, later a sixtieth of the time so far. A night of training is some 300 lines.
 _SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 10, 300
 _NUMBERS_BESIDE_A_BAR = 3
-_NEWEST = 20  # steps, whose mean speed is shown
 
 
 class Sink(Protocol):
@@ -75,12 +73,18 @@ class ConsoleSink:
     """Shows the newest step in the changing line of a terminal; elsewhere, for log files, it prints a line now and then.
 
     Args:
+        pace: returns the speed of the newest steps, `Throughput.pace`; nothing while it is unknown.
         left: returns the expected seconds to the end; None while they are unknown."""
 
-    def __init__(self, first_step: int, last_step: int, left: Callable[[], float | None]) -> None:
-        self._first, self._last, self._left = first_step, last_step, left
+    def __init__(
+        self,
+        first_step: int,
+        last_step: int,
+        pace: Callable[[], dict[str, float | None]],
+        left: Callable[[], float | None],
+    ) -> None:
+        self._first, self._last, self._pace, self._left = first_step, last_step, pace, left
         self._started = self._last_line = time.monotonic()
-        self._seconds_per_token: deque[float] = deque(maxlen=_NEWEST)
 
     def write(self, line: dict[str, Any]) -> None:
         step = line["step"]
@@ -89,7 +93,7 @@ class ConsoleSink:
             return
         seconds = self._left()
         left = tqdm.format_interval(seconds) if seconds and step < self._last else ""
-        numbers = _training_numbers(self._smoothed(line), left)
+        numbers = _training_numbers(line | self._pace(), left)
         if LINE.is_possible:
             LINE.show(_training_forms(step, self._last, numbers))
             return
@@ -99,41 +103,9 @@ class ConsoleSink:
             self._last_line = now
             say(f"step {step:>6}/{self._last}: {', '.join(numbers)}")
 
-    def _smoothed(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Return the line with the mean speed of the newest steps, without the first, which compiles. The results of several
-        steps may arrive together."""
-        if line["step"] == self._first + 1:
-            return line
-        self._seconds_per_token.append(1 / line["tokens_per_second"])
-        rate = len(self._seconds_per_token) / sum(self._seconds_per_token)
-        mfu = line["mfu"] and line["mfu"] * rate / line["tokens_per_second"]
-        return line | {"tokens_per_second": rate, "mfu": mfu}
-
     def close(self) -> None:
         if text := LINE.clear():
             say(text, error=True)
-
-
-class Throughput:
-    """Measures tokens per second and model FLOPs utilisation (MFU) of each step, from the times at which steps finish.
-
-    MFU is the share of the devices' peak rate that the model's own arithmetic uses (`GPT2.flops_per_token`)."""
-
-    def __init__(self, tokens_per_step: int, flops_per_token: int, peak_flops: float | None) -> None:
-        self.tokens_per_step, self._flops, self._peak = tokens_per_step, flops_per_token, peak_flops
-        self._last = time.perf_counter()
-        self.seconds = 0.0  # that the newest step took
-
-    def restart(self) -> float:
-        """Leave out the time since the last step, which went into validating or saving, and return it, in seconds."""
-        now = time.perf_counter()
-        left_out, self._last = now - self._last, now
-        return left_out
-
-    def step(self) -> dict[str, float | None]:
-        self.seconds = max(self.restart(), 1e-9)
-        rate = self.tokens_per_step / self.seconds
-        return {"tokens_per_second": rate, "mfu": self._flops * rate / self._peak if self._peak else None}
 
 
 def with_error(loss: float, standard_error: float | None) -> str:

@@ -15,7 +15,8 @@ from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.windows import TrainingOrder, validation_windows
 from gpt2xla.errors import RunFailed
 from gpt2xla.logs.console import say
-from gpt2xla.logs.sinks import METRICS_FILE, ConsoleSink, JsonlSink, Sink, Throughput
+from gpt2xla.logs.sinks import METRICS_FILE, ConsoleSink, JsonlSink, Sink
+from gpt2xla.logs.throughput import Throughput
 from gpt2xla.logs.wandb_sink import WandbSink
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop
@@ -32,13 +33,14 @@ class RunLog:
         config: TrainConfig,
         runtime: Runtime,
         order: TrainingOrder,
+        tokens: Callable[[int], int],
         throughput: Throughput,
         time_left: TimeLeft,
         stop: Stop,
         skipped: int = 0,
     ) -> None:
-        self.config, self.runtime, self.order, self.throughput = config, runtime, order, throughput
-        self.time_left, self.stop = time_left, stop
+        self.config, self.runtime, self.order, self.tokens = config, runtime, order, tokens
+        self.throughput, self.time_left, self.stop = throughput, time_left, stop
         self.skipped = skipped  # updates left out so far because their loss or gradient was not finite
         self.sinks: list[Sink] = []
         self._wandb: WandbSink | None = None
@@ -48,12 +50,17 @@ class RunLog:
     def open(cls, start: Start, runtime: Runtime, data: TrainingData, flops_per_token: int, stop: Stop) -> RunLog:
         """Open the sinks that the options of `start` name. A resumed run continues the files and the wandb run."""
         config, folder, saved = start.config, Path(start.config.general.checkpoints_dir), start.training or {}
-        throughput = Throughput(data.tokens_per_step, flops_per_token, runtime.peak_flops())
-        time_left = _time_left(start, data)
-        log = cls(config.train, runtime, data.order, throughput, time_left, stop, saved.get("skipped", 0))
+        throughput = Throughput(flops_per_token, runtime.peak_flops())
+        time_left = _time_left(start, data, throughput)
+        skipped = saved.get("skipped", 0)
+        log = cls(config.train, runtime, data.order, data.tokens_after, throughput, time_left, stop, skipped)
         if runtime.is_main:
             log.sinks.append(JsonlSink(folder / METRICS_FILE, start.step, start.is_evaluated))
-            log.sinks.append(ConsoleSink(start.step, config.train.train_steps, log._seconds_left))
+            log.sinks.append(ConsoleSink(start.step, config.train.train_steps, throughput.pace, log._seconds_left))
+            if config.general.tensorboard_logging:
+                from gpt2xla.logs.tensorboard_sink import TensorBoardSink  # an extra
+
+                log.sinks.append(TensorBoardSink(folder))
             if config.wandb.wandb_logging:
                 log._wandb = WandbSink(config, folder, saved.get("wandb_id"))
                 log.sinks.append(log._wandb)
@@ -74,12 +81,13 @@ class RunLog:
 
         def log(loss: float, grad_norm: float) -> None:
             self._count_skipped(step, loss, grad_norm)
+            measured = self.throughput.step(self.tokens(step) - self.tokens(step - 1))
             values = {
-                "loss": loss, "lr": lr, "grad_norm": grad_norm, **self.throughput.step(),
+                "loss": loss, "lr": lr, "grad_norm": grad_norm, **measured,
                 "compiles": self.runtime.watch.programs(), "trace_ms": trace_ms, "skipped": self.skipped,
                 "time": time.time(),
             }  # fmt: skip
-            self.time_left.step(step, self.throughput.seconds)
+            self.time_left.step(step)
             self._write(step, values)
             expected = self.time_left.expected_end(self.stop.seconds_left, datetime.datetime.now())
             if expected and self.runtime.is_main:
@@ -97,7 +105,7 @@ class RunLog:
             sink.close()
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        line = {"step": step, "tokens": step * self.throughput.tokens_per_step} | values
+        line = {"step": step, "tokens": self.tokens(step)} | values
         for sink in self.sinks:
             sink.write(line)
 
@@ -124,10 +132,11 @@ class RunLog:
             )
 
 
-def _time_left(start: Start, data: TrainingData) -> TimeLeft:
+def _time_left(start: Start, data: TrainingData, throughput: Throughput) -> TimeLeft:
     train = start.config.train
     intervals = {"valid_loss": train.valid_interval, "hellaswag_acc": train.hellaswag_interval}
     intervals["sample"] = train.sample_interval
     # A forward pass is a third of the arithmetic of an update.
     windows = validation_windows(data.validation, train.eval_batch_size, train.valid_steps)
-    return TimeLeft(start.step, train.train_steps, intervals, windows / data.sequences_per_step / 3)
+    validation = windows * start.config.model.seq_length / 3
+    return TimeLeft(start.step, train.train_steps, data.tokens_after, throughput, intervals, validation)

@@ -3,63 +3,72 @@
 from __future__ import annotations
 
 import datetime
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+from gpt2xla.logs.throughput import Throughput
 
 _STEPS_BEFORE_IT_IS_SAID = 10  # or a minute of them
 _SECONDS_BEFORE_IT_IS_SAID = 60.0
 _FEWEST_STEPS = 20  # a shorter run ends before its end was worth a line
-_NEWEST = 100  # updates, over which the pace is measured
 
 
 class TimeLeft:
     """Estimates the seconds to the end of a run.
 
     Args:
+        tokens: returns how many tokens the run has read after a step.
+        throughput: its pace is the speed that the console shows, so that speed and time left agree.
         intervals: of each evaluation, in updates.
-        validation: what one validation costs, in updates, until one was measured."""
+        validation: what one validation costs, in tokens of updates, until one was measured."""
 
-    def __init__(self, first_step: int, last_step: int, intervals: Mapping[str, int], validation: float) -> None:
+    def __init__(
+        self,
+        first_step: int,
+        last_step: int,
+        tokens: Callable[[int], int],
+        throughput: Throughput,
+        intervals: Mapping[str, int],
+        validation: float,
+    ) -> None:
         self._first = self._step = first_step
-        self._last, self._intervals = last_step, intervals
-        self._paces: deque[float] = deque(maxlen=_NEWEST)
+        self._last, self._tokens, self._throughput, self._intervals = last_step, tokens, throughput, intervals
         self._is_said = False
         self._guessed, self._evaluations = validation, dict[str, float]()
 
-    def step(self, step: int, seconds: float) -> None:
-        """Note that update `step` is done, and took so long. The first one of a process may have compiled, so it does not
-        count."""
+    def step(self, step: int) -> None:
+        """Note that update `step` is done."""
         self._step = step
-        if step > self._first + 1:
-            self._paces.append(seconds)
 
     def evaluation(self, name: str, seconds: float) -> None:
         self._evaluations[name] = seconds
 
     def seconds(self) -> float | None:
         """Return how long the rest takes; None before two updates are done."""
-        if not self._paces:
+        if (pace := self._throughput.seconds_per_token) is None:
             return None
-        pace = sum(self._paces) / len(self._paces)
         known = {"valid_loss": self._guessed * pace} | self._evaluations
-        left = (self._last - self._step) * pace
-        return left + sum(
+        return self._tokens_left * pace + sum(
             known.get(name, 0.0) * self._times_due(interval) for name, interval in self._intervals.items()
         )
 
     def expected_end(self, seconds_to_limit: float, now: datetime.datetime) -> str:
         """Return the sentence about the expected end, once: after the tenth update that counts, or earlier if updates are
         slow. Return "" otherwise."""
-        left, steps = self.seconds(), self._last - self._step
-        is_time = len(self._paces) >= _STEPS_BEFORE_IT_IS_SAID or sum(self._paces) >= _SECONDS_BEFORE_IT_IS_SAID
-        if left is None or self._is_said or not is_time or self._last - self._first < _FEWEST_STEPS:
+        left, steps, newest = self.seconds(), self._last - self._step, self._throughput
+        is_time = newest.updates >= _STEPS_BEFORE_IT_IS_SAID or newest.seconds >= _SECONDS_BEFORE_IT_IS_SAID
+        if left is None or not steps or self._is_said or not is_time or self._last - self._first < _FEWEST_STEPS:
             return ""
+        assert newest.seconds_per_token
         self._is_said = True
-        pace = f"{_short(sum(self._paces) / len(self._paces))} per step"
+        pace = f"{_short(self._tokens_left / steps * newest.seconds_per_token)} per step"
         if seconds_to_limit < left:
             reached = f"after about step {self._step + int(steps * seconds_to_limit / left)} of {self._last}"
             return f"expected to stop at the time limit {_when(seconds_to_limit, now)}, {reached} ({pace})"
         return f"expected to end {_when(left, now)} ({pace})"
+
+    @property
+    def _tokens_left(self) -> int:
+        return self._tokens(self._last) - self._tokens(self._step)
 
     def _times_due(self, interval: int) -> int:
         if not interval:

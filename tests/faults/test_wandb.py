@@ -18,7 +18,7 @@ import pytest
 from conftest import SMALL_RUN, training_losses
 
 from gpt2xla.config import RunConfig
-from gpt2xla.logs import wandb_sink
+from gpt2xla.logs import background_sink
 from gpt2xla.logs.wandb_sink import WANDB_FILE, WandbSink
 
 
@@ -145,7 +145,7 @@ def test_no_line_waits_for_a_slow_one(wandb: FakeWandb, tmp_path: Path) -> None:
 def test_hanging_is_given_up_at_the_end(
     wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
 ) -> None:
-    monkeypatch.setattr(wandb_sink, "_SECONDS_TO_CLOSE", 0.2)
+    monkeypatch.setattr(background_sink, "SECONDS_TO_CLOSE", 0.2)
     end = threading.Event()
     setattr(wandb, place, lambda *step: end.wait(60))
     write(sink(tmp_path), *map(trained, range(1, 5)))
@@ -156,7 +156,7 @@ def test_hanging_is_given_up_at_the_end(
 def test_what_waits_is_bounded(
     wandb: FakeWandb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(wandb_sink, "_MOST_WAITING", 5)
+    monkeypatch.setattr(background_sink, "_MOST_WAITING", 5)
     end = threading.Event()
     wandb.on_init = lambda: end.wait(60)
     write(sink(tmp_path), *map(trained, range(1, 50)))
@@ -243,7 +243,7 @@ def test_a_run_whose_wandb_hangs_is_whole(
 ) -> None:
     import run_pretrain
 
-    monkeypatch.setattr(wandb_sink, "_SECONDS_TO_CLOSE", 0.2)
+    monkeypatch.setattr(background_sink, "SECONDS_TO_CLOSE", 0.2)
     end = threading.Event()
     wandb.on_log = lambda step: end.wait(60)
     flags = ["--checkpoints-dir", str(tmp_path / "c"), "--wandb-logging", "--wandb-logging-interval", "1"]

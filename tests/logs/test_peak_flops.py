@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2xla.config import ModelConfig
 from gpt2xla.logs.peak_flops import DEVICE_PEAK_FLOPS, named_peak_flops
-from gpt2xla.logs.sinks import Throughput
+from gpt2xla.logs.throughput import Throughput
 from gpt2xla.model.gpt2 import GPT2
 
 # Multiprocessors, boost clock in MHz, and floating-point operations that one of them does per clock in dense tensor-core
@@ -110,6 +110,6 @@ def test_mfu_is_tokens_times_flops_over_the_peak(monkeypatch: pytest.MonkeyPatch
     """GPT-2 124M at 178,000 tokens a second on an A100: 855,166,464 x 178,000 / 312e12 = 48.8%."""
     times = iter([10.0, 10.0 + 524_288 / 178_000])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    step = Throughput(524_288, 855_166_464, 312e12).step()
+    step = Throughput(855_166_464, 312e12).step(524_288)
     assert step["tokens_per_second"] == pytest.approx(178_000)
     assert step["mfu"] == pytest.approx(0.48788, abs=1e-5)

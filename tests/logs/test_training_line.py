@@ -13,10 +13,11 @@ from conftest import write_split
 
 from gpt2xla.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2xla.data.opening import TrainingData
-from gpt2xla.logs import console, sinks
+from gpt2xla.logs import console, sinks, throughput
 from gpt2xla.logs.console import say
 from gpt2xla.logs.progress import Progress
 from gpt2xla.logs.sinks import ConsoleSink
+from gpt2xla.logs.throughput import Throughput
 from gpt2xla.training.summary import remarks
 from gpt2xla.training.time_left import TimeLeft, in_words
 
@@ -64,7 +65,7 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def test_the_line_fits_the_terminal_and_cuts_no_number(width: int, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_a_terminal(monkeypatch)
     monkeypatch.setattr(console, "columns", lambda: width)
-    sink = ConsoleSink(0, 20_000, lambda: 9550.0)
+    sink = ConsoleSink(0, 20_000, dict, lambda: 9550.0)
     sink.write(STEP | {"valid": 1})
     assert shown(terminal.getvalue()) == [text]
     sink.close()
@@ -74,7 +75,7 @@ def test_the_line_fits_the_terminal_and_cuts_no_number(width: int, text: str, mo
 def test_other_lines_leave_no_trails_and_no_blank_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = on_a_terminal(monkeypatch)
     monkeypatch.setattr("gpt2xla.logs.progress._SECONDS_BETWEEN_REFRESHES", 0.01)
-    sink = ConsoleSink(0, 20_000, lambda: None)
+    sink = ConsoleSink(0, 20_000, dict, lambda: None)
     say("compiling")
     for step in (1, 2):
         sink.write(STEP | {"step": step})
@@ -93,7 +94,7 @@ def test_other_lines_leave_no_trails_and_no_blank_lines(monkeypatch: pytest.Monk
 def test_a_log_gets_lines_that_grow_rarer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     monkeypatch.setattr(sinks.time, "monotonic", lambda: now)
-    sink = ConsoleSink(0, 9 * 3600, lambda: 61.0)
+    sink = ConsoleSink(0, 9 * 3600, dict, lambda: 61.0)
     for step in range(1, 9 * 3600 + 1):  # nine hours
         now = float(step)
         sink.write(STEP | {"step": step})
@@ -105,18 +106,37 @@ def test_a_log_gets_lines_that_grow_rarer(monkeypatch: pytest.MonkeyPatch, capsy
     assert 250 <= steps[-2] - steps[-3] <= 300
 
 
-def test_the_expected_end_counts_evaluations_and_limits() -> None:
-    now = datetime.datetime(2026, 11, 27, 14, 0)
+class Clock:
+    """The clock of a run, which a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(throughput.time, "perf_counter", lambda: self.now)
+
+    def measure(self, measured: Throughput, tokens: int, seconds: float) -> dict[str, float | None]:
+        self.now += seconds
+        return measured.step(tokens)
+
+
+def test_the_expected_end_counts_evaluations_and_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, now = Clock(monkeypatch), datetime.datetime(2026, 11, 27, 14, 0)
+
+    def begin(first: int, last: int, intervals: dict[str, int], validation: float) -> tuple[TimeLeft, Throughput]:
+        measured = Throughput(1, None)
+        return TimeLeft(first, last, lambda step: 10 * step, measured, intervals, validation), measured
+
     said = []
     for limit, pace in ((1e9, 6.0), (600.0, 6.0), (1e9, 40.0)):
-        left = TimeLeft(1000, 2000, {"valid_loss": 100, "sample": 0}, validation=5)
+        left, measured = begin(1000, 2000, {"valid_loss": 100, "sample": 0}, validation=50)
         for step in range(1001, 1031):
-            left.step(step, 500.0 if step == 1001 else pace)  # the first one compiles
+            clock.measure(measured, 10, 500.0 if step == 1001 else pace)  # the first one compiles
+            left.step(step)
             said.append((step, left.expected_end(limit, now)))
-    left = TimeLeft(1000, 2000, {"valid_loss": 100, "sample": 0}, validation=5)
+    left, measured = begin(1000, 2000, {"valid_loss": 100, "sample": 0}, validation=50)
     for step in range(1001, 1031):
-        left.step(step, 500.0 if step == 1001 else 6.0)
-    assert left.seconds() == 970 * 6 + 10 * 5 * 6
+        clock.measure(measured, 10, 500.0 if step == 1001 else 6.0)
+        left.step(step)
+    assert left.seconds() == pytest.approx(970 * 6 + 10 * 5 * 6)
     # 989 steps of 6 s, and 10 validations of 5 steps each.
     assert [(step, text) for step, text in said if text] == [
         (1011, "expected to end in 1 h 44 min, at 15:43 (6 s per step)"),
@@ -125,12 +145,54 @@ def test_the_expected_end_counts_evaluations_and_limits() -> None:
     ]
     left.evaluation("valid_loss", 60.0)
     left.evaluation("sample", 7.0)
-    assert left.seconds() == 970 * 6 + 10 * 60 + 7
-    short = TimeLeft(0, 19, {}, 0)
+    assert left.seconds() == pytest.approx(970 * 6 + 10 * 60 + 7)
+    short, measured = begin(0, 19, {}, 0)
     for step in range(1, 19):
-        short.step(step, 1.0)
+        clock.measure(measured, 10, 1.0)
+        short.step(step)
         assert not short.expected_end(1e9, now)
-    assert short.seconds() == 1
+    assert short.seconds() == pytest.approx(1)
+
+
+def test_the_numbers_of_a_line_agree_with_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps of uneven sizes and times, of which some arrive together. By the speed shown, the tokens that are left take the
+    time shown, and MFU is that speed's. All three are those of the newest 100 steps: their tokens over their seconds."""
+    clock, draw = Clock(monkeypatch), np.random.default_rng(0)
+    monkeypatch.setattr(sinks, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(sinks.time, "monotonic", lambda: 0.0)
+    sizes = draw.choice([8192, 16_384, 65_536], 400)
+    read = np.concatenate([[0], np.cumsum(sizes)])
+    seconds = [30.0, *np.where(draw.random(399) < 0.3, 1e-5, draw.gamma(4, 0.2, 399))]
+    measured = Throughput(flops_per_token := 855_166_464, peak := 100e12)
+    left = TimeLeft(0, 400, lambda step: int(read[step]), measured, {}, 0)
+    sink = ConsoleSink(0, 400, measured.pace, left.seconds)
+    expected_ends = []
+    for step in range(1, 401):
+        line = STEP | {"step": step} | clock.measure(measured, int(sizes[step - 1]), seconds[step - 1])
+        left.step(step)
+        sink.write(line)
+        expected_ends.append(left.expected_end(1e9, datetime.datetime(2026, 11, 27, 14, 0)))
+        if step == 1:
+            assert measured.pace() == {}
+            continue
+        newest = slice(max(1, step - 100), step)  # from the second on
+        rate = sizes[newest].sum() / sum(seconds[newest])
+        assert measured.pace() == pytest.approx({"tokens_per_second": rate, "mfu": flops_per_token * rate / peak})
+        assert left.seconds() == pytest.approx((read[400] - read[step]) / rate)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 400
+    for step, text in enumerate(lines[1:-1], 2):
+        minutes, rest, speed, percent = re.search(
+            r", ([\d:]+):(\d\d) left, ([\d,]+) tokens/s.*mfu ([\d.]+)%", text
+        ).groups()  # type: ignore[union-attr]
+        shown_left, shown = 60 * int(minutes) + int(rest), int(speed.replace(",", ""))
+        assert shown_left == pytest.approx((read[400] - read[step]) / shown, abs=1)
+        assert float(percent) == pytest.approx(100 * flops_per_token * shown / peak, abs=0.06)
+    (said,) = [(step, text) for step, text in enumerate(expected_ends, 1) if text]
+    rate = sizes[1 : said[0]].sum() / sum(seconds[1 : said[0]])
+    assert in_words((read[400] - read[said[0]]) / rate) in said[1]
 
 
 @pytest.mark.parametrize(
