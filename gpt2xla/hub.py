@@ -1,4 +1,4 @@
-"""Fetches from the Hugging Face hub, and says in one sentence why something did not come.
+"""Fetches from the Hugging Face hub and pushes to it, and says in one sentence why that failed.
 
 The hub's client lets through errors of the HTTP libraries below it (requests, httpx, xet), and `datasets` wraps them once
 more. The functions here look through the whole chain of causes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,64 @@ def snapshot(repo: str, patterns: Iterable[str]) -> Path:
     if not sys.stderr.isatty():  # in a log they are only noise
         disable_progress_bars()
     return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+
+
+def repository(name: str, flag: str) -> str:
+    """Return the full name, `owner/name`, of a model's repository to which this login may write. A new one is made, private.
+
+    Raises InputError for `flag` if that is impossible. Nothing is written to a repository that is there already."""
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    if is_offline():
+        raise InputError(f"{flag} {name}: HF_HUB_OFFLINE is set; unset it")
+    if not get_token():
+        raise InputError(f"{flag} {name}: not logged in to the hub; run hf auth login, or set HF_TOKEN")
+    try:
+        full = HfApi().create_repo(name, private=True, exist_ok=True).repo_id
+        # The hub tells only those who may write how a file is to be uploaded.
+        HfApi().preupload_lfs_files(full, [CommitOperationAdd("README.md", b"-")])
+    except Exception as error:  # the client lets errors of several HTTP libraries through
+        raise InputError(f"{flag} {name}: {why_not_pushed(error)}") from None
+    return full
+
+
+def push(name: str, files: Mapping[str, Path | bytes], message: str, branch: str | None) -> str:
+    """Upload `files` in one commit, to `branch` or the main one, and return the address. The client's errors pass."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    if branch:
+        HfApi().create_branch(name, branch=branch, exist_ok=True)
+    operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+    HfApi().create_commit(name, operations, commit_message=message, revision=branch)
+    return f"{HfApi().endpoint}/{name}" + (f"/tree/{branch}" if branch else "")
+
+
+def text_of(name: str, file: str, branch: str | None) -> str:
+    """Return a text file of a repository; "" if there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file, revision=branch)).read_text(encoding="utf-8")
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return ""
+
+
+def why_not_pushed(error: BaseException) -> str:
+    """Return why an upload, or the check before it, failed, and the fix."""
+    from huggingface_hub import errors
+
+    status = response.status_code if (response := _response(error)) is not None else None
+    if status == 401 and not _caused_by(error, errors.RepositoryNotFoundError):
+        return "the hub does not know this login; run hf auth login, or correct HF_TOKEN"
+    if status in (401, 403, 404):
+        return "this login may not write there; use a token with write access, and a repository of yours (owner/name)"
+    if is_temporary(error):
+        return f"the hub cannot be reached ({answer(error)}); check the network, or try again later"
+    return f"the hub refuses it ({answer(error)}); fix that and try again"
 
 
 @contextlib.contextmanager

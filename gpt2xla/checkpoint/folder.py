@@ -43,6 +43,7 @@ def save(
     training: dict[str, Any],
     tokenizer: Tokenizer | None,
     settings: GenerationSettings,
+    devices: str,
     shards: Path,
 ) -> Path:
     """Write `step-XXXXXXXX` under `root` for `training["step"]`; return it once it is safely on disk.
@@ -51,6 +52,7 @@ def save(
 
     Args:
         weights: by our parameter names, on the CPU.
+        devices: which they were trained on, in words.
         shards: the folder with the part of the training state that `sharded_state` wrote. If it exists, it is moved in.
 
     Raises OSError if the checkpoint could not be written. Nothing is left of it then."""
@@ -59,7 +61,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write(partial, config, weights, training, tokenizer, settings, shards)
+        _write(partial, config, weights, training, tokenizer, settings, devices, shards)
         if final.exists():
             say(set_aside(final))
         os.rename(partial, final)
@@ -80,6 +82,7 @@ def _write(
     training: dict[str, Any],
     tokenizer: Tokenizer | None,
     settings: GenerationSettings,
+    devices: str,
     shards: Path,
 ) -> None:
     hf.save_model(folder, config.model, weights, settings)
@@ -90,7 +93,7 @@ def _write(
     if shards.is_dir():
         shards.rename(folder / SHARDS)
     write_run_config(folder, config)
-    card = card_of_run(config, weights, training["step"], tokenizer, folder.parent)
+    card = card_of_run(config, weights, training["step"], tokenizer, folder.parent, devices)
     (folder / MODEL_CARD).write_text(card, encoding="utf-8")
     seal(folder, training["step"])
     for file in [*folder.rglob("*"), folder]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from gpt2xla.config import ModelConfig, RunConfig
 from gpt2xla.config.paths import is_url, parse_weights
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.logs.sinks import METRICS_FILE, perplexity
+from gpt2xla.optim.schedule import describe
 
 MODEL_CARD = "README.md"
 _FRONT = """\
@@ -23,11 +25,12 @@ tags:
 - gpt2xla
 ---
 """
+_RESUME = "\n## Continue training\n"
 _SPLITS = ("train", "test", "valid", "validation", "val")  # folders that are named after a part of a data set
 
 
 def card_of_run(
-    config: RunConfig, weights: Mapping[str, Tensor], step: int, tokenizer: Tokenizer | None, root: Path
+    config: RunConfig, weights: Mapping[str, Tensor], step: int, tokenizer: Tokenizer | None, root: Path, devices: str
 ) -> str:
     """Return the card of a checkpoint after `step`. The validation loss is the newest in `root`, the folder of the run."""
     train, name = config.train, f"step-{step:08d}"
@@ -39,15 +42,17 @@ def card_of_run(
         "tokens seen": f"{step * sequences * config.model.seq_length:,} ({sequences} sequences a step)",
         "training data": ", ".join(parts),
         "validation data": _name(config.data.valid_dir),
+        "schedule": describe(config.optim),
+        "optimizer": _optimizer(config),
+        "precision": train.mixed_precision,
+        "devices": devices,
     }
     if line := newest_line(root / METRICS_FILE, "valid_loss", step):
         loss = line["valid_loss"]
         facts["validation loss"] = (
             f"{loss:.4f} nats per token, perplexity {perplexity(loss):.2f}, after step {line['step']:,}"
         )
-    resume = f"""
-## Continue training
-
+    resume = f"""{_RESUME}
 With gpt2xla's `run_pretrain.py`, in RUN, the folder that holds this one, or in a new one:
 
 ```bash
@@ -57,6 +62,33 @@ python run_pretrain.py --from-checkpoint RUN/{name} --checkpoints-dir continued
 """
     about = f"A GPT-2 language model, trained with gpt2xla. This is its checkpoint after step {step:,}."
     return _card(name, about, config.model, weights, tokenizer, facts) + resume
+
+
+def published(card: str, folder: str, name: str, branch: str | None, loss: str, front: str, is_resumable: bool) -> str:
+    """Return the card of a model in `folder` for the hub's repository `name`. What its user wrote into it stays.
+
+    Args:
+        loss: the section about its loss.
+        front: the front matter to keep, such as a licence that was added on the hub; "" for the card's own."""
+    own, rest = _split_front(card)
+    if not is_resumable:
+        rest = rest.split(_RESUME)[0]
+    rest = rest.replace(f"# {folder}\n", f"# {name.split('/')[-1]}\n", 1)
+    named = f'"{name}", revision="{branch}"' if branch else f'"{name}"'
+    rest = rest.replace(f'"{folder}")  # the path of this folder', f"{named})")
+    return (_split_front(front)[0] or own) + f"{rest.rstrip()}\n\n## Loss\n\n{loss}\n"
+
+
+def _split_front(card: str) -> tuple[str, str]:
+    """Return the front matter, with its borders, and the rest."""
+    found = re.match(r"---\n.*?\n---\n", card, re.DOTALL)
+    return (found[0], card[found.end() :]) if found else ("", card)
+
+
+def _optimizer(config: RunConfig) -> str:
+    optim, clip = config.optim, config.optim.max_grad_norm
+    parts = [optim.optim_type, f"betas {', '.join(map(str, optim.betas))}", f"weight decay {optim.weight_decay}"]
+    return ", ".join([*parts, f"gradients clipped at {clip}"] if clip else parts)
 
 
 def card_of_model(

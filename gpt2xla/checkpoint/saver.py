@@ -80,7 +80,7 @@ class Saver:
         try:
             written = checkpoint.save(
                 self.folder, config=self.config, weights=weights, training=training, tokenizer=self.tokenizer,
-                settings=self.settings, shards=shards,
+                settings=self.settings, devices=self.runtime.description, shards=shards,
             )  # fmt: skip
         finally:
             self.stop.end_save()

@@ -19,9 +19,14 @@ def seal(folder: Path, step: int) -> None:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file != folder / COMPLETE
     }
-    contents = {"step": step, "files": files}
-    sealed = contents | {"sha256": _sha256(contents)}
-    (folder / COMPLETE).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+    (folder / COMPLETE).write_text(_sealed({"step": step, "files": files}), encoding="utf-8")
+
+
+def resealed(folder: Path, name: str, content: bytes) -> str:
+    """Return the text of COMPLETE for a copy of a checkpoint in which the file `name` has another content."""
+    contents = read_json(folder / COMPLETE)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return _sealed({"step": contents["step"], "files": contents["files"] | {name: entry}})
 
 
 def step_of(folder: Path) -> int:
@@ -56,6 +61,10 @@ def find_damage(folder: Path) -> str | None:
         if file.stat().st_size != size or file_sha256(file) != sha256:
             return f"{file} is damaged: its contents have changed since it was saved"
     return None
+
+
+def _sealed(contents: dict[str, Any]) -> str:
+    return json.dumps(contents | {"sha256": _sha256(contents)}, indent=2) + "\n"
 
 
 def _sha256(contents: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ from gpt2xla.optim.state import moment_shapes
 
 # Options of this command that a resumed run does not inherit.
 _NOT_CONTINUED = {
-    "checkpoints_dir", "from_checkpoint", "resume", "do_test", "max_hours", "max_minutes", "wandb_resume_id", "verify_data",
+    "checkpoints_dir", "from_checkpoint", "resume", "do_test", "push_to_hub", "max_hours", "max_minutes", "wandb_resume_id",
+    "verify_data",
 }  # fmt: skip
 # What torch.amp.GradScaler and the XLA runtime's scaler save.
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}

@@ -36,6 +36,7 @@ COMMANDS = {
     "inspect": Command("commands.inspect_data", "show what token shards hold, and check them"),
     "plot": Command("commands.plot_loss", "draw the loss of runs"),
     "convert": Command("commands.convert_checkpoint", "any GPT-2 -> a Hugging Face folder"),
+    "push": Command("commands.push_to_hub", "a model -> the Hugging Face hub"),
     "doctor": Command("doctor", "look for known problems of this machine"),
     "fit": Command("commands.tpu_compile_check", "does a run fit a TPU? Compiles it without one"),
     "completion": Command("commands.completion", "completion of these commands for bash or zsh"),

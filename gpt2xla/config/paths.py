@@ -86,6 +86,12 @@ def check_tokenizer(flag: str, name: str) -> None:
             raise InputError(f"{flag} {name}: no such folder or file; {fix}")
 
 
+def check_hub_name(flag: str, name: str) -> None:
+    """Check the name of a repository to push to."""
+    if not hub.is_id(name):
+        raise InputError(f"{flag} {name}: no name of a repository on the hub; write owner/name")
+
+
 def check_resumed(flag: str, value: str) -> None:
     """Check the folder of the checkpoint to resume, unless `value` is auto or never."""
     with user_error(f"{flag} {value}"):

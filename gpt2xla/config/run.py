@@ -55,6 +55,11 @@ class GeneralConfig:
     )
     do_test: bool = option(False, "validate on --valid-dir and exit, without training")
     tensorboard_logging: bool = option(False, "also log to --checkpoints-dir/tensorboard, for TensorBoard")
+    push_to_hub: str | None = option(
+        None,
+        "after the last step, push the model to this repository on the Hugging Face hub (owner/name; a new one is private)",
+        check=paths.check_hub_name,
+    )
 
     def check(self) -> None:
         require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")

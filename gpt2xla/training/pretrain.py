@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from gpt2xla.checkpoint.folder import write_run_config
-from gpt2xla.checkpoint.run_folder import newest_in_words, prepare_folder, repair_latest
+from gpt2xla.checkpoint.publish import push
+from gpt2xla.checkpoint.run_folder import list_checkpoints, newest_in_words, prepare_folder, repair_latest
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.config import RunConfig, TrainConfig
@@ -18,6 +19,7 @@ from gpt2xla.data.split_folders import with_splits
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.evals.schedule import Evaluations
 from gpt2xla.generation.settings import settings_of
+from gpt2xla.hub import repository
 from gpt2xla.processes.locks import locked, refuse_if_locked
 from gpt2xla.processes.signals import StopSignals
 from gpt2xla.runtime import memory
@@ -54,6 +56,7 @@ def pretrain(
         train = dataclasses.replace(train, compile=bool(train.compile))
     runtime = make_runtime(train)
     start = dataclasses.replace(start, config=start.config.in_precision(runtime.precision.name))
+    is_finished, is_main, general = False, runtime.is_main, start.config.general
     with leaving_together(runtime):
         _check_agreement(runtime, start, is_chosen_here)
         if config.general.do_test:
@@ -62,11 +65,20 @@ def pretrain(
             if runtime.is_main:
                 repair_latest(Path(config.general.checkpoints_dir), start.step)
                 print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to continue it")
+            is_finished = True
         else:
             with contextlib.ExitStack() as holding:
                 run = _open(start, runtime, signals, holding)
                 del start  # its copies of weights and optimizer state on the host would stay for the whole run
-                run()
+                is_finished = run()
+    if is_finished and is_main and general.push_to_hub:  # the other processes need not wait for it
+        _push(Path(general.checkpoints_dir), general.push_to_hub)
+
+
+def _push(folder: Path, name: str) -> None:
+    """Push the run's last checkpoint."""
+    source = list_checkpoints(folder)[-1]
+    print(f"pushed {source} to {push(source, name, '--push-to-hub')}")
 
 
 def _check_agreement(runtime: Runtime, start: Start, is_chosen_here: bool) -> None:
@@ -83,8 +95,8 @@ def _check_agreement(runtime: Runtime, start: Start, is_chosen_here: bool) -> No
 
 def _open(
     start: Start, runtime: Runtime, signals: StopSignals | None, holding: contextlib.ExitStack
-) -> Callable[[], None]:
-    """Open all that training needs, and return the function that trains.
+) -> Callable[[], bool]:
+    """Open all that training needs, and return the function that trains and tells whether the run is finished.
 
     The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right."""
     config, folder = start.config, Path(start.config.general.checkpoints_dir)
@@ -100,6 +112,8 @@ def _open(
     stop = Stop(runtime, signals, config.train, partial(newest_in_words, folder))
     evaluations = Evaluations(config, runtime, model, data, settings, stop)
     if runtime.is_main:
+        if name := config.general.push_to_hub:
+            repository(name, "--push-to-hub")
         with user_error(_flag(config)):
             folder.mkdir(parents=True, exist_ok=True)
             holding.enter_context(locked(*_lock(config)))
@@ -118,10 +132,11 @@ def _open(
     trainer = Trainer(config.train, runtime, data.order, train_step, evaluations, saver, log, stop)
     first_step, is_evaluated = start.step, start.is_evaluated
 
-    def run() -> None:
+    def run() -> bool:
         step = trainer.run(first_step, is_evaluated)
         if runtime.is_main:
             print_end(config, step, stop.reason, evaluations.validation)
+        return step == config.train.train_steps
 
     return run
 

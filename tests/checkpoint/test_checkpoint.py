@@ -293,7 +293,7 @@ def test_a_crash_while_writing_leaves_the_old_ones_and_is_cleaned_up(
     assert start.weights is not None
     assert start.training is not None
     saved = {"weights": start.weights, "training": start.training | {"step": 30}, "tokenizer": None}
-    saved |= {"settings": GenerationSettings.of(None), "shards": run_folder.shards_folder(root, 30)}
+    saved |= {"settings": GenerationSettings.of(None), "devices": "a CPU", "shards": run_folder.shards_folder(root, 30)}
     config = options(root, *SMALL_RUN)
 
     def full_disk(*_: object) -> None:

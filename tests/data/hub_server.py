@@ -1,11 +1,14 @@
 """A stand-in for the Hugging Face hub with one data set or model, on this machine, which misbehaves on request.
 
+It takes files, too, from those who have the right token: small ones in the commit, large ones by git LFS.
+
 It answers what `datasets` and `huggingface_hub` ask before they read files: repository, tree, paths, files by ranges.
 Large files lie on another host, as the hub's do.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -16,6 +19,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+TOKEN = "hf_of_the_tests"
 LARGE = (".parquet", ".gz", ".safetensors")
 CUT = "cut"  # half of what is promised
 CLOSED = "closed"  # no answer
@@ -41,6 +45,9 @@ class Hub(ThreadingHTTPServer):
         self.api = f"/api/{kind}/{name}"
         self.pages = f"/{name}" if kind == "models" else f"/{kind}/{name}"
         self.commit = _hash("first commit")
+        self.branches: dict[str, dict[str, bytes]] = {"main": files}
+        self.large: dict[str, bytes] = {}  # uploaded by LFS, by SHA-256
+        self.visibility = ""  # of the repository, once it is made; "" if it was there
         self.faults: dict[tuple[str, str], Iterator[Any]] = {}
         self.requests: list[Request] = []
         self.paused, self.resumed = threading.Event(), threading.Event()
@@ -77,8 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self._is_faulty(path):
             return
         if path.startswith(f"{hub.pages}/resolve/"):
-            _, _, rest = path.partition("/resolve/")
-            self._file(rest.partition("/")[2])
+            branch, _, name = path.partition("/resolve/")[2].partition("/")
+            self._file(name, hub.branches.get(branch, hub.files))
         elif path.startswith("/elsewhere/"):
             self._body(hub.files[path.removeprefix("/elsewhere/")], {"ETag": '"elsewhere"'})
         elif path in (repository, f"{repository}/revision/main", f"{repository}/revision/{hub.commit}"):
@@ -94,13 +101,86 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        asked = self._asked().decode()
         path = unquote(urlsplit(self.path).path)
         if self._is_faulty(path):
+            return
+        what, _, branch = path.removeprefix(self.server.api).removeprefix("/").partition("/")
+        if what in ("preupload", "commit", "branch") or path.endswith(("/api/repos/create", "/objects/batch")):
+            if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+                self._take(what if path.startswith(self.server.api) else path, branch, asked)
+            else:
+                self._error(401)
+            return
+        if path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
             return
         assert path == f"{self.server.api}/paths-info/{self.server.commit}", path
         names = json.loads(asked)["paths"] if asked.startswith("{") else parse_qs(asked)["paths"]
         self._json([self._entry(name) for name in names if name in self.server.files])
+
+    def do_PUT(self) -> None:
+        content = self._asked()
+        if not self._is_faulty(self.path):
+            self.server.large[hashlib.sha256(content).hexdigest()] = content
+            self._answer(200, b"", {"ETag": '"uploaded"'})
+
+    def _asked(self) -> bytes:
+        """Return the body of the request, which may come in chunks."""
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _take(self, what: str, branch: str, asked: str) -> None:
+        """Answer one of the requests of which an upload consists."""
+        hub = self.server
+        if what == "/api/repos/create":
+            values = json.loads(asked)
+            full = f"{values.get('organization') or 'me'}/{values['name']}"
+            if full.split("/")[0] != hub.name.split("/")[0]:
+                self._error(403)
+            elif hub.visibility or hub.files:
+                self._answer(
+                    409, json.dumps({"url": f"{hub.url}/{full}"}).encode(), {"Content-Type": "application/json"}
+                )
+            else:
+                hub.visibility = values.get("visibility") or ("private" if values.get("private") else "public")
+                self._json({"url": f"{hub.url}/{full}"})
+        elif what == "preupload":
+            modes = {f["path"]: "lfs" if f["path"].endswith(LARGE) else "regular" for f in json.loads(asked)["files"]}
+            found = hub.branches[branch]
+            oids = {path: _blob(found[path]) for path in modes if path in found and modes[path] == "regular"}
+            answers = [
+                {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oids.get(path)}
+                for path, mode in modes.items()
+            ]
+            self._json({"files": answers})
+        elif what.endswith("/objects/batch"):
+            wanted = json.loads(asked)["objects"]
+            place = {"actions": {"upload": {"href": f"{hub.elsewhere}/upload"}}}
+            self._json({"objects": [one | ({} if one["oid"] in hub.large else place) for one in wanted]})
+        elif what == "branch":
+            status = 409 if branch in hub.branches else 200
+            hub.branches.setdefault(branch, dict(hub.files))
+            self._answer(status, b"{}", {"Content-Type": "application/json"})
+        else:
+            self._commit(branch, [json.loads(line) for line in asked.splitlines()])
+
+    def _commit(self, branch: str, lines: list[dict[str, Any]]) -> None:
+        files = self.server.branches[branch]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.large[value["oid"]]
+        commit = _hash(json.dumps(lines))
+        self._json({"commitOid": commit, "commitUrl": f"{self.server.url}/{self.server.name}/commit/{commit}"})
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -124,16 +204,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(status, headers=headers)
         return True
 
-    def _file(self, name: str) -> None:
+    def _file(self, name: str, files: dict[str, bytes]) -> None:
         hub = self.server
-        if name not in hub.files:
+        if name not in files:
             self._error(404, "EntryNotFound")
         elif name.endswith(LARGE):
-            etag, size = hashlib.sha256(hub.files[name]).hexdigest(), len(hub.files[name])
+            etag, size = hashlib.sha256(files[name]).hexdigest(), len(files[name])
             linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(size), "X-Repo-Commit": hub.commit}
             self._answer(302, b"", linked | {"Location": f"{hub.elsewhere}/{name}"})
         else:
-            self._body(hub.files[name], {"ETag": f'"{_hash(hub.files[name])}"', "X-Repo-Commit": hub.commit})
+            self._body(files[name], {"ETag": f'"{_hash(files[name])}"', "X-Repo-Commit": hub.commit})
 
     def _body(self, content: bytes, headers: dict[str, str]) -> None:
         wanted = self.headers.get("Range", "")
@@ -194,6 +274,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _log(self, status: int, sent: int) -> None:
         path = urlsplit(self.path).path
         self.server.requests.append(Request(self.command, path, self.headers.get("Range", ""), status, sent))
+
+
+def _blob(content: bytes) -> str:
+    """Return git's name for a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _hash(content: str | bytes) -> str:
