@@ -33,7 +33,7 @@ PAGES = {
     "docs/run-folder.md": (1, 4),
     "docs/generation.md": (4, 1),
     "docs/evaluation.md": (1, 2),
-    "docs/checkpoints.md": (0, 2),
+    "docs/checkpoints.md": (0, 5),
     "docs/architecture.md": (0, 1),
     "docs/glossary.md": (0, 1),
     "docs/testing.md": (0, 1),

@@ -30,22 +30,15 @@ def push(source: Path, name: str, flag: str, *, branch: str | None = None, with_
     Raises:
         InputError: `source` is no such folder, or the repository cannot be written to.
         RunFailed: the upload failed."""
-    files = _files(source, with_training_state)
+    files, picture = _files(source, with_training_state), _picture(source.parent)
     name = hub.repository(name, flag)
     try:
-        picture = _picture(source.parent)
-        loss = picture if isinstance(picture, str) else f"![Training and validation loss against tokens]({_PICTURE})"
         if (source / MODEL_CARD).is_file():
-            front = hub.text_of(name, MODEL_CARD, branch)
-            card = published(
-                (source / MODEL_CARD).read_text(encoding="utf-8"),
-                source.name,
-                name,
-                branch,
-                loss,
-                front,
-                with_training_state,
-            ).encode()
+            loss = (
+                picture if isinstance(picture, str) else f"![Training and validation loss against tokens]({_PICTURE})"
+            )
+            text, front = (source / MODEL_CARD).read_text(encoding="utf-8"), hub.text_of(name, MODEL_CARD, branch)
+            card = published(text, source.name, name, branch, loss, front, with_training_state).encode()
             files[MODEL_CARD] = card
             if with_training_state:
                 files[COMPLETE] = resealed(source, MODEL_CARD, card).encode()
@@ -53,10 +46,13 @@ def push(source: Path, name: str, flag: str, *, branch: str | None = None, with_
                 files[_PICTURE] = picture
         return hub.push(name, files, f"Push {source.name}", branch)
     except Exception as error:  # the client lets errors of several HTTP libraries through
-        raise RunFailed(
-            f"{source} was not pushed to {name}: {hub.why_not_pushed(error)}; then push it with python "
-            f"scripts/push_to_hub.py --model {source} --name {name}"
-        ) from None
+        raise not_pushed(source, name, hub.why_not_pushed(error)) from None
+
+
+def not_pushed(source: Path, name: str, why: str) -> RunFailed:
+    """Return the error that says what did not happen, why, and how to make up for it."""
+    command = f"python scripts/push_to_hub.py --model {source} --name {name}"
+    return RunFailed(f"{source} is whole, but was not pushed to {name}: {why}; then push it with {command}")
 
 
 def _files(source: Path, with_training_state: bool) -> dict[str, Path | bytes]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt2xla.checkpoint.folder import write_run_config
-from gpt2xla.checkpoint.publish import push
+from gpt2xla.checkpoint.publish import not_pushed, push
 from gpt2xla.checkpoint.run_folder import list_checkpoints, newest_in_words, prepare_folder, repair_latest
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.checkpoint.start import Start, find_start
@@ -76,9 +76,12 @@ def pretrain(
 
 
 def _push(folder: Path, name: str) -> None:
-    """Push the run's last checkpoint."""
+    """Push the run's last checkpoint. Raises RunFailed if it could not be pushed."""
     source = list_checkpoints(folder)[-1]
-    print(f"pushed {source} to {push(source, name, '--push-to-hub')}")
+    try:
+        print(f"pushed {source} to {push(source, name, '--push-to-hub')}")
+    except InputError as error:  # the login was good when the run began
+        raise not_pushed(source, name, str(error)) from None
 
 
 def _check_agreement(runtime: Runtime, start: Start, is_chosen_here: bool) -> None:

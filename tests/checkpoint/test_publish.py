@@ -149,18 +149,20 @@ def test_no_write_access_and_no_network_are_refused(hub: Hub, trained: Path, mon
     refused(run_here(*PUSH, trained), 2, NAME, "HF_HUB_OFFLINE")
 
 
+@pytest.mark.parametrize("path", ["/commit/main", "/preupload/main"])
 def test_a_failed_upload_leaves_the_run_whole_and_says_how_to_push_later(
-    hub: Hub, data_flags: list[str], tmp_path: Path
+    path: str, hub: Hub, data_flags: list[str], tmp_path: Path
 ) -> None:
     """Exit code 1: what was asked was not done. Then the command that the message names does it."""
-    hub.misbehave("POST", "/commit/main", itertools.repeat(500))
+    faults = {"/commit/main": itertools.repeat(500), "/preupload/main": itertools.chain([None], itertools.repeat(403))}
+    hub.misbehave("POST", path, faults[path])  # or the login was good only when the run began
     flags = [*data_flags, *SMALL_RUN, "--no-compile", "--train-steps", "4", "--checkpoints-dir", tmp_path / "run"]
     result = run_here("run_pretrain.py", *flags, "--decay-steps", "4", "--push-to-hub", NAME)
     last = tmp_path / "run" / "step-00000004"
+    hub.behave()
     command = f"scripts/push_to_hub.py --model {last} --name {NAME}"
     refused(result, 1, "was not pushed", f"python {command}")
     assert find_damage(last) is None
     assert json.loads((last / "run_config.json").read_text())["push_to_hub"] == NAME
-    hub.behave()
     succeed(run_here(*command.split()))
     assert is_equal(arrived(hub, tmp_path / "arrived"), last)
