@@ -1,17 +1,23 @@
 """Loss and perplexity of several models on one split: `python scripts/perplexity_table.py --models gpt2 checkpoints
---valid-dir fineweb_10BT/test`.
+--valid-dir fineweb_10BT/test`. `--plot losses.png` draws checkpoints against their steps.
 """
+
+from __future__ import annotations
 
 import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gpt2xla.cli import parse_options
+from gpt2xla.commands.plot_loss import check_picture, importing_matplotlib
 from gpt2xla.config import option, paths
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.evals.options import EvalConfig, open_runtime
 from gpt2xla.files import write_whole
+
+if TYPE_CHECKING:
+    from gpt2xla.evals.perplexity_table import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +26,7 @@ class TableConfig(EvalConfig):
 
     model: tuple[str, ...] = option(
         MISSING,
-        "checkpoint folders, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files",
+        "checkpoint folders, FOLDER@best, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files",
         is_path=True,
         check=paths.check_models,
         other_names=("models",),
@@ -39,32 +45,58 @@ class TableConfig(EvalConfig):
         "also write the table to this path + .md, and full precision to + .json (default: only print it)",
         is_path=True,
     )
+    plot: str | None = option(
+        None, "also draw the loss of checkpoints against their step into this .png, .svg or .pdf", is_path=True
+    )
 
 
 def main() -> None:
     options = parse_options(TableConfig, "Measure loss and perplexity of several models on one split.")
     train = options.train_config(options.valid_steps)
     files = _files(options.output) if options.output is not None else []
+    picture = Path(options.plot) if options.plot is not None else None
+    if picture:
+        check_picture("--plot", picture)
+        with importing_matplotlib():
+            import gpt2xla.logs.checkpoint_picture  # noqa: F401  before hours of measuring
     from gpt2xla.data.split_folders import split_folder
-    from gpt2xla.evals.perplexity_table import Row, markdown, measure
+    from gpt2xla.evals.perplexity_table import best_of, markdown, measure, run_of, sources_of
     from gpt2xla.runtime.leaving import leaving_together
     from gpt2xla.runtime.precision import label
 
     valid_dir = split_folder(options.valid_dir, "test", "--valid-dir")
+    sources = sources_of(options.model)  # a missing model shows before hours of measuring
+    if picture and not any(run for run, _ in map(run_of, sources.values())):
+        raise InputError(
+            f"--plot {picture}: none of the models is a checkpoint of a run; name some, such as RUN/step-*"
+        )
     runtime = open_runtime(options.device, train)
     with leaving_together(runtime):
         about = {"valid_dir": valid_dir, "devices": runtime.description, "precision": label(runtime.precision.name)}
         rows: list[Row] = []
-        for row in measure(list(options.model), valid_dir, train, runtime):
+        for row in measure(sources, valid_dir, train, runtime):
             rows.append(row)
             if runtime.is_main and files:  # after each model: a later one may take hours, and fail
                 with user_error(f"--output {options.output}"):
                     write_whole(files[0], markdown(rows))
-                    write_whole(
-                        files[1], json.dumps(about | {"models": [row.as_dict() for row in rows]}, indent=2) + "\n"
-                    )
+                    measured = {"best": best_of(rows).model, "models": [row.as_dict() for row in rows]}
+                    write_whole(files[1], json.dumps(about | measured, indent=2) + "\n")
         if runtime.is_main:
-            print(markdown(rows), *files, sep="\n")
+            print(markdown(rows))
+            if len(rows) > 1:
+                print(f"best: {best_of(rows)}")
+            if picture:
+                _plot(rows, valid_dir, picture)
+            print(*files, *([picture] if picture else []), sep="\n")
+
+
+def _plot(rows: list[Row], valid_dir: str, picture: Path) -> None:
+    from gpt2xla.evals.perplexity_table import run_of
+    from gpt2xla.logs.checkpoint_picture import Point, draw
+
+    points = [Point(row.model, *run_of(row.source), *row.validation[:2]) for row in rows]
+    with user_error(f"--plot {picture}"):
+        write_whole(picture, draw(points, valid_dir, picture.suffix.lower()[1:]))
 
 
 def _files(output: str) -> list[Path]:

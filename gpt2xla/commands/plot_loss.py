@@ -1,6 +1,8 @@
 """Plots the loss of one or more runs against tokens: `python scripts/plot_loss.py checkpoints --output loss.png`."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from gpt2xla.cli import OneLineParser, path
@@ -32,18 +34,30 @@ def main() -> None:
 def plot(runs: list[Path], output: Path, *, log_x: bool = False, more: bool = False) -> None:
     """Draw the runs' losses into `output`; a run that is named twice is drawn once. Raises InputError if a run has no
     metrics, `output` cannot be written, or matplotlib is missing."""
-    if output.suffix.lower() not in _KINDS:
-        raise InputError(f"--output {output}: give a name that ends in .png, .svg or .pdf")
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}; make it, or choose another")
+    check_picture("--output", output)
     from gpt2xla.logs.run_curves import read_curves
 
     curves = [read_curves(run) for run in runs]
-    try:
+    with importing_matplotlib():
         from gpt2xla.logs.loss_picture import draw
-    except ModuleNotFoundError:
-        raise InputError("plotting needs matplotlib; pip install 'gpt2xla[plot]'") from None
     once = {os.path.realpath(run.file): run for run in curves}
     picture = draw(list(once.values()), output.suffix.lower()[1:], log_x=log_x, more=more)
     with user_error(f"--output {output}"):
         write_whole(output, picture)
+
+
+def check_picture(flag: str, file: Path) -> None:
+    """Raise InputError unless a picture can be written to `file`."""
+    if file.suffix.lower() not in _KINDS:
+        raise InputError(f"{flag} {file}: give a name that ends in .png, .svg or .pdf")
+    if not file.parent.is_dir():
+        raise InputError(f"{flag} {file}: there is no folder {file.parent}; make it, or choose another")
+
+
+@contextlib.contextmanager
+def importing_matplotlib() -> Iterator[None]:
+    """Turn the lack of matplotlib into an InputError with the fix."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise InputError("plotting needs matplotlib; pip install 'gpt2xla[plot]'") from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
+from gpt2xla.checkpoint.seal import step_of
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
 from gpt2xla.data.opening import open_validation
 from gpt2xla.data.shards import Manifest
@@ -17,7 +18,7 @@ from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.logs.console import say
-from gpt2xla.logs.sinks import perplexity
+from gpt2xla.logs.sinks import perplexity, with_error
 from gpt2xla.runtime.base import Runtime
 
 _COLUMNS = ("Model", "Parameters", "Loss", "Perplexity", "Tokens", "Standard error of the loss", "Bits per byte")
@@ -28,6 +29,7 @@ class Row:
     """One model's line in the table. `parameters` does not count rows that only pad the vocabulary."""
 
     model: str
+    source: Path  # the folder or file
     parameters: int
     seq_length: int
     validation: Validation
@@ -36,13 +38,33 @@ class Row:
         measured = self.validation._asdict() | {"perplexity": perplexity(self.validation.loss)}
         return {"model": self.model, "parameters": self.parameters, "seq_length": self.seq_length} | measured
 
+    def __str__(self) -> str:
+        return f"{self.model}, loss {with_error(self.validation.loss, self.validation.standard_error)}"
 
-def measure(models: list[str], valid_dir: str, train: TrainConfig, runtime: Runtime) -> Iterator[Row]:
+
+def sources_of(models: Sequence[str]) -> dict[str, Path]:
+    """Return the folder or file of each model. Raises InputError if there is no such model."""
+    return {model: locate(model) for model in models}
+
+
+def measure(sources: dict[str, Path], valid_dir: str, train: TrainConfig, runtime: Runtime) -> Iterator[Row]:
     """Yield each model's loss on the split, in windows of the model's own length. Collective. Raises InputError if there
-    is no such model or split, or a model does not know the split's tokens."""
-    sources = {model: locate(model) for model in models}  # a missing model shows before hours of measuring
+    is no such split, or a model does not know the split's tokens."""
     for model, source in sources.items():
         yield _measure(model, source, valid_dir, train, runtime)
+
+
+def best_of(rows: Sequence[Row]) -> Row:
+    return min(rows, key=lambda row: row.validation.loss)
+
+
+def run_of(source: Path) -> tuple[str | None, int]:
+    """Return the folder of the run that saved the checkpoint `source`, and its step; None and 0 for another model. What a
+    run left behind when it went back is a run of its own."""
+    step, (before, is_named, _) = step_of(source), source.name.partition("step-")
+    if not step or not is_named:
+        return None, 0
+    return f"{source.parent}{f' ({before[:-1]})' if before else ''}", step
 
 
 def markdown(rows: list[Row]) -> str:
@@ -74,7 +96,7 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     runtime.setup_model(model, validator.tokens)
     validation = validator.run()
     padding = model_config.vocab_padding * model_config.d_model * (1 if model_config.tie_weights else 2)
-    return Row(name, model.num_parameters() - padding, model_config.seq_length, validation)
+    return Row(name, source, model.num_parameters() - padding, model_config.seq_length, validation)
 
 
 def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None:

@@ -25,21 +25,21 @@ _WIDTHS, _MARKERS, _SIZES = (2.3, 1.8, 1.6, 1.3), "osD^", (7, 5.5, 4.5, 4.5)
 _MOST_ROWS, _LONGEST_ROW = 6, 55  # of a legend inside the picture; a larger one is below it
 _COLUMNS = 1500  # of a picture: what lies closer cannot be seen
 _LABEL_HEIGHT = 12  # of a validation loss, in points
-_RC = {"pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+RC = {"pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 
 
 def draw(runs: Sequence[Curves], kind: str, *, log_x: bool = False, more: bool = False) -> bytes:
     """Return the picture as the content of a file of `kind` png, svg or pdf. With `more`, it also shows the learning rate
     and the gradient norm."""
     names = names_of([run.file for run in runs])
-    rows = [f"{_shortened(name, 50)} ({_facts(run)})" for name, run in zip(names, runs, strict=True)]
+    rows = [f"{shortened(name, 50)} ({_facts(run)})" for name, run in zip(names, runs, strict=True)]
     is_below = len(runs) > 1 and (len(rows) > _MOST_ROWS or max(map(len, rows)) > _LONGEST_ROW)
     height = 5.0 + (3.0 if more else 0) + (0.22 * len(rows) if is_below else 0)
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(RC):
         figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
         panels: Any = figure.subplots(3 if more else 1, 1, sharex=True, height_ratios=[4, 1, 1.4] if more else [1])
         loss, *others = list(panels) if more else [panels]
-        looks = [_Look(number) for number in range(len(runs))]
+        looks = [Look(number) for number in range(len(runs))]
         for run, look in zip(runs, looks, strict=True):
             _draw_curve(loss, run, run.loss, look, log_x)
             loss.plot(run.valid_tokens, run.valid_loss, ls="", zorder=4, **look.marker(len(run.valid_tokens)))
@@ -52,7 +52,7 @@ def draw(runs: Sequence[Curves], kind: str, *, log_x: bool = False, more: bool =
                 _draw_curve(others[1], run, run.grad_norm, look, log_x)
         _label_axes(loss, others, runs, log_x)
         title = (
-            [_shortened(names[0], 76), _facts(runs[0], steps=True)] if len(runs) == 1 else [f"Loss of {len(runs)} runs"]
+            [shortened(names[0], 76), _facts(runs[0], steps=True)] if len(runs) == 1 else [f"Loss of {len(runs)} runs"]
         )
         loss.set_title("\n".join(title), loc="left", fontsize=11, parse_math=False)
         if len(runs) > 1:
@@ -74,7 +74,7 @@ def draw(runs: Sequence[Curves], kind: str, *, log_x: bool = False, more: bool =
     return content.getvalue()
 
 
-class _Look:
+class Look:
     """How run number `number` is drawn."""
 
     def __init__(self, number: int) -> None:
@@ -89,7 +89,7 @@ class _Look:
         return {"marker": _MARKERS[self._style], "ms": size, "mfc": self.color, "mec": "white", "mew": edge}
 
 
-def _draw_curve(axes: Any, run: Curves, values: np.ndarray, look: _Look, log_x: bool) -> None:
+def _draw_curve(axes: Any, run: Curves, values: np.ndarray, look: Look, log_x: bool) -> None:
     """Draw each step pale, and the smoothed curve over it. No line goes over steps that are missing."""
     means, gaps = run.smoothed(values), np.flatnonzero(np.diff(run.steps) != 1) + 1
     tokens = np.insert(run.tokens, gaps, run.tokens[gaps])
@@ -128,13 +128,13 @@ def _label_axes(loss: Any, others: Sequence[Any], runs: Sequence[Curves], log_x:
         loss.set_xlim(*((first * 0.9, last * (last / first) ** 0.09) if log_x else (0, last * 1.09)))
 
 
-def _label_last_validations(axes: Any, runs: Sequence[Curves], looks: Sequence[_Look]) -> None:
+def _label_last_validations(axes: Any, runs: Sequence[Curves], looks: Sequence[Look]) -> None:
     """Write the loss of each run's last validation: beside its point where the longest run ends, elsewhere below it."""
     measured = [(run, look) for run, look in zip(runs, looks, strict=True) if len(run.valid_loss)]
     last = sorted(((run.valid_loss[-1], run.valid_tokens[-1], look) for run, look in measured), key=lambda one: one[:2])
     end = max(run.tokens[-1] for run in runs)
 
-    def label(loss: float, tokens: float, look: _Look, offset: tuple[float, float], align: str) -> None:
+    def label(loss: float, tokens: float, look: Look, offset: tuple[float, float], align: str) -> None:
         axes.annotate(
             f"{loss:.3f}", (tokens, loss), offset, textcoords="offset points", ha=align, va="center", color=look.color,
             fontsize=10, fontweight="bold", zorder=5, bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5},
@@ -209,5 +209,6 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _shortened(name: str, length: int) -> str:
+def shortened(name: str, length: int) -> str:
+    """Return `name` without its middle if it is longer than `length`."""
     return name if len(name) <= length else f"{name[: length // 3]}…{name[length // 3 + 1 - length :]}"
