@@ -19,20 +19,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from gpt2xla.checkpoint.best import Best
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.model_card import MODEL_CARD, card_of_run
 from gpt2xla.checkpoint.run_folder import RUN_CONFIG, set_aside, step_folder
 from gpt2xla.checkpoint.seal import seal
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.errors import InputError
 from gpt2xla.files import write_whole
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.logs.console import say
 
 TRAINING_STATE = "training_state.pt"
 SHARDS = "training_state"
-# Made when the evaluations after the checkpoint's step, which a stop had cut off, are done. `COMPLETE` does not list it.
-_EVALUATED = "EVALUATED"
+# Made when the evaluations after the checkpoint's step, which a stop had cut off, are done: it holds the best validation as
+# it is since then (`best.py`). `COMPLETE` does not list it.
+EVALUATED = "EVALUATED"
 
 
 def save(
@@ -93,22 +96,38 @@ def _write(
     if shards.is_dir():
         shards.rename(folder / SHARDS)
     write_run_config(folder, config)
-    card = card_of_run(config, weights, training["step"], tokenizer, folder.parent, devices)
+    step, is_best = training["step"], training.get("best", {}).get("step") == training["step"]
+    card = card_of_run(config, weights, step, tokenizer, folder.parent, devices, is_best=is_best)
     (folder / MODEL_CARD).write_text(card, encoding="utf-8")
-    seal(folder, training["step"])
+    seal(folder, step)
     for file in [*folder.rglob("*"), folder]:
         _fsync(file)
 
 
-def mark_evaluated(folder: Path) -> None:
-    """Note in a checkpoint that the evaluations due after its step are done. Nothing else in it changes."""
-    (folder / _EVALUATED).touch()
+def mark_evaluated(folder: Path, best: dict[str, Any]) -> None:
+    """Note in a checkpoint that the evaluations due after its step are done, and the best validation with them. Nothing else
+    in it changes. Raises OSError."""
+    write_whole(folder / EVALUATED, json.dumps(best) + "\n")
     _fsync(folder)
 
 
 def is_evaluated(folder: Path, training: dict[str, Any]) -> bool:
     """Whether the evaluations due after the checkpoint's step are done. They are not if the run was stopped during them."""
-    return training.get("is_evaluated", True) or (folder / _EVALUATED).exists()
+    return training.get("is_evaluated", True) or (folder / EVALUATED).exists()
+
+
+def stored_best(folder: Path, training: dict[str, Any]) -> Best:
+    """Return the best validation after the checkpoint's step. Checkpoints of older versions do not say: it is that of a run
+    that has not validated yet. Raises InputError if it is damaged."""
+    mark, state = folder / EVALUATED, training.get("best", Best().state())
+    is_marked = not training.get("is_evaluated", True) and mark.exists()
+    try:
+        if is_marked and (text := mark.read_text(encoding="utf-8")):
+            state = json.loads(text)
+        return Best.load(state, training["step"])
+    except (OSError, ValueError, TypeError, AttributeError):
+        file, fix = (mark, "delete that file") if is_marked else (folder / TRAINING_STATE, "choose another checkpoint")
+        raise InputError(f"{file} does not hold the best validation of a run; {fix}") from None
 
 
 def write_run_config(folder: Path, config: RunConfig) -> None:

@@ -17,15 +17,19 @@ from gpt2xla.checkpoint.formats.pt_file import load_pt_model
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights
 from gpt2xla.checkpoint.run_folder import followed, list_checkpoints, refuse_unfinished
 from gpt2xla.config import ModelConfig
+from gpt2xla.config.paths import best_checkpoint
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.model.gpt2 import GPT2, blank
 
 
 def locate(name: str) -> Path:
     """Return the folder or file that a user's `name` means: a path, a link such as `latest`, the newest checkpoint in
-    a folder of checkpoints, an OpenAI size or a hub id. Raises InputError if there is no such model."""
+    a folder of checkpoints, the best one (FOLDER@best), an OpenAI size or a hub id. Raises InputError if there is no such
+    model."""
     if not name:
         raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
+    if best := best_checkpoint(name):
+        return best
     path = Path(name)
     with user_error(name):  # no permission, or a name that is too long
         if path.is_file():

@@ -30,9 +30,17 @@ _SPLITS = ("train", "test", "valid", "validation", "val")  # folders that are na
 
 
 def card_of_run(
-    config: RunConfig, weights: Mapping[str, Tensor], step: int, tokenizer: Tokenizer | None, root: Path, devices: str
+    config: RunConfig,
+    weights: Mapping[str, Tensor],
+    step: int,
+    tokenizer: Tokenizer | None,
+    root: Path,
+    devices: str,
+    *,
+    is_best: bool,
 ) -> str:
-    """Return the card of a checkpoint after `step`. The validation loss is the newest in `root`, the folder of the run."""
+    """Return the card of a checkpoint after `step`. The validation loss is the newest in `root`, the folder of the run, and
+    the lowest until then if the checkpoint `is_best`."""
     train, name = config.train, f"step-{step:08d}"
     sequences = train.train_batch_size * train.gradient_accum_step
     folders, shares = parse_weights("--train-dir", config.data.train_dir)
@@ -52,6 +60,8 @@ def card_of_run(
         facts["validation loss"] = (
             f"{loss:.4f} nats per token, perplexity {perplexity(loss):.2f}, after step {line['step']:,}"
         )
+    if is_best:
+        facts["best checkpoint"] = "yes: no validation of the run before had a lower loss"
     resume = f"""{_RESUME}
 With gpt2xla's `run_pretrain.py`, in RUN, the folder that holds this one, or in a new one:
 

@@ -1,7 +1,8 @@
 """The folder of a run: its checkpoints by name, the link to the newest, and what is set aside or deleted. Knows no torch.
 
 `step-00001000/` is a checkpoint, `latest` a link to the newest one, and `abandoned-1-step-00002000/` one that a run left
-behind when it went back to an earlier step. Names that begin with a dot are unfinished."""
+behind when it went back to an earlier step. `best.py` writes what names the best one. Names that begin with a dot are
+unfinished."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from gpt2xla.checkpoint.logged import newest_line
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
+from gpt2xla.config.paths import BEST_FILE, read_best
+from gpt2xla.config.paths import step_folder as step_folder
 from gpt2xla.errors import InputError
 from gpt2xla.files import read_json
 from gpt2xla.logs.sinks import METRICS_FILE
@@ -24,11 +27,6 @@ _STEP = re.compile(r"step-\d{8,}")  # a copy under another name, such as step-be
 _ABANDONED = re.compile(r"abandoned-(\d+)-(.*)")
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Return where the checkpoint of `step` lies."""
-    return root / f"step-{step:08d}"
-
-
 def shards_folder(root: Path, step: int) -> Path:
     """Return where to write what `folder.save` takes as `shards`. An interrupted one is removed like any partial folder."""
     return root / f".step-{step:08d}.{_SHARDS}.partial"
@@ -36,7 +34,12 @@ def shards_folder(root: Path, step: int) -> Path:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoints in `root`, oldest first."""
-    return [folder for folder in list_folders(root) if (folder / COMPLETE).is_file()]
+    return [folder for folder in list_folders(root) if is_finished(folder)]
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint that was written to its end."""
+    return (folder / COMPLETE).is_file()
 
 
 def list_folders(root: Path) -> list[Path]:
@@ -57,6 +60,13 @@ def newest_in_words(root: Path) -> str:
     return f"newest checkpoint: step {int(found[-1].name[5:])} ({found[-1]})" if found else "there is no checkpoint"
 
 
+def best_of(root: Path) -> tuple[int, float] | None:
+    """Return step and validation loss of the checkpoint that best.json names; None if it names none, or is damaged."""
+    with contextlib.suppress(ValueError):
+        return read_best(root)
+    return None
+
+
 def followed(path: Path) -> Path:
     """Return the checkpoint that a link such as `latest` means, or `path` itself if it is no link to its neighbour."""
     if path.is_symlink() and os.sep not in (target := os.readlink(path)):
@@ -70,7 +80,7 @@ def point(link: Path, folder: Path) -> str | None:
     Return a line for the user if that is impossible, as on a file system without links."""
     partial = link.with_name(f".{link.name}.{os.getpid()}.partial")
     if link.exists() and not link.is_symlink():
-        return f"{link} is no link, and stays as it is; the newest checkpoint is {folder.name}"
+        return f"{link} is no link, and stays as it is; it would mean {folder.name}"
     try:
         partial.unlink(missing_ok=True)
         partial.symlink_to(folder.name)
@@ -89,9 +99,10 @@ def prepare_folder(root: Path, step: int) -> list[str]:
     copy of the metrics, so that no later start takes them for this run's."""
     for partial in (*root.glob(".step-*.partial"), *root.glob(".abandoned-*.partial")):
         shutil.rmtree(partial)
-    for name in (RUN_CONFIG, METRICS_FILE, LATEST):
-        for partial in root.glob(f".{name}.*.partial"):
-            partial.unlink()
+    names = (f".{name}.*.partial" for name in (RUN_CONFIG, METRICS_FILE, LATEST, BEST_FILE, "best"))
+    for pattern in (*names, "step-*/.*.partial"):
+        for partial in root.glob(pattern):
+            partial.unlink(missing_ok=True)
     later = [folder for folder in list_folders(root) if folder > step_folder(root, step)]
     repair_latest(root, step)
     prefix = _next_prefix(root)
@@ -122,10 +133,12 @@ def _next_prefix(root: Path) -> str:
 
 
 def prune(root: Path, newest: Path, limit: int) -> list[str]:
-    """Delete the oldest checkpoints so that `limit` remain (0: keep all), those that were set aside first. Return a line for
-    the user about each of the latter. If `newest` is damaged, this deletes nothing and raises OSError."""
-    abandoned = list_abandoned(root)
-    old = abandoned + [folder for folder in list_checkpoints(root) if folder < newest]
+    """Delete the oldest checkpoints so that `limit` remain (0: keep all), those that were set aside first. The one that
+    best.json names stays, and does not count. Return a line for the user about each that was set aside and is deleted now.
+    If `newest` is damaged, this deletes nothing and raises OSError."""
+    abandoned, best = list_abandoned(root), best_of(root)
+    kept = step_folder(root, best[0]) if best else None
+    old = abandoned + [folder for folder in list_checkpoints(root) if folder < newest and folder != kept]
     surplus = old[: max(0, len(old) + 1 - limit)] if limit else []
     if surplus and (problem := find_damage(newest)):
         raise OSError(f"the checkpoint just written is damaged, so no older one was deleted: {problem}")

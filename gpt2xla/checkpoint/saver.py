@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.checkpoint import run_folder
+from gpt2xla.checkpoint.best import Best, name_best
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.generation.settings import GenerationSettings
@@ -26,8 +27,8 @@ class Saver:
     """Writes checkpoints of a run to its folder, and removes the oldest ones.
 
     Args:
-        run_state: returns what a resumed run needs beside weights, optimizer and runtime: plain values. Called by the main
-            process when all updates before the checkpoint are logged."""
+        run_state: returns what a resumed run needs beside weights, optimizer and runtime: plain values, of which "best" is
+            the best validation. Called by the main process when all updates before the checkpoint are logged."""
 
     def __init__(
         self,
@@ -68,7 +69,8 @@ class Saver:
             self.save(step, is_evaluated)
         elif is_evaluated and self.runtime.is_main:
             try:
-                checkpoint.mark_evaluated(folder)
+                checkpoint.mark_evaluated(folder, best := self.run_state()["best"])
+                self._name_best(best)
             except OSError as error:
                 say(f"{folder}: {error.strerror}; when resumed, it is evaluated again", error=True)
 
@@ -84,11 +86,20 @@ class Saver:
             )  # fmt: skip
         finally:
             self.stop.end_save()
-        if not self._has_no_link and (problem := run_folder.point(self.folder / run_folder.LATEST, written)):
-            self._has_no_link = True
-            say(problem)
+        self._report(run_folder.point(self.folder / run_folder.LATEST, written))
+        self._name_best(training["best"])
         for note in run_folder.prune(self.folder, written, self.config.train.saved_checkpoint_limit):
             say(note)
+
+    def _name_best(self, best: dict[str, Any]) -> None:
+        if self.config.train.keeps_best:
+            self._report(name_best(self.folder, Best(**best)))
+
+    def _report(self, problem: str | None) -> None:
+        """Tell the user once why there is no link."""
+        if problem and not self._has_no_link:
+            self._has_no_link = True
+            say(problem)
 
     def _failed(self, error: OSError) -> None:
         continues = self.config.train.on_save_error == "go-on"

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from gpt2xla.checkpoint import run_folder
-from gpt2xla.checkpoint.folder import SHARDS, TRAINING_STATE, is_evaluated
+from gpt2xla.checkpoint.best import Best, kept_in
+from gpt2xla.checkpoint.folder import SHARDS, TRAINING_STATE, is_evaluated, stored_best
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
-from gpt2xla.config.paths import check_model, check_resumed
+from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed
 from gpt2xla.data.opening import with_vocabulary
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
@@ -58,9 +59,16 @@ class Start:
         return self.source is None or self.training is None or is_evaluated(self.source, self.training)
 
     @property
+    def best(self) -> Best:
+        """The best validation so far."""
+        return Best(**self.training["best"]) if self.training else Best()
+
+    @property
     def is_finished(self) -> bool:
-        """Whether the run has made all its steps and evaluations."""
-        return 0 < self.step == self.config.train.train_steps and self.is_evaluated
+        """Whether the run has made all its steps and evaluations, or has ended early."""
+        train = self.config.train
+        has_ended_early = self.step < train.train_steps and self.best.has_ended(train.early_stopping_patience)
+        return self.is_evaluated and (0 < self.step == train.train_steps or has_ended_early)
 
     def build_model(self) -> GPT2:
         """Return the model with its first weights, on the CPU. Raises InputError if they cannot be read."""
@@ -98,6 +106,9 @@ def find_start(config: RunConfig) -> Start:
         saved_model = _resize(config, saved_model, source, notes)
     config = dataclasses.replace(config, model=_agree(config, saved_model, source))
     training = _load_training_state(source, config) if continues and not config.general.do_test else None
+    if training and config.train.keeps_best:
+        root, until = Path(config.general.checkpoints_dir), training["step"] - (not is_evaluated(source, training))
+        training["best"] = kept_in(root, Best(**training["best"]), until).state()
     return Start(config, source, weights, training, tuple(notes))
 
 
@@ -106,7 +117,7 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
     if general.from_checkpoint is not None:
         check_model("--from-checkpoint", general.from_checkpoint)
     root = Path(general.checkpoints_dir)
-    named = None if general.resume in ("auto", "never") else Path(general.resume)
+    named = None if general.resume in ("auto", "never") else best_checkpoint(general.resume) or Path(general.resume)
     is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())
     if is_other_run and not general.do_test and (existing := run_folder.list_checkpoints(root)):
         raise InputError(
@@ -114,7 +125,7 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
             "another folder or move it away"
         )
     if named:
-        check_resumed("--resume", general.resume)
+        check_resumed("--resume", str(named))
         return _verified(run_folder.followed(named), f"--resume {named}"), True
     if general.resume == "auto" and not (general.do_test and general.from_checkpoint):
         newest = _newest_good(root, notes)
@@ -150,7 +161,8 @@ def _newest_good(root: Path, notes: list[str]) -> Path | None:
 
 
 def _refuse_an_older_one(general: GeneralConfig, newest: Path) -> None:
-    named = run_folder.followed(Path(general.from_checkpoint or ""))
+    name = general.from_checkpoint or ""
+    named = best_checkpoint(name) or run_folder.followed(Path(name))
     if named.parent.resolve() == newest.parent.resolve() and named.name != newest.name and named.is_dir():
         raise InputError(
             f"--from-checkpoint {named} is older than {newest.name} beside it; to go back to it, use --resume {named}"
@@ -277,4 +289,5 @@ def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
         is_whole = False
     if not is_whole:
         raise InputError(f"{file} does not hold the state of this model's training; choose another checkpoint")
+    training["best"] = stored_best(source, training).state()
     return training

@@ -13,12 +13,16 @@ from pathlib import Path
 
 from gpt2xla import hub
 from gpt2xla.errors import InputError, user_error
+from gpt2xla.files import read_json
 
 # How token shards are made, for messages: from a clone, or after pip install.
 PREPARE = "scripts/prepare_text.py (or: gpt2xla prepare text)"
 # A name that ends in these, or is a checkpoint's, is more likely a path than a hub id.
 _CHECKPOINT = re.compile(r"step-\d{8,}|latest|best")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json")
+# In the folder of a run with --keep-best: {"step", "valid_loss"} of its best checkpoint, which FOLDER@best means.
+BEST_FILE = "best.json"
+_AT_BEST = "@best"
 
 
 def is_url(name: str) -> bool:
@@ -37,6 +41,61 @@ def is_missing_path(name: str) -> bool:
         or _CHECKPOINT.fullmatch(path.name) is not None
         or (path.parent != Path() and path.parent.is_dir())
     )
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Return where a run in `root` has the checkpoint of `step`."""
+    return root / f"step-{step:08d}"
+
+
+def read_best(root: Path) -> tuple[int, float] | None:
+    """Return the step and the validation loss of the best checkpoint, by `root`'s best.json; None if there is no such file.
+    Raises OSError, or ValueError if it holds something else."""
+    try:
+        values = read_json(root / BEST_FILE)
+        step, loss = values["step"], values["valid_loss"]
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError):
+        raise ValueError("it has no step and valid_loss") from None
+    if type(step) is not int or type(loss) is not float or not (step > 0 and math.isfinite(loss)):
+        raise ValueError("its step or valid_loss is no such number")
+    return step, loss
+
+
+def best_checkpoint(name: str) -> Path | None:
+    """Return the checkpoint that `name` means if it is FOLDER@best: the one that FOLDER's best.json names. Return None for
+    other names, also for that of a folder that is called so. Raises InputError if FOLDER has no such checkpoint."""
+    root = Path(name.removesuffix(_AT_BEST))
+    if not name.endswith(_AT_BEST):
+        return None
+    with user_error(name):
+        has_best = (root / BEST_FILE).exists()
+        if Path(name).exists():
+            if not has_best:
+                return None
+            raise InputError(
+                f"{name} may mean that folder or the best checkpoint of {root}; write {name}/ or {root}/best"
+            )
+        if not root.is_dir() or name == _AT_BEST:
+            raise InputError(
+                f"{name}: no such folder {name.removesuffix(_AT_BEST)!r}; name that of a run with --keep-best"
+            )
+        try:
+            best = read_best(root)
+        except ValueError as error:
+            raise InputError(f"{root / BEST_FILE} is damaged: {error}; name a checkpoint instead of {name}") from None
+        if best is None:
+            raise InputError(
+                f"{name}: {root} has no {BEST_FILE}: --keep-best was not set, or there was no validation yet; {root} alone "
+                "means its newest checkpoint"
+            )
+        folder = step_folder(root, best[0])
+        if not folder.is_dir():
+            raise InputError(
+                f"{name}: {root / BEST_FILE} names {folder.name}, which is not there; name another checkpoint"
+            )
+        return folder
 
 
 def check_shards(flag: str, folder: str) -> None:
@@ -67,6 +126,8 @@ def check_mixture(flag: str, entries: Sequence[str]) -> None:
 def check_model(flag: str, name: str) -> None:
     """Check the name of a model. One that may be on the hub passes."""
     with user_error(f"{flag} {name}"):
+        if _check_best(flag, name):
+            return
         if name and is_missing_path(name):
             raise InputError(
                 f"{flag} {name}: no such folder or file; correct the path, or give a model's id on the hub"
@@ -95,9 +156,17 @@ def check_hub_name(flag: str, name: str) -> None:
 def check_resumed(flag: str, value: str) -> None:
     """Check the folder of the checkpoint to resume, unless `value` is auto or never."""
     with user_error(f"{flag} {value}"):
-        if value not in ("", "auto", "never") and not Path(value).is_dir():
+        if value not in ("", "auto", "never") and not _check_best(flag, value) and not Path(value).is_dir():
             fix = "use auto, never or a path like checkpoints/step-00001000"
             raise InputError(f"{flag} {Path(value)}: no such checkpoint folder; {fix}")
+
+
+def _check_best(flag: str, name: str) -> bool:
+    """Whether `name` means the best checkpoint of a run. Raises InputError if there is none."""
+    try:
+        return best_checkpoint(name) is not None
+    except InputError as error:
+        raise InputError(f"{flag} {error}") from None
 
 
 def parse_weights(flag: str, entries: Sequence[str]) -> tuple[list[str], list[float]]:

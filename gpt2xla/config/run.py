@@ -41,14 +41,16 @@ class GeneralConfig:
     from_checkpoint: str | None = option(
         None,
         "model to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a "
-        ".safetensors, .pt or llm.c file, or our own checkpoint folder, which resumes unless --resume is never",
+        ".safetensors, .pt or llm.c file, or our own checkpoint folder or FOLDER@best, which resumes unless --resume is "
+        "never",
         is_path=True,
         check=paths.check_model,
         other_names=("model",),
     )
     resume: str = option(
         "auto",
-        "auto: resume from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of a checkpoint",
+        "auto: resume from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of a checkpoint; "
+        "FOLDER@best is the best one of a run with --keep-best",
         is_path=True,
         check=paths.check_resumed,
         aliases=dict.fromkeys(OFF, "never"),

@@ -68,8 +68,20 @@ class TrainConfig:
         "how to read special tokens spelled in --sample-prompt: as-text takes the letters, as-ids takes the tokens, refuse "
         "stops the run",
     )
+    keep_best: bool | None = option(
+        None,
+        "save the checkpoint of the lowest validation loss whenever there is a new one, and keep it: FOLDER@best names it "
+        "(default: with --early-stopping-patience)",
+    )
+    early_stopping_patience: int = option(
+        0, "end the run after this many validations in a row that did not improve its loss; 0 means never"
+    )
+    early_stopping_min_delta: float = option(
+        0.0,
+        "nats by which the loss must fall, or more, since it last improved; less is no improvement for the patience",
+    )
     save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
-    saved_checkpoint_limit: int = option(6, "how many of the newest checkpoints to keep; 0 keeps all")
+    saved_checkpoint_limit: int = option(6, "how many of the newest checkpoints to keep, beside the best; 0 keeps all")
     on_save_error: Literal["stop", "go-on"] = option(
         "stop", "if a checkpoint cannot be written: stop: try once more, then end the run; go-on: continue training"
     )
@@ -81,6 +93,11 @@ class TrainConfig:
     max_hours: float | None = option(None, "save and stop after this many hours, for sessions with a time limit")
     max_minutes: float | None = option(None, "the same in minutes; with both, the smaller limit counts")
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint of the lowest validation loss is kept."""
+        return self.early_stopping_patience > 0 if self.keep_best is None else self.keep_best
+
     def check(self) -> None:
         require_at_least(1, self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
         require(
@@ -90,6 +107,11 @@ class TrainConfig:
         require_at_most(_MOST_SEQUENCES, self, "train_batch_size", "eval_batch_size")
         intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
         require_at_least(0, self, *intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
+        require_at_least(0, self, "early_stopping_patience", "early_stopping_min_delta")
+        require(
+            self.valid_interval > 0 or not self.early_stopping_patience,
+            f"--early-stopping-patience {self.early_stopping_patience} needs validations on the way; set --valid-interval",
+        )
         for name in ("max_hours", "max_minutes"):
             limit = getattr(self, name)
             require(limit is None or 0 < limit < math.inf, f"{flag(name)} {limit}: choose a number above 0")

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from gpt2xla.checkpoint.best import Best
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.errors import InputError
@@ -31,9 +32,11 @@ class Evaluations:
         data: TrainingData,
         settings: GenerationSettings,
         stop: Stop,
+        best: Best,
     ) -> None:
         self.config, self.runtime = config.train, runtime
         self.validation: Validation | None = None  # the last result
+        self.best = best  # of the steps whose evaluations are all done
         validator = Validator(config, data.validation, model, runtime, stop=stop)
 
         def validate() -> dict[str, Any]:
@@ -66,7 +69,18 @@ class Evaluations:
                         log(step, evaluate())
                 except Stopped:
                     return False
+        if self.validation and is_due(self.config.valid_interval, step, self.config.train_steps):
+            self.best = self.best.after(step, self.validation.loss, self.config.early_stopping_min_delta)
         return True
+
+    def found_best(self, step: int) -> bool:
+        """Whether `step` has the best validation so far, in a run that keeps its checkpoint."""
+        return self.config.keeps_best and step == self.best.step
+
+    @property
+    def have_ended_run(self) -> bool:
+        """Whether the loss has not improved for as long as --early-stopping-patience allows."""
+        return self.best.has_ended(self.config.early_stopping_patience)
 
 
 def is_due(interval: int, step: int, last_step: int) -> bool:

@@ -74,7 +74,8 @@ class ConsoleSink:
 
     Args:
         pace: returns the speed of the newest steps, `Throughput.pace`; nothing while it is unknown.
-        left: returns the expected seconds to the end; None while they are unknown."""
+        left: returns the expected seconds to the end; None while they are unknown.
+        best: the step and the loss of the best validation so far; None for the loss if there was none."""
 
     def __init__(
         self,
@@ -82,14 +83,15 @@ class ConsoleSink:
         last_step: int,
         pace: Callable[[], dict[str, float | None]],
         left: Callable[[], float | None],
+        best: tuple[int, float | None] = (0, None),
     ) -> None:
-        self._first, self._last, self._pace, self._left = first_step, last_step, pace, left
+        self._first, self._last, self._pace, self._left, self._best = first_step, last_step, pace, left, best
         self._started = self._last_line = time.monotonic()
 
     def write(self, line: dict[str, Any]) -> None:
         step = line["step"]
         if "loss" not in line:
-            say(f"step {step:>6}: {_evaluation_text(line)}")
+            say(f"step {step:>6}: {_evaluation_text(line)}{self._compared(line)}")
             return
         seconds = self._left()
         left = tqdm.format_interval(seconds) if seconds and step < self._last else ""
@@ -102,6 +104,15 @@ class ConsoleSink:
         if step in (self._first + 1, self._last) or now - self._last_line >= between:
             self._last_line = now
             say(f"step {step:>6}/{self._last}: {', '.join(numbers)}")
+
+    def _compared(self, line: dict[str, Any]) -> str:
+        """Return the best validation so far, if this line is one and is not better."""
+        (step, lowest), loss = self._best, line.get("valid_loss", math.nan)
+        if lowest is not None and loss >= lowest:
+            return f"; best so far {lowest:.4f} at step {step}"
+        if math.isfinite(loss):
+            self._best = line["step"], loss
+        return ""
 
     def close(self) -> None:
         if text := LINE.clear():

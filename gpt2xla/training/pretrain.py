@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from gpt2xla.checkpoint.best import prepare_best
 from gpt2xla.checkpoint.folder import write_run_config
 from gpt2xla.checkpoint.publish import not_pushed, push
 from gpt2xla.checkpoint.run_folder import list_checkpoints, newest_in_words, prepare_folder, repair_latest
@@ -28,7 +29,7 @@ from gpt2xla.runtime.leaving import leaving_together
 from gpt2xla.runtime.precision import PRECISIONS
 from gpt2xla.runtime.stop import Stop
 from gpt2xla.training.run_log import RunLog
-from gpt2xla.training.summary import print_end, print_start
+from gpt2xla.training.summary import how_to_continue, print_end, print_start
 from gpt2xla.training.train_step import TrainStep
 from gpt2xla.training.trainer import Trainer
 from gpt2xla.training.validate_only import validate
@@ -63,8 +64,11 @@ def pretrain(
             validate(start, runtime)
         elif start.is_finished:
             if runtime.is_main:
-                repair_latest(Path(config.general.checkpoints_dir), start.step)
-                print(f"nothing to do: {start.source} is the end of the run; raise --train-steps to continue it")
+                with user_error(_flag(config)):
+                    repair_latest(folder := Path(config.general.checkpoints_dir), start.step)
+                    if start.config.train.keeps_best:
+                        prepare_best(folder, start.best)
+                print(f"nothing to do: {how_to_continue(start)}")
             is_finished = True
         else:
             with contextlib.ExitStack() as holding:
@@ -113,7 +117,7 @@ def _open(
     settings = settings_of(start.source, data.tokenizer)
     model = start.build_model()
     stop = Stop(runtime, signals, config.train, partial(newest_in_words, folder))
-    evaluations = Evaluations(config, runtime, model, data, settings, stop)
+    evaluations = Evaluations(config, runtime, model, data, settings, stop, start.best)
     if runtime.is_main:
         if name := config.general.push_to_hub:
             repository(name, "--push-to-hub")
@@ -124,13 +128,14 @@ def _open(
         train_step = TrainStep(config, runtime, model, start.training)
     if runtime.is_main:
         print_start(start, runtime, data, model)
-        for note in prepare_folder(folder, start.step):
+        best = start.best if config.train.keeps_best else None
+        for note in (*prepare_best(folder, best), *prepare_folder(folder, start.step)):
             print(note)
         write_run_config(folder, config)
     log = RunLog.open(start, runtime, data, model.flops_per_token(), stop)
     saver = Saver(
         config, runtime, model, train_step.optimizer, data.tokenizer, settings,
-        lambda: {"data": data.position(), **log.state()}, stop,
+        lambda: {"data": data.position(), "best": evaluations.best.state(), **log.state()}, stop,
     )  # fmt: skip
     trainer = Trainer(config.train, runtime, data.order, train_step, evaluations, saver, log, stop)
     first_step, is_evaluated = start.step, start.is_evaluated
@@ -138,8 +143,8 @@ def _open(
     def run() -> bool:
         step = trainer.run(first_step, is_evaluated)
         if runtime.is_main:
-            print_end(config, step, stop.reason, evaluations.validation)
-        return step == config.train.train_steps
+            print_end(config, step, stop.reason, evaluations.validation, evaluations.best)
+        return step == config.train.train_steps or evaluations.have_ended_run
 
     return run
 

@@ -56,7 +56,8 @@ class RunLog:
         log = cls(config.train, runtime, data.order, data.tokens_after, throughput, time_left, stop, skipped)
         if runtime.is_main:
             log.sinks.append(JsonlSink(folder / METRICS_FILE, start.step, start.is_evaluated))
-            log.sinks.append(ConsoleSink(start.step, config.train.train_steps, throughput.pace, log._seconds_left))
+            pace, best = throughput.pace, (start.best.step, start.best.loss)
+            log.sinks.append(ConsoleSink(start.step, config.train.train_steps, pace, log._seconds_left, best))
             if config.general.tensorboard_logging:
                 from gpt2xla.logs.tensorboard_sink import TensorBoardSink  # an extra
 

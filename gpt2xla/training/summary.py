@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt2xla.checkpoint.run_folder import step_folder
+from gpt2xla.checkpoint.best import Best
+from gpt2xla.checkpoint.run_folder import is_finished, step_folder
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.opening import TrainingData
@@ -43,15 +44,31 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
         say(warning, error=True)
 
 
-def print_end(config: RunConfig, step: int, stop_reason: str, validation: Validation | None) -> None:
-    """Print how the run ended after `step`, and where its checkpoint is."""
-    if step < config.train.train_steps:
+def print_end(config: RunConfig, step: int, stop_reason: str, validation: Validation | None, best: Best) -> None:
+    """Print how the run ended after `step`, and where its checkpoints are."""
+    train, folder = config.train, Path(config.general.checkpoints_dir)
+    if step < train.train_steps and best.has_ended(train.early_stopping_patience):
+        print(f"stopped: {best.why_ended(train.early_stopping_min_delta)}")
+    elif step < train.train_steps:
         again = "rerun the same command" if config.general.resume == "auto" else "rerun the command without --resume"
         print(f"stopped by {stop_reason or 'another process'} after step {step}; {again} to resume")
     elif validation:
         loss = with_error(validation.loss, validation.standard_error)
         print(f"done: validation loss {loss}, perplexity {perplexity(validation.loss):.2f}")
-    print(f"checkpoint: {step_folder(Path(config.general.checkpoints_dir), step)}")
+    print(f"checkpoint: {step_folder(folder, step)}")
+    if train.keeps_best and is_finished(kept := step_folder(folder, best.step)):
+        print(f"best checkpoint: {kept} (validation loss {best.loss:.4f}), also {folder}@best")
+
+
+def how_to_continue(start: Start) -> str:
+    """Return why the run has ended, and what would continue it."""
+    train = start.config.train
+    if start.step == train.train_steps:
+        return f"{start.source} is the end of the run; raise --train-steps to continue it"
+    return (
+        f"the run has ended early with {start.source}: {start.best.why_ended(train.early_stopping_min_delta)}; to continue "
+        f"it, raise --early-stopping-patience {train.early_stopping_patience}, or give 0 for none"
+    )
 
 
 def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: TrainingData, model: GPT2) -> dict[str, str]:

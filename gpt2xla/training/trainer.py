@@ -34,7 +34,8 @@ class Trainer:
     stop: Stop
 
     def run(self, first_step: int, is_evaluated: bool) -> int:
-        """Train, and return the step reached: the last one, or an earlier one if all processes agreed to stop.
+        """Train, and return the step reached: the last one, or an earlier one if all processes agreed to stop, or the
+        evaluations have ended the run.
 
         Args:
             first_step: updates already made.
@@ -57,7 +58,7 @@ class Trainer:
         self.train_step.model.train()
         if not is_evaluated:
             is_evaluated = self.evaluations.run(step, self.log.evaluation_line)
-            stopping = not is_evaluated
+            stopping = not is_evaluated or self.evaluations.have_ended_run
             with self.runtime.watch.part("saving"):
                 self.saver.keep(step, is_evaluated)
         batches = self.runtime.device_batches(self.order.batches(step))
@@ -74,8 +75,9 @@ class Trainer:
                 is_evaluated = not self.evaluations.are_due(step)
             else:
                 is_evaluated = self.evaluations.run(step, self.log.evaluation_line)
-                stopping = not is_evaluated
-            if stopping or is_due(self.config.save_interval, step, self.config.train_steps):
+                stopping = not is_evaluated or self.evaluations.have_ended_run
+            is_to_be_saved = stopping or is_due(self.config.save_interval, step, self.config.train_steps)
+            if is_to_be_saved or self.evaluations.found_best(step):
                 self._save(step, is_evaluated)
                 stopping = stopping or self.stop.agreed()  # meanwhile: this checkpoint will do
         self.stop.begin_save()  # the last one may still be under way, and all processes wait for it
