@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import damage, disk, folders, kills, moving, nonfinite, runs, stops, tested
+from tests.faults import best, damage, disk, folders, kills, moving, nonfinite, runs, stops, tested
 from tests.faults.cases import Row, Setting
 
 ALL: dict[str, Callable[[Setting], list[Row]]] = {
@@ -14,6 +14,7 @@ ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "kill-in-save": kills.points_of_a_save,
     "kill-one": kills.one_of_two,
     "signals": stops.signalled,
+    "best": best.best,
     "damage": damage.damaged,
     "disk": disk.failing,
     "slow": disk.slow,
