@@ -108,9 +108,9 @@ class ConsoleSink:
     def _compared(self, line: dict[str, Any]) -> str:
         """Return the best validation so far, if this line is one and is not better."""
         (step, lowest), loss = self._best, line.get("valid_loss", math.nan)
-        if lowest is not None and loss >= lowest:
+        if lowest is not None and loss > lowest:
             return f"; best so far {lowest:.4f} at step {step}"
-        if math.isfinite(loss):
+        if math.isfinite(loss) and loss != lowest:
             self._best = line["step"], loss
         return ""
 

@@ -230,8 +230,9 @@ def test_evaluations_that_were_made_up_for_are_noted_without_another_save(root: 
     training = torch.load(folder / "training_state.pt", weights_only=True)
     torch.save(training | {"is_evaluated": False}, folder / "training_state.pt")
     rehash(folder)
-    assert not find_start(options(root)).is_evaluated
-    checkpoint.mark_evaluated(folder)
+    start = find_start(options(root))
+    assert not start.is_evaluated
+    checkpoint.mark_evaluated(folder, start.best.state())
     assert find_start(options(root)).is_evaluated
     assert seal.find_damage(folder) is None
 

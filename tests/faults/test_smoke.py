@@ -13,7 +13,7 @@ from conftest import ROOT
 from faults import report
 
 _QUICK = ["kill", "kill-in-save", "signals", "damage", "disk", "nonfinite"]
-_OTHERS = ["kill-one", "slow", "shared-folder", "moved", "launched"]
+_OTHERS = ["best", "kill-one", "slow", "shared-folder", "moved", "launched"]
 
 
 def do(names: list[str], folder: Path) -> tuple[dict[str, Any], str]:
