@@ -19,6 +19,7 @@ from train_contenders import SIZES
 from train_turns import Contender, Turns, losses_apart, measure
 
 from gpt2xla.config import PRESETS, ModelConfig, RunConfig, TorchConfig
+from gpt2xla.data.batch_plan import Phase
 from gpt2xla.data.windows import Batch
 from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.devices import move
@@ -137,7 +138,7 @@ def save(job: Job) -> None:
     batches = runtime.device_batches(
         Batch(*(torch.zeros(2, 1024, dtype=torch.int64) for _ in range(2))) for _ in range(3)
     )
-    step(batches, 0)
+    step(batches, 0, Phase(0, 2, 1))
     seconds = []
     for _ in range(3):
         torch.cuda.synchronize()

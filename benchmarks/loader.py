@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gpt2xla.data.batch_plan import BatchPlan, Phase
 from gpt2xla.data.mixture import Mixture
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import TrainingOrder, Windows
@@ -35,7 +36,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def ours(folder: Path, shuffle: bool) -> Iterator[Pair]:
     windows = Windows(TokenStream(folder), LENGTH, VOCAB)
     order = TrainingOrder(
-        [windows], Mixture.of([1.0]), batch_size=ROWS, accum=1, rank=0, world_size=1, drop_last=False,
+        [windows], Mixture.of([1.0]), BatchPlan((Phase(0, ROWS, 1),)), rank=0, world_size=1, drop_last=False,
         shuffle_seed=1 if shuffle else None,
     )  # fmt: skip
     yield from order.batches(first_step=0)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import PRESETS, ModelConfig, OptimConfig, RunConfig, TorchConfig
+from gpt2xla.data.batch_plan import Phase
 from gpt2xla.data.windows import Batch
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
@@ -207,7 +208,7 @@ def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     batches = runtime.device_batches(Batch(*job.tokens(number)) for number in range(10_000))
     model.train()
     for number, out in enumerate(wanted):
-        loss, grad_norm, _ = step(batches, number)
+        loss, grad_norm, _ = step(batches, number, Phase(0, job.batch, 1))
         runtime.when_ready(lambda loss, norm: None, torch.stack([loss, grad_norm]))  # read when the trainer reads them
         out.append(loss.detach())
 

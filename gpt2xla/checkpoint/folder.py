@@ -96,10 +96,9 @@ def _write(
     if shards.is_dir():
         shards.rename(folder / SHARDS)
     write_run_config(folder, config)
-    step, is_best = training["step"], training.get("best", {}).get("step") == training["step"]
-    card = card_of_run(config, weights, step, tokenizer, folder.parent, devices, is_best=is_best)
+    card = card_of_run(config, weights, training, tokenizer, folder.parent, devices)
     (folder / MODEL_CARD).write_text(card, encoding="utf-8")
-    seal(folder, step)
+    seal(folder, training["step"])
     for file in [*folder.rglob("*"), folder]:
         _fsync(file)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from gpt2xla.checkpoint.logged import newest_line
 from gpt2xla.config import ModelConfig, RunConfig
 from gpt2xla.config.paths import is_url, parse_weights
+from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.logs.sinks import METRICS_FILE, perplexity
 from gpt2xla.optim.schedule import describe
@@ -32,22 +34,24 @@ _SPLITS = ("train", "test", "valid", "validation", "val")  # folders that are na
 def card_of_run(
     config: RunConfig,
     weights: Mapping[str, Tensor],
-    step: int,
+    training: Mapping[str, Any],
     tokenizer: Tokenizer | None,
     root: Path,
     devices: str,
-    *,
-    is_best: bool,
 ) -> str:
-    """Return the card of a checkpoint after `step`. The validation loss is the newest in `root`, the folder of the run, and
-    the lowest until then if the checkpoint `is_best`."""
-    train, name = config.train, f"step-{step:08d}"
-    sequences = train.train_batch_size * train.gradient_accum_step
+    """Return the card of a checkpoint. The validation loss is the newest in `root`, the folder of the run, and the lowest
+    until then if the checkpoint is the best one.
+
+    Args:
+        training: its training state."""
+    step, train, plan = training["step"], config.train, BatchPlan.saved(training["data"])
+    is_best = training.get("best", {}).get("step") == step
+    name, sequences = f"step-{step:08d}", plan.at(max(0, step - 1)).sequences
     folders, shares = parse_weights("--train-dir", config.data.train_dir)
     parts = (f"{_name(f)} ({s:.0%})" if len(folders) > 1 else _name(f) for f, s in zip(folders, shares, strict=True))
     facts = {
         "steps": f"{step:,} of {train.train_steps:,}",
-        "tokens seen": f"{step * sequences * config.model.seq_length:,} ({sequences} sequences a step)",
+        "tokens seen": f"{plan.sequences_before(step) * config.model.seq_length:,} ({sequences} sequences a step)",
         "training data": ", ".join(parts),
         "validation data": _name(config.data.valid_dir),
         "schedule": describe(config.optim),

@@ -21,6 +21,7 @@ from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed
+from gpt2xla.data.batch_plan import SAVED_SIZES, BatchPlan
 from gpt2xla.data.opening import with_vocabulary
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
@@ -279,7 +280,8 @@ def _load_training_state(source: Path, config: RunConfig) -> dict[str, Any]:
         )
         for number in (step, optimizer["step"]):
             is_whole &= type(number) is int and 0 <= number < 2**63
-        is_whole &= all(isinstance(value, str | int) for value in training["data"].values())
+        is_whole &= all(isinstance(value, str | int) for key, value in training["data"].items() if key != SAVED_SIZES)
+        BatchPlan.saved(training["data"])
         scaler = training["runtime"].get("scaler", dict.fromkeys(_SCALER, 1))
         is_whole &= scaler.keys() == _SCALER and all(isinstance(value, int | float) for value in scaler.values())
         is_whole &= isinstance(training.setdefault("wandb_id"), str | None)

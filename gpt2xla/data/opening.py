@@ -10,12 +10,13 @@ from typing import Any
 
 from gpt2xla.config import RunConfig
 from gpt2xla.config.paths import is_url, parse_weights
+from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.mixture import PATTERN, Mixture
 from gpt2xla.data.remote import Cache, RemoteFolder
 from gpt2xla.data.shards import MANIFEST, Manifest, TokenStream
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer, match_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer
-from gpt2xla.data.windows import TrainingOrder, Windows, share_of
+from gpt2xla.data.windows import TrainingOrder, Windows
 from gpt2xla.errors import InputError
 
 _ALIGNMENT = 128
@@ -37,37 +38,27 @@ class TrainingData:
     tokenizer: Tokenizer | None
 
     @classmethod
-    def open(cls, config: RunConfig, source: Path | None, rank: int, world_size: int, devices: int) -> TrainingData:
-        """Open the data for the process `rank` of `world_size`, which drive `devices` together.
+    def open(cls, config: RunConfig, plan: BatchPlan, source: Path | None, rank: int, world_size: int) -> TrainingData:
+        """Open the data for the process `rank` of `world_size`.
 
         Args:
+            plan: how many sequences each update reads.
             source: the checkpoint that the run starts from. Without --tokenizer, its tokenizer is used before the shards'.
 
         Raises InputError if data, tokenizer and options do not fit together.
         """
         sets, mixture = open_training(config)
         validation = open_validation(config)
-        share_of("--train-batch-size", config.train.train_batch_size, devices)
         order = TrainingOrder(
-            sets, mixture, batch_size=config.train.train_batch_size, accum=config.train.gradient_accum_step, rank=rank,
-            world_size=world_size, drop_last=config.data.drop_last,
+            sets, mixture, plan, rank=rank, world_size=world_size, drop_last=config.data.drop_last,
             shuffle_seed=config.general.seed if config.data.shuffle else None,
         )  # fmt: skip
         folders = [*([source] if source else []), *(windows.stream.folder for windows in sets)]
         return cls(config, order, validation, tokenizer_of(config, folders, [*sets, validation]))
 
-    @property
-    def sequences_per_step(self) -> int:
-        """Over all devices and micro-steps of an update."""
-        return self.config.train.train_batch_size * self.config.train.gradient_accum_step
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.sequences_per_step * self.config.model.seq_length
-
     def tokens_after(self, step: int) -> int:
         """Return how many tokens the run has read once `step` updates are made."""
-        return step * self.tokens_per_step
+        return self.order.plan.sequences_before(step) * self.config.model.seq_length
 
     @property
     def notes(self) -> list[str]:
@@ -75,23 +66,27 @@ class TrainingData:
         return [note for windows in (*self.order.sets, self.validation) for note in windows.stream.notes]
 
     def position(self) -> dict[str, Any]:
-        """What decides which windows a step reads. All of it must stay the same for a resumed run to continue exactly."""
-        return {
-            "--train-dir": self._fingerprint(),
-            "--seq-length": self.config.model.seq_length,
-            "--train-batch-size x --gradient-accum-step": self.sequences_per_step,
-            "--drop-last": sum(order.per_epoch for order in self.order.epochs),
-            "--shuffle or --seed": f"--seed {self.config.general.seed}" if self.config.data.shuffle else "no --shuffle",
-        }
+        """What decides which windows a step reads: plain values for the checkpoint."""
+        return self._fixed() | self.order.plan.state()
 
     def check_continues(self, saved: dict[str, Any], source: Path) -> None:
-        """Raise InputError unless `position` is the one that the checkpoint `source` was trained with: `saved`."""
-        for option, value in self.position().items():
+        """Raise InputError if the run that saved the `position` `saved` in `source` would lose or repeat data. The sizes of
+        updates may change."""
+        for option, value in self._fixed().items():
             if saved.get(option, value) != value:
                 raise InputError(
                     f"{option} is not what {source} was trained with ({saved[option]}, now {value}): the run would lose or "
                     "repeat data; restore it, or start again with --from-checkpoint and --resume never"
                 )
+
+    def _fixed(self) -> dict[str, str | int]:
+        """What must stay the same for a resumed run to continue exactly."""
+        return {
+            "--train-dir": self._fingerprint(),
+            "--seq-length": self.config.model.seq_length,
+            "--drop-last": sum(order.per_epoch for order in self.order.epochs),
+            "--shuffle or --seed": f"--seed {self.config.general.seed}" if self.config.data.shuffle else "no --shuffle",
+        }
 
     def _fingerprint(self) -> str:
         """Of the tokens, and of the weights where there are several data sets. Names and places of folders may change."""

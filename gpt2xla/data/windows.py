@@ -3,12 +3,14 @@
 A split of n tokens has (n - 1) // T windows, where T is seq_length: window w predicts tokens w * T + 1 .. w * T + T from the
 tokens before them. The rest at the end is a shorter window, which is read only to validate on the whole split. Training
 numbers all its sequences 0, 1, 2, ...: micro-step m of update s reads `batch_size` of them from number
-(s * accum + m) * batch_size on, and each process reads a contiguous share of these. Data set (`mixture.py`), epoch and
-window follow from that number by division, so resuming at any step costs nothing and needs no saved state.
+plan.sequences_before(s) + m * batch_size on, and each process reads a contiguous share of these. Data set (`mixture.py`),
+epoch and window follow from that number by division, so resuming at any step costs nothing and needs no saved state but the
+sizes of updates (`batch_plan.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2xla.data.batch_plan import BatchPlan, share_of
 from gpt2xla.data.mixture import Mixture
 from gpt2xla.data.permutation import permute
 from gpt2xla.data.shards import TokenStream
@@ -132,8 +135,7 @@ class TrainingOrder:
     Args:
         sets: the data sets to train on.
         mixture: which of them each sequence comes from.
-        batch_size: sequences per micro-step, over all processes together.
-        accum: micro-steps per update.
+        plan: how many sequences each update reads.
         rank, world_size: the number of this process, and how many there are.
         drop_last: end each epoch before its last incomplete micro-batch; only for a single data set.
         shuffle_seed: the seed of a permutation per epoch, without replacement; None keeps the order.
@@ -141,22 +143,26 @@ class TrainingOrder:
 
     sets: Sequence[Windows]
     mixture: Mixture
-    batch_size: int
-    accum: int
+    plan: BatchPlan
     rank: int
     world_size: int
     drop_last: bool
     shuffle_seed: int | None
 
     def __post_init__(self) -> None:
-        share_of("--train-batch-size", self.batch_size, self.world_size)
+        share_of("--train-batch-size", self.micro_batch, self.world_size)
         if self.drop_last and len(self.sets) > 1:
             raise InputError("--drop-last has no meaning for several data sets, whose epochs end apart; leave it out")
         if self.epochs[0].per_epoch == 0:
             raise InputError(
                 f"--drop-last leaves nothing: {self.sets[0].stream.name} has {self.sets[0].count} windows, fewer than "
-                f"--train-batch-size {self.batch_size}; lower it"
+                f"--train-batch-size {self.micro_batch}; lower it"
             )
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per micro-step in the newest phase, at whose multiples epochs end with `drop_last`."""
+        return self.plan.phases[-1].batch_size
 
     @cached_property
     def epochs(self) -> list[EpochOrder]:
@@ -164,7 +170,7 @@ class TrainingOrder:
         return [
             EpochOrder(
                 windows.count,
-                windows.count - (windows.count % self.batch_size if self.drop_last else 0),
+                windows.count - (windows.count % self.micro_batch if self.drop_last else 0),
                 None if self.shuffle_seed is None else f"{self.shuffle_seed}/{number}",
             )
             for number, windows in enumerate(self.sets)
@@ -172,15 +178,15 @@ class TrainingOrder:
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Yield this process's share of each micro-batch from update `first_step` on, without end."""
-        micro_step = first_step * self.accum
-        while True:
-            yield self.batch(micro_step)
-            micro_step += 1
+        for step in itertools.count(first_step):
+            for micro_step in range(self.plan.at(step).accum):
+                yield self.batch(step, micro_step)
 
-    def batch(self, micro_step: int) -> Batch:
-        """Return this process's share of micro-batch number `micro_step`, counted from the start of the run."""
-        share = self.batch_size // self.world_size
-        first = micro_step * self.batch_size + self.rank * share
+    def batch(self, step: int, micro_step: int = 0) -> Batch:
+        """Return this process's share of one micro-batch of update `step`."""
+        batch_size = self.plan.at(step).batch_size
+        share = batch_size // self.world_size
+        first = self.plan.sequences_before(step) + micro_step * batch_size + self.rank * share
         if len(self.sets) == 1:
             return self.sets[0].batch(self.epochs[0].windows(first, share))
         together = np.empty((2, share, self.sets[0].seq_length), dtype=np.int64)
@@ -191,9 +197,8 @@ class TrainingOrder:
 
     def describe(self, step: int) -> str:
         """Return in words which windows update `step` reads, on all processes together."""
-        first, count = step * self.accum * self.batch_size, self.accum * self.batch_size
         parts = []
-        for number, rows, start in self.mixture.runs(first, count):
+        for number, rows, start in self.mixture.runs(self.plan.sequences_before(step), self.plan.at(step).sequences):
             windows = np.asarray(self.epochs[number].windows(start, len(rows)))
             is_run = len(windows) > 1 and bool((np.diff(windows) == 1).all())
             listed = f"{windows[0]} to {windows[-1]}" if is_run else ", ".join(map(str, windows))
@@ -228,11 +233,3 @@ def validation_windows(windows: Windows, batch_size: int, steps: int | Literal["
 def padded_share(batch_size: int, world_size: int, devices: int) -> int:
     """Return the rows per process of a batch that rows without labels fill up until all devices get equally many."""
     return -(-batch_size // devices) * (devices // world_size)
-
-
-def share_of(option: str, batch_size: int, world_size: int) -> int:
-    """Return one process's share of a global batch. Raises InputError if it does not divide evenly."""
-    if batch_size % world_size:
-        fix = f"use a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"
-        raise InputError(f"{option} {batch_size} does not divide over {world_size} devices; {fix}")
-    return batch_size // world_size

@@ -15,8 +15,8 @@ class Throughput:
     MFU is the share of the devices' peak rate that the model's own arithmetic uses (`GPT2.flops_per_token`).
 
     The pace is that of the newest updates: their tokens over their seconds, whatever the size of each. So it counts each
-    second once, also where the results of several updates arrive together. The first update of a process may have compiled,
-    and does not count."""
+    second once, also where the results of several updates arrive together. The first update of a process or a size may have
+    compiled, and does not count."""
 
     def __init__(self, flops_per_token: int, peak_flops: float | None) -> None:
         self._flops, self._peak = flops_per_token, peak_flops
@@ -30,10 +30,10 @@ class Throughput:
         left_out, self._last = now - self._last, now
         return left_out
 
-    def step(self, tokens: int) -> dict[str, float | None]:
-        """Note that an update of so many tokens is done, and return its own rate and MFU."""
+    def step(self, tokens: int, *, is_first: bool = False) -> dict[str, float | None]:
+        """Note that an update of so many tokens is done, and return its own rate and MFU. `is_first` of its size."""
         seconds = max(self.restart(), 1e-9)
-        if not self._is_first:
+        if not (self._is_first or is_first):
             self._newest.append((tokens, seconds))
         self._is_first = False
         return self._numbers(tokens / seconds)

@@ -48,6 +48,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     Return the runtime, what must stay alive until the graph is caught, and the report of what tracing cost the host."""
     import torch
 
+    from gpt2xla.data.batch_plan import BatchPlan
     from gpt2xla.model.gpt2 import GPT2
     from gpt2xla.runtime.precision import label
     from gpt2xla.tpu_check.placeholder_runtime import TracingRuntime, TracingSpmdRuntime, name_operations
@@ -58,7 +59,8 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     with torch.device("meta"):
         model = GPT2(config.model)
     step = TrainStep(config, runtime, model, None)
-    batches = runtime.batches(config.train.train_batch_size, config.model.seq_length)
+    phase = BatchPlan.of(config.train, runtime.devices).phases[0]
+    batches = runtime.batches(phase.batch_size, config.model.seq_length)
     seconds = []
     for number in range(_TIMED_STEPS + 2):
         if number > _TIMED_STEPS:
@@ -67,7 +69,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
         runtime.forget_pending()
         start = time.perf_counter()
         runtime.begin_step(step)
-        loss, grad_norm, _ = step(batches, number)
+        loss, grad_norm, _ = step(batches, number, phase)
         results = torch.stack([loss, grad_norm])  # alive until the graph is caught, as its results
         seconds.append(time.perf_counter() - start)
     report = {

@@ -15,6 +15,7 @@ from gpt2xla.checkpoint.run_folder import list_checkpoints, newest_in_words, pre
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.config import RunConfig, TrainConfig
+from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.split_folders import with_splits
 from gpt2xla.errors import InputError, user_error
@@ -107,7 +108,10 @@ def _open(
 
     The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right."""
     config, folder = start.config, Path(start.config.general.checkpoints_dir)
-    data = TrainingData.open(config, start.source, runtime.rank, runtime.world_size, runtime.devices)
+    plan = BatchPlan.of(config.train, runtime.devices)
+    if start.training:
+        plan = plan.after(BatchPlan.saved(start.training["data"]), start.step)
+    data = TrainingData.open(config, plan, start.source, runtime.rank, runtime.world_size)
     if start.training and start.source:
         data.check_continues(start.training["data"], start.source)
     if start.step > config.train.train_steps:

@@ -82,7 +82,9 @@ class RunLog:
 
         def log(loss: float, grad_norm: float) -> None:
             self._count_skipped(step, loss, grad_norm)
-            measured = self.throughput.step(self.tokens(step) - self.tokens(step - 1))
+            measured = self.throughput.step(
+                self.tokens(step) - self.tokens(step - 1), is_first=self.order.plan.at(step - 1).from_step == step - 1
+            )
             values = {
                 "loss": loss, "lr": lr, "grad_norm": grad_norm, **measured,
                 "compiles": self.runtime.watch.programs(), "trace_ms": trace_ms, "skipped": self.skipped,

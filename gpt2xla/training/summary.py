@@ -9,6 +9,7 @@ from gpt2xla.checkpoint.best import Best
 from gpt2xla.checkpoint.run_folder import is_finished, step_folder
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import RunConfig, TrainConfig
+from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.validation_size import USEFUL_TOKENS, noise_of
 from gpt2xla.data.windows import TrainingOrder
@@ -33,14 +34,17 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
         print(note)
     if start.training:
         print(f"resuming {start.source} after step {start.step}")
+        if changed := _changed_batch(BatchPlan.saved(start.training["data"]), data.order.plan, start.step):
+            print(changed)
     elif start.source:
         print(f"weights from {start.source}; the run starts at step 0")
     for name, text in _summary(start.config, start.step, runtime, data, model).items():
         print(f"{name:>10}: {text}", flush=True)
     for remark in remarks(start.config.train, data):
         print(remark, flush=True)
-    train, parameters = start.config.train, model.num_parameters()
-    if warning := memory.host_warning(model.config, train, parameters, runtime.memory.free(), runtime.devices):
+    train, parameters, free = start.config.train, model.num_parameters(), runtime.memory.free()
+    largest = max(data.order.plan.from_step(start.step), key=lambda phase: phase.batch_size)
+    if warning := memory.host_warning(model.config, largest.options(train), parameters, free, runtime.devices):
         say(warning, error=True)
 
 
@@ -73,6 +77,7 @@ def how_to_continue(start: Start) -> str:
 
 def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: TrainingData, model: GPT2) -> dict[str, str]:
     train, sizes, order = config.train, config.model, data.order
+    phase = order.plan.at(first_step)
     checked = ", all as their manifests say" if config.data.verify_data else ""
     note = f" ({runtime.precision.note})" if runtime.precision.note else ""
     return {
@@ -82,16 +87,22 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
         "devices": runtime.description,
         "precision": f"{label(runtime.precision.name)}, matmul {train.matmul_precision}{note}",
         "kernels": model.kernels.description,
-        "batch": f"{counted(train.train_batch_size // runtime.devices, 'sequence')} x "
-        f"{counted(runtime.devices, 'device')} x {counted(train.gradient_accum_step, 'micro-step')} = "
-        f"{counted(data.sequences_per_step, 'sequence')} = {data.tokens_per_step:,} tokens per step",
+        "batch": f"{counted(phase.batch_size // runtime.devices, 'sequence')} x "
+        f"{counted(runtime.devices, 'device')} x {counted(phase.accum, 'micro-step')} = "
+        f"{counted(phase.sequences, 'sequence')} = {phase.sequences * sizes.seq_length:,} tokens per step",
         "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,} to validate on{checked}",
-        "run": f"steps {first_step + 1} to {train.train_steps}: {train.train_steps * data.tokens_per_step:,} tokens in "
-        f"all, {_epochs(order, train.train_steps * data.sequences_per_step)}",
+        "run": f"steps {first_step + 1} to {train.train_steps}: {data.tokens_after(train.train_steps):,} tokens in "
+        f"all, {_epochs(order, order.plan.sequences_before(train.train_steps))}",
         "schedule": describe(config.optim),
         "tokenizer": data.tokenizer.name if data.tokenizer else "none found: checkpoints will lack one (--tokenizer)",
         "output": str(Path(config.general.checkpoints_dir)),
     }
+
+
+def _changed_batch(saved: BatchPlan, plan: BatchPlan, step: int) -> str:
+    """Return what changes where the resumed run begins; "" if its next update is as large as the saved run's."""
+    old, new = saved.at(step).sequences, plan.at(step).sequences
+    return "" if old == new else f"batch: {old:,} sequences per update up to step {step:,}, {new:,} from there"
 
 
 def _training_data(order: TrainingOrder) -> str:
@@ -121,7 +132,7 @@ def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
     if tokens < USEFUL_TOKENS:
         split = f"the validation split has only {counted(tokens, 'token')}"
         yield f"note: {split}, so {noise_of(tokens)}; prepare the data with more text"
-    counts = _epoch_counts(data.order, train.train_steps * data.sequences_per_step)
+    counts = _epoch_counts(data.order, data.order.plan.sequences_before(train.train_steps))
     for windows, count in zip(data.order.sets, counts, strict=True):
         if count > _MOST_EPOCHS:
             text = f"{windows.stream.name} ({counted(windows.stream.length, 'token')})"

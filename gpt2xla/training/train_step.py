@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt2xla.config import RunConfig
+from gpt2xla.data.batch_plan import Phase
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.optim.schedule import learning_rate
@@ -26,30 +27,28 @@ class TrainStep:
         self.config, self.runtime, self.model = config, runtime, model
         self.parallel_model = runtime.setup_model(model)
         self.optimizer = runtime.build_optimizer(model, config.optim, saved)
-        self.accum = config.train.gradient_accum_step
-        self.tokens = config.train.train_batch_size * self.accum * config.model.seq_length
 
-    def __call__(self, batches: Iterator[Batch], step: int) -> tuple[Tensor, Tensor, float]:
-        """Make update number `step`, counted from 0.
+    def __call__(self, batches: Iterator[Batch], step: int, phase: Phase) -> tuple[Tensor, Tensor, float]:
+        """Make update number `step`, counted from 0, of the size that `phase` says.
 
         Returns:
             The loss per token (nats) over all processes, the norm of the gradient before clipping, both on the device, and
             the learning rate."""
-        runtime = self.runtime
+        runtime, tokens = self.runtime, phase.sequences * self.config.model.seq_length
         runtime.seed(self.config.general.seed, step)
         lr = learning_rate(self.config.optim, self.config.model.d_model, step)
         loss_sum = None
-        for micro_step in range(self.accum):
-            with runtime.accumulate(self.parallel_model, sync=micro_step == self.accum - 1):
+        for micro_step in range(phase.accum):
+            with runtime.accumulate(self.parallel_model, sync=micro_step == phase.accum - 1):
                 with runtime.autocast():
                     loss, _ = self.parallel_model(*next(batches))
-                runtime.backward(loss / self.tokens)
+                runtime.backward(loss / tokens)
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         assert loss_sum is not None
         loss, grad_norm = runtime.optimizer_step(
             self.model, self.optimizer, loss_sum, rate=lr, max_grad_norm=self.config.optim.max_grad_norm
         )
-        return loss / self.tokens, grad_norm, lr
+        return loss / tokens, grad_norm, lr
 
     def rehearse(self, sequences: int) -> None:
         """Use as much memory as an update of several micro-steps does at its peak, with `sequences` on this device.

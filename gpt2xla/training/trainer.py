@@ -10,9 +10,11 @@ import torch
 
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.config import TrainConfig
+from gpt2xla.data.batch_plan import Phase
 from gpt2xla.data.windows import Batch, TrainingOrder
 from gpt2xla.errors import RunFailed
 from gpt2xla.evals.schedule import Evaluations, is_due
+from gpt2xla.logs.console import say
 from gpt2xla.runtime import memory
 from gpt2xla.runtime.base import Runtime, Shortage
 from gpt2xla.runtime.stop import Stop
@@ -53,8 +55,8 @@ class Trainer:
         return step
 
     def _loop(self, first_step: int, is_evaluated: bool) -> int:
+        step, stopping, phase = first_step, False, self.order.plan.at(first_step)
         update = self.runtime.compile_step(self._update, "training step")
-        step, stopping = first_step, False
         self.train_step.model.train()
         if not is_evaluated:
             is_evaluated = self.evaluations.run(step, self.log.evaluation_line)
@@ -64,10 +66,15 @@ class Trainer:
         batches = self.runtime.device_batches(self.order.batches(step))
         self.log.throughput.restart()
         while step < self.config.train_steps and not stopping:
-            with memory.explain_out_of_memory(self.runtime, f"in step {step + 1}", self._smaller_batch):
-                update(batches, step)
+            if step == self.order.plan.at(step).from_step > first_step:
+                phase = self.order.plan.at(step)
+                update = self.runtime.compile_step(self._update, f"training step of {phase.sequences:,} sequences")
+                self._announce(phase)
+            advice = partial(self._smaller_batch, phase)
+            with memory.explain_out_of_memory(self.runtime, f"in step {step + 1}", advice):
+                update(batches, step, phase)
                 step += 1
-                if step == first_step + 1:  # it may have compiled: the clock starts after it
+                if step == max(first_step, phase.from_step) + 1:  # it may have compiled: the clock starts after it
                     self.runtime.wait()
                     self.log.throughput.restart()
             stopping = self.stop.agreed()
@@ -84,9 +91,13 @@ class Trainer:
         self.runtime.wait()
         return step
 
-    def _update(self, batches: Iterator[Batch], step: int) -> None:
+    def _announce(self, phase: Phase) -> None:
+        if self.runtime.is_main:
+            say(f"batch: {phase.sequences:,} sequences per update from step {phase.from_step + 1:,} on")
+
+    def _update(self, batches: Iterator[Batch], step: int, phase: Phase) -> None:
         """Make one update, and queue its loss, gradient norm and stop requests for the host. On XLA this is one graph."""
-        loss, grad_norm, lr = self.train_step(batches, step)
+        loss, grad_norm, lr = self.train_step(batches, step, phase)
         requests, receive_requests = self.runtime.sum(self.stop.requested()), self.stop.receiver()
         log = self.log.training_line(step + 1, lr)
 
@@ -101,11 +112,11 @@ class Trainer:
             self.saver.save(step, is_evaluated)
         self.log.throughput.restart()
 
-    def _smaller_batch(self, shortage: Shortage) -> str:
+    def _smaller_batch(self, phase: Phase, shortage: Shortage) -> str:
         """Advise a batch that fits, tried on this device where that is cheap."""
-        runtime, train_step = self.runtime, self.train_step
+        runtime, train_step, parameters = self.runtime, self.train_step, self.train_step.model.num_parameters()
 
         def fits(sequences: int) -> bool | None:
             return runtime.memory.has_room_for(partial(train_step.rehearse, sequences))
 
-        return memory.train_advice(shortage, self.config, runtime.devices, train_step.model.num_parameters(), fits)
+        return memory.train_advice(shortage, phase.options(self.config), runtime.devices, parameters, fits)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2xla.config.paths import parse_weights
+from gpt2xla.data.batch_plan import BatchPlan, Phase
 from gpt2xla.data.mixture import PATTERN, Mixture
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import TrainingOrder, Windows
@@ -109,14 +110,14 @@ def test_each_set_has_its_own_epochs_for_any_number_of_processes(
 ) -> None:
     mixture = Mixture.of([0.2, 0.5, 0.3])
     shares = [
-        TrainingOrder(sets, mixture, batch_size=6, accum=2, rank=rank, world_size=world_size, drop_last=False,
+        TrainingOrder(sets, mixture, BatchPlan((Phase(0, 6, 2),)), rank, world_size, drop_last=False,
                       shuffle_seed=shuffle_seed)
         for rank in range(world_size)
     ]  # fmt: skip
     seen: list[list[int]] = [[], [], []]
     for micro_step in range(150):
         for order in shares:
-            batch = order.batch(micro_step)
+            batch = order.batch(*divmod(micro_step, 2))
             assert (batch.labels == batch.input_ids + 1).all()
             for row in batch.input_ids.tolist():
                 assert row == list(range(row[0], row[0] + LENGTH))
@@ -131,5 +132,6 @@ def test_each_set_has_its_own_epochs_for_any_number_of_processes(
 
 def test_drop_last_is_refused_for_several(sets: list[Windows]) -> None:
     with pytest.raises(InputError, match="--drop-last has no meaning for several data sets"):
-        TrainingOrder(sets, Mixture.of([1, 1, 1]), batch_size=2, accum=1, rank=0, world_size=1, drop_last=True,
-                      shuffle_seed=None)  # fmt: skip
+        TrainingOrder(
+            sets, Mixture.of([1, 1, 1]), BatchPlan((Phase(0, 2, 1),)), 0, 1, drop_last=True, shuffle_seed=None
+        )

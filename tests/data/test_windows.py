@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2xla.data.batch_plan import BatchPlan, Phase
 from gpt2xla.data.mixture import Mixture
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.windows import Batch, TrainingOrder, Windows, validation_batches
@@ -29,8 +30,9 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
 
 
 def order(windows: Windows, **changes) -> TrainingOrder:
-    arguments = dict(batch_size=24, accum=1, rank=0, world_size=1, drop_last=False, shuffle_seed=None)
-    return TrainingOrder([windows], Mixture.of([1.0]), **(arguments | changes))
+    plan = BatchPlan((Phase(0, changes.pop("batch_size", 24), changes.pop("accum", 1)),))
+    arguments = dict(rank=0, world_size=1, drop_last=False, shuffle_seed=None)
+    return TrainingOrder([windows], Mixture.of([1.0]), plan, **(arguments | changes))
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,6 +12,7 @@ import pytest
 from conftest import write_split
 
 from gpt2xla.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.logs import console, sinks, throughput
 from gpt2xla.logs.console import say
@@ -212,7 +213,7 @@ def test_a_run_notes_few_tokens_and_many_epochs(steps: int, said: int, tmp_path:
         model=ModelConfig(vocab_size=97, seq_length=16, d_model=32, num_layers=1, num_heads=2),
         train=TrainConfig(train_batch_size=4, gradient_accum_step=1, train_steps=steps),
     )
-    notes = list(remarks(config.train, TrainingData.open(config, None, 0, 1, 1)))
+    notes = list(remarks(config.train, TrainingData.open(config, BatchPlan.of(config.train, 1), None, 0, 1)))
     assert notes[0].startswith(
         "note: the validation split has only 100 tokens, so validation losses will be noisy, by "
     )

@@ -5,6 +5,7 @@ Arguments: those of run_pretrain_xla.py.
 
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch_xla
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig
+from gpt2xla.data.batch_plan import Phase
 from gpt2xla.data.windows import Batch, TrainingOrder
 from gpt2xla.runtime.xla.runtime import XlaRuntime
 from gpt2xla.training.pretrain import pretrain
@@ -23,23 +25,30 @@ CONSTANTS = {12: 1, 13: 0.5}
 SAVES = (10, 15)
 
 
+class OtherSize(NamedTuple):
+    """A phase whose number of sequences is another constant."""
+
+    from_step: int
+    batch_size: int
+    accum: int
+    sequences: float
+
+
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
     batches, step, save = TrainingOrder.batches, TrainStep.__call__, Saver.save
 
     def shortened(self: TrainingOrder, first_step: int) -> Iterator[Batch]:
+        accum = self.plan.at(0).accum
         for number, batch in enumerate(batches(self, first_step)):
-            rows = SHORT_BATCHES.get(number // self.accum + 1)
+            rows = SHORT_BATCHES.get(number // accum + 1)
             yield Batch(*(tensor[:rows] for tensor in batch))
 
-    def disturbed(self: TrainStep, source: Iterator[Batch], number: int) -> tuple[Tensor, Tensor, float]:
-        tokens = self.tokens
+    def disturbed(self: TrainStep, source: Iterator[Batch], number: int, phase: Phase) -> tuple[Tensor, Tensor, float]:
         if number + 1 in HOST_READS:
             (self.model.wte.weight[number].sum() * 3).item()
         if number + 1 in CONSTANTS:
-            self.tokens = CONSTANTS[number + 1]
-        results = step(self, source, number)
-        self.tokens = tokens
-        return results
+            phase = OtherSize(*phase, CONSTANTS[number + 1])
+        return step(self, source, number, phase)
 
     def computing(self: Saver, number: int, is_evaluated: bool) -> None:
         if number in SAVES:

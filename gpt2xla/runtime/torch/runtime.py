@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from gpt2xla.config import OptimConfig, TorchConfig, TrainConfig
+from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError, in_one_line
 from gpt2xla.logs.console import say
@@ -113,7 +114,7 @@ class TorchRuntime(OneDevice):
         evaluation, which has no backward pass and so takes a third per token."""
         if evaluated_tokens is not None:
             return model.flops_per_token() / 3 * evaluated_tokens / self.devices
-        sequences = self.train.train_steps * self.train.gradient_accum_step * self.train.train_batch_size
+        sequences = BatchPlan.of(self.train, self.devices).sequences_before(self.train.train_steps)
         return model.flops_per_token() * model.config.seq_length * sequences / self.devices
 
     def _compile(self, flops: float) -> CompiledBlock | None:
