@@ -45,13 +45,13 @@ def card_of_run(
     Args:
         training: its training state."""
     step, train, plan = training["step"], config.train, BatchPlan.saved(training["data"])
-    is_best = training.get("best", {}).get("step") == step
-    name, sequences = f"step-{step:08d}", plan.at(max(0, step - 1)).sequences
+    name, is_best = f"step-{step:08d}", training.get("best", {}).get("step") == step
+    sizes = ", then ".join(f"{phase.sequences:,}" for phase in plan.phases if phase.from_step < max(step, 1))
     folders, shares = parse_weights("--train-dir", config.data.train_dir)
     parts = (f"{_name(f)} ({s:.0%})" if len(folders) > 1 else _name(f) for f, s in zip(folders, shares, strict=True))
     facts = {
         "steps": f"{step:,} of {train.train_steps:,}",
-        "tokens seen": f"{plan.sequences_before(step) * config.model.seq_length:,} ({sequences} sequences a step)",
+        "tokens seen": f"{plan.sequences_before(step) * config.model.seq_length:,} ({sizes} sequences a step)",
         "training data": ", ".join(parts),
         "validation data": _name(config.data.valid_dir),
         "schedule": describe(config.optim),

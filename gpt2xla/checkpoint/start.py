@@ -179,6 +179,9 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
             if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
                 continue
             value = tuple(value) if isinstance(value, list) else value
+            if name == "batch_ramp" and value and "gradient_accum_step" in config.given:
+                notes.append(f"changed: --batch-ramp {_as_given(value)} -> not set")
+                value = None
             if isinstance(now[name], tuple) and isinstance(value, str):
                 value = (value,)  # older checkpoints store a single --train-dir as a string
             if name not in config.given or (name == "mixed_precision" and now[name] == "auto"):
@@ -208,7 +211,7 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
 
 
 def _as_given(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else value
+    return "not set" if value is None else " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:

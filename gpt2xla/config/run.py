@@ -153,6 +153,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "optim", self.optim.over(self.train.train_steps))
+        if self.train.batch_ramp is not None and "gradient_accum_step" not in self.given:
+            object.__setattr__(self, "train", dataclasses.replace(self.train, gradient_accum_step=None))
 
     @classmethod
     def from_flat(cls, options: dict[str, Any], given: Collection[str] | None = None) -> RunConfig:
@@ -183,6 +185,11 @@ class RunConfig:
             check_types(group)
         for group in groups:
             group.check()
+        require(
+            not (self.data.drop_last and self.train.batch_ramp),
+            "--drop-last has no meaning with --batch-ramp, as epochs would end with a micro-batch, which changes; leave "
+            "one of them out",
+        )
 
     def check_schedule(self, saved: Mapping[str, Any] | None = None) -> None:
         """Raise InputError for a warm-up that outlasts the run, if the user asked for it, or the decay.

@@ -21,6 +21,7 @@ _ELSEWHERE = {
     "save_steps": "save_interval", "patience": "early_stopping_patience", "early_stopping": "early_stopping_patience",
     "save_best": "keep_best", "load_best_model_at_end": "keep_best",
     "save_total_limit": "saved_checkpoint_limit", "log_interval": "wandb_logging_interval",
+    "rampup_batch_size": "batch_ramp", "batch_size_rampup": "batch_ramp",
     "warmup": "warmup_steps", "warmup_iters": "warmup_steps", "lr_decay_iters": "decay_steps",
     "lr_scheduler_type": "decay_method", "grad_clip": "max_grad_norm", "optimizer": "optim_type",
     "gradient_accumulation_steps": "gradient_accum_step", "grad_accum": "gradient_accum_step",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +24,12 @@ class TrainConfig:
 
     train_steps: int = option(20_000, "optimizer updates in the whole run")
     train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
-    gradient_accum_step: int = option(8, "micro-steps per optimizer update")
+    gradient_accum_step: int | None = option(8, "micro-steps per optimizer update")
+    batch_ramp: tuple[str, ...] | None = option(
+        None,
+        "sequences per update from each step on, such as 32:0 64:1000 128:4000, instead of --gradient-accum-step; a "
+        "micro-step takes as many of them as divide evenly, at most --train-batch-size",
+    )
     mixed_precision: Precision = option(
         "auto",
         "compute type over fp32 weights: bf16; fp16, which scales the loss; none: fp32 throughout; auto: a resumed run's "
@@ -105,6 +113,13 @@ class TrainConfig:
             f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
         )
         require_at_most(_MOST_SEQUENCES, self, "train_batch_size", "eval_batch_size")
+        if self.batch_ramp is not None:
+            require(
+                self.gradient_accum_step is None,
+                f"--batch-ramp and --gradient-accum-step {self.gradient_accum_step} contradict each other: the ramp says "
+                "how many sequences an update has; leave one of them out",
+            )
+            parse_ramp(self.batch_ramp)
         intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
         require_at_least(0, self, *intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
         require_at_least(0, self, "early_stopping_patience", "early_stopping_min_delta")
@@ -115,3 +130,20 @@ class TrainConfig:
         for name in ("max_hours", "max_minutes"):
             limit = getattr(self, name)
             require(limit is None or 0 < limit < math.inf, f"{flag(name)} {limit}: choose a number above 0")
+
+
+def parse_ramp(entries: Sequence[str]) -> list[tuple[int, int]]:
+    """Return (from step, sequences per update) of each entry of --batch-ramp. Raises InputError."""
+    shown = f"--batch-ramp {' '.join(entries)}"
+    found = [re.fullmatch(r"([0-9]{1,7}):([0-9]{1,15})", entry) for entry in entries]
+    for entry, match in zip(entries, found, strict=True):
+        require(bool(match), f"--batch-ramp {entry[:80]}: write sequences:from-step, such as 32:0 64:1000 128:4000")
+    ramp = [(int(match[2]), int(match[1])) for match in found if match]
+    for entry, (_, sequences) in zip(entries, ramp, strict=True):
+        require(
+            0 < sequences <= _MOST_SEQUENCES, f"--batch-ramp {entry}: choose from 1 to {_MOST_SEQUENCES:,} sequences"
+        )
+    require(ramp[0][0] == 0, f"{shown}: the first entry must begin at step 0, such as {ramp[0][1]}:0")
+    for (before, _), (step, sequences) in itertools.pairwise(ramp):
+        require(step > before, f"{shown}: {sequences}:{step} must begin after step {before}; write them in order")
+    return ramp

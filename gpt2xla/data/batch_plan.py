@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpt2xla.config import TrainConfig
-from gpt2xla.errors import InputError
+from gpt2xla.config.train import parse_ramp
+from gpt2xla.errors import InputError, counted
 
 SAVED_SIZES = "batch"  # the key in a checkpoint
 _SAVED_ONCE = "--train-batch-size x --gradient-accum-step"  # by older checkpoints: one number for the whole run
@@ -42,6 +43,14 @@ class Phase(NamedTuple):
         """Return `train` with the batch of these updates."""
         return dataclasses.replace(train, train_batch_size=self.batch_size, gradient_accum_step=self.accum)
 
+    def describe(self, devices: int, seq_length: int) -> str:
+        """Return in words how an update is split."""
+        return (
+            f"{counted(self.batch_size // devices, 'sequence')} x {counted(devices, 'device')} x "
+            f"{counted(self.accum, 'micro-step')} = {counted(self.sequences, 'sequence')} = "
+            f"{self.sequences * seq_length:,} tokens per step"
+        )
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -58,6 +67,9 @@ class BatchPlan:
     @classmethod
     def of(cls, train: TrainConfig, devices: int) -> BatchPlan:
         """Return the plan of a new run. Raises InputError if a micro-batch does not divide over the devices."""
+        if train.batch_ramp is not None:
+            return cls(tuple(_phase(*entry, train.train_batch_size, devices) for entry in parse_ramp(train.batch_ramp)))
+        assert train.gradient_accum_step is not None
         share_of("--train-batch-size", train.train_batch_size, devices)
         return cls((Phase(0, train.train_batch_size, train.gradient_accum_step),))
 
@@ -110,6 +122,15 @@ class BatchPlan:
                 break
             reached += phase.sequences * (end - phase.from_step)
         return phase.from_step + steps
+
+
+def _phase(from_step: int, sequences: int, most: int, devices: int) -> Phase:
+    """Return the phase whose micro-steps are as large as `most` and an even division over devices and micro-steps allow."""
+    share = share_of(f"--batch-ramp {sequences}:{from_step}: an update of", sequences, devices)
+    if most < devices:
+        raise InputError(f"--train-batch-size {most} is less than a sequence for each of {devices} devices; raise it")
+    largest = max(part for part in range(1, min(share, most // devices) + 1) if share % part == 0)
+    return Phase(from_step, largest * devices, share // largest)
 
 
 def share_of(option: str, batch_size: int, world_size: int) -> int:

@@ -69,6 +69,7 @@ def train_advice(
 
     `fits` tries a number of sequences per device; it returns None where that would take a compile."""
     share, accum = train.train_batch_size // devices, train.gradient_accum_step
+    assert accum is not None
     batches = same_update(share, accum)
     one_fits = fits(1)
     if not batches or one_fits is False:
@@ -77,15 +78,15 @@ def train_advice(
     if one_fits:
         found = first_that_fits(batches, lambda fewer: fewer == 1 or bool(fits(fewer)))
         assert found is not None, "one sequence does"
-        return f"{refused}; {_sequences(found[0])} per device fit: {_flags(found, devices)}"
+        return f"{refused}; {_sequences(found[0])} per device fit: {_flags(found, devices, train)}"
     if shortage.needed is None:
         half = next((batch for batch in batches if batch[0] <= share // 2), batches[-1])
-        return f"{refused}; {_flags(half, devices)}"
+        return f"{refused}; {_flags(half, devices, train)}"
     most = estimated(shortage, share, parameters)
     found = next((batch for batch in batches if batch[0] <= most), None)
     if found is None:
         return f"{refused}, and by these figures not even one sequence per device does; {SMALLER_MODEL}"
-    return f"{refused}; about {_sequences(most)} per device do: {_flags(found, devices)}"
+    return f"{refused}; about {_sequences(most)} per device do: {_flags(found, devices, train)}"
 
 
 def eval_advice(train: TrainConfig, devices: int, name: str) -> str:
@@ -106,9 +107,10 @@ def host_warning(model: ModelConfig, train: TrainConfig, parameters: int, free: 
     needed = host_step_bytes(model, train, parameters, share)
     if free is None or needed <= free:
         return None
+    assert train.gradient_accum_step is not None
     smaller = same_update(share, train.gradient_accum_step)
     fitting = [batch for batch in smaller if host_step_bytes(model, train, parameters, batch[0]) <= free]
-    fix = _flags(fitting[0], devices) if fitting else SMALLER_MODEL
+    fix = _flags(fitting[0], devices, train) if fitting else SMALLER_MODEL
     return (
         f"warning: a step takes {needed / GIB:.1f} GiB or more per process, and {free / GIB:.1f} are free: the system may "
         f"kill the run without a message; {fix}"
@@ -145,7 +147,9 @@ def _sequences(count: int) -> str:
     return f"{count} sequence{'s' if count > 1 else ''}"
 
 
-def _flags(batch: tuple[int, int], devices: int) -> str:
+def _flags(batch: tuple[int, int], devices: int, train: TrainConfig) -> str:
     share, accum = batch
+    if train.batch_ramp:
+        return f"--train-batch-size {share * devices} makes the same updates"
     flags = f"--train-batch-size {share * devices} --gradient-accum-step {accum}"
     return f"{flags} is the same {share * accum * devices:,} sequences per update"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import RunConfig, XlaConfig
+from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.errors import InputError, RunFailed, counted
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
 from gpt2xla.tpu_check.traced_step import graph_in
@@ -77,6 +78,16 @@ def find_batch(
     return tried[max(best, 1)] | {"too_many": too_many}
 
 
+def with_largest_updates(config: RunConfig, topology: str) -> RunConfig:
+    """Return the run whose updates all are as large as the largest ones of its --batch-ramp, if it has one.
+
+    Raises InputError if these do not divide over the devices."""
+    if config.train.batch_ramp is None:
+        return config
+    largest = max(BatchPlan.of(config.train, TOPOLOGIES[topology].devices).phases, key=lambda phase: phase[1:])
+    return dataclasses.replace(config, train=dataclasses.replace(largest.options(config.train), batch_ramp=None))
+
+
 def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int:
     from gpt2xla.runtime.memory import STATE_BYTES  # it imports torch, for which --help must not wait
 
@@ -109,6 +120,7 @@ def _bytes_per_sequence(config: RunConfig) -> int:
 
 
 def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> dict[str, Any]:
+    assert config.train.gradient_accum_step is not None
     compute, memory = compiled["flops"] / topology.flops, compiled["bytes"] / topology.bandwidth
     return {
         # No step can be faster than its products at the device's peak, or its traffic at full bandwidth.

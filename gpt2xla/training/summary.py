@@ -77,7 +77,8 @@ def how_to_continue(start: Start) -> str:
 
 def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: TrainingData, model: GPT2) -> dict[str, str]:
     train, sizes, order = config.train, config.model, data.order
-    phase = order.plan.at(first_step)
+    phase, *later = order.plan.from_step(first_step)
+    ramp = "".join(f"; {phase.sequences:,} after step {phase.from_step:,}" for phase in later)
     checked = ", all as their manifests say" if config.data.verify_data else ""
     note = f" ({runtime.precision.note})" if runtime.precision.note else ""
     return {
@@ -87,9 +88,7 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
         "devices": runtime.description,
         "precision": f"{label(runtime.precision.name)}, matmul {train.matmul_precision}{note}",
         "kernels": model.kernels.description,
-        "batch": f"{counted(phase.batch_size // runtime.devices, 'sequence')} x "
-        f"{counted(runtime.devices, 'device')} x {counted(phase.accum, 'micro-step')} = "
-        f"{counted(phase.sequences, 'sequence')} = {phase.sequences * sizes.seq_length:,} tokens per step",
+        "batch": phase.describe(runtime.devices, sizes.seq_length) + ramp,
         "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,} to validate on{checked}",
         "run": f"steps {first_step + 1} to {train.train_steps}: {data.tokens_after(train.train_steps):,} tokens in "
         f"all, {_epochs(order, order.plan.sequences_before(train.train_steps))}",

@@ -55,7 +55,8 @@ class Trainer:
         return step
 
     def _loop(self, first_step: int, is_evaluated: bool) -> int:
-        step, stopping, phase = first_step, False, self.order.plan.at(first_step)
+        step, stopping = first_step, False
+        first = phase = self.order.plan.at(step)
         update = self.runtime.compile_step(self._update, "training step")
         self.train_step.model.train()
         if not is_evaluated:
@@ -66,10 +67,12 @@ class Trainer:
         batches = self.runtime.device_batches(self.order.batches(step))
         self.log.throughput.restart()
         while step < self.config.train_steps and not stopping:
-            if step == self.order.plan.at(step).from_step > first_step:
+            if self.order.plan.at(step) != phase:
                 phase = self.order.plan.at(step)
-                update = self.runtime.compile_step(self._update, f"training step of {phase.sequences:,} sequences")
                 self._announce(phase)
+                # Updates of another size are another program, which the name announces on XLA.
+                size = "" if phase.sequences == first.sequences else f" of {phase.sequences:,} sequences"
+                update = self.runtime.compile_step(self._update, f"training step{size}")
             advice = partial(self._smaller_batch, phase)
             with memory.explain_out_of_memory(self.runtime, f"in step {step + 1}", advice):
                 update(batches, step, phase)
@@ -93,7 +96,8 @@ class Trainer:
 
     def _announce(self, phase: Phase) -> None:
         if self.runtime.is_main:
-            say(f"batch: {phase.sequences:,} sequences per update from step {phase.from_step + 1:,} on")
+            shown = phase.describe(self.runtime.devices, self.train_step.config.model.seq_length)
+            say(f"batch after step {phase.from_step:,}: {shown}")
 
     def _update(self, batches: Iterator[Batch], step: int, phase: Phase) -> None:
         """Make one update, and queue its loss, gradient norm and stop requests for the host. On XLA this is one graph."""

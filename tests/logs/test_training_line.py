@@ -196,6 +196,20 @@ def test_the_numbers_of_a_line_agree_with_each_other(
     assert in_words((read[400] - read[said[0]]) / rate) in said[1]
 
 
+def test_the_expected_end_counts_the_sequences_of_updates_ahead() -> None:
+    """2 s per sequence: after step 10, 90 updates of one and 100 of three are left."""
+    now, plan = datetime.datetime(2026, 11, 27, 14, 0), BatchPlan((Phase(0, 1, 1), Phase(100, 1, 3)))
+    left = TimeLeft(plan, 0, 200, {}, 0)
+    for step in range(1, 11):
+        left.step(step, 99.0 if step == 1 else 2.0)
+    assert left.seconds() == (90 + 300) * 2
+    left.step(11, 2.0)
+    assert "after about step 180 of 200" in left.expected_end((89 + 80 * 3 + 2) * 2, now)
+    for step in range(12, 103):
+        left.step(step, 99.0 if step == 101 else 6.0 if step > 100 else 2.0)
+    assert left.seconds() == 98 * 6, "the first update of a size may have compiled: it does not count"
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(4.6, "5 s"), (59.7, "1 min"), (9540, "2 h 39 min"), (7200, "2 h 0 min"), (97_200, "1 d 3 h")],

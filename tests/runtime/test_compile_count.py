@@ -78,7 +78,7 @@ def test_later_compiles_are_warned_of_once_for_each_cause(data_flags: list[str],
     succeed(result)
     warnings = [line for line in result.stderr.splitlines() if "warning: XLA compiled again" in line]
     expected = [
-        "in the training step, call 4: a batch of (2, 16) where all before were (4, 16)",
+        "in the training step, call 4: a batch of (2, 16) where the one before was (4, 16)",
         "in the training step, call 7: the host did some of the step's work: aten::_local_scalar_dense (a value was read",
         "in the saving, call 2: the traced program is another one",
         "in the training step, call 12: the traced program is another one, at the same batch shape",

@@ -139,6 +139,9 @@ def test_a_device_that_can_try_tries() -> None:
 def test_a_device_that_says_nothing_gets_half() -> None:
     advice = train_advice(Shortage("cpu"), TRAIN, 1, 0, lambda n: None)
     assert "--train-batch-size 32 --gradient-accum-step 16 is the same 512 sequences" in advice
+    ramp = dataclasses.replace(TRAIN, batch_ramp=("512:0", "1024:9"))
+    advice = train_advice(Shortage("cpu"), ramp, 1, 0, lambda n: None)
+    assert advice == "--train-batch-size 64 does not fit; --train-batch-size 32 makes the same updates"
 
 
 def test_advice_for_an_evaluation_names_its_own_flag() -> None:

@@ -50,7 +50,8 @@ class CompiledBlock(CompileWatch):
             say(f"compiling the blocks of the {name} ...")
         start = time.perf_counter()
         try:
-            with compiling(before_training=block.training):
+            is_first = not any(is_training for _, is_training, _ in self._known)
+            with compiling(before_training=block.training and is_first):
                 y_BTD = self._compiled(block, x_BTD, kernels)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = in_one_line(error.inner_exception)

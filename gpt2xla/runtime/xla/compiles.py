@@ -100,12 +100,12 @@ class XlaCompileWatch(CompileWatch):
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the same batches, watched for one of another shape, the most common cause of a compile."""
-        usual: tuple[int, ...] = ()
+        last: tuple[int, ...] = ()
         for batch in batches:
             shape = tuple(batch.input_ids.shape)
-            usual = usual or shape
-            if shape != usual:
-                self._odd_shape = f"a batch of {shape} where all before were {usual}"
+            if last and shape != last:
+                self._odd_shape = f"a batch of {shape} where the one before was {last}"
+            last = shape
             yield batch
 
     def _settle(self) -> None:
