@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gpt2xla.checkpoint import run_folder
+from gpt2xla.data.batch_plan import Phase
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.training.train_step import TrainStep
@@ -47,9 +48,9 @@ def _inject(what: str, value: float, steps: set[int]) -> None:
     """In the process of a run: spoil loss or gradient in these steps, from 1."""
     update, forward, now = TrainStep.__call__, GPT2.forward, [0]
 
-    def noted(self: TrainStep, batches: Iterator[Batch], step: int) -> Any:
+    def noted(self: TrainStep, batches: Iterator[Batch], step: int, phase: Phase) -> Any:
         now[0] = step + 1
-        return update(self, batches, step)
+        return update(self, batches, step, phase)
 
     def spoiled(self: GPT2, *args: Any, **kwargs: Any) -> Any:
         loss, *rest = forward(self, *args, **kwargs)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import run_pretrain_xla
+from gpt2xla.data.batch_plan import Phase
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.processes.exits import exit_code
@@ -18,9 +19,9 @@ AT = 17  # the step, from 1
 _update, _forward, _now = TrainStep.__call__, GPT2.forward, [0]
 
 
-def _noted(self: TrainStep, batches: Iterator[Batch], step: int) -> Any:
+def _noted(self: TrainStep, batches: Iterator[Batch], step: int, phase: Phase) -> Any:
     _now[0] = step + 1
-    return _update(self, batches, step)
+    return _update(self, batches, step, phase)
 
 
 def _spoilt(self: GPT2, *args: Any, **kwargs: Any) -> Any:
