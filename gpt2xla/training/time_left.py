@@ -64,7 +64,8 @@ class TimeLeft:
         pace = f"{_short(self._tokens_left / steps * newest.seconds_per_token)} per step"
         if seconds_to_limit < left:
             read = self._tokens(self._step) + self._tokens_left * seconds_to_limit / left
-            reached = f"after about step {bisect.bisect_right(range(self._last), read, key=self._tokens) - 1} of {self._last}"
+            step = bisect.bisect_right(range(self._last), read, key=self._tokens) - 1
+            reached = f"after about step {step} of {self._last}"
             return f"expected to stop at the time limit {_when(seconds_to_limit, now)}, {reached} ({pace})"
         return f"expected to end {_when(left, now)} ({pace})"
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import write_split
 
 from gpt2xla.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from gpt2xla.data.batch_plan import BatchPlan
+from gpt2xla.data.batch_plan import BatchPlan, Phase
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.logs import console, sinks, throughput
 from gpt2xla.logs.console import say
@@ -196,18 +196,26 @@ def test_the_numbers_of_a_line_agree_with_each_other(
     assert in_words((read[400] - read[said[0]]) / rate) in said[1]
 
 
-def test_the_expected_end_counts_the_sequences_of_updates_ahead() -> None:
-    """2 s per sequence: after step 10, 90 updates of one and 100 of three are left."""
-    now, plan = datetime.datetime(2026, 11, 27, 14, 0), BatchPlan((Phase(0, 1, 1), Phase(100, 1, 3)))
-    left = TimeLeft(plan, 0, 200, {}, 0)
-    for step in range(1, 11):
-        left.step(step, 99.0 if step == 1 else 2.0)
-    assert left.seconds() == (90 + 300) * 2
-    left.step(11, 2.0)
-    assert "after about step 180 of 200" in left.expected_end((89 + 80 * 3 + 2) * 2, now)
-    for step in range(12, 103):
-        left.step(step, 99.0 if step == 101 else 6.0 if step > 100 else 2.0)
-    assert left.seconds() == 98 * 6, "the first update of a size may have compiled: it does not count"
+def test_the_expected_end_counts_the_tokens_of_updates_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 s per sequence of 10 tokens: after step 10, 90 updates of one and 100 of three sequences are left."""
+    clock, plan = Clock(monkeypatch), BatchPlan((Phase(0, 1, 1), Phase(100, 1, 3)))
+    measured = Throughput(1, None)
+    left = TimeLeft(0, 200, lambda step: 10 * plan.sequences_before(step), measured, {}, 0)
+
+    def do(first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            sequences, is_first = plan.at(step - 1).sequences, step in (1, 101)
+            clock.now += 99 if is_first else 2 * sequences  # it compiles
+            measured.step(10 * sequences, is_first=is_first)
+            left.step(step)
+
+    do(1, 10)
+    assert left.seconds() == pytest.approx((90 + 300) * 2)
+    do(11, 11)
+    said = left.expected_end((89 + 80 * 3 + 2) * 2, datetime.datetime(2026, 11, 27, 14, 0))
+    assert "after about step 180 of 200" in said
+    do(12, 102)
+    assert left.seconds() == pytest.approx(98 * 6)
 
 
 @pytest.mark.parametrize(
