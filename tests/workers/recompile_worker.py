@@ -21,7 +21,7 @@ from gpt2xla.training.train_step import TrainStep
 
 SHORT_BATCHES = {4: 2, 5: 3}  # rows, by step
 HOST_READS = (7, 8)
-CONSTANTS = {12: 1, 13: 0.5}
+CONSTANTS = {12: 1, 13: 0.5}  # tokens of an update, by step: XLA takes a 1 as a constant
 SAVES = (10, 15)
 
 
@@ -47,7 +47,7 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
         if number + 1 in HOST_READS:
             (self.model.wte.weight[number].sum() * 3).item()
         if number + 1 in CONSTANTS:
-            phase = OtherSize(*phase, CONSTANTS[number + 1])
+            phase = OtherSize(*phase, CONSTANTS[number + 1] / self.config.model.seq_length)
         return step(self, source, number, phase)
 
     def computing(self: Saver, number: int, is_evaluated: bool) -> None:
