@@ -64,6 +64,9 @@ def parse_run(
             options = _expand_preset(read_config_file(Path(file), known))
         except InputError as error:
             raise InputError(f"--config {file}: {error}") from None
+    for name, rival in (("epochs", "train_steps"), ("train_steps", "epochs")):  # either sets the run's length
+        if name in given and rival not in given:
+            options.pop(rival, None)
     options |= _expand_preset(given)
     runtime_names = {f.name for f in dataclasses.fields(runtime_group)}  # type: ignore[arg-type]
     runtime = runtime_group(**{name: options.pop(name) for name in runtime_names & options.keys()})

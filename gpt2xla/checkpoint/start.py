@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +10,22 @@ from typing import Any
 
 import torch
 
-from gpt2xla.checkpoint import run_folder
+from gpt2xla.checkpoint import decay_now, run_folder
 from gpt2xla.checkpoint.best import Best, kept_in
 from gpt2xla.checkpoint.folder import SHARDS, TRAINING_STATE, is_evaluated, stored_best
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
-from gpt2xla.config import GeneralConfig, ModelConfig, RunConfig, flag, options_of
+from gpt2xla.config import GeneralConfig, ModelConfig, OptimConfig, RunConfig, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed
 from gpt2xla.data.batch_plan import SAVED_SIZES, BatchPlan
-from gpt2xla.data.opening import with_vocabulary
+from gpt2xla.data.opening import with_epochs, with_vocabulary
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
 from gpt2xla.model.gpt2 import GPT2, blank
-from gpt2xla.optim.schedule import past_decay
+from gpt2xla.optim.schedule import changed_decay, check_final_decay, past_decay
 from gpt2xla.optim.state import moment_shapes
 
 # Options of this command that a resumed run does not inherit.
@@ -34,6 +33,8 @@ _NOT_CONTINUED = {
     "checkpoints_dir", "from_checkpoint", "resume", "do_test", "push_to_hub", "max_hours", "max_minutes", "wandb_resume_id",
     "verify_data",
 }  # fmt: skip
+# Those that have a line of their own, or that cannot differ.
+_NOT_REPORTED = _NOT_CONTINUED | {"decay_now"} | {f.name for f in options_of(ModelConfig)}
 # What torch.amp.GradScaler and the XLA runtime's scaler save.
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 # Model options in which a new run may differ from the checkpoint it starts from.
@@ -86,16 +87,20 @@ def find_start(config: RunConfig) -> Start:
     A resumed run keeps its options, except those that the user sets again. Raises InputError if the requested checkpoint is
     missing, damaged, or contradicts the flags."""
     notes: list[str] = []
+    resumed = None
     with user_error(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
+        if config.optim.decay_now is not None:
+            config = decay_now.without_flags_if_under_way(config)
         source, continues = _choose(config.general, notes)
     if continues and source:
-        config = _complete(config, source, notes)
-    elif not config.general.do_test:
-        config.check_schedule()
+        config, resumed = _complete(config, source, notes)
+    elif not config.general.do_test and config.train.epochs is None:
+        config.check_schedule()  # before anything is fetched
     if source is None:
         if not config.general.do_test:
             config, note = with_vocabulary(config)
             notes += [note] if note else []
+            config = _on_schedule(config, BatchPlan.of(config.train, devices=1))
         config.model.check()
         _refuse_beyond_memory(config.model)
         return Start(config, notes=tuple(notes))
@@ -107,6 +112,13 @@ def find_start(config: RunConfig) -> Start:
         saved_model = _resize(config, saved_model, source, notes)
     config = dataclasses.replace(config, model=_agree(config, saved_model, source))
     training = _load_training_state(source, config) if continues and not config.general.do_test else None
+    if not config.general.do_test:
+        plan = BatchPlan.of(config.train, devices=1)
+        if training and resumed:
+            plan = plan.after(BatchPlan.saved(training["data"]), training["step"])
+            config = _resumed_schedule(config, plan, resumed, source, training["step"], notes)
+        else:
+            config = _on_schedule(config, plan)
     if training and config.train.keeps_best:
         root, until = Path(config.general.checkpoints_dir), training["step"] - (not is_evaluated(source, training))
         training["best"] = kept_in(root, Best(**training["best"]), until).state()
@@ -170,31 +182,38 @@ def _refuse_an_older_one(general: GeneralConfig, newest: Path) -> None:
         )
 
 
-def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
-    """Return `config` with the options that the user did not set taken from the resumed run."""
-    now, options = config.to_flat(), {}
+def _complete(config: RunConfig, source: Path, notes: list[str]) -> tuple[RunConfig, RunConfig]:
+    """Return `config` with the options that the user did not set taken from the resumed run, and that run's schedule, as a
+    run of which the other options are unknown."""
+    now, given, options = config.to_flat(), config.given_options(), {}
     try:
         saved = in_todays_words(read_json(source / run_folder.RUN_CONFIG))
         for name, value in saved.items():
+            value = tuple(value) if isinstance(value, list) else value
+            if isinstance(now.get(name), tuple) and isinstance(value, str):
+                value = (value,)  # older checkpoints store a single --train-dir as a string
+            saved[name] = value
             if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
                 continue
-            value = tuple(value) if isinstance(value, list) else value
             if name == "batch_ramp" and value and "gradient_accum_step" in config.given:
                 notes.append(f"changed: --batch-ramp {_as_given(value)} -> not set")
                 value = None
-            if isinstance(now[name], tuple) and isinstance(value, str):
-                value = (value,)  # older checkpoints store a single --train-dir as a string
             if name not in config.given or (name == "mixed_precision" and now[name] == "auto"):
                 options[name] = value
-            elif now[name] != value:
-                notes.append(f"changed: {flag(name)} {_as_given(value)} -> {_as_given(now[name])}")
-        given = {name: now[name] for name in config.given}
+        if "train_steps" in given:
+            options["epochs"] = None
+        methods = {saved.get("decay_method"), given.get("decay_method", saved.get("decay_method"))}
+        if len(methods) > 1 and not methods <= {"cosine", "linear"}:
+            options.pop("decay_steps", None)  # which means something else now
         completed = RunConfig.from_flat(given | options, config.given)
-        is_longer = completed.train.train_steps > saved.get("train_steps", math.inf)
-        if not config.general.do_test:
-            completed.check_schedule(saved)
+        schedule = {f.name for f in options_of(OptimConfig)} | {"train_steps", "resume"}
+        resumed = RunConfig.from_flat({name: value for name, value in saved.items() if name in schedule}, given=())
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{source / run_folder.RUN_CONFIG} cannot be used: {error}") from None
+    for name, value in completed.to_flat().items():
+        is_kept = name not in given or name in options or name in _NOT_REPORTED
+        if not is_kept and value != saved.get(name, value):
+            notes.append(f"changed: {flag(name)} {_as_given(saved[name])} -> {_as_given(given[name])}")
     asked = completed.optim.optim_type
     trained = saved.get("optim_type", asked)
     if asked != trained and "muon" in (asked, trained) and not config.general.do_test:
@@ -202,12 +221,37 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> RunConfig:
             f"--optim-type {asked} cannot use the state of {trained} in {source}; leave the flag out, or begin a new run "
             "with its weights (--resume never)"
         )
-    steps, warmup = completed.train.train_steps, completed.optim.warmup_steps
-    if is_longer and (note := past_decay(completed.optim, steps)):
+    return completed, resumed
+
+
+def _on_schedule(config: RunConfig, plan: BatchPlan, resumed: RunConfig | None = None) -> RunConfig:
+    """Return the run with --epochs counted in steps. Raises InputError unless its schedule fits into these."""
+    config = with_epochs(config, plan)
+    config.check_schedule(resumed)
+    check_final_decay(config.schedule)
+    return config
+
+
+def _resumed_schedule(
+    config: RunConfig, plan: BatchPlan, resumed: RunConfig, source: Path, step: int, notes: list[str]
+) -> RunConfig:
+    """Return the resumed run with its end, which --epochs, --decay-now now or --decay-now earlier may set. Raises InputError
+    if its schedule is not one, or cannot follow that of `resumed`."""
+    if "decay_now" in config.given:
+        config, note = decay_now.begin(config, resumed.schedule, source, step)
         notes.append(note)
-    elif "train_steps" in config.given and warmup and steps <= warmup:
+    elif resumed.optim.decay_now is not None:
+        config = decay_now.continued(config, resumed)
+    config = _on_schedule(config, plan, resumed)
+    steps, warmup = config.train.train_steps, config.schedule.warmup_steps
+    assert isinstance(warmup, int)
+    if note := changed_decay(resumed.schedule, config.schedule, step):
+        notes.append(note)
+    if steps > resumed.train.train_steps and (note := past_decay(config.schedule)):
+        notes.append(note)
+    elif {"train_steps", "epochs"} & config.given and 0 < warmup >= steps:
         notes.append(f"note: the run ends within its warm-up of {warmup:,} steps; --warmup-steps changes that")
-    return completed
+    return config
 
 
 def _as_given(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from gpt2xla.config.optim import UNUSED
 from gpt2xla.config.options import Option
 from gpt2xla.config.suggestions import unknown
 from gpt2xla.errors import InputError
@@ -59,7 +60,7 @@ def read_config_file(file: Path, options: Mapping[str, Option]) -> dict[str, Any
             raise InputError(f"{key} is set twice; keep one of the lines")
         found[name] = key, value
     if found.keys() >= _IN_EVERY_RUN:  # it is a run_config.json
-        values = in_todays_words({name: value for name, (_, value) in found.items()})
+        values = _as_set(in_todays_words({name: value for name, (_, value) in found.items()}))
         found = {name: (name, value) for name, value in values.items()}
     read = {name: _read(name, key, value, options) for name, (key, value) in found.items()}
     return {name: value for name, value in read.items() if value is not None}
@@ -71,6 +72,16 @@ def in_todays_words(saved: dict[str, Any]) -> dict[str, Any]:
     if saved.get("activation") == "gelu":
         renamed["activation"] = "gelu-exact"
     return saved | renamed
+
+
+def _as_set(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run_config.json without those that follow from others, or that the schedule does not use."""
+    followed = {*UNUSED.get(str(saved.get("decay_method")), ())}
+    if saved.get("epochs") is not None:
+        followed.add("train_steps")
+    if saved.get("decay_now") is not None:
+        followed |= {"train_steps", "epochs", "decay_steps"}
+    return {name: value for name, value in saved.items() if name not in followed}
 
 
 def _read(name: str, key: str, value: _Value, options: Mapping[str, Option]) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 import decimal
 import math
 import os
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +20,22 @@ from typing import Any, Literal
 from gpt2xla.errors import InputError
 
 OFF = ("no", "off", "false")  # aliases of "none" or "never"; YAML 1.1 reads the first two as the third
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+class Share(str):
+    """A share of something, as the user writes it: 5% or 0.5%, from 0% to 100%. Other words raise ValueError."""
+
+    def __new__(cls, word: str) -> Share:
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?%", word) or decimal.Decimal(word[:-1]) > 100:
+            raise ValueError
+        return super().__new__(cls, word)
+
+    def of(self, whole: int) -> int:
+        return round(decimal.Decimal(self[:-1]) * whole / 100)
+
+
+_METAVARS = {int: "N", float: "X", str: "TEXT", Share: "X%"}
 
 
 def option(
@@ -159,8 +174,8 @@ class Option:
         if typing.get_origin(kind) is Literal:
             return f"{{{','.join(typing.get_args(kind))}}}"
         if _is_union(kind):
-            number, words = typing.get_args(kind)
-            return f"{_METAVARS[number]}|{'|'.join(typing.get_args(words))}"
+            number, other = typing.get_args(kind)
+            return f"{_METAVARS[number]}|{_METAVARS.get(other) or '|'.join(typing.get_args(other))}"
         return "PATH" if self.is_path else _METAVARS[kind]
 
     @property
@@ -206,7 +221,8 @@ def _described(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         *first, last = typing.get_args(kind)
         return f"{', '.join(first)} or {last}" if first else last
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Share: "a share such as 5%"}
+    return names[kind]
 
 
 def _without_none(kind: Any) -> Any:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import paths
 from gpt2xla.config.model import ModelConfig
-from gpt2xla.config.optim import WARMUP_SHARE, OptimConfig
+from gpt2xla.config.optim import DECAY_SHARE, OPEN_ENDED, WARMUP_SHARE, OptimConfig
 from gpt2xla.config.options import (
     OFF,
     check_paths,
@@ -139,9 +140,7 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All options of one run. `given` names those that the user set by flag, preset or file; a checkpoint fills the rest.
-
-    Warm-up and decay are numbers here: what was not set follows from --train-steps."""
+    """All options of one run. `given` names those that the user set by flag, preset or file; a checkpoint fills the rest."""
 
     general: GeneralConfig = field(default_factory=GeneralConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -152,9 +151,13 @@ class RunConfig:
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "optim", self.optim.over(self.train.train_steps))
         if self.train.batch_ramp is not None and "gradient_accum_step" not in self.given:
             object.__setattr__(self, "train", dataclasses.replace(self.train, gradient_accum_step=None))
+
+    @cached_property
+    def schedule(self) -> OptimConfig:
+        """The optimizer's options with warm-up and decay as whole numbers: what was not set follows from --train-steps."""
+        return self.optim.over(self.train.train_steps)
 
     @classmethod
     def from_flat(cls, options: dict[str, Any], given: Collection[str] | None = None) -> RunConfig:
@@ -170,8 +173,13 @@ class RunConfig:
 
     def to_flat(self) -> dict[str, Any]:
         """Return every option by name, as `run_config.json` holds them and `--config` reads them back."""
-        groups = [getattr(self, name) for name in GROUPS]
+        groups = [self.schedule if name == "optim" else getattr(self, name) for name in GROUPS]
         return {f.name: getattr(group, f.name) for group in groups for f in options_of(group)}
+
+    def given_options(self) -> dict[str, Any]:
+        """Return the options that the user set, by name. A share of the run is still one: the run may get other steps."""
+        groups = [getattr(self, name) for name in GROUPS]
+        return {f.name: getattr(group, f.name) for group in groups for f in options_of(group) if f.name in self.given}
 
     def in_precision(self, name: Precision) -> RunConfig:
         """Return the same run, computed in `name`."""
@@ -190,26 +198,50 @@ class RunConfig:
             "--drop-last has no meaning with --batch-ramp, as epochs would end with a micro-batch, which changes; leave "
             "one of them out",
         )
+        self._check_length()
 
-    def check_schedule(self, saved: Mapping[str, Any] | None = None) -> None:
-        """Raise InputError for a warm-up that outlasts the run, if the user asked for it, or the decay.
+    def _check_length(self) -> None:
+        """Raise InputError if several options set the length of the run."""
+        given = {name for name, value in self.given_options().items() if value is not None}
+        require(
+            not {"train_steps", "epochs"} <= given,
+            "--train-steps and --epochs both set the run's length; leave one out",
+        )
+        if "decay_now" in given:
+            asked = f"--decay-now {self.optim.decay_now}"
+            is_named = self.general.resume not in ("auto", "never") and not self.general.do_test
+            require(is_named, f"{asked} continues a run: add --resume PATH, the checkpoint from which it decays")
+            for name in ("train_steps", "epochs", "decay_steps"):
+                require(name not in given, f"{asked} sets how the run ends; leave {flag(name)} out")
+
+    def check_schedule(self, resumed: RunConfig | None = None) -> None:
+        """Raise InputError for a schedule that the user cannot have meant: options that its method does not use, or a
+        warm-up and decay that do not fit into the run.
 
         Args:
-            saved: the options of the run that is resumed. What was good for that one stays."""
-        optim, steps = self.optim, self.train.train_steps
-        assert optim.warmup_steps is not None
-        assert optim.decay_steps is not None
-        changed = {
-            name for name in ("warmup_steps", "decay_steps") if not saved or saved.get(name) != getattr(optim, name)
-        }
+            resumed: the run that is resumed. What was good for that one stays."""
+        optim, steps = self.schedule, self.train.train_steps
+        warmup, decay = optim.warmup_steps, optim.decay_steps
+        assert isinstance(warmup, int)
+        assert isinstance(decay, int)
+        self.optim.check_method(self.given)
+        now, before = self.to_flat(), resumed.to_flat() if resumed else {}
+        names = ("warmup_steps", "decay_steps", "decay_method", "decay_now", "train_steps")
+        changed = {name for name in names if not before or before[name] != now[name]}
         require(
-            optim.warmup_steps < steps or "warmup_steps" not in self.given & changed,
-            f"--warmup-steps {optim.warmup_steps} is not below --train-steps {steps}: the learning rate would never reach "
-            f"its peak; use fewer, such as {round(WARMUP_SHARE * steps)}, or leave the flag out",
+            warmup < steps or "warmup_steps" not in self.given & changed,
+            f"--warmup-steps {self.optim.warmup_steps} is not below --train-steps {steps}: the learning rate would never "
+            f"reach its peak; use fewer, such as {round(WARMUP_SHARE * steps)}, or leave the flag out",
         )
+        if optim.decay_method in OPEN_ENDED:
+            require(
+                warmup + optim.final_decay <= steps or not changed or not optim.final_decay,
+                f"--warmup-steps {warmup} and --decay-steps {optim.final_decay} are more than --train-steps {steps} "
+                f"together; use fewer, such as --decay-steps {round(DECAY_SHARE * steps)}",
+            )
         require(
-            optim.decay_method != "cosine" or optim.decay_steps > optim.warmup_steps or not changed,
-            f"--decay-steps {optim.decay_steps} must be above --warmup-steps {optim.warmup_steps}"
+            optim.decay_method not in ("cosine", "linear") or decay > warmup or not changed - {"train_steps"},
+            f"--decay-steps {decay} must be above --warmup-steps {warmup}"
             + ("" if "warmup_steps" in self.given else f", which is {WARMUP_SHARE:.2%} of --train-steps"),
         )
 
@@ -223,8 +255,11 @@ class RunConfig:
         if general.do_test:
             names.discard("train_dir")
         elif is_new:
-            self.check_schedule()
+            if self.train.epochs is None:
+                self.check_schedule()
             names.add("train_dir")
+        if "decay_now" in names:
+            names.discard("resume")  # the run that decays may have deleted it
         for group in (general, self.data, self.train):
             check_paths(group, sorted(names & self.given) + sorted(names - self.given))
 

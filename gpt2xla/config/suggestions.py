@@ -15,7 +15,7 @@ _ELSEWHERE = {
     "micro_batch_size": "train_batch_size", "per_device_train_batch_size": "train_batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
     "lr": "learning_rate", "max_lr": "learning_rate", "min_learning_rate": "min_lr", "wd": "weight_decay",
-    "epochs": "train_steps", "num_epochs": "train_steps", "num_train_epochs": "train_steps", "max_iters": "train_steps",
+    "num_epochs": "epochs", "num_train_epochs": "epochs", "max_iters": "train_steps",
     "max_steps": "train_steps", "num_steps": "train_steps", "steps": "train_steps", "iters": "train_steps",
     "eval_iters": "valid_steps", "eval_interval": "valid_interval", "eval_steps": "valid_interval",
     "save_steps": "save_interval", "patience": "early_stopping_patience", "early_stopping": "early_stopping_patience",

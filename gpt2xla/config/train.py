@@ -23,6 +23,9 @@ class TrainConfig:
     """Training"""
 
     train_steps: int = option(20_000, "optimizer updates in the whole run")
+    epochs: float | None = option(
+        None, "instead of --train-steps: passes over the training data, in the fewest updates that read so much"
+    )
     train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
     gradient_accum_step: int | None = option(8, "micro-steps per optimizer update")
     batch_ramp: tuple[str, ...] | None = option(
@@ -127,7 +130,7 @@ class TrainConfig:
             self.valid_interval > 0 or not self.early_stopping_patience,
             f"--early-stopping-patience {self.early_stopping_patience} needs validations on the way; set --valid-interval",
         )
-        for name in ("max_hours", "max_minutes"):
+        for name in ("epochs", "max_hours", "max_minutes"):
             limit = getattr(self, name)
             require(limit is None or 0 < limit < math.inf, f"{flag(name)} {limit}: choose a number above 0")
 

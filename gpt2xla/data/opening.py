@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,7 @@ class TrainingData:
         """
         sets, mixture = open_training(config)
         validation = open_validation(config)
-        order = TrainingOrder(
-            sets, mixture, plan, rank=rank, world_size=world_size, drop_last=config.data.drop_last,
-            shuffle_seed=config.general.seed if config.data.shuffle else None,
-        )  # fmt: skip
+        order = _order(config, plan, sets, mixture, rank, world_size)
         folders = [*([source] if source else []), *(windows.stream.folder for windows in sets)]
         return cls(config, order, validation, tokenizer_of(config, folders, [*sets, validation]))
 
@@ -118,6 +117,28 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size)), note
 
 
+def with_epochs(config: RunConfig, plan: BatchPlan) -> RunConfig:
+    """Return the run with the --train-steps that --epochs means, if it was given: the fewest updates that read the windows
+    of all data sets together so often. Raises InputError if the data cannot be opened."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    folders, weights = parse_weights("--train-dir", config.data.train_dir)
+    sets = [_windows(config, folder, "--train-dir") for folder in folders]
+    windows = sum(order.per_epoch for order in _order(config, plan, sets, Mixture.of(weights)).epochs)
+    steps = plan.steps_for(math.ceil(Fraction(repr(epochs)) * windows))  # floats would make 4 of 0.1 * 30
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, train_steps=steps))
+
+
+def _order(
+    config: RunConfig, plan: BatchPlan, sets: Sequence[Windows], mixture: Mixture, rank: int = 0, world_size: int = 1
+) -> TrainingOrder:
+    return TrainingOrder(
+        sets, mixture, plan, rank=rank, world_size=world_size, drop_last=config.data.drop_last,
+        shuffle_seed=config.general.seed if config.data.shuffle else None,
+    )  # fmt: skip
+
+
 def _ids_of(config: RunConfig, folder: str) -> int:
     """Return the number of ids of a folder's or URL's tokenizer, by its manifest if it has one; 0 if unknown."""
     remote = RemoteFolder(folder, "--train-dir", _cache(config), MANIFEST) if is_url(folder) else None
@@ -157,11 +178,15 @@ def open_validation(config: RunConfig) -> Windows:
 
 
 def _open(config: RunConfig, folder: str, option: str) -> Windows:
-    stream = TokenStream(folder, option, _cache(config))
-    windows = Windows(stream, config.model.seq_length, config.model.real_vocab_size)
+    windows = _windows(config, folder, option)
     if config.data.verify_data:
-        stream.verify()
+        windows.stream.verify()
     return windows
+
+
+def _windows(config: RunConfig, folder: str, option: str) -> Windows:
+    stream = TokenStream(folder, option, _cache(config))
+    return Windows(stream, config.model.seq_length, config.model.real_vocab_size)
 
 
 def _check_room(config: RunConfig, remote: Sequence[TokenStream]) -> None:

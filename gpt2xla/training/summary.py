@@ -54,7 +54,8 @@ def print_end(config: RunConfig, step: int, stop_reason: str, validation: Valida
     if step < train.train_steps and best.has_ended(train.early_stopping_patience):
         print(f"stopped: {best.why_ended(train.early_stopping_min_delta)}")
     elif step < train.train_steps:
-        again = "rerun the same command" if config.general.resume == "auto" else "rerun the command without --resume"
+        is_repeatable = config.general.resume == "auto" or config.optim.decay_now is not None
+        again = "rerun the same command" if is_repeatable else "rerun the command without --resume"
         print(f"stopped by {stop_reason or 'another process'} after step {step}; {again} to resume")
     elif validation:
         loss = with_error(validation.loss, validation.standard_error)
@@ -92,7 +93,7 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
         "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,} to validate on{checked}",
         "run": f"steps {first_step + 1} to {train.train_steps}: {data.tokens_after(train.train_steps):,} tokens in "
         f"all, {_epochs(order, order.plan.sequences_before(train.train_steps))}",
-        "schedule": describe(config.optim),
+        "schedule": describe(config.schedule),
         "tokenizer": data.tokenizer.name if data.tokenizer else "none found: checkpoints will lack one (--tokenizer)",
         "output": str(Path(config.general.checkpoints_dir)),
     }

@@ -36,7 +36,7 @@ class TrainStep:
             the learning rate."""
         runtime, tokens = self.runtime, phase.sequences * self.config.model.seq_length
         runtime.seed(self.config.general.seed, step)
-        lr = learning_rate(self.config.optim, self.config.model.d_model, step)
+        lr = learning_rate(self.config.schedule, self.config.model.d_model, step)
         loss_sum = None
         for micro_step in range(phase.accum):
             with runtime.accumulate(self.parallel_model, sync=micro_step == phase.accum - 1):

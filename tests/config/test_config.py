@@ -296,10 +296,11 @@ def test_programs_take_paths_below_the_home_folder(program: str) -> None:
 
 def test_a_resumed_run_keeps_a_schedule_that_a_new_one_may_not_have() -> None:
     saved = {"warmup_steps": 50, "decay_steps": 1000, "train_steps": 10}
+    resumed = RunConfig.from_flat(saved)
     for same in ({"warmup_steps": 50, "train_steps": 10}, {"decay_steps": 1000, "train_steps": 30_000}):
         run = RunConfig.from_flat(same)
         with pytest.raises(InputError, match=r"is not below --train-steps 10|which is 3\.75% of --train-steps"):
             run.check_schedule()
-        RunConfig.from_flat(saved | same, same).check_schedule(saved)
+        RunConfig.from_flat(saved | same, same).check_schedule(resumed)
     with pytest.raises(InputError, match="--warmup-steps 60 is not below"):
-        RunConfig.from_flat(saved | {"warmup_steps": 60}, {"warmup_steps"}).check_schedule(saved)
+        RunConfig.from_flat(saved | {"warmup_steps": 60}, {"warmup_steps"}).check_schedule(resumed)

@@ -51,8 +51,8 @@ def test_warm_up_and_decay_follow_the_runs_length_unless_they_are_set() -> None:
         assert (found.warmup_steps, found.decay_steps) == (warmup, steps)
     found = OptimConfig(warmup_steps=5, decay_steps=30).over(60)
     assert (found.warmup_steps, found.decay_steps) == (5, 30)
-    assert past_decay(found, 30) == ""
-    assert "stays at 6.00e-05 from step 30 to 60" in past_decay(found, 60)
+    assert past_decay(found.over(30)) == ""
+    assert "stays at 6.00e-05 from step 30 to 60" in past_decay(found)
 
 
 def test_clipping_equals_float64() -> None:
