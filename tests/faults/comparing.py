@@ -25,15 +25,19 @@ def losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
 
 
-def check_same(folder: Path, unbroken: Path, world: int = 1, windows: bool = True, steps: int = STEPS) -> None:
+def check_same(
+    folder: Path, unbroken: Path, world: int = 1, windows: bool = True, steps: int = STEPS, after: int = 0
+) -> None:
     """Raise AssertionError with the first difference in the training and validation lines, the windows that the steps read,
-    or the weights and optimizer state of the last checkpoint. With `windows`, the run must have recorded them."""
-    got, expected = _lines(folder), _lines(unbroken)
+    or the weights and optimizer state of the last checkpoint. With `windows`, the run must have recorded them.
+    The run in `folder` began with a checkpoint of another one `after` that step."""
+    got, expected = _lines(folder), [line for line in _lines(unbroken) if line["step"] > after]
     assert [line["step"] for line in got] == [line["step"] for line in expected], "steps in metrics.jsonl differ"
     for a, b in zip(got, expected, strict=True):
         assert a == b, f"metrics.jsonl: {a} where the unbroken run has {b}"
     if windows:
         read, should = recording.windows(folder, world), recording.windows(unbroken, world)
+        should = {step: found for step, found in should.items() if step > after}
         assert read.keys() == should.keys(), "other steps were taken"
         for step, found in read.items():
             assert found == should[step], f"step {step} read other windows"

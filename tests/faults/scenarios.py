@@ -6,13 +6,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import best, damage, disk, folders, kills, moving, nonfinite, runs, stops, tested
+from tests.faults import best, damage, decays, disk, folders, kills, moving, nonfinite, runs, stops, tested
 from tests.faults.cases import Row, Setting
 
 ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "kill": kills.whole_runs,
     "kill-in-save": kills.points_of_a_save,
     "kill-one": kills.one_of_two,
+    "decay": decays.decayed,
     "signals": stops.signalled,
     "best": best.best,
     "damage": damage.damaged,

@@ -1,4 +1,4 @@
-"""Schedules against their formulas, clipping and updates against float64, and the optimizers' state carried over by name."""
+"""Clipping and updates against float64, and the optimizers' state carried over by name."""
 
 import dataclasses
 import math
@@ -13,46 +13,10 @@ from gpt2xla.config import ModelConfig, OptimConfig, TorchConfig, TrainConfig
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.optim.muon import orthogonalized
 from gpt2xla.optim.optimizer import clip_gradients, parameter_groups
-from gpt2xla.optim.schedule import learning_rate, past_decay
 from gpt2xla.optim.state import export_state
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 SMALL = ModelConfig(vocab_size=31, seq_length=8, d_model=16, num_layers=2, num_heads=2)
-
-
-def test_cosine_schedule() -> None:
-    config = OptimConfig(learning_rate=0.1, min_lr=0.01, warmup_steps=10, decay_steps=110)
-    rates = [learning_rate(config, 768, step) for step in range(200)]
-    assert rates[:10] == pytest.approx([0.01 * (step + 1) for step in range(10)])
-    assert rates[10] == pytest.approx(0.1)
-    assert rates[60] == pytest.approx(0.055), "half way down"
-    assert rates[35] == pytest.approx(0.01 + 0.09 * (1 + math.sqrt(0.5)) / 2), "cos(pi / 4)"
-    assert rates[110:] == pytest.approx([0.01] * 90)
-    assert max(rates) == pytest.approx(0.1)
-
-
-def test_noam_schedule() -> None:
-    config = OptimConfig(learning_rate=0.5, decay_method="noam", warmup_steps=100)
-    for step in (0, 5, 98, 99, 100, 5000):
-        n = step + 1
-        expected = 0.5 * 512**-0.5 * min(n**-0.5, n * 100**-1.5)
-        assert learning_rate(config, 512, step) == pytest.approx(expected)
-
-
-def test_schedules_without_warm_up_are_finite() -> None:
-    for method in ("cosine", "noam"):
-        config = OptimConfig(decay_method=method, warmup_steps=0).over(20_000)  # type: ignore[arg-type]
-        assert 0 < learning_rate(config, 768, 0) <= config.learning_rate
-
-
-def test_warm_up_and_decay_follow_the_runs_length_unless_they_are_set() -> None:
-    for steps, warmup in ((20_000, 750), (2000, 75), (60, 2), (1, 0)):
-        found = OptimConfig().over(steps)
-        assert (found.warmup_steps, found.decay_steps) == (warmup, steps)
-    found = OptimConfig(warmup_steps=5, decay_steps=30).over(60)
-    assert (found.warmup_steps, found.decay_steps) == (5, 30)
-    assert past_decay(found.over(30)) == ""
-    assert "stays at 6.00e-05 from step 30 to 60" in past_decay(found)
 
 
 def test_clipping_equals_float64() -> None:
