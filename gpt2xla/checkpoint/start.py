@@ -100,9 +100,10 @@ def find_start(config: RunConfig) -> Start:
         if not config.general.do_test:
             config, note = with_vocabulary(config)
             notes += [note] if note else []
-            config = _on_schedule(config, BatchPlan.of(config.train, devices=1))
         config.model.check()
         _refuse_beyond_memory(config.model)
+        if not config.general.do_test:
+            config = _on_schedule(config, BatchPlan.of(config.train, devices=1))
         return Start(config, notes=tuple(notes))
     if config.general.do_test and config.train.mixed_precision == "auto" and "mixed_precision" not in config.given:
         config = config.in_precision("none")  # so that losses are comparable between devices

@@ -13,6 +13,7 @@ from gpt2xla.config import paths
 from gpt2xla.config.options import OFF, flag, option, require, require_at_least, require_at_most
 
 _MOST_SEQUENCES = 2**20  # a larger number is a slip, too
+_MOST_EPOCHS = 1_000_000
 
 Precision = Literal["auto", "none", "bf16", "fp16"]
 PRECISION_ALIASES = dict.fromkeys(("fp32", *OFF), "none")
@@ -130,7 +131,11 @@ class TrainConfig:
             self.valid_interval > 0 or not self.early_stopping_patience,
             f"--early-stopping-patience {self.early_stopping_patience} needs validations on the way; set --valid-interval",
         )
-        for name in ("epochs", "max_hours", "max_minutes"):
+        require(
+            self.epochs is None or 0 < self.epochs <= _MOST_EPOCHS,
+            f"--epochs {self.epochs}: choose a number above 0 and up to {_MOST_EPOCHS:,}",
+        )
+        for name in ("max_hours", "max_minutes"):
             limit = getattr(self, name)
             require(limit is None or 0 < limit < math.inf, f"{flag(name)} {limit}: choose a number above 0")
 

@@ -304,3 +304,23 @@ def test_a_resumed_run_keeps_a_schedule_that_a_new_one_may_not_have() -> None:
         RunConfig.from_flat(saved | same, same).check_schedule(resumed)
     with pytest.raises(InputError, match="--warmup-steps 60 is not below"):
         RunConfig.from_flat(saved | {"warmup_steps": 60}, {"warmup_steps"}).check_schedule(resumed)
+
+
+def test_shares_of_a_run(tmp_path: Path) -> None:
+    for text, steps in (("5%", 50), ("0.5%", 5), ("0%", 0), ("99.95%", 1000)):
+        config, _ = parse_run(TorchConfig, ["--warmup-steps", text, "--train-steps", "1000"])
+        assert config.schedule.warmup_steps == steps
+        (tmp_path / "run.yaml").write_text(f"warmup_steps: {text}\ntrain_steps: 1000\n")
+        assert parse_run(TorchConfig, ["--config", str(tmp_path / "run.yaml")])[0].to_flat()["warmup_steps"] == steps
+    for text in ("105%", "5 %%", "-3%", "5 %", "%", ".5%", "1e1%", "five", "5%%"):
+        with pytest.raises(InputError, match=r"--warmup-steps .*: choose a whole number or a share such as 5%"):
+            parse_run(TorchConfig, [f"--warmup-steps={text}"])
+    with pytest.raises(InputError, match="--warmup-steps 100% is not below --train-steps 20000"):
+        parse_run(TorchConfig, ["--warmup-steps", "100%"])[0].check_schedule()
+
+
+def test_a_run_config_of_a_method_that_uses_less_reads_back(tmp_path: Path) -> None:
+    """Older ones hold --decay-steps and --min-lr for noam, too."""
+    flat = RunConfig.from_flat({"decay_method": "noam"}).to_flat() | {"decay_steps": 20_000}
+    (tmp_path / "run_config.json").write_text(json.dumps(flat))
+    parse_run(TorchConfig, ["--config", str(tmp_path / "run_config.json")])[0].check_schedule()
