@@ -28,6 +28,7 @@ PAGES = {
     "docs/gpu-and-cpu.md": (1, 3),
     "docs/parallelism.md": (0, 7),
     "docs/optimizers.md": (0, 2),
+    "docs/schedules.md": (0, 4),
     "docs/options.md": (0, 2),
     "docs/resuming.md": (0, 4),
     "docs/run-folder.md": (1, 4),

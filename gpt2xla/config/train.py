@@ -25,7 +25,7 @@ class TrainConfig:
 
     train_steps: int = option(20_000, "optimizer updates in the whole run")
     epochs: float | None = option(
-        None, "instead of --train-steps: passes over the training data, in the fewest updates that read so much"
+        None, "instead of --train-steps: so many passes over the training data, in the fewest updates that read them"
     )
     train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
     gradient_accum_step: int | None = option(8, "micro-steps per optimizer update")
