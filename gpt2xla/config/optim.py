@@ -36,8 +36,8 @@ class OptimConfig:
     weight_decay: float = option(0.1, "weight decay of matrices and embeddings; biases and layer norms have none")
     decay_method: Literal["cosine", "linear", "wsd", "constant", "inverse-sqrt", "noam"] = option(
         "cosine",
-        "learning rate after the warm-up: cosine and linear fall over the whole run; wsd stays, then falls in a final decay; "
-        "constant stays; inverse-sqrt falls as 1/sqrt(step); noam: the Transformer's formula",
+        "learning rate after the warm-up: cosine and linear fall over the whole run; wsd stays, then falls in a final "
+        "decay; constant stays; inverse-sqrt falls as 1/sqrt(step); noam: the Transformer's formula",
     )
     warmup_steps: int | Share | None = option(
         None, "steps of linear warm-up, or their share of the run (default: 3.75% of the run; noam: 750)"
@@ -110,7 +110,7 @@ class OptimConfig:
     @property
     def decay_start(self) -> int:
         """After how many steps the final decay begins."""
-        return self.steps - self.final_decay
+        return max(0, self.steps - self.final_decay)
 
 
 def _whole(number: int | Share | None, steps: int, default: int) -> int:

@@ -226,7 +226,7 @@ class RunConfig:
         assert isinstance(decay, int)
         self.optim.check_method(self.given)
         now, before = self.to_flat(), resumed.to_flat() if resumed else {}
-        names = ("warmup_steps", "decay_steps", "decay_method", "decay_now", "train_steps")
+        names = ("decay_method", "warmup_steps", "decay_steps")
         changed = {name for name in names if not before or before[name] != now[name]}
         require(
             warmup < steps or "warmup_steps" not in self.given & changed,
@@ -235,12 +235,12 @@ class RunConfig:
         )
         if optim.decay_method in OPEN_ENDED:
             require(
-                warmup + optim.final_decay <= steps or not changed or not optim.final_decay,
+                warmup + optim.final_decay <= steps or not optim.final_decay,
                 f"--warmup-steps {warmup} and --decay-steps {optim.final_decay} are more than --train-steps {steps} "
                 f"together; use fewer, such as --decay-steps {round(DECAY_SHARE * steps)}",
             )
         require(
-            optim.decay_method not in ("cosine", "linear") or decay > warmup or not changed - {"train_steps"},
+            optim.decay_method not in ("cosine", "linear") or decay > warmup or not changed,
             f"--decay-steps {decay} must be above --warmup-steps {warmup}"
             + ("" if "warmup_steps" in self.given else f", which is {WARMUP_SHARE:.2%} of --train-steps"),
         )

@@ -18,7 +18,7 @@ from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.split_folders import with_splits
-from gpt2xla.errors import InputError, user_error
+from gpt2xla.errors import InputError, counted, user_error
 from gpt2xla.evals.schedule import Evaluations
 from gpt2xla.generation.settings import settings_of
 from gpt2xla.hub import repository
@@ -115,9 +115,11 @@ def _open(
     if start.training and start.source:
         data.check_continues(start.training["data"], start.source)
     if start.step > config.train.train_steps:
-        raise InputError(
-            f"--train-steps {config.train.train_steps}: {start.source} is already at step {start.step}; raise it"
+        steps, epochs = config.train.train_steps, config.train.epochs
+        asked = (
+            f"--train-steps {steps}" if epochs is None else f"--epochs {epochs:g}, which is {counted(steps, 'step')}"
         )
+        raise InputError(f"{asked}: {start.source} is already at step {start.step}; raise it")
     settings = settings_of(start.source, data.tokenizer)
     model = start.build_model()
     stop = Stop(runtime, signals, config.train, partial(newest_in_words, folder))
