@@ -49,6 +49,14 @@ def test_steps_equal_a_count(folders: list[Path], tmp_path: Path) -> None:
                 assert dropped == counted(30 // batch * batch, *ratio, batch * accum)
 
 
+def test_steps_equal_a_count_where_the_batch_changes(folders: list[Path], tmp_path: Path) -> None:
+    new = ["--checkpoints-dir", tmp_path / "new", "--valid-dir", folders[1], "--train-dir", folders[0]]
+    for epochs in range(1, 6):
+        read = itertools.accumulate(itertools.chain([2] * 4, [6] * 5, itertools.repeat(16)))
+        expected = next(step for step, sequences in enumerate(read, 1) if sequences >= 30 * epochs)
+        assert steps_of(*new, "--epochs", epochs, "--batch-ramp", "2:0", "6:4", "16:9") == expected
+
+
 def test_a_run_in_epochs_keeps_them_and_its_schedule_follows(folders: list[Path], tmp_path: Path) -> None:
     run = [*SMALL_RUN, "--train-dir", folders[0], "--valid-dir", folders[1], "--checkpoints-dir", tmp_path / "run"]
     for flag in ("--train-steps", "--decay-steps", "--warmup-steps"):
@@ -65,6 +73,9 @@ def test_a_run_in_epochs_keeps_them_and_its_schedule_follows(folders: list[Path]
     assert (resumed.config.train.train_steps, resumed.config.schedule.warmup_steps) == (13, 1)
     resumed = find_start(parse_run(TorchConfig, [*map(str, here), "--train-steps", "9"])[0])
     assert (resumed.config.train.train_steps, resumed.config.train.epochs) == (9, None)
+    larger = ["--epochs", "5", "--gradient-accum-step", "6"]  # 8 updates of 12 sequences, then 3 of 24 for 150
+    resumed = find_start(parse_run(TorchConfig, [*map(str, here), *larger])[0])
+    assert resumed.config.train.train_steps == 11
     assert find_start(parse_run(TorchConfig, [*map(str, here)])[0]).is_finished
 
 
