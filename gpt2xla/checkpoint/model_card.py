@@ -54,7 +54,7 @@ def card_of_run(
         "tokens seen": f"{plan.sequences_before(step) * config.model.seq_length:,} ({sizes} sequences a step)",
         "training data": ", ".join(parts),
         "validation data": _name(config.data.valid_dir),
-        "schedule": describe(config.optim),
+        "schedule": describe(config.schedule),
         "optimizer": _optimizer(config),
         "precision": train.mixed_precision,
         "devices": devices,
