@@ -12,6 +12,7 @@ from pathlib import Path
 from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.seal import find_damage
 from gpt2xla.config import OPEN_ENDED, OptimConfig, RunConfig
+from gpt2xla.config.paths import best_checkpoint
 from gpt2xla.errors import InputError, counted
 from gpt2xla.files import read_json
 from gpt2xla.optim.schedule import learning_rate
@@ -22,7 +23,8 @@ _FLAGS = {"resume", "decay_now"}
 def without_flags_if_under_way(config: RunConfig) -> RunConfig:
     """Return the run without --resume and --decay-now if --checkpoints-dir holds the decay that they ask for: its newest
     checkpoint knows the rest."""
-    named, root = run_folder.followed(Path(config.general.resume)), Path(config.general.checkpoints_dir)
+    asked, root = config.general.resume, Path(config.general.checkpoints_dir)
+    named = best_checkpoint(asked) or run_folder.followed(Path(asked))
     newest = next((folder for folder in reversed(run_folder.list_folders(root)) if find_damage(folder) is None), None)
     if newest is None or not _is_of_decay(newest, named, config.optim.decay_now):
         return config
