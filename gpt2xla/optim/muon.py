@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,35 @@ def is_updated_by_muon(config: OptimConfig, name: str, shape: torch.Size) -> boo
     return config.optim_type == "muon" and name.startswith("h.") and len(shape) == 2
 
 
+class Stack(NamedTuple):
+    """Parameters of one shape, which are updated together."""
+
+    group: dict[str, Any]
+    parameters: list[Tensor]
+    first: int  # how many matrices' parameters lie in the stacks before
+
+
+class Owners:
+    """Which devices make a stack's matrices orthogonal, and how these travel. Here: this device alone, and not at all.
+
+    Shapes: N parameters of a stack (R, C), of which `collect` gives this device n; those of a tensor that is split over
+    devices are what lies here of it."""
+
+    count = 1  # of the devices that share a stack
+
+    def has_state(self, stack: Stack) -> list[bool]:
+        """Return for each parameter whether its momentum, or a part of it, is on this device."""
+        return [True] * len(stack.parameters)
+
+    def collect(self, matrices: list[Tensor], stack: Stack) -> Tensor:
+        """Return this device's matrices (n, R, C), whole, of those that have state here. Collective."""
+        return torch.stack(matrices)
+
+    def distribute(self, updates: Tensor, stack: Stack) -> Sequence[Tensor]:
+        """Return the update of each of the stack's parameters, from those of this device's (n, R, C). Collective."""
+        return updates.unbind(0)
+
+
 class Muon(torch.optim.Optimizer):
     """Two optimizers as one: Muon for `matrices`, and `others` for its own parameters.
 
@@ -32,8 +61,9 @@ class Muon(torch.optim.Optimizer):
     `matrices` are parameter groups with `weight_decay` and `blocks`: how many matrices of equal size each parameter stacks
     along its rows. `others` shares its groups and its state with this one. Products that orthogonalize are in `dtype`.
 
-    Parameters of one shape are updated together, up to `stack_bytes` of them: one of a block's matrices is too small to
-    fill a GPU. An update takes about eight times as much memory for a while. 0 updates them one by one."""
+    Parameters of one shape are updated together, up to `stack_bytes` of them for each of `owners`: one of a block's
+    matrices is too small to fill a GPU. An update takes about eight times as much memory for a while. 0 updates them one
+    by one."""
 
     def __init__(
         self,
@@ -42,16 +72,21 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         dtype: torch.dtype,
         stack_bytes: int = 0,
+        owners: Owners | None = None,
     ) -> None:
         super().__init__(matrices, {"lr": lr})
-        self._stacks = [
-            (group, stack) for group in self.param_groups for stack in _stacks(group["params"], stack_bytes)
-        ]
+        self.owners = owners or Owners()
+        self._stacks = _stacks(self.param_groups, stack_bytes, self.owners.count)
         self.matrices, self.others, self.dtype = self.param_groups, others, dtype
         self.param_groups = [*self.matrices, *others.param_groups]
-        others.state = self.state
+        others.state = own_part(others).state = self.state
         # Tells torch.amp.GradScaler whether `step` handles `found_inf` on the device.
         self._step_supports_amp_scaling = getattr(others, "_step_supports_amp_scaling", False)
+
+    def with_state(self) -> set[Tensor]:
+        """Return the parameters whose state, or a part of it, is on this device."""
+        others = {parameter for group in own_part(self.others).param_groups for parameter in group["params"]}
+        return others.union(*(self._held(stack) for stack in self._stacks))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
@@ -61,59 +96,73 @@ class Muon(torch.optim.Optimizer):
         ones do; `others` gets it in the same way."""
         assert closure is None
         skip = getattr(self, "found_inf", None) if found_inf is None else found_inf
-        for group, parameters in self._stacks:
-            self._update(group, parameters, skip)
+        for stack in self._stacks:
+            self._update(stack, skip)
         if found_inf is not None:
             self.others.step(found_inf=found_inf)  # type: ignore[call-overload]
         else:
             if skip is not None:
-                self.others.grad_scale, self.others.found_inf = None, skip  # type: ignore[attr-defined]
+                own = own_part(self.others)
+                own.grad_scale, own.found_inf = None, skip  # type: ignore[attr-defined]
             self.others.step()
 
-    def _update(self, group: dict[str, Any], parameters: list[Tensor], skip: Tensor | None) -> None:
-        """Update parameters of one shape, joined along their rows."""
-        momentum_buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        gradient = _joined([parameter.grad for parameter in parameters])  # type: ignore[misc]
-        parameter, momentum_buffer = _joined(parameters), _joined(momentum_buffers)
-        momentum = momentum_buffer + (1 - MOMENTUM) * (gradient - momentum_buffer)
-        nesterov = gradient + MOMENTUM * (momentum - gradient)
-        blocks = nesterov.unflatten(0, (group["blocks"] * len(parameters), -1))
-        update = 0.2 * math.sqrt(max(blocks.shape[1:])) * orthogonalized(blocks, self.dtype).flatten(0, 1)
-        # Not as a factor 1 - rate * weight_decay: for a small rate that rounds to 1, and on XLA it would be another graph.
-        step = group["lr"] * (update + group["weight_decay"] * parameter)
-        for tensors, old, new in (
-            (momentum_buffers, momentum_buffer, momentum),
-            (parameters, parameter, parameter - step),
-        ):
-            kept = new if skip is None else torch.where(skip > 0, old, new)
-            if len(tensors) == 1:
-                tensors[0].copy_(kept)
-            else:
-                torch._foreach_copy_(tensors, kept.chunk(len(tensors)))
+    def _held(self, stack: Stack) -> list[Tensor]:
+        return [p for p, is_here in zip(stack.parameters, self.owners.has_state(stack), strict=True) if is_here]
+
+    def _update(self, stack: Stack, skip: Tensor | None) -> None:
+        held, parameters = self._held(stack), [_here(parameter) for parameter in stack.parameters]
+        gradients = [_here(parameter.grad) for parameter in held]  # type: ignore[arg-type]
+        buffers = [_here(self.state[parameter]["momentum_buffer"]) for parameter in held]
+        momenta, nesterov = [], []
+        if held:
+            momenta = torch._foreach_lerp(buffers, gradients, 1 - MOMENTUM)
+            nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        whole = self.owners.collect(nesterov, stack)
+        blocks = whole.unflatten(1, (stack.group["blocks"], -1)).flatten(0, 1)
+        scale = 0.2 * math.sqrt(max(blocks.shape[1:]))
+        updates = self.owners.distribute(orthogonalized(blocks, self.dtype).view_as(whole), stack)
+        # Weight decay not as a factor 1 - rate * weight_decay: for a small rate that rounds to 1, and on XLA it would be
+        # another graph.
+        steps = torch._foreach_mul([update.to(parameters[0].dtype) for update in updates], scale)
+        torch._foreach_add_(steps, parameters, alpha=stack.group["weight_decay"])
+        torch._foreach_mul_(steps, stack.group["lr"])
+        old, new = [*buffers, *parameters], [*momenta, *torch._foreach_sub(parameters, steps)]
+        if skip is not None:
+            new = [torch.where(skip > 0, before, after) for before, after in zip(old, new, strict=True)]
+        torch._foreach_copy_(old, new)
 
 
-def _stacks(parameters: Iterable[Tensor], stack_bytes: int) -> list[list[Tensor]]:
-    """Split the parameters into lists of one shape and at most `stack_bytes`, or of one parameter."""
-    stacks: list[list[Tensor]] = []
-    newest: dict[torch.Size, list[Tensor]] = {}
-    for parameter in parameters:
-        stack = newest.get(parameter.shape)
-        if stack is None or (len(stack) + 1) * parameter.nbytes > stack_bytes:
-            stack = newest[parameter.shape] = []
-            stacks.append(stack)
-        stack.append(parameter)
+def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that computes: inside one that is split over processes, this process's part."""
+    return getattr(optimizer, "optim", optimizer)
+
+
+def _stacks(groups: list[dict[str, Any]], stack_bytes: int, owners: int) -> list[Stack]:
+    """Split the parameters into stacks of one shape each, with at most `stack_bytes` for each owner, or one parameter."""
+    stacks: list[Stack] = []
+    number = 0
+    for group in groups:
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for parameter in group["params"]:
+            by_shape.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in by_shape.items():
+            most = owners * max(1, stack_bytes // (shape.numel() * parameters[0].element_size()))
+            for start in range(0, len(parameters), most):
+                stacks.append(Stack(group, parameters[start : start + most], number))
+                number += len(stacks[-1].parameters)
     return stacks
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _here(tensor: Tensor) -> Tensor:
+    """Return what lies on this device of a tensor that may be split."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `matrices` (N, rows, columns) with their singular values brought near 1, to between about 0.7 and 1.2.
 
     Five steps of a Newton-Schulz iteration, whose coefficients Jordan chose for speed instead of convergence. Products are
-    computed in `dtype`."""
+    computed in `dtype`, which is that of the result."""
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
@@ -123,4 +172,4 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT
         # baddbmm rounds once; the sums of two rounded products are twice as far off in bf16.
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(matrices.dtype)
+    return x.mT if is_tall else x

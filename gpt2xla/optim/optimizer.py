@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2xla.config import OptimConfig
-from gpt2xla.optim.muon import Muon, is_updated_by_muon
+from gpt2xla.optim.muon import Muon, Owners, is_updated_by_muon
 
 ADAM_EPS = 1e-8
 
@@ -22,11 +22,12 @@ def build_optimizer(
     dtype: torch.dtype,
     adam: Callable[[Groups], torch.optim.Optimizer],
     stack_bytes: int = 0,
+    owners: Owners | None = None,
 ) -> torch.optim.Optimizer:
     """Return `adam` of all parameters or, with --optim-type muon, Muon of the blocks' matrices and `adam` of the rest.
 
     `adam` builds the runtime's Adam from parameter groups; `dtype` is the run's compute type. Muon updates up to
-    `stack_bytes` of matrices together."""
+    `stack_bytes` of matrices together, and divides the work as `owners` say."""
     named = dict(model.named_parameters())
     matrices = {name: p for name, p in named.items() if is_updated_by_muon(config, name, p.shape)}
     others = adam(parameter_groups([p for name, p in named.items() if name not in matrices], config.weight_decay))
@@ -40,7 +41,7 @@ def build_optimizer(
         {"params": parameters, "blocks": blocks, "weight_decay": config.weight_decay}
         for blocks, parameters in ((3, joint), (1, single))
     ]
-    return Muon(groups, others, config.learning_rate, dtype, stack_bytes)
+    return Muon(groups, others, config.learning_rate, dtype, stack_bytes, owners)
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> Groups:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2xla.config import OptimConfig
-from gpt2xla.optim.muon import is_updated_by_muon
+from gpt2xla.optim.muon import Muon, is_updated_by_muon, own_part
 
 ADAM_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 MOMENTS = ADAM_MOMENTS + MUON_MOMENTS
@@ -41,7 +41,10 @@ def init_state(
     `saved` is what `export_state` returned on any runtime, for `to_device`; None starts from `zeros` like a parameter, on
     its device. `extra` is what Adam expects beside its two moments, and its step count is on the device with
     `count_on_device`."""
-    updated = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if isinstance(optimizer, Muon):
+        updated = optimizer.with_state()
+    else:
+        updated = {parameter for group in own_part(optimizer).param_groups for parameter in group["params"]}
     kept = moment_shapes(config, {name: parameter.shape for name, parameter in model.named_parameters()})
     for name, parameter in model.named_parameters():
         if parameter not in updated:
@@ -52,7 +55,7 @@ def init_state(
             step = torch.tensor(float(saved["step"] if saved else 0))
             state["step"] = to_device(step) if count_on_device else step
             state |= {key: to_device(tensor) for key, tensor in extra.items()}
-        optimizer.state[parameter] = state
+        own_part(optimizer).state[parameter] = state
 
 
 def export_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -61,4 +64,5 @@ def export_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     processes, only this process's part is returned."""
     named = [(name, optimizer.state[p]) for name, p in model.named_parameters() if p in optimizer.state]
     exported = {key: {name: state[key] for name, state in named if key in state} for key in MOMENTS}
-    return {"step": named[0][1]["step"], **{key: tensors for key, tensors in exported.items() if tensors}}
+    step = next(state["step"] for _, state in named if "step" in state)
+    return {"step": step, **{key: tensors for key, tensors in exported.items() if tensors}}

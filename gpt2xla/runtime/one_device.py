@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gpt2xla.config import OptimConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.optim.muon import Owners
 from gpt2xla.optim.optimizer import ADAM_EPS, build_optimizer, clip_gradients
 from gpt2xla.optim.state import MOMENTS, export_state, init_state
 from gpt2xla.runtime.base import CompileWatch, Memory, P, Runtime, T
@@ -40,7 +41,8 @@ class OneDevice:
         self.random_rank = rank  # the rank that goes into the seed
         self.memory, self.watch = Memory(), CompileWatch()
         self.scaler: Any = None  # torch.amp.GradScaler, or the same on XLA; None where gradients stay in range
-        self.stack_bytes = 0  # of matrices that Muon updates together
+        self.stack_bytes = 0  # of matrices that Muon updates together on a device
+        self.owners = Owners()  # of those matrices
         self.state_options: dict[str, Any] = {"count_on_device": False}  # of `init_state`, for this runtime's Adam
 
     # Device
@@ -95,9 +97,11 @@ class OneDevice:
     def build_optimizer(
         self, model: nn.Module, config: OptimConfig, saved: dict[str, Any] | None
     ) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(model, config, self.precision.dtype, self._adam(config), self.stack_bytes)
-        own, state = own_part(optimizer), saved["optimizer"] if saved else None
-        init_state(model, config, own, state, self._place_state, self._zeros, **self.state_options)
+        optimizer = build_optimizer(
+            model, config, self.precision.dtype, self._adam(config), self.stack_bytes, self.owners
+        )
+        state = saved["optimizer"] if saved else None
+        init_state(model, config, optimizer, state, self._place_state, self._zeros, **self.state_options)
         if self.scaler and saved and "scaler" in saved["runtime"]:
             self.scaler.load_state_dict(saved["runtime"]["scaler"])
         return optimizer
@@ -196,11 +200,6 @@ def adam(config: OptimConfig, library: Any = torch.optim, **options: Any) -> par
     """Return what makes `library`'s Adam or AdamW, as --optim-type says, of parameter groups."""
     adam_class = library.Adam if config.optim_type == "adam" else library.AdamW
     return partial(adam_class, lr=config.learning_rate, betas=config.betas, eps=ADAM_EPS, **options)
-
-
-def own_part(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that computes: inside one that is split over processes, this process's part."""
-    return getattr(optimizer, "optim", optimizer)
 
 
 def set_matmul_precision(precision: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2xla.config import OptimConfig, TorchConfig
+from gpt2xla.config import TorchConfig
 from gpt2xla.errors import InputError
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.torch.accelerators import Accelerator
@@ -39,15 +39,6 @@ def check_backend(options: TorchConfig, backend: str, accelerator: Accelerator) 
     """Raise InputError for a backend that cannot split weights on the device."""
     if options.fsdp and backend != accelerator.backend:
         raise InputError(f"--fsdp needs {accelerator.backend} here; leave --ddp-backend {backend} out")
-
-
-def check_optimizer(options: TorchConfig, config: OptimConfig) -> None:
-    """Raise InputError if an update needs whole matrices and each process has only parts."""
-    for name, asked in (("--zero1", options.zero1), ("--fsdp", options.fsdp)):
-        if asked and config.optim_type == "muon":
-            raise InputError(
-                f"{name} does not work with --optim-type muon, whose updates need whole matrices; leave it out"
-            )
 
 
 def describe(options: TorchConfig) -> str:

@@ -25,12 +25,15 @@ from gpt2xla.model.attention import kept_numbers
 from gpt2xla.model.fused.agreement import allowed_error, largest_error
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Fused, Kernels, choose_kernels
+from gpt2xla.optim.muon import own_part
+from gpt2xla.optim.state import MOMENTS, MUON_MOMENTS
 from gpt2xla.runtime.base import P, T
-from gpt2xla.runtime.one_device import OneDevice, adam, own_part
+from gpt2xla.runtime.one_device import OneDevice, adam
 from gpt2xla.runtime.precision import choose
 from gpt2xla.runtime.torch import parallel
 from gpt2xla.runtime.torch.accelerators import choose_backend, pick_accelerator
 from gpt2xla.runtime.torch.compile import CompiledBlock, open_compile_cache
+from gpt2xla.runtime.torch.owners import ProcessOwners, RowOwners
 from gpt2xla.runtime.torch.process_group import Peers, find_place, join
 
 
@@ -60,6 +63,8 @@ class TorchRuntime(OneDevice):
         accelerator.can_try = self.mesh is None  # else the other processes, which may not have failed, would take part
         self.memory, self.state_options = accelerator, {"count_on_device": accelerator.fused}
         self.steps_behind, self.stack_bytes = accelerator.reads_behind, accelerator.stack_bytes
+        if self.distributed:
+            self.owners = (RowOwners if self.mesh else ProcessOwners)(rank, world_size, self.device)
         self._peers = Peers() if self.distributed else None
         if precision.name == "fp16":
             self.scaler = torch.amp.GradScaler(accelerator.kind, enabled=True)
@@ -149,7 +154,6 @@ class TorchRuntime(OneDevice):
         )
 
     def _adam(self, config: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
-        parallel.check_optimizer(self.options, config)
         plain = adam(config, fused=self.accelerator.fused)
         return partial(parallel.split_optimizer, plain) if self.options.zero1 else plain
 
@@ -233,9 +237,9 @@ class TorchRuntime(OneDevice):
 
     def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
         # Whole even where it is split: all checkpoints of this runtime are of one kind and are written in the background.
-        if self.options.zero1:
-            return {key: parallel.collect(part, self.accelerator) for key, part in moments.items()}
-        return super()._moments(moments, folder)
+        split = MOMENTS if self.options.zero1 else MUON_MOMENTS if self.distributed and not self.mesh else ()
+        collected = {key: parallel.collect(moments[key], self.accelerator) for key in split if key in moments}
+        return collected | super()._moments({key: moments[key] for key in moments if key not in split}, folder)
 
     def peak_flops(self) -> float | None:
         peak = self.accelerator.peak_flops(self.precision.dtype)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.errors import InputError, RunFailed
+from gpt2xla.optim.muon import Owners
 from gpt2xla.processes.exits import REPORT_ONCE, run_and_exit
 from gpt2xla.processes.quiet import silent
 from gpt2xla.runtime.torch.process_group import find_place
@@ -123,6 +124,9 @@ class XlaCpuRuntime(XlaRuntime):
 
     def _count(self) -> tuple[int, int, int]:
         return dist.get_rank(), dist.get_world_size(), dist.get_world_size()
+
+    def _owners(self) -> Owners:
+        return Owners()  # each replica does all of it: XLA:CPU's collectives hang
 
     def _layout(self) -> str:
         return f", joined by gloo{super()._layout()}"

@@ -33,6 +33,7 @@ from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Attention, Kernels, choose_kernels
 from gpt2xla.model.loss import LOGITS_AT_ONCE, chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
+from gpt2xla.optim.muon import Owners
 from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import adam, set_matmul_precision
 from gpt2xla.runtime.precision import choose, of_xla
@@ -41,6 +42,7 @@ from gpt2xla.runtime.xla.compiles import XlaCompileWatch
 from gpt2xla.runtime.xla.device import XlaDevice
 from gpt2xla.runtime.xla.flash import flash_attention_for, why_no_flash_attention
 from gpt2xla.runtime.xla.memory import XlaMemory
+from gpt2xla.runtime.xla.owners import ReplicaOwners
 from gpt2xla.runtime.xla.scaler import LossScaler, step_unless
 
 
@@ -70,6 +72,7 @@ class XlaRuntime(XlaDevice):
         set_matmul_precision(config.matmul_precision)
         self.description = f"{self.devices} x XLA:{xr.device_type()}{self._layout()}"
         self.memory = XlaMemory(self.device_kind)
+        self.stack_bytes, self.owners = 2**26, self._owners()
         # DistributedDataParallel regroups gradients after its first step: its second and third ones are other programs.
         self.watch = XlaCompileWatch(prints=self.is_main, warm_up=3 if options.ddp else 1)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
@@ -78,6 +81,12 @@ class XlaRuntime(XlaDevice):
     def _count(self) -> tuple[int, int, int]:
         """Return this process's rank, the number of processes, and that of all their devices."""
         return xr.global_ordinal(), xr.world_size(), xr.world_size()
+
+    def _owners(self) -> Owners:
+        """Return how Muon's work is divided."""
+        if self.world_size == 1:
+            return Owners()
+        return ReplicaOwners(self.to_device(torch.tensor([self.rank])), self.world_size)
 
     def _layout(self) -> str:
         """Return what the summary says behind the devices."""

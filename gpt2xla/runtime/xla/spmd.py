@@ -26,9 +26,11 @@ from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
+from gpt2xla.optim.muon import Owners
 from gpt2xla.processes.quiet import silent
 from gpt2xla.runtime import sharded_state
 from gpt2xla.runtime.xla.memory import XlaMemory
+from gpt2xla.runtime.xla.owners import SpmdOwners
 from gpt2xla.runtime.xla.runtime import XlaRuntime
 
 _AXIS = "devices"
@@ -76,6 +78,9 @@ class SpmdRuntime(XlaRuntime):
 
     def _count(self) -> tuple[int, int, int]:
         return xr.process_index(), xr.process_count(), xr.global_runtime_device_count()
+
+    def _owners(self) -> Owners:
+        return SpmdOwners(self.devices, self._split_rows, self._place) if self.devices > 1 else Owners()
 
     def _layout(self) -> str:
         sharded = ", weights and optimizer sharded" if self.options.fsdp else ""
