@@ -117,10 +117,12 @@ class Muon(torch.optim.Optimizer):
         if held:
             momenta = torch._foreach_lerp(buffers, gradients, 1 - MOMENTUM)
             nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+        if self.dtype == torch.bfloat16:  # it has fp32's range, and half the size to stack and to send
+            nesterov = [matrix.to(self.dtype) for matrix in nesterov]
         whole = self.owners.collect(nesterov, stack)
         blocks = whole.unflatten(1, (stack.group["blocks"], -1)).flatten(0, 1)
         scale = 0.2 * math.sqrt(max(blocks.shape[1:]))
-        updates = self.owners.distribute(orthogonalized(blocks, self.dtype).view_as(whole), stack)
+        updates = self.owners.distribute(orthogonalized(blocks, self.dtype).reshape_as(whole), stack)
         # Weight decay not as a factor 1 - rate * weight_decay: for a small rate that rounds to 1, and on XLA it would be
         # another graph.
         steps = torch._foreach_mul([update.to(parameters[0].dtype) for update in updates], scale)
@@ -166,6 +168,7 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     a, b, c = COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = x.square().sum((1, 2), keepdim=True).sqrt()
     x = (x / norm.clamp(min=EPS)).to(dtype)
     for _ in range(ITERATIONS):

@@ -1,10 +1,11 @@
 """--optim-type muon: one run on every runtime, checkpoints that move between them, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_RUN, metrics, run, run_here, run_xla, succeed, training_losses
+from conftest import SMALL_RUN, metrics, run, run_here, run_xla, succeed, torchrun, training_losses
 from safetensors.torch import load_file
 
 from gpt2xla.checkpoint import folder as checkpoint
@@ -101,6 +102,23 @@ def optimizer_state(root: Path) -> dict:
     training = find_start(parse_run(TorchConfig, ["--checkpoints-dir", str(root)])[0]).training
     assert training is not None
     return training["optimizer"]
+
+
+def test_two_processes_continue_the_run_of_one(torch_run: Path, flags: list[str], tmp_path: Path) -> None:
+    """As DDP, with --zero1 and with --fsdp: each makes half of the matrices orthogonal, and keeps half of their momentum."""
+    more = [*flags[:-1], "--from-checkpoint", torch_run / "step-00000010"]
+    succeed(torchrun(2, tmp_path, *more, program="tests/workers/muon_worker.py"))
+    expected = optimizer_state(torch_run)
+    half = sum(buffer.numel() for buffer in expected["momentum_buffer"].values()) // 2
+    reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for name in ("ddp", "zero1", "fsdp"):
+        assert training_losses(tmp_path / name) == pytest.approx(training_losses(torch_run)[10:], rel=RELATIVE), name
+        assert [report[name] for report in reports] == [half, half], name
+        saved = optimizer_state(tmp_path / name)
+        assert saved.keys() == expected.keys()
+        for key, buffer in expected["momentum_buffer"].items():
+            torch.testing.assert_close(saved["momentum_buffer"][key], buffer, rtol=1e-3, atol=1e-6)
+    assert all(report["largest_difference"] < 1e-6 for report in reports)
 
 
 def test_xlas_run_resumes_in_torch(torch_run: Path, xla_run: Path, flags: list[str], tmp_path: Path) -> None:

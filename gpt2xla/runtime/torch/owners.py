@@ -47,7 +47,7 @@ class RowOwners(ProcessOwners):
     def collect(self, matrices: list[Tensor], stack: Stack) -> Tensor:
         rows, columns = stack.parameters[0].shape
         chunk, each = -(-rows // self.count), -(-len(matrices) // self.count)
-        sent = torch.zeros(each * self.count, chunk, columns, device=self.device)
+        sent = torch.zeros(each * self.count, chunk, columns, dtype=matrices[0].dtype, device=self.device)
         sent[: len(matrices), : len(matrices[0])] = torch.stack(matrices)
         by_owner = sent.unflatten(0, (each, self.count)).roll(stack.first, 1).transpose(0, 1)
         whole = _exchanged(by_owner).transpose(0, 1).flatten(1, 2)  # from (process, number, its rows, columns)
