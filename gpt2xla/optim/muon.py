@@ -42,9 +42,9 @@ class Owners:
         """Return for each parameter whether its momentum, or a part of it, is on this device."""
         return [True] * len(stack.parameters)
 
-    def collect(self, matrices: list[Tensor], stack: Stack) -> Tensor:
+    def collect(self, matrices: Sequence[Tensor], stack: Stack) -> Tensor:
         """Return this device's matrices (n, R, C), whole, of those that have state here. Collective."""
-        return torch.stack(matrices)
+        return torch.stack(list(matrices))
 
     def distribute(self, updates: Tensor, stack: Stack) -> Sequence[Tensor]:
         """Return the update of each of the stack's parameters, from those of this device's (n, R, C). Collective."""
@@ -113,7 +113,8 @@ class Muon(torch.optim.Optimizer):
         held, parameters = self._held(stack), [_here(parameter) for parameter in stack.parameters]
         gradients = [_here(parameter.grad) for parameter in held]  # type: ignore[arg-type]
         buffers = [_here(self.state[parameter]["momentum_buffer"]) for parameter in held]
-        momenta, nesterov = [], []
+        momenta: Sequence[Tensor] = []
+        nesterov: Sequence[Tensor] = []
         if held:
             momenta = torch._foreach_lerp(buffers, gradients, 1 - MOMENTUM)
             nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)

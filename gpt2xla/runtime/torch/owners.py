@@ -23,9 +23,9 @@ class ProcessOwners(Owners):
     def has_state(self, stack: Stack) -> list[bool]:
         return self.is_own(stack)
 
-    def collect(self, matrices: list[Tensor], stack: Stack) -> Tensor:
+    def collect(self, matrices: Sequence[Tensor], stack: Stack) -> Tensor:
         shape = stack.parameters[0].shape
-        return torch.stack(matrices) if matrices else torch.zeros(0, *shape, device=self.device)
+        return torch.stack(list(matrices)) if matrices else torch.zeros(0, *shape, device=self.device)
 
     def distribute(self, updates: Tensor, stack: Stack) -> Sequence[Tensor]:
         each = -(-len(stack.parameters) // self.count)
@@ -44,11 +44,11 @@ class RowOwners(ProcessOwners):
     def has_state(self, stack: Stack) -> list[bool]:
         return [True] * len(stack.parameters)
 
-    def collect(self, matrices: list[Tensor], stack: Stack) -> Tensor:
+    def collect(self, matrices: Sequence[Tensor], stack: Stack) -> Tensor:
         rows, columns = stack.parameters[0].shape
         chunk, each = -(-rows // self.count), -(-len(matrices) // self.count)
         sent = torch.zeros(each * self.count, chunk, columns, dtype=matrices[0].dtype, device=self.device)
-        sent[: len(matrices), : len(matrices[0])] = torch.stack(matrices)
+        sent[: len(matrices), : len(matrices[0])] = torch.stack(list(matrices))
         by_owner = sent.unflatten(0, (each, self.count)).roll(stack.first, 1).transpose(0, 1)
         whole = _exchanged(by_owner).transpose(0, 1).flatten(1, 2)  # from (process, number, its rows, columns)
         return whole[: sum(self.is_own(stack)), :rows]

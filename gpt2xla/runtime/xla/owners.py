@@ -18,7 +18,7 @@ class ReplicaOwners(Owners):
     def __init__(self, rank: Tensor, count: int) -> None:
         self.rank, self.count = rank, count
 
-    def collect(self, matrices: list[Tensor], stack: Stack) -> Tensor:
+    def collect(self, matrices: Sequence[Tensor], stack: Stack) -> Tensor:
         return filled(matrices, self.count).unflatten(0, (self.count, -1)).index_select(0, self.rank)[0]
 
     def distribute(self, updates: Tensor, stack: Stack) -> Sequence[Tensor]:
@@ -29,19 +29,20 @@ class ReplicaOwners(Owners):
 class SpmdOwners(Owners):
     """The stack is split over the devices; XLA's partitioner adds the communication.
 
-    `split` splits a tensor's first dimension over the devices, `place` gives a parameter's update the parameter's layout."""
+    `place` gives a tensor the layout of parameters of its shape, `split` splits its first dimension over the devices. Both
+    sides of a move are stated: left to itself, the partitioner sends matrices one by one, and sums zeros."""
 
-    def __init__(self, count: int, split: Callable[[Tensor], Tensor], place: Callable[[Tensor], Tensor]) -> None:
-        self.count, self.split, self.place = count, split, place
+    def __init__(self, count: int, place: Callable[[Tensor], Tensor], split: Callable[[Tensor], Tensor]) -> None:
+        self.count, self.place, self.split = count, place, split
 
-    def collect(self, matrices: list[Tensor], stack: Stack) -> Tensor:
-        return self.split(filled(matrices, self.count))
+    def collect(self, matrices: Sequence[Tensor], stack: Stack) -> Tensor:
+        return self.split(self.place(filled(matrices, self.count)) * 1)  # a tensor has one layout
 
     def distribute(self, updates: Tensor, stack: Stack) -> Sequence[Tensor]:
-        self.split(updates)
-        return [self.place(update) for update in updates.unbind(0)[: len(stack.parameters)]]
+        whole = self.place(self.split(updates) * 1)
+        return [self.place(update) for update in whole.unbind(0)[: len(stack.parameters)]]
 
 
-def filled(matrices: list[Tensor], count: int) -> Tensor:
+def filled(matrices: Sequence[Tensor], count: int) -> Tensor:
     """Return the matrices as one tensor, filled up with copies of the last one to a multiple of `count`."""
-    return torch.stack([*matrices, *matrices[-1:] * (-len(matrices) % count)])
+    return torch.stack([*matrices, *[matrices[-1]] * (-len(matrices) % count)])

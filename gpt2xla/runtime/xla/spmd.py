@@ -80,7 +80,7 @@ class SpmdRuntime(XlaRuntime):
         return xr.process_index(), xr.process_count(), xr.global_runtime_device_count()
 
     def _owners(self) -> Owners:
-        return SpmdOwners(self.devices, self._split_rows, self._place) if self.devices > 1 else Owners()
+        return SpmdOwners(self.devices, self._place, self._split_rows) if self.devices > 1 else Owners()
 
     def _layout(self) -> str:
         sharded = ", weights and optimizer sharded" if self.options.fsdp else ""
