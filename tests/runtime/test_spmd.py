@@ -76,6 +76,10 @@ def test_fsdp_leaves_each_device_an_eighth(runs: dict[str, Path]) -> None:
     assert replicated["on_device"] in ([replicated["whole"]] * 8, [replicated["whole"]])
 
 
+def test_replicas_share_muons_matrices(runs: dict[str, Path]) -> None:
+    assert json.loads((runs["spmd"] / "counts.json").read_text())["shared"] == [2, 2, 2]
+
+
 def test_fsdp_stores_adams_state_in_a_file_per_device_without_a_pickle(runs: dict[str, Path]) -> None:
     folder = runs["fsdp"] / "step-00000020"
     parts = sorted((folder / checkpoint.SHARDS).iterdir())
