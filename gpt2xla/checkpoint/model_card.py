@@ -59,6 +59,8 @@ def card_of_run(
         "precision": train.mixed_precision,
         "devices": devices,
     }
+    if train.document_mask:
+        facts["attention"] = "within documents, whose positions count from 0 (--document-mask)"
     if line := newest_line(root / METRICS_FILE, "valid_loss", step):
         loss = line["valid_loss"]
         facts["validation loss"] = (

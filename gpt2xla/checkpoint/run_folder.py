@@ -17,7 +17,7 @@ from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config.paths import BEST_FILE, read_best
 from gpt2xla.config.paths import step_folder as step_folder
 from gpt2xla.errors import InputError
-from gpt2xla.files import read_json
+from gpt2xla.files import read_json, read_json_object
 from gpt2xla.logs.sinks import METRICS_FILE
 
 LATEST = "latest"
@@ -25,6 +25,12 @@ RUN_CONFIG = "run_config.json"
 _SHARDS = "training_state"
 _STEP = re.compile(r"step-\d{8,}")  # a copy under another name, such as step-best, is the user's
 _ABANDONED = re.compile(r"abandoned-(\d+)-(.*)")
+
+
+def stays_in_documents(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was trained with --document-mask. Models from elsewhere were not."""
+    options = read_json_object(checkpoint / RUN_CONFIG) if (checkpoint / COMPLETE).is_file() else None
+    return bool(options and options.get("document_mask"))
 
 
 def shards_folder(root: Path, step: int) -> Path:

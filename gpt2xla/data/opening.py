@@ -32,12 +32,14 @@ class TrainingData:
         order: which windows of --train-dir each update reads.
         validation: the windows of --valid-dir.
         tokenizer: the one that made both; None if there is none beside them and none was named.
+        end_of_text: the id that begins a document, with --document-mask; None without.
     """
 
     config: RunConfig
     order: TrainingOrder
     validation: Windows
     tokenizer: Tokenizer | None
+    end_of_text: int | None = None
 
     @classmethod
     def open(cls, config: RunConfig, plan: BatchPlan, source: Path | None, rank: int, world_size: int) -> TrainingData:
@@ -53,7 +55,8 @@ class TrainingData:
         validation = open_validation(config)
         order = _order(config, plan, sets, mixture, rank, world_size)
         folders = [*([source] if source else []), *(windows.stream.folder for windows in sets)]
-        return cls(config, order, validation, tokenizer_of(config, folders, [*sets, validation]))
+        tokenizer = tokenizer_of(config, folders, [*sets, validation])
+        return cls(config, order, validation, tokenizer, end_of_text_of(config, tokenizer, [*sets, validation]))
 
     def tokens_after(self, step: int) -> int:
         """Return how many tokens the run has read once `step` updates are made."""
@@ -162,6 +165,30 @@ def tokenizer_of(config: RunConfig, folders: list[Path], windows: Sequence[Windo
             )
     manifests = [manifest for _, manifest in known]
     return match_tokenizer(config.data.tokenizer, folders, manifests, config.model.real_vocab_size)
+
+
+def end_of_text_of(config: RunConfig, tokenizer: Tokenizer | None, windows: Sequence[Windows]) -> int | None:
+    """Return the id between documents of the data `windows` if --document-mask asks for it, else None. Manifests say it, or
+    else the `tokenizer`. Raises InputError if neither does, or the data have none."""
+    if not config.train.document_mask:
+        return None
+    by_manifest = {w.stream.name: w.stream.manifest.eot_id for w in windows if w.stream.manifest}
+    if not by_manifest and tokenizer is None:
+        raise InputError(
+            "--document-mask: neither a manifest nor a tokenizer says which id the data have between documents; name the "
+            "tokenizer that made them with --tokenizer"
+        )
+    found = set(by_manifest.values()) or {tokenizer.eot_id if tokenizer else None}
+    if len(found) > 1:
+        listed = ", ".join(f"{name}: {eot_id}" for name, eot_id in by_manifest.items())
+        raise InputError(f"--document-mask: the data have different end-of-text ids ({listed}); prepare them alike")
+    (eot_id,) = found
+    if eot_id is None or not 0 <= eot_id < config.model.real_vocab_size:
+        raise InputError(
+            f"--document-mask: the data have no end-of-text token between documents (id {eot_id} by their manifest or "
+            "tokenizer); prepare them with a tokenizer that has one, or leave the flag out"
+        )
+    return eot_id
 
 
 def open_training(config: RunConfig) -> tuple[list[Windows], Mixture]:

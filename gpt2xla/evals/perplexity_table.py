@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
+from gpt2xla.checkpoint.run_folder import stays_in_documents
 from gpt2xla.checkpoint.seal import step_of
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
-from gpt2xla.data.opening import open_validation
+from gpt2xla.data.opening import end_of_text_of, open_validation, tokenizer_of
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
@@ -79,6 +81,7 @@ def markdown(rows: list[Row]) -> str:
 
 def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtime: Runtime) -> Row:
     model_config, weights = load_weights(source)
+    train = dataclasses.replace(train, document_mask=stays_in_documents(source))  # as it was trained
     config = RunConfig(data=DataConfig(valid_dir=valid_dir), model=model_config, train=train)
     try:
         windows = open_validation(config)
@@ -91,6 +94,11 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     for note in weights.notes if runtime.is_main else ():
         print(f"{name}: {note}", file=sys.stderr)
     model = build_model(model_config, weights, source)
+    if train.document_mask:
+        tokenizer = tokenizer_of(config, [source], [windows])
+        model.end_of_text = end_of_text_of(config, tokenizer, [windows])
+        if runtime.is_main:
+            say(f"note: {name} was trained with --document-mask, and is measured with it", error=True)
     del weights
     validator = Validator(config, windows, model, runtime, f"validation step of {name}")
     runtime.setup_model(model, validator.tokens)

@@ -1,6 +1,7 @@
 """Causal self-attention: several ways to compute the same function.
 
-Each one takes queries, keys and values of shape (B, T, D), with heads side by side in D, and returns (B, T, D).
+Each one takes queries, keys and values of shape (B, T, D), with heads side by side in D, and returns (B, T, D). If there are
+`starts_BT`, attention stays within documents: a query sees no key before its document's start (`documents.py`).
 Shape suffixes: B sequences, T tokens, D d_model, H heads, K = D / H, C queries of a chunk, S keys that a query or a
 chunk may see, N = B * H."""
 
@@ -28,21 +29,30 @@ def sdpa_attention(
     return y_BHTK.transpose(1, 2).flatten(2)
 
 
-def chunked_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, fence: Fence = no_fence) -> Tensor:
+def chunked_attention(
+    q_BTD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    num_heads: int,
+    starts_BT: Tensor | None = None,
+    fence: Fence = no_fence,
+) -> Tensor:
     """Attention that keeps no scores for the backward pass but computes them again, one chunk of queries after the other and
     without the keys in a chunk's future (after Rabe and Staats 2021, "Self-attention does not need O(n^2) memory", and
     Dao et al. 2022, FlashAttention). It suits compilers: a few large products, and no loop.
 
     Without the device's `fence`, a compiler would see that the scores are computed twice, and would keep them."""
     heads = (x.unflatten(-1, (num_heads, -1)) for x in (q_BTD, k_BTD, v_BTD))
-    return _ChunkedAttention.apply(*heads, fence).flatten(2)
+    return _ChunkedAttention.apply(*heads, starts_BT, fence).flatten(2)
 
 
-def kept_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
+def kept_attention(
+    q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, starts_BT: Tensor | None = None
+) -> Tensor:
     """Attention that keeps its weights for the backward pass, without those of the future: a little more than
     B * H * T^2 / 2 numbers. It is the fastest on CPUs, where matrix products are better than fused attention. Each step
     overwrites the one before, so it is not for compilers."""
-    return _KeptAttention.apply(q_BTD, k_BTD, v_BTD, num_heads)
+    return _KeptAttention.apply(q_BTD, k_BTD, v_BTD, num_heads, starts_BT)
 
 
 def kept_numbers(sequences: int, model: ModelConfig) -> int:
@@ -55,7 +65,9 @@ class _KeptAttention(torch.autograd.Function):
     """Computes with heads beside sequences, N = B * H, as batched products expect them."""
 
     @staticmethod
-    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
+    def forward(
+        ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, starts_BT: Tensor | None
+    ) -> Tensor:
         q_NTK, k_NTK, v_NTK = (_beside_sequences(x, num_heads) for x in (q_BTD, k_BTD, v_BTD))
         q_NTK = q_NTK / math.sqrt(q_NTK.shape[-1])
         y_NTK, kept = torch.empty_like(q_NTK), []
@@ -63,6 +75,9 @@ class _KeptAttention(torch.autograd.Function):
             scores_NCS = q_NTK[:, queries] @ k_NTK[:, keys].mT
             now_NCC = scores_NCS[..., queries]  # the only keys that may lie in a query's future
             now_NCC += torch.full(now_NCC.shape[1:], -torch.inf, dtype=now_NCC.dtype).triu(1)
+            if starts_BT is not None:
+                before_BCS = torch.arange(keys.stop, device=starts_BT.device) < starts_BT[:, queries, None]
+                scores_NCS.unflatten(0, (-1, num_heads)).masked_fill_(before_BCS[:, None], -torch.inf)
             weights_NCS = torch.softmax(scores_NCS, -1, out=scores_NCS)
             y_NTK[:, queries] = weights_NCS @ v_NTK[:, keys]
             kept.append(weights_NCS)
@@ -81,7 +96,7 @@ class _KeptAttention(torch.autograd.Function):
             dq_NTK[:, queries] = dscores_NCS @ k_NTK[:, keys] * scale
             dk_NTK[:, keys] += dscores_NCS.mT @ q_NTK[:, queries]
             dv_NTK[:, keys] += weights_NCS.mT @ dy_NTK[:, queries]
-        return *(_side_by_side(x, ctx.num_heads) for x in (dq_NTK, dk_NTK, dv_NTK)), None
+        return *(_side_by_side(x, ctx.num_heads) for x in (dq_NTK, dk_NTK, dv_NTK)), None, None
 
 
 def _beside_sequences(x_BTD: Tensor, num_heads: int) -> Tensor:
@@ -94,14 +109,16 @@ def _side_by_side(x_NTK: Tensor, num_heads: int) -> Tensor:
 
 class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, fence: Fence) -> Tensor:
+    def forward(
+        ctx: Any, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, starts_BT: Tensor | None, fence: Fence
+    ) -> Tensor:
         q_BTHK = q_BTHK / math.sqrt(q_BTHK.shape[-1])
         # A column of ones beside the values gives the sum over each row of weights. On matrix units of 128 columns it is
         # free, while a separate sum would read all weights once more.
         ones_BTHK = torch.cat([v_BTHK, torch.ones_like(v_BTHK[..., :1])], dim=-1)
         outputs, log_sums = [], []
         for queries, keys in _chunks(q_BTHK.shape[1]):
-            scores_BHCS = _scores(q_BTHK[:, queries], k_BTHK[:, keys], queries.start)
+            scores_BHCS = _scores(q_BTHK, k_BTHK, queries, keys, starts_BT)
             max_BHC1 = scores_BHCS.amax(-1, keepdim=True)
             weights_BHCS = torch.exp(scores_BHCS - max_BHC1).to(v_BTHK.dtype)
             y_BCHK = torch.einsum("bhqk,bkhd->bqhd", weights_BHCS, ones_BTHK[:, keys]).float()
@@ -109,14 +126,14 @@ class _ChunkedAttention(torch.autograd.Function):
             outputs.append((y_BCHK[..., :-1] / sum_BCH1).to(v_BTHK.dtype))
             log_sums.append(max_BHC1 + sum_BCH1.transpose(1, 2).log())
         y_BTHK, log_sum_BHT1 = torch.cat(outputs, dim=1), torch.cat(log_sums, dim=2)
-        ctx.save_for_backward(q_BTHK, k_BTHK, v_BTHK, y_BTHK, log_sum_BHT1)
+        ctx.save_for_backward(q_BTHK, k_BTHK, v_BTHK, y_BTHK, log_sum_BHT1, starts_BT)
         ctx.fence = fence
         return y_BTHK
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_BTHK,) = grads
-        q_BTHK, k_BTHK, v_BTHK, y_BTHK, log_sum_BHT1 = ctx.saved_tensors
+        q_BTHK, k_BTHK, v_BTHK, y_BTHK, log_sum_BHT1, starts_BT = ctx.saved_tensors
         fenced = [x.clone() for x in (q_BTHK, k_BTHK, v_BTHK, log_sum_BHT1, dy_BTHK)]
         ctx.fence(fenced)
         q_BTHK, k_BTHK, v_BTHK, log_sum_BHT1, dy_BTHK = fenced
@@ -125,7 +142,7 @@ class _ChunkedAttention(torch.autograd.Function):
         dq: list[Tensor] = []
         dk_BTHK = dv_BTHK = None
         for queries, keys in _chunks(q_BTHK.shape[1]):
-            scores_BHCS = _scores(q_BTHK[:, queries], k_BTHK[:, keys], queries.start)
+            scores_BHCS = _scores(q_BTHK, k_BTHK, queries, keys, starts_BT)
             weights_BHCS = torch.exp(scores_BHCS - log_sum_BHT1[:, :, queries])
             dweights_BHCS = torch.einsum("bqhd,bkhd->bhqk", dy_BTHK[:, queries], v_BTHK[:, keys]).float()
             dscores_BHCS = (weights_BHCS * (dweights_BHCS - delta_BHT1[:, :, queries])).to(q_BTHK.dtype)
@@ -136,7 +153,7 @@ class _ChunkedAttention(torch.autograd.Function):
             dk_BTHK = F.pad(dk_BSHK, unseen) if dk_BTHK is None else dk_BTHK + F.pad(dk_BSHK, unseen)
             dv_BTHK = F.pad(dv_BSHK, unseen) if dv_BTHK is None else dv_BTHK + F.pad(dv_BSHK, unseen)
         dq_BTHK = torch.cat(dq, dim=1) / math.sqrt(q_BTHK.shape[-1])
-        return dq_BTHK, dk_BTHK, dv_BTHK, None
+        return dq_BTHK, dk_BTHK, dv_BTHK, None, None
 
 
 def _chunks(length: int) -> list[tuple[slice, slice]]:
@@ -145,9 +162,12 @@ def _chunks(length: int) -> list[tuple[slice, slice]]:
     return [(slice(a, min(a + size, length)), slice(0, min(a + size, length))) for a in range(0, length, size)]
 
 
-def _scores(q_BCHK: Tensor, k_BSHK: Tensor, first_query: int) -> Tensor:
-    """Return the scores in fp32, with a large negative number where a key lies in the query's future."""
-    scores_BHCS = torch.einsum("bqhd,bkhd->bhqk", q_BCHK, k_BSHK).float()
-    queries = torch.arange(q_BCHK.shape[1], device=q_BCHK.device)[:, None] + first_query
-    keys = torch.arange(k_BSHK.shape[1], device=q_BCHK.device)[None, :]
-    return torch.where(queries >= keys, scores_BHCS, -1e30)
+def _scores(q_BTHK: Tensor, k_BTHK: Tensor, queries: slice, keys: slice, starts_BT: Tensor | None) -> Tensor:
+    """Return a chunk's scores in fp32, with a large negative number for keys that the query does not see."""
+    scores_BHCS = torch.einsum("bqhd,bkhd->bhqk", q_BTHK[:, queries], k_BTHK[:, keys]).float()
+    query_C1 = torch.arange(queries.stop - queries.start, device=q_BTHK.device)[:, None] + queries.start
+    key_1S = torch.arange(keys.stop, device=q_BTHK.device)[None, :]
+    visible = query_C1 >= key_1S
+    if starts_BT is not None:
+        visible = visible & (key_1S >= starts_BT[:, None, queries, None])
+    return torch.where(visible, scores_BHCS, -1e30)

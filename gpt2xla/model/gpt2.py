@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2xla.config import ModelConfig
+from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.attention import sdpa_attention
+from gpt2xla.model.documents import document_mask, document_starts
 from gpt2xla.model.kernels import Kernels
 from gpt2xla.model.kv_cache import KVCache
 from gpt2xla.model.loss import IGNORED_LABEL, mask_padding
@@ -35,6 +37,9 @@ class GPT2(nn.Module):
         if not config.tie_weights:
             self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         self.kernels = Kernels()  # how the parts are computed; a runtime sets its own
+        # The id that begins a document, if attention must stay within documents (--document-mask). Generation with a cache
+        # is for single documents, and does not look at it.
+        self.end_of_text: int | None = None
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the summed token loss (nats, fp32) and the number of tokens that it sums over, both 0-d.
@@ -65,18 +70,29 @@ class GPT2(nn.Module):
     def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return what the output head reads (B, T, D)."""
         positions = cache.positions_BT if cache else torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        documents = None
+        if self.end_of_text is not None and not cache:
+            documents = document_starts(ids_BT, self.end_of_text)
+            positions = positions - documents
         x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions))
+        if documents is not None and not self.kernels.attention:
+            documents = document_mask(documents, compute_dtype(x_BTD))  # once, not in each layer
         for layer, block in enumerate(self.h):
-            x_BTD = block(x_BTD, self.kernels, cache, layer) if cache else self._run(block, x_BTD)
+            x_BTD = block(x_BTD, self.kernels, None, cache, layer) if cache else self._run(block, x_BTD, documents)
         return self.kernels.layer_norm(x_BTD, self.ln_f)
 
-    def _run(self, block: nn.Module, x_BTD: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x_BTD: Tensor, documents: Tensor | None) -> Tensor:
         compiled, checkpoint = self.kernels.compiled, self.kernels.checkpoint
         # Each other length would be compiled again.
         call = partial(compiled, block) if compiled and x_BTD.shape[1] == self.config.seq_length else block
         if checkpoint and torch.is_grad_enabled():
-            return checkpoint(call, x_BTD, self.kernels)
-        return call(x_BTD, self.kernels)
+            return checkpoint(call, x_BTD, self.kernels, documents)
+        return call(x_BTD, self.kernels, documents)
+
+    @property
+    def computation(self) -> str:
+        """How the model is computed, in words."""
+        return self.kernels.description + (", document mask" if self.end_of_text is not None else "")
 
     @property
     def head_weight(self) -> Tensor:
@@ -140,10 +156,18 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        kernels: Kernels,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """Return x after the block. `documents`: see `Kernels.attention`."""
         if kernels.block and not cache:
-            return kernels.block(self, x_BTD)
-        x_BTD = x_BTD + self.attn(kernels.layer_norm(x_BTD, self.ln_1), kernels, cache, layer)
+            return kernels.block(self, x_BTD, documents)
+        x_BTD = x_BTD + self.attn(kernels.layer_norm(x_BTD, self.ln_1), kernels, documents, cache, layer)
         return x_BTD + self.mlp(kernels.layer_norm(x_BTD, self.ln_2))
 
 
@@ -157,7 +181,9 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.d_model, 3 * config.d_model, bias=config.bias)
         self.c_proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor, kernels: Kernels, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, kernels: Kernels, documents: Tensor | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
         if kernels.separate_qkv:
             biases = [None] * 3 if self.c_attn.bias is None else self.c_attn.bias.chunk(3)
             parts = zip(self.c_attn.weight.chunk(3), biases, strict=True)
@@ -167,9 +193,10 @@ class Attention(nn.Module):
         if cache:
             y_BTD = sdpa_attention(q_BTD, *cache.append(layer, k_BTD, v_BTD), self.num_heads, mask_B1TS=cache.mask_B1TS)
         elif kernels.attention:
-            y_BTD = kernels.attention(q_BTD, k_BTD, v_BTD, self.num_heads)
+            y_BTD = kernels.attention(q_BTD, k_BTD, v_BTD, self.num_heads, documents)
         else:
-            y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, self.num_heads, self.dropout if self.training else 0.0)
+            dropout = self.dropout if self.training else 0.0
+            y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, self.num_heads, dropout, documents)
         return F.dropout(self.c_proj(y_BTD), self.dropout, self.training)
 
 

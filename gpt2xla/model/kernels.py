@@ -15,14 +15,14 @@ from gpt2xla.errors import InputError
 from gpt2xla.model.loss import plain_cross_entropy
 from gpt2xla.model.norm import plain_layer_norm
 
-Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]
 LogSums = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class Fused(NamedTuple):
     """Two of the `Kernels` below that go together, and what they are in words."""
 
-    block: Callable[[Any, Any], Any]
+    block: Callable[[Any, Any, Tensor | None], Any]
     layer_norm: Callable[..., Tensor]
     description: str
 
@@ -31,7 +31,8 @@ class Fused(NamedTuple):
 class Kernels:
     """How the parts of the model are computed. Every choice computes the same function."""
 
-    # (q, k, v, num_heads) -> y, each (B, T, D). None means torch's own, the only one that supports dropout.
+    # (q, k, v, num_heads, documents) -> y, each (B, T, D). None means torch's own, the only one that supports dropout.
+    # `documents` is None, or the starts of each token's document (B, T); for torch's own it is the mask made of them.
     attention: Attention | None = None
     # (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`
     cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
@@ -44,9 +45,11 @@ class Kernels:
     separate_qkv: bool = False
     head: Callable[[Tensor, Tensor], Tensor] = F.linear  # (x, head weight) -> logits
     static_shapes: bool = False  # whether each new shape costs a compile; if so, shapes must not follow a text's length
-    compiled: Callable[..., Tensor] | None = None  # (block, x, kernels) for full length; None calls the block itself
-    # (block, x) -> x after the block; x may be of any type that `layer_norm` takes too. None means the block's own lines.
-    block: Callable[[Any, Any], Any] | None = None
+    # (block, x, kernels, documents) for full length; None calls the block itself
+    compiled: Callable[..., Tensor] | None = None
+    # (block, x, documents) -> x after the block; x may be of any type that `layer_norm` takes too. None means the block's
+    # own lines.
+    block: Callable[[Any, Any, Tensor | None], Any] | None = None
     checkpoint: Callable[..., Any] | None = None  # (block, x, ...), keeps only a block's input; None keeps everything
     description: str = "torch's own"  # for the summary at the start of a run
 

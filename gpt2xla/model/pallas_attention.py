@@ -9,6 +9,9 @@ its products ignore them. The matrix units are 128 wide, so zeros cost nothing, 
 The formulas are those of Dao et al. 2022, FlashAttention. All keys of a sequence are in memory, so there is no running
 maximum.
 
+With documents, a chunk of queries is compiled for several numbers of keys. Where its first query's document starts decides
+which of these runs, so keys that none of its queries sees cost nothing, and shapes stay fixed.
+
 TPU v3 multiplies only fp32 operands (it rounds them to bf16 itself), and unpacks bf16 slowly; `Shape.bf16 = False` is for
 it. Then the scratch memory has another type, and bf16 is read and written differently (`_rows`, `_write`).
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +32,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 COLUMNS = 128  # of a TPU's registers and matrix units
 _MASKED = -1e30
+# Queries, and the parts of keys that they may see; True for the one on the diagonal.
+Chunk = tuple[slice, list[tuple[slice, bool]]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Shape:
     H: int
     K: int
     bf16: bool = True  # the products' operands are bf16; if not, they are fp32, as TPU v3 needs
+    documents: bool = False  # attention stays within documents
+    skips: bool = True  # keys of earlier documents; False serves to count the cycles of the longest way
 
     @property
     def D(self) -> int:
@@ -76,12 +84,17 @@ class Shape:
 
 def forward(shape: Shape, interpret: bool = False) -> Any:
     """Return the kernel (q, k, v) -> (y, log_sums). All are bf16 (B, T, D), except log_sums: the logarithm of the sum of
-    each query's exponentiated scores, in fp32 (B, blocks, heads_per_block, T)."""
-    return _call(shape, _forward, inputs="BBB", outputs="BS", scratch="thhT", products=2, interpret=interpret)
+    each query's exponentiated scores, in fp32 (B, blocks, heads_per_block, T).
+
+    With documents, two arguments come first, both int32: the `document_starts` of each chunk's first query (B, 1, chunks),
+    and those of all queries (B, 1, T)."""
+    scratch = "thhTi" if shape.documents else "thhT"
+    return _call(shape, _forward, inputs="BBB", outputs="BS", scratch=scratch, products=2, interpret=interpret)
 
 
 def backward(shape: Shape, interpret: bool = False) -> Any:
-    """Return the kernel (q, k, v, y, log_sums, dy) -> (dq, dk, dv). All are bf16 (B, T, D), except log_sums."""
+    """Return the kernel (q, k, v, y, log_sums, dy) -> (dq, dk, dv). All are bf16 (B, T, D), except log_sums. With documents
+    it takes the same two arguments first as `forward`."""
     return _call(shape, _backward, inputs="BBBBSB", outputs="BBB", scratch="hthtTTTx", products=5, interpret=interpret)
 
 
@@ -108,14 +121,20 @@ def use_libtpu_version() -> None:
 
 def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, products: int, interpret: bool) -> Any:
     scores = shape.B * shape.H * sum(shape.queries_per_chunk * queries.stop for queries, _ in _chunks(shape))
-    heads, blocks = shape.heads_per_block, shape.blocks
+    heads, blocks, chunks = shape.heads_per_block, shape.blocks, shape.T // shape.queries_per_chunk
+    inputs = f"ND{inputs}" if shape.documents else inputs
     specs = {
         "B": pl.BlockSpec((1, shape.T, COLUMNS), lambda sequence, block: (sequence, 0, block)),
         "S": pl.BlockSpec((1, 1, heads, shape.T), lambda sequence, block: (sequence, block, 0, 0)),
+        # The starts of documents: numbers that branches are taken by, and vectors. TPU v3 has room for few numbers.
+        "N": pl.BlockSpec((1, 1, chunks), lambda sequence, block: (sequence, 0, 0), memory_space=pltpu.SMEM),
+        "D": pl.BlockSpec((1, 1, shape.T), lambda sequence, block: (sequence, 0, 0)),
     }
     arrays = {
         "B": jax.ShapeDtypeStruct((shape.B, shape.T, shape.D), jnp.bfloat16),
         "S": jax.ShapeDtypeStruct((shape.B, blocks, heads, shape.T), jnp.float32),
+        "N": jax.ShapeDtypeStruct((shape.B, 1, chunks), jnp.int32),
+        "D": jax.ShapeDtypeStruct((shape.B, 1, shape.T), jnp.int32),
     }
     operand = jnp.bfloat16 if shape.bf16 else jnp.float32
     scratches = {
@@ -123,6 +142,7 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, p
         "h": pltpu.VMEM((heads, shape.T, COLUMNS), operand),
         "x": pltpu.VMEM((COLUMNS, shape.T), operand),
         "T": pltpu.VMEM((shape.T, COLUMNS), jnp.float32),
+        "i": pltpu.VMEM((shape.T, COLUMNS), jnp.int32),
     }
     call = pl.pallas_call(
         functools.partial(body, shape, interpret),
@@ -146,11 +166,16 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, p
     return function
 
 
-def _forward(
-    shape: Shape, interpret: bool, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, log_sum_ref: Any, q: Any, k: Any,
-    v: Any, y: Any,
-) -> None:  # fmt: skip
+def _forward(shape: Shape, interpret: bool, *refs: Any) -> None:
+    numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
+    q_ref, k_ref, v_ref, y_ref, log_sum_ref, q, k, v, y, *starts = refs
     heads = range(shape.heads_per_block)
+    if shape.documents:
+
+        @pl.when(pl.program_id(1) == 0)
+        def write_starts() -> None:  # one query's in each row
+            starts[0][...] = jnp.broadcast_to(starts_ref[0], (COLUMNS, shape.T)).T
+
     for rows, (q_rows, k_rows, v_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref):
         q[rows] = (q_rows * shape.q_scale).astype(q.dtype)
         for head in heads:
@@ -160,37 +185,48 @@ def _forward(
 
     def scores(step: Any) -> Any:
         queries, key_parts, head = step
-        return [_scores(shape, q[queries], k[head, keys], 0, diagonal) for keys, diagonal in key_parts]
+        return [
+            _scores(shape, q[queries], k[head, keys], 0, keys, diagonal, starts[0][queries] if starts else None)
+            for keys, diagonal in key_parts
+        ]
 
-    steps = [(queries, key_parts, head) for queries, key_parts in _chunks(shape) for head in heads]
-    # The scheduler fills the wait for a maximum with the next step's product only if the product comes first.
-    next_scores = scores(steps[0])
-    y_of: dict[int, Any] = {}
-    sum_of: dict[int, Any] = {}
-    max_of: dict[int, Any] = {}
-    for index, (queries, key_parts, head) in enumerate(steps):
-        scores_CS, next_scores = next_scores, scores(steps[index + 1]) if index + 1 < len(steps) else None
-        max_C1 = functools.reduce(jnp.maximum, (jnp.max(s, axis=1, keepdims=True) for s in scores_CS))
-        weights = [jnp.exp(s - max_C1) for s in scores_CS]
-        parts = zip(key_parts, weights, strict=True)
-        y_of[head] = sum(_product(w.astype(v.dtype), v[head, keys], 1, 0) for (keys, _), w in parts)
-        sum_of[(head + 1) % len(heads)] = y_of[head]
-        max_of[head] = max_C1
-        if head == heads[-1]:
-            if len(heads) > 1:
-                sums = pltpu.roll(_of_heads(shape, sum_of), COLUMNS - shape.K, 1)
-            else:  # no columns are free
-                sums = sum(jnp.sum(w, axis=1, keepdims=True) for w in weights)
-            y[queries] = _of_heads(shape, y_of) / sums
-            _write(shape, y_ref, y, queries)
-            log_sums = (_of_heads(shape, max_of) + jnp.log(sums)).T
-            log_sum_ref[0, 0, :, queries] = jnp.concatenate([log_sums[h * shape.K : h * shape.K + 1] for h in heads])
+    def attend(chunks: list[Chunk]) -> None:
+        steps = [(queries, key_parts, head) for queries, key_parts in chunks for head in heads]
+        # The scheduler fills the wait for a maximum with the next step's product only if the product comes first.
+        next_scores = scores(steps[0])
+        y_of: dict[int, Any] = {}
+        sum_of: dict[int, Any] = {}
+        max_of: dict[int, Any] = {}
+        for index, (queries, key_parts, head) in enumerate(steps):
+            scores_CS, next_scores = next_scores, scores(steps[index + 1]) if index + 1 < len(steps) else None
+            max_C1 = functools.reduce(jnp.maximum, (jnp.max(s, axis=1, keepdims=True) for s in scores_CS))
+            weights = [jnp.exp(s - max_C1) for s in scores_CS]
+            parts = zip(key_parts, weights, strict=True)
+            y_of[head] = sum(_product(w.astype(v.dtype), v[head, keys], 1, 0) for (keys, _), w in parts)
+            sum_of[(head + 1) % len(heads)] = y_of[head]
+            max_of[head] = max_C1
+            if head == heads[-1]:
+                if len(heads) > 1:
+                    sums = pltpu.roll(_of_heads(shape, sum_of), COLUMNS - shape.K, 1)
+                else:  # no columns are free
+                    sums = sum(jnp.sum(w, axis=1, keepdims=True) for w in weights)
+                y[queries] = _of_heads(shape, y_of) / sums
+                _write(shape, y_ref, y, queries)
+                log_sums = (_of_heads(shape, max_of) + jnp.log(sums)).T
+                log_sum_ref[0, 0, :, queries] = jnp.concatenate(
+                    [log_sums[h * shape.K : h * shape.K + 1] for h in heads]
+                )
+
+    if shape.documents:
+        for chunk in _chunks(shape):
+            _by_reach(shape, numbers_ref, chunk, lambda chunk: attend([chunk]))
+    else:
+        attend(_chunks(shape))
 
 
-def _backward(
-    shape: Shape, interpret: bool, q_ref: Any, k_ref: Any, v_ref: Any, y_ref: Any, log_sum_ref: Any, dy_ref: Any,
-    dq_ref: Any, dk_ref: Any, dv_ref: Any, q: Any, k: Any, dy: Any, v: Any, dq: Any, dk: Any, dv: Any, k_LT: Any,
-) -> None:  # fmt: skip
+def _backward(shape: Shape, interpret: bool, *refs: Any) -> None:
+    numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
+    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, dq_ref, dk_ref, dv_ref, q, k, dy, v, dq, dk, dv, k_LT = refs
     heads = range(shape.heads_per_block)
     for rows, (q_rows, k_rows, v_rows, y_rows, dy_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref, y_ref, dy_ref):
         k[rows], v[rows] = k_rows.astype(k.dtype), v_rows.astype(v.dtype)
@@ -200,9 +236,11 @@ def _backward(
             dy.at[head][rows] = _of_heads(shape, {head: dy_rows}, 0.0).astype(dy.dtype)
     k_LT[...] = k[...].astype(jnp.float32).T.astype(k.dtype)
 
-    # From the last queries to the first: then a chunk's keys have been seen by all their queries, and their gradients can be
-    # written with the chunk.
-    for queries, key_parts in reversed(_chunks(shape)):
+    if shape.documents:
+        dk[...] = dv[...] = jnp.zeros((shape.T, COLUMNS), jnp.float32)
+
+    def differentiate(chunk: Chunk) -> None:
+        queries, key_parts = chunk
         delta_LC = dq[queries].T
         dq_heads = []
         for head in heads:
@@ -212,7 +250,8 @@ def _backward(
             # Scores as (keys, queries) suit all products except the one for dq, and the statistics of a query are a row.
             parts = []
             for keys, diagonal in key_parts:
-                scores_SC = _scores(shape, k[keys], q[head, queries], 1, diagonal)
+                starts_1C = starts_ref[0, :, queries] if shape.documents else None
+                scores_SC = _scores(shape, k[keys], q[head, queries], 1, keys, diagonal, starts_1C)
                 parts.append((keys, scores_SC, _product(v[keys], dy[head, queries], 1, 1)))
             dq_KC: Any = 0.0
             for keys, scores_SC, dweights_SC in parts:
@@ -220,12 +259,21 @@ def _backward(
                 dscores_SC = (weights_SC * (dweights_SC - delta_1C)).astype(q.dtype)
                 dk_SL = _product(dscores_SC, q[head, queries], 1, 0)
                 dv_SL = _product(weights_SC.astype(q.dtype), dy[head, queries], 1, 0)
-                first = queries.stop == shape.T and head == 0
+                first = queries.stop == shape.T and head == 0 and not shape.documents
                 dk[keys] = dk_SL if first else dk[keys] + dk_SL
                 dv[keys] = dv_SL if first else dv[keys] + dv_SL
                 dq_KC += _product(k_LT[columns, keys], dscores_SC, 1, 0)
             dq_heads.append(dq_KC * shape.K**-0.5)
         dq[queries] = jnp.concatenate(dq_heads).T
+
+    # From the last queries to the first: then a chunk's keys have been seen by all their queries, and their gradients can be
+    # written with the chunk.
+    for chunk in reversed(_chunks(shape)):
+        if shape.documents:
+            _by_reach(shape, numbers_ref, chunk, differentiate)
+        else:
+            differentiate(chunk)
+        queries, _ = chunk
         if shape.score_scale != 1:
             dk[queries] *= shape.score_scale
         for ref, values in (dq_ref, dq), (dk_ref, dk), (dv_ref, dv):
@@ -272,7 +320,7 @@ def _of_heads(shape: Shape, values: dict[int, Any], other: Any = None) -> Any:
     return other
 
 
-def _chunks(shape: Shape) -> list[tuple[slice, list[tuple[slice, bool]]]]:
+def _chunks(shape: Shape) -> list[Chunk]:
     """Return the queries of each chunk, with the keys that all of them see and the keys on the diagonal, marked True."""
     size = shape.queries_per_chunk
     return [
@@ -281,15 +329,43 @@ def _chunks(shape: Shape) -> list[tuple[slice, list[tuple[slice, bool]]]]:
     ]
 
 
-def _scores(shape: Shape, a: jax.Array, b: jax.Array, query_axis: int, diagonal: bool) -> jax.Array:
+def _by_reach(shape: Shape, numbers_ref: Any, chunk: Chunk, work: Callable[[Chunk], None]) -> None:
+    """Do `work` on the chunk with as few of its keys as its documents allow: those from one of a few places on."""
+    queries, key_parts = chunk
+    size, most = queries.stop - queries.start, queries.start
+    # A document seldom starts just where a chunk does. Twice as many keys each time keep long sequences' programs short.
+    reaches = [size << n for n in range(most.bit_length()) if size << n < most] if shape.skips else []
+    start = numbers_ref[0, 0, most // size]
+    later = None
+    for reach in [*reaches, most]:
+        first = most - reach
+        parts = [(slice(max(keys.start, first), keys.stop), diagonal) for keys, diagonal in key_parts]
+        if not reaches:
+            work((queries, parts))
+        else:
+            is_needed = start >= first if later is None else (start >= first) & (start < later)
+            pl.when(is_needed)(functools.partial(work, (queries, parts)))
+        later = first
+
+
+def _scores(
+    shape: Shape, a: jax.Array, b: jax.Array, query_axis: int, keys: slice, diagonal: bool, starts: jax.Array | None
+) -> jax.Array:
+    """Return the scores of `keys`, with a large negative number where the query does not see the key. `starts`: of the
+    queries' documents, in one row, or in each of 128 columns; None if there is one document."""
     scores = _product(a, b, 1, 1)
     if shape.score_scale != 1:
         scores *= shape.score_scale
-    if not diagonal:
+    if not diagonal and starts is None:
         return scores
-    queries = jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
-    keys = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
-    return jnp.where(keys <= queries, scores, _MASKED)
+    query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
+    key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
+    visible: Any = key <= query if diagonal else None
+    if starts is not None:
+        starts -= keys.start
+        inside = key >= (starts if query_axis else jnp.concatenate([starts] * (scores.shape[1] // COLUMNS), axis=1))
+        visible = inside if visible is None else visible & inside
+    return jnp.where(visible, scores, _MASKED)
 
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

@@ -47,8 +47,9 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
             report |= _costs(config, found, compiled)
             if calls := compiled["kernel_calls"]:
                 sizes = [share, config.model.seq_length, config.model.num_heads]
-                request = {"topology": topology, "kernels": [*sizes, config.model.d_model // config.model.num_heads]}
-                each = _compile(Path(folder), request)
+                sizes.append(config.model.d_model // config.model.num_heads)
+                documents = config.train.document_mask
+                each = _compile(Path(folder), {"topology": topology, "kernels": sizes, "documents": documents})
                 report["kernel_cycles"] = sum(each[name] * number for name, number in calls.items())
                 report["cycles"] += report["kernel_cycles"]
     return report

@@ -25,12 +25,12 @@ def main(request: dict[str, Any]) -> None:
     """Answer `request` in a file.
 
     It holds topology and output (the file), and either graph (a file), replicas and spmd, or kernels: the sizes (B, T, H,
-    K) of flash attention."""
+    K) of flash attention, and documents, whether it stays within these."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     topology = TOPOLOGIES[request["topology"]]
     if "kernels" in request:
-        answer = kernel_cycles(topology, request["kernels"])
+        answer = kernel_cycles(topology, request["kernels"], documents=request["documents"])
     else:
         answer = compile_graph(Path(request["graph"]).read_bytes(), topology, request["replicas"], request["spmd"])
     Path(request["output"]).write_text(json.dumps(answer))
@@ -90,10 +90,11 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
     }
 
 
-def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
+def kernel_cycles(topology: Topology, sizes: list[int], *, documents: bool) -> dict[str, int]:
     """Return the cycles of one call of each flash attention kernel, without waiting for memory.
 
-    They are the bundles of its final schedule, one a cycle, and its stalls, times the steps of its grid."""
+    They are the bundles of its final schedule, one a cycle, and its stalls, times the steps of its grid. With `documents`
+    they are those of documents as long as the sequence; shorter ones take fewer."""
     cycles = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -106,7 +107,7 @@ def kernel_cycles(topology: Topology, sizes: list[int]) -> dict[str, int]:
 
         kernels.use_libtpu_version()
         B, T, H, K = sizes
-        shape = kernels.Shape(B, T, H, K, bf16=topology.kind != "TPU v3")
+        shape = kernels.Shape(B, T, H, K, bf16=topology.kind != "TPU v3", documents=documents, skips=False)
         device: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name).devices[0]
         for direction in ("forward", "backward"):
             function = getattr(kernels, direction)(shape)

@@ -58,6 +58,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     runtime = kind(options, config.train, device_kind, replicas)
     with torch.device("meta"):
         model = GPT2(config.model)
+    model.end_of_text = 0 if config.train.document_mask else None  # any id makes the same graph
     step = TrainStep(config, runtime, model, None)
     phase = BatchPlan.of(config.train, runtime.devices).phases[0]
     batches = runtime.batches(phase.batch_size, config.model.seq_length)
@@ -75,7 +76,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     report = {
         "trace_ms": round(median(seconds[1:-1]) * 1000, 1),
         "parameters": model.num_parameters(),
-        "kernels": model.kernels.description,
+        "kernels": model.computation,
         "precision": label(runtime.precision.name),
     }
     return runtime, (step, results), report

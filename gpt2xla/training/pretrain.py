@@ -122,6 +122,7 @@ def _open(
         raise InputError(f"{asked}: {start.source} is already at step {start.step}; raise it")
     settings = settings_of(start.source, data.tokenizer)
     model = start.build_model()
+    model.end_of_text = data.end_of_text
     stop = Stop(runtime, signals, config.train, partial(newest_in_words, folder))
     evaluations = Evaluations(config, runtime, model, data, settings, stop, start.best)
     if runtime.is_main:

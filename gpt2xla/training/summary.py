@@ -26,6 +26,7 @@ from gpt2xla.runtime.precision import label
 # "Up to 4 epochs of repeated data are almost as good as new data" (Muennighoff et al. 2023, "Scaling data-constrained
 # language models").
 _MOST_EPOCHS = 4
+_TOKENS_TO_LOOK_AT = 1_000_000
 
 
 def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2) -> None:
@@ -88,7 +89,7 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
         f"{sizes.seq_length}, dropout {sizes.dropout}",
         "devices": runtime.description,
         "precision": f"{label(runtime.precision.name)}, matmul {train.matmul_precision}{note}",
-        "kernels": model.kernels.description,
+        "kernels": model.computation,
         "batch": phase.describe(runtime.devices, sizes.seq_length) + ramp,
         "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,} to validate on{checked}",
         "run": f"steps {first_step + 1} to {train.train_steps}: {data.tokens_after(train.train_steps):,} tokens in "
@@ -132,6 +133,11 @@ def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
     if tokens < USEFUL_TOKENS:
         split = f"the validation split has only {counted(tokens, 'token')}"
         yield f"note: {split}, so {noise_of(tokens)}; prepare the data with more text"
+    for windows in data.order.sets if data.end_of_text is not None else ():
+        first = windows.stream.read(0, min(windows.stream.length, _TOKENS_TO_LOOK_AT))
+        if not (first == data.end_of_text).any():
+            where = f"the first {len(first):,} tokens of {windows.stream.name}"
+            yield f"note: --document-mask: {where} are one document: none of them is the end-of-text id {data.end_of_text}"
     counts = _epoch_counts(data.order, data.order.plan.sequences_before(train.train_steps))
     for windows, count in zip(data.order.sets, counts, strict=True):
         if count > _MOST_EPOCHS:

@@ -10,7 +10,7 @@ from gpt2xla.checkpoint.run_folder import refuse_unfinished
 from gpt2xla.checkpoint.seal import COMPLETE, step_of
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import RunConfig
-from gpt2xla.data.opening import open_validation, tokenizer_of
+from gpt2xla.data.opening import end_of_text_of, open_validation, tokenizer_of
 from gpt2xla.errors import InputError
 from gpt2xla.evals.schedule import explain_evaluation
 from gpt2xla.evals.validation import Validation, Validator
@@ -29,8 +29,9 @@ def validate(start: Start, runtime: Runtime) -> None:
         raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
     config = start.config
     windows = open_validation(config)
-    tokenizer_of(config, [start.source], [windows])  # refuses another tokenizer than the model's
+    tokenizer = tokenizer_of(config, [start.source], [windows])  # refuses another tokenizer than the model's
     model = start.build_model()
+    model.end_of_text = end_of_text_of(config, tokenizer, [windows])
     with explain_evaluation(runtime, config.train, "validation"):
         validator = Validator(config, windows, model, runtime)
         runtime.setup_model(model, validator.tokens)
@@ -38,7 +39,8 @@ def validate(start: Start, runtime: Runtime) -> None:
     if runtime.is_main:
         for note in windows.stream.notes:
             print(note)
-        print(f"{start.source}: {result}; {windows.stream.name} has {windows.stream.length - 1:,} to predict")
+        within = " within documents" if model.end_of_text is not None else ""
+        print(f"{start.source}: {result}{within}; {windows.stream.name} has {windows.stream.length - 1:,} to predict")
         _log_test(config, start.source, result)
 
 

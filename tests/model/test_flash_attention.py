@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt2xla.model.attention import sdpa_attention
+from gpt2xla.model.documents import document_mask, document_starts
 from gpt2xla.model.pallas_attention import Shape, backward, forward, lower
 
 SHAPES = [
@@ -17,7 +18,13 @@ SHAPES = [
     Shape(1, 128, 2, 32),
     Shape(1, 512, 2, 128),
     Shape(1, 256, 3, 64, bf16=False),
+    Shape(3, 1024, 2, 64, documents=True),
+    Shape(1, 256, 1, 64, bf16=False, documents=True),
+    Shape(1, 256, 1, 128, documents=True),
 ]
+# The first tokens of documents in each row: on a chunk's border and beside it, of one token, and none at all. Each number of
+# keys that a chunk of 256 may look at is taken by some row.
+STARTS = [[1, 255, 256, 257, 300, 767, 900], [0, 511, 512, 1000], []]
 
 
 def inputs(shape: Shape) -> list[np.ndarray]:
@@ -25,10 +32,18 @@ def inputs(shape: Shape) -> list[np.ndarray]:
     return [numbers.standard_normal((shape.B, shape.T, shape.D)).astype(jnp.bfloat16) for _ in range(4)]
 
 
+def starts_of(shape: Shape) -> Tensor:
+    ids = torch.zeros(shape.B, shape.T, dtype=torch.int64)
+    for row, starts in zip(ids, STARTS, strict=False):
+        row[[start for start in starts if start < shape.T]] = 1
+    return document_starts(ids, 1)
+
+
 def by_torch(arrays: list[np.ndarray], shape: Shape, dtype: torch.dtype) -> list[np.ndarray]:
     q, k, v, dy = (torch.tensor(array.astype(np.float64), dtype=dtype) for array in arrays)
     leaves: list[Tensor] = [x.requires_grad_() for x in (q, k, v)]
-    y = sdpa_attention(*leaves, shape.H)
+    mask = document_mask(starts_of(shape), dtype) if shape.documents else None
+    y = sdpa_attention(*leaves, shape.H, mask_B1TS=mask)
     y.backward(dy)
     gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
     return [x.detach().double().numpy() for x in (y, *gradients)]
@@ -38,8 +53,10 @@ def by_torch(arrays: list[np.ndarray], shape: Shape, dtype: torch.dtype) -> list
 def test_values_and_gradients(shape: Shape) -> None:
     """An odd number of heads leaves half of the last block outside the arrays, as gpt2-xl's 25 do."""
     q, k, v, dy = arrays = inputs(shape)
-    y, log_sums = forward(shape, interpret=True)(q, k, v)
-    results = [y, *backward(shape, interpret=True)(q, k, v, y, log_sums, dy)]
+    starts = starts_of(shape)[:, None].numpy()
+    documents = [starts[..., :: shape.queries_per_chunk], starts] if shape.documents else []
+    y, log_sums = forward(shape, interpret=True)(*documents, q, k, v)
+    results = [y, *backward(shape, interpret=True)(*documents, q, k, v, y, log_sums, dy)]
     exact, plain = by_torch(arrays, shape, torch.float64), by_torch(arrays, shape, torch.bfloat16)
     for name, ours, theirs, expected in zip(("y", "dq", "dk", "dv"), results, plain, exact, strict=True):
         error = np.linalg.norm(np.asarray(ours, np.float64) - expected) / np.linalg.norm(expected)
@@ -50,7 +67,8 @@ def test_values_and_gradients(shape: Shape) -> None:
 
 def test_the_kernels_are_lowered_without_a_device() -> None:
     for kernel in (forward, backward):
-        assert "custom_call_config" in json.loads(lower(Shape(2, 256, 4, 64), kernel))
+        for documents in (False, True):
+            assert "custom_call_config" in json.loads(lower(Shape(2, 256, 4, 64, documents=documents), kernel))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def errors() -> dict[str, dict[str, tuple[float, float]]]:
     [
         ("two layers", 1e-6),
         ("odd widths, no biases, activation in products", 1e-6),
+        ("within documents", 1e-6),
         ("bf16", 3e-2),
         ("fp16, activation in products", 3e-3),
     ],
@@ -61,7 +62,7 @@ def test_fused_blocks_are_used_where_they_compute_what_was_asked(
 
     def fused_blocks(device: Cpu, model: ModelConfig, tokens: int, dtype: torch.dtype, *, measures: bool) -> Fused:
         assert (tokens, dtype) == (4 * 8, torch.float32)
-        return Fused(lambda block, x: x, lambda x, norm: x, "fused" + ", measured" * measures)
+        return Fused(lambda block, x, mask: x, lambda x, norm: x, "fused" + ", measured" * measures)
 
     monkeypatch.setattr(Cpu, "fused_blocks", fused_blocks)
     monkeypatch.setattr(Cpu, "compile_pays_from", 1e7)
@@ -82,7 +83,7 @@ def test_fused_blocks_that_fail_or_compute_something_else_are_not_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, factor: Any, agrees: bool
 ) -> None:
     def fused_blocks(device: Cpu, *args: object, **kwargs: object) -> Fused | None:
-        def block(module: Block, x: torch.Tensor) -> torch.Tensor:
+        def block(module: Block, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             return module(x, Kernels()) + (factor - 1) * x
 
         return Fused(block, plain_layer_norm, "fused") if device.has_fused else None

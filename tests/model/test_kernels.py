@@ -90,9 +90,18 @@ def test_lean_kernels_without_biases_and_with_a_head_of_its_own(bias: bool, tie_
     assert all((gradients[n] - expected[n]).norm() / expected[n].norm() <= 1e-5 for n in expected)
 
 
-def test_in_bf16_as_exact_as_the_plain_path() -> None:
+@pytest.fixture(scope="module")
+def distances() -> dict[str, Any]:
+    return json.loads(succeed(run_xla(program="tests/workers/bf16_worker.py")).splitlines()[-1])
+
+
+def test_documents_in_a_window_on_xla_are_those_one_by_one(distances: dict[str, Any]) -> None:
+    assert distances["documents"]["distance"] < 1e-6
+    assert distances["documents"]["fallbacks"] == 0
+
+
+def test_in_bf16_as_exact_as_the_plain_path(distances: dict[str, Any]) -> None:
     """Distance of the whole gradient to float64, over sixteen batches, on a model as it is at the start of training."""
-    distances = json.loads(succeed(run_xla(program="tests/workers/bf16_worker.py")).splitlines()[-1])
     for device in ("xla", "cpu"):
         plain, chosen = (torch.tensor(distances[device][name]) for name in ("plain", "chosen"))
         # Measured: 1.000, with a standard error of 0.005. From one batch to the next it is anything from 0.96 to 1.04.

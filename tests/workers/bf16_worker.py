@@ -1,15 +1,19 @@
 """Run by test_kernels.py in its own process: how far bf16 gradients are from those in float64, on XLA and on the CPU.
 
 Prints one JSON object: by device the distances, one per batch, of the plain formulas and of what the runtime chooses in
-their place.
+their place; and, within documents, how far fp32 gradients on XLA are from those of the documents one by one.
 """
 
+import dataclasses
+import itertools
 import json
 from functools import partial
+from typing import Any
 
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as met
 from torch import Tensor
 
 from gpt2xla.config import ModelConfig
@@ -42,23 +46,51 @@ def gradient(model: GPT2, batch: int) -> Tensor:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=model.wte.weight.dtype == torch.float32):
         loss, count = model(ids[:, :-1].to(device), ids[:, 1:].to(device))
     (loss / count).backward()
-    flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu().double()
+    flat = flat_gradient(model)
     model.zero_grad(set_to_none=True)
     return flat
 
 
-def model_on(device: str, dtype: torch.dtype, kernels: Kernels) -> GPT2:
-    model = GPT2(CONFIG)
+def flat_gradient(model: GPT2) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).cpu().double()
+
+
+def model_on(device: str, dtype: torch.dtype, kernels: Kernels, config: ModelConfig = CONFIG) -> GPT2:
+    model = GPT2(config)
     model.init_weights(torch.Generator().manual_seed(3))
     model.kernels = kernels
     return model.to(device, dtype)
 
 
+def within_documents() -> dict[str, float]:
+    """Return the relative distance, and how many operations fell back to the host."""
+    config = dataclasses.replace(CONFIG, seq_length=64, d_model=32, num_layers=1)
+    ids = torch.randint(1, CONFIG.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))
+    cuts = [[0, 1, 17, 63, 64], [0, 40, 64]]
+    for row, starts in zip(ids, cuts, strict=True):
+        row[starts[1:-1]] = 0
+    alone, packed = (
+        model_on("cpu", torch.float64, Kernels(), config),
+        model_on("xla", torch.float32, KERNELS["xla"], config),
+    )
+    packed.end_of_text = 0
+    for row, starts in zip(ids, cuts, strict=True):
+        for start, stop in itertools.pairwise(starts):
+            alone(row[None, start:stop], row[None, start + 1 : stop + 1])[0].backward()
+    on_device = ids.to("xla")
+    packed(on_device[:, :-1], on_device[:, 1:])[0].backward()
+    torch_xla.sync()
+    fallbacks = sum(met.counter_value(name) for name in met.counter_names() if name.startswith("aten::"))
+    exact, found = (flat_gradient(model) for model in (alone, packed))
+    return {"distance": ((found - exact).norm() / exact.norm()).item(), "fallbacks": fallbacks}
+
+
 def main() -> None:
     torch_xla.device()  # autograd only knows devices that were there when it first ran
+    documents = within_documents()
     reference = model_on("cpu", torch.float64, Kernels())
     exact = [gradient(reference, batch) for batch in range(BATCHES)]
-    distances: dict[str, dict[str, list[float]]] = {}
+    distances: dict[str, Any] = {"documents": documents}
     for device, chosen in KERNELS.items():
         distances[device] = {}
         for name, kernels in (("plain", Kernels()), ("chosen", chosen)):

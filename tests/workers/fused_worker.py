@@ -32,6 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
         {"d_model": 33, "num_heads": 3, "d_ff": 300, "activation": "gelu-exact", "bias": False},
         torch.float32,
     ),
+    "within documents": ({}, torch.float32),
     "bf16": ({"activation": "relu"}, torch.bfloat16),
     "fp16, activation in products": ({}, torch.float16),  # the interpreter multiplies the bits of bf16
 }
@@ -69,6 +70,7 @@ def main() -> None:
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         ids = torch.randint(0, config.vocab_size, (2, config.seq_length + 1), generator=generator)
+        model.end_of_text = int(ids[0, 4]) if "documents" in name else None
         plain = results(model, Kernels(), ids, dtype)
         kernels = dataclasses.replace(FUSED, block=partial(fused_block, tile=TILE)) if "products" in name else FUSED
         fused = results(model, kernels, ids, dtype)

@@ -27,12 +27,14 @@ class Stream(NamedTuple):
     bias_D: Tensor | None = None
 
 
-def fused_block(block: Block, stream: Tensor | Stream, tile: Tile | None = None) -> Stream:
+def fused_block(
+    block: Block, stream: Tensor | Stream, mask_B1TT: Tensor | None = None, tile: Tile | None = None
+) -> Stream:
     """Compute the same as `block(stream)`, for a model without dropout. With a `tile` the activation is part of products."""
     attn, mlp = block.attn, block.mlp
     x_BTD, normed_BTD = _added(stream, block.ln_1)
     q_BTD, k_BTD, v_BTD = three_projections(normed_BTD, attn.c_attn.weight, attn.c_attn.bias)
-    y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, attn.num_heads)
+    y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, attn.num_heads, mask_B1TS=mask_B1TT)
     stream = Stream(x_BTD, linear(y_BTD, attn.c_proj.weight), attn.c_proj.bias)
     x_BTD, normed_BTD = _added(stream, block.ln_2)
     return Stream(x_BTD, feed_forward_layers(mlp, normed_BTD, tile), mlp.c_proj.bias)

@@ -41,10 +41,10 @@ class CompiledBlock(CompileWatch):
     def programs(self) -> int:
         return len(self._known)
 
-    def __call__(self, block: nn.Module, x_BTD: Tensor, kernels: Kernels) -> Tensor:
+    def __call__(self, block: nn.Module, x_BTD: Tensor, kernels: Kernels, documents: Tensor | None) -> Tensor:
         program = (x_BTD.shape, block.training, torch.is_grad_enabled())
         if _is_eager or program in self._known or torch.compiler.is_compiling():
-            return self._compiled(block, x_BTD, kernels)
+            return self._compiled(block, x_BTD, kernels, documents)
         name = "training step" if program[1] else "validation step"
         if self._prints:
             say(f"compiling the blocks of the {name} ...")
@@ -52,7 +52,7 @@ class CompiledBlock(CompileWatch):
         try:
             is_first = not any(is_training for _, is_training, _ in self._known)
             with compiling(before_training=block.training and is_first):
-                y_BTD = self._compiled(block, x_BTD, kernels)
+                y_BTD = self._compiled(block, x_BTD, kernels, documents)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = in_one_line(error.inner_exception)
             raise RunFailed(f"torch.compile failed ({reason}); start again without it: --no-compile") from error
@@ -77,5 +77,5 @@ def uncompiled() -> Iterator[None]:
         _is_eager = False
 
 
-def _call(block: nn.Module, x_BTD: Tensor, kernels: Kernels) -> Tensor:
-    return block(x_BTD, kernels)
+def _call(block: nn.Module, x_BTD: Tensor, kernels: Kernels, documents: Tensor | None) -> Tensor:
+    return block(x_BTD, kernels, documents)

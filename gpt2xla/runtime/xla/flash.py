@@ -15,14 +15,16 @@ from gpt2xla.runtime.xla.versions import installed, release_for, why_no_kernels
 
 
 def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attention:
-    """Return causal attention in bf16, on tensors (B, T, D) of a shape that is `supported`.
+    """Return causal attention in bf16, on tensors (B, T, D) of a shape that is `supported`, also within documents.
 
     With a mesh of one axis, for SPMD, each device takes its part of the batch: the partitioner cannot look into the kernel
     to divide it."""
     bf16 = not device_kind.startswith("TPU v3")
 
-    def flash_attention(q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int) -> Tensor:
-        return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, num_heads, bf16, mesh)
+    def flash_attention(
+        q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, starts_BT: Tensor | None = None
+    ) -> Tensor:
+        return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, starts_BT, num_heads, bf16, mesh)
 
     return flash_attention
 
@@ -46,25 +48,34 @@ def why_no_flash_attention(device_kind: str, num_heads: int, head_size: int, len
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, *kernel: Any) -> Tensor:
+    def forward(
+        ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, starts_BT: Tensor | None, *kernel: Any
+    ) -> Tensor:
         ctx.kernel = kernel
-        y_BTD, log_sums = _call("forward", [q_BTD, k_BTD, v_BTD], *kernel)
-        ctx.save_for_backward(q_BTD, k_BTD, v_BTD, y_BTD, log_sums)
+        y_BTD, log_sums = _call("forward", starts_BT, [q_BTD, k_BTD, v_BTD], *kernel)
+        ctx.save_for_backward(starts_BT, q_BTD, k_BTD, v_BTD, y_BTD, log_sums)
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_call("backward", [*ctx.saved_tensors, grads[0]], *ctx.kernel), None, None, None
+        starts_BT, *tensors = ctx.saved_tensors
+        return *_call("backward", starts_BT, [*tensors, grads[0]], *ctx.kernel), None, None, None, None
 
 
-def _call(direction: str, tensors: list[Tensor], num_heads: int, bf16: bool, mesh: xs.Mesh | None) -> list[Tensor]:
+def _call(
+    direction: str, starts_BT: Tensor | None, tensors: list[Tensor], num_heads: int, bf16: bool, mesh: xs.Mesh | None
+) -> list[Tensor]:
     parts = tensors if mesh is None else [_part(tensor, mesh) for tensor in tensors]
     sequences, length, width = parts[0].shape
-    payload, blocks = _lowered((sequences, length, num_heads, width // num_heads, bf16), direction)
+    sizes = (sequences, length, num_heads, width // num_heads, bf16, starts_BT is not None)
+    payload, blocks, chunk = _lowered(sizes, direction)
     if direction == "forward":
         shapes, dtypes = [parts[0].shape, torch.Size((sequences, *blocks, length))], [torch.bfloat16, torch.float32]
     else:
         shapes, dtypes = [parts[0].shape] * 3, [torch.bfloat16] * 3
+    if starts_BT is not None:
+        starts = [starts_BT[:, None, ::chunk], starts_BT[:, None]]
+        parts = [*(starts if mesh is None else [_part(tensor, mesh) for tensor in starts]), *parts]
     results = torch_xla._XLAC._xla_tpu_custom_call(parts, payload, shapes, dtypes)
     return results if mesh is None else [_whole(result, len(tensors[0]), mesh) for result in results]
 
@@ -83,8 +94,9 @@ def _by_sequence(tensor: Tensor, mesh: xs.Mesh) -> tuple[str | None, ...]:
 
 
 @functools.cache
-def _lowered(sizes: tuple[int, int, int, int, bool], direction: str) -> tuple[str, tuple[int, int]]:
+def _lowered(sizes: tuple[int, int, int, int, bool, bool], direction: str) -> tuple[str, tuple[int, int], int]:
     from gpt2xla.model import pallas_attention as kernels
 
     shape = kernels.Shape(*sizes)
-    return kernels.lower(shape, getattr(kernels, direction)), (shape.blocks, shape.heads_per_block)
+    payload = kernels.lower(shape, getattr(kernels, direction))
+    return payload, (shape.blocks, shape.heads_per_block), shape.queries_per_chunk
