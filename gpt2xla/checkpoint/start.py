@@ -17,7 +17,7 @@ from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_s
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
-from gpt2xla.config import GeneralConfig, ModelConfig, OptimConfig, RunConfig, flag, options_of
+from gpt2xla.config import GeneralConfig, ModelConfig, OptimConfig, RunConfig, batch, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed
 from gpt2xla.data.batch_plan import SAVED_SIZES, BatchPlan
@@ -194,9 +194,9 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> tuple[RunCon
             if isinstance(now.get(name), tuple) and isinstance(value, str):
                 value = (value,)  # older checkpoints store a single --train-dir as a string
             saved[name] = value
-            if name not in now or name in _NOT_CONTINUED or hasattr(ModelConfig, name):
+            if name not in now or name in (*_NOT_CONTINUED, *batch.OPTIONS) or hasattr(ModelConfig, name):
                 continue
-            if name == "batch_ramp" and value and "gradient_accum_step" in config.given:
+            if name == "batch_ramp" and value and config.given.intersection(batch.OPTIONS[1:]):
                 notes.append(f"changed: --batch-ramp {_as_given(value)} -> not set")
                 value = None
             if name not in config.given or (name == "mixed_precision" and now[name] == "auto"):
@@ -206,7 +206,13 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> tuple[RunCon
         methods = {saved.get("decay_method"), given.get("decay_method", saved.get("decay_method"))}
         if len(methods) > 1 and not methods <= {"cosine", "linear"}:
             options.pop("decay_steps", None)  # which means something else now
-        completed = RunConfig.from_flat(given | options, config.given)
+        # What follows from --sequences-per-update is asked for with it.
+        names = batch.OPTIONS if "sequences_per_update" in config.given else config.given.intersection(batch.OPTIONS)
+        sizes = batch.of_resumed_run(saved, {name: now[name] for name in names})
+        others = {name: value for name, value in (given | options).items() if name not in batch.OPTIONS}
+        if others.get("batch_ramp") and "gradient_accum_step" not in config.given:
+            sizes.pop("gradient_accum_step", None)
+        completed = RunConfig.from_flat(others | sizes, config.given)
         schedule = {f.name for f in options_of(OptimConfig)} | {"train_steps", "resume"}
         resumed = RunConfig.from_flat({name: value for name, value in saved.items() if name in schedule}, given=())
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gpt2xla.config import paths
+from gpt2xla.config import batch, paths
 from gpt2xla.config.model import ModelConfig
 from gpt2xla.config.optim import DECAY_SHARE, OPEN_ENDED, WARMUP_SHARE, OptimConfig
 from gpt2xla.config.options import (
@@ -163,6 +163,7 @@ class RunConfig:
     def from_flat(cls, options: dict[str, Any], given: Collection[str] | None = None) -> RunConfig:
         """Return the run in which `options` are set and all others have their defaults. The user set those in `given`; by
         default, all of `options`. Raises as `check` does."""
+        batch.check_given(options)
         groups = {
             name: group(**{f.name: options[f.name] for f in options_of(group) if f.name in options})
             for name, group in GROUPS.items()

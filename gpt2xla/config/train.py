@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt2xla.config import paths
+from gpt2xla.config import batch, paths
 from gpt2xla.config.options import OFF, flag, option, require, require_at_least, require_at_most
 
 _MOST_SEQUENCES = 2**20  # a larger number is a slip, too
@@ -27,8 +28,20 @@ class TrainConfig:
     epochs: float | None = option(
         None, "instead of --train-steps: so many passes over the training data, in the fewest updates that read them"
     )
-    train_batch_size: int = option(32, "sequences per micro-step, over all devices together")
-    gradient_accum_step: int | None = option(8, "micro-steps per optimizer update")
+    train_batch_size: int | Literal["auto"] = option(
+        "auto",
+        "sequences per micro-step, over all devices together; auto: as many as the devices' memory holds and "
+        "--sequences-per-update is a multiple of; 32 with --gradient-accum-step alone",
+    )
+    gradient_accum_step: int | None = option(
+        None,
+        "micro-steps per optimizer update (default: as many as make --sequences-per-update; 8 with --train-batch-size alone)",
+    )
+    sequences_per_update: int | None = option(
+        None,
+        "sequences that an optimizer update sees, over all its micro-steps (default: 256, unless --train-batch-size or "
+        "--gradient-accum-step is given)",
+    )
     batch_ramp: tuple[str, ...] | None = option(
         None,
         "sequences per update from each step on, such as 32:0 64:1000 128:4000, instead of --gradient-accum-step; a "
@@ -115,13 +128,41 @@ class TrainConfig:
         """Whether the checkpoint of the lowest validation loss is kept."""
         return self.early_stopping_patience > 0 if self.keep_best is None else self.keep_best
 
+    def __post_init__(self) -> None:
+        values = batch.complete(*(getattr(self, name) for name in batch.OPTIONS))
+        for name, value in zip(batch.OPTIONS, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per micro-step, over all devices: --train-batch-size or, while that is still auto, 32."""
+        return batch.MICRO_BATCH if self.train_batch_size == "auto" else self.train_batch_size
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-steps per update; while --train-batch-size is still auto, of 32 sequences."""
+        sequences = self.sequences_per_update or batch.SEQUENCES
+        return self.gradient_accum_step or -(-sequences // batch.MICRO_BATCH)
+
+    def with_micro_batch(self, size: int) -> TrainConfig:
+        """Return these options with --train-batch-size `size`, where it was auto. The update stays the same."""
+        assert self.train_batch_size == "auto"
+        assert self.sequences_per_update is not None
+        steps = self.sequences_per_update // size
+        return dataclasses.replace(self, train_batch_size=size, gradient_accum_step=steps, sequences_per_update=None)
+
     def check(self) -> None:
-        require_at_least(1, self, "train_steps", "train_batch_size", "gradient_accum_step", "eval_batch_size")
+        require_at_least(1, self, "train_steps", "gradient_accum_step", "sequences_per_update", "eval_batch_size")
+        if self.train_batch_size != "auto":
+            require_at_least(1, self, "train_batch_size")
+            require_at_most(_MOST_SEQUENCES, self, "train_batch_size")
+        if self.sequences_per_update is not None:
+            require_at_most(_MOST_SEQUENCES, self, "sequences_per_update")
         require(
             self.valid_steps == "all" or self.valid_steps > 0,
             f"--valid-steps {self.valid_steps}: choose a number of at least 1, or all",
         )
-        require_at_most(_MOST_SEQUENCES, self, "train_batch_size", "eval_batch_size")
+        require_at_most(_MOST_SEQUENCES, self, "eval_batch_size")
         if self.batch_ramp is not None:
             require(
                 self.gradient_accum_step is None,

@@ -68,13 +68,12 @@ def train_advice(
     """Return what to do about a training step that does not fit, of a model with so many `parameters`.
 
     `fits` tries a number of sequences per device; it returns None where that would take a compile."""
-    share, accum = train.train_batch_size // devices, train.gradient_accum_step
-    assert accum is not None
+    share, accum = train.micro_batch_size // devices, train.micro_steps
     batches = same_update(share, accum)
     one_fits = fits(1)
     if not batches or one_fits is False:
         return f"not even one sequence per device fits; {SMALLER_MODEL}"
-    refused = f"--train-batch-size {train.train_batch_size} does not fit"
+    refused = f"--train-batch-size {train.micro_batch_size} does not fit"
     if one_fits:
         found = first_that_fits(batches, lambda fewer: fewer == 1 or bool(fits(fewer)))
         assert found is not None, "one sequence does"
@@ -103,12 +102,11 @@ def host_warning(model: ModelConfig, train: TrainConfig, parameters: int, free: 
     """Return a warning for before the first step on a CPU if `free` memory seems too small, else None.
 
     Most systems promise more memory than they have, and kill the process that uses it without a message."""
-    share = train.train_batch_size // devices
+    share = train.micro_batch_size // devices
     needed = host_step_bytes(model, train, parameters, share)
     if free is None or needed <= free:
         return None
-    assert train.gradient_accum_step is not None
-    smaller = same_update(share, train.gradient_accum_step)
+    smaller = same_update(share, train.micro_steps)
     fitting = [batch for batch in smaller if host_step_bytes(model, train, parameters, batch[0]) <= free]
     fix = _flags(fitting[0], devices, train) if fitting else SMALLER_MODEL
     return (

@@ -30,10 +30,10 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
     compile_seconds, trace_ms and others; sizes and costs are of one device and one update. Raises InputError if the batch
     does not divide over the devices, and RunFailed, which names the error, if tracing or compiling fails."""
     found = TOPOLOGIES[topology]
-    share, rest = divmod(config.train.train_batch_size, found.devices)
+    share, rest = divmod(config.train.micro_batch_size, found.devices)
     if rest or not share:
         raise InputError(
-            f"--train-batch-size {config.train.train_batch_size} does not divide over the {found.devices} devices of "
+            f"--train-batch-size {config.train.micro_batch_size} does not divide over the {found.devices} devices of "
             f"{topology}; use a multiple of {found.devices}"
         )
     with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
@@ -127,7 +127,7 @@ def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> d
         # No step can be faster than its products at the device's peak, or its traffic at full bandwidth.
         "roofline_seconds": max(compute, memory),
         "roofline_bound": "compute" if compute > memory else "memory",
-        "tokens_per_step": config.train.train_batch_size * config.train.gradient_accum_step * config.model.seq_length,
+        "tokens_per_step": config.train.micro_batch_size * config.train.micro_steps * config.model.seq_length,
     }
 
 

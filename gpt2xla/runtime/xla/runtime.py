@@ -139,7 +139,7 @@ class XlaRuntime(XlaDevice):
         attention: dict[str, Attention] = {"chunked": partial(chunked_attention, fence=xm.optimization_barrier_)}
         if not flash_is_out:
             attention["flash"] = flash_attention_for(self.device_kind, self.mesh)
-        logits = self.train.train_batch_size * model.seq_length // self.devices * model.vocab_size
+        logits = self.train.micro_batch_size * model.seq_length // self.devices * model.vocab_size
         return choose_kernels(
             self.train,
             model,
