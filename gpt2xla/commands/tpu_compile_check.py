@@ -15,7 +15,7 @@ from gpt2xla.cli import parse_run
 from gpt2xla.config import RunConfig, XlaConfig, option
 from gpt2xla.config.paths import check_mixture
 from gpt2xla.errors import InputError, counted, user_error
-from gpt2xla.tpu_check.check import check, find_batch, with_largest_updates
+from gpt2xla.tpu_check.check import check, check_chosen, find_batch, with_largest_updates
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
 
 DOES_NOT_FIT = 3
@@ -47,7 +47,9 @@ def main() -> None:
     reports = []
     for topology in options.topology:
         run = with_largest_updates(config, topology)
-        report = (find_batch if options.find_batch else check)(run, options, topology, say)
+        is_auto = run.train.train_batch_size == "auto"
+        ask = find_batch if options.find_batch else check_chosen if is_auto else check
+        report = ask(run, options, topology, say)
         reports.append(report)
         print(describe(report), flush=True)
         if options.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,20 +37,20 @@ def check_given(options: Mapping[str, Any]) -> None:
             f"--train-batch-size auto chooses the number of micro-steps too: leave --gradient-accum-step {accum} out, or "
             "name --sequences-per-update instead of auto",
         )
-    counts = [n for n in (batch, accum) if _is_count(n)]
+    counts: list[int] = [n for n in (batch, accum) if _is_count(n)]  # type: ignore[misc]
     if not counts or not _is_count(sequences):
         return
+    assert sequences is not None
     named = {"--train-batch-size": batch, "--gradient-accum-step": accum}
     words = " and ".join(f"{flag} {value}" for flag, value in named.items() if _is_count(value))
-    if len(counts) == 2:
-        product = counts[0] * counts[1]
-        require(
-            product == sequences,
-            f"--sequences-per-update {sequences} contradicts {words}, which make {product}; leave one of the three out",
-        )
-    most = max(n for n in range(1, min(counts[0], sequences) + 1) if sequences % n == 0)
+    product = math.prod(counts)
     require(
-        sequences % counts[0] == 0,
+        len(counts) == 1 or product == sequences,
+        f"--sequences-per-update {sequences} contradicts {words}, which make {product}; leave one of the three out",
+    )
+    most = max(n for n in range(1, min(product, sequences) + 1) if sequences % n == 0)
+    require(
+        sequences % product == 0,
         f"--sequences-per-update {sequences} does not divide into {words}; use {most}, or another divisor of {sequences}",
     )
 

@@ -35,7 +35,7 @@ class TrainConfig:
     )
     gradient_accum_step: int | None = option(
         None,
-        "micro-steps per optimizer update (default: as many as make --sequences-per-update; 8 with --train-batch-size alone)",
+        "micro-steps per optimizer update (default: what makes --sequences-per-update; 8 with --train-batch-size alone)",
     )
     sequences_per_update: int | None = option(
         None,

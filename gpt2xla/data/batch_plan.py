@@ -68,10 +68,9 @@ class BatchPlan:
     def of(cls, train: TrainConfig, devices: int) -> BatchPlan:
         """Return the plan of a new run. Raises InputError if a micro-batch does not divide over the devices."""
         if train.batch_ramp is not None:
-            return cls(tuple(_phase(*entry, train.train_batch_size, devices) for entry in parse_ramp(train.batch_ramp)))
-        assert train.gradient_accum_step is not None
-        share_of("--train-batch-size", train.train_batch_size, devices)
-        return cls((Phase(0, train.train_batch_size, train.gradient_accum_step),))
+            return cls(tuple(_phase(*entry, train.micro_batch_size, devices) for entry in parse_ramp(train.batch_ramp)))
+        share_of("--train-batch-size", train.micro_batch_size, devices)
+        return cls((Phase(0, train.micro_batch_size, train.micro_steps),))
 
     @classmethod
     def saved(cls, data: Mapping[str, Any]) -> BatchPlan:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gpt2xla.config import OptimConfig
+from gpt2xla.config import OptimConfig, TrainConfig
+from gpt2xla.config.batch import MICRO_BATCH
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import is_out_of_memory
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.precision import ChosenPrecision
+from gpt2xla.runtime.trial import Trial
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,6 +52,19 @@ class Memory:
     def free(self) -> int | None:
         """Return the bytes still free, where using more would kill the process without an error; elsewhere None."""
         return None
+
+    def most_that_fit(self, trial: Trial) -> int:
+        """Return the largest share of `trial` that fits, as far as this process can tell. Collective.
+
+        Where nothing is known, that is what fits common devices: 32 sequences over all of them."""
+        return trial.at_most(MICRO_BATCH // trial.devices)
+
+    def remembered(self, trial: Trial) -> int | None:
+        """Return the share that an earlier run found to fit, if it left a note."""
+        return None
+
+    def remember(self, trial: Trial, share: int) -> None:
+        """Leave a note for later runs, where finding out again would take long."""
 
 
 class CompileWatch:
@@ -126,6 +141,7 @@ class Runtime(Device, Processes, Protocol):
     """One process's view of the devices it trains on."""
 
     precision: ChosenPrecision  # what the model computes in, after --mixed-precision auto is decided
+    train: TrainConfig  # by which `setup_model` chooses kernels; replaced once --train-batch-size auto is decided
     # How many steps late the host may wait for a step's values, so that the device does not run out of work.
     steps_behind: int
 

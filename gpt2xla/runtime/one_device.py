@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2xla.config import OptimConfig
+from gpt2xla.config import OptimConfig, TrainConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.optim.muon import Owners
@@ -34,7 +34,7 @@ class OneDevice:
     def __init__(
         self, device: torch.device, precision: ChosenPrecision = FP32, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.device, self.precision, self.description = device, precision, str(device)
+        self.device, self.precision, self.description, self.train = device, precision, str(device), TrainConfig()
         self.rank, self.world_size, self.devices = rank, world_size, world_size
         self.steps_behind = 0
         self.is_main = rank == 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2xla.config import RunConfig, XlaConfig
+from gpt2xla.config.batch import MICRO_STEPS
 from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.errors import InputError, RunFailed, counted
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
@@ -66,8 +67,10 @@ def find_batch(
     tried: dict[int, dict[str, Any]] = {}
     best, too_many = 0, _MOST_SEQUENCES + 1
     share = _first_try(config, options, TOPOLOGIES[topology])
+    steps = config.train.gradient_accum_step or MICRO_STEPS
     while too_many - best > max(1.0, tolerance * best):
-        train = dataclasses.replace(config.train, train_batch_size=share * devices)
+        sizes = {"train_batch_size": share * devices, "gradient_accum_step": steps, "sequences_per_update": None}
+        train = dataclasses.replace(config.train, **sizes)
         report = tried[share] = check(dataclasses.replace(config, train=train), options, topology, say)
         verdict = "fits" if report["fits"] else "does not fit"
         say(f"{topology}: {share} per device: {report['peak_gib']:.2f} of {report['memory_gib']:.2f} GiB, {verdict}")
@@ -85,15 +88,39 @@ def with_largest_updates(config: RunConfig, topology: str) -> RunConfig:
     Raises InputError if these do not divide over the devices."""
     if config.train.batch_ramp is None:
         return config
+    if config.train.train_batch_size == "auto":  # whose --sequences-per-update are those of the largest updates
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_ramp=None))
     largest = max(BatchPlan.of(config.train, TOPOLOGIES[topology].devices).phases, key=lambda phase: phase[1:])
     return dataclasses.replace(config, train=dataclasses.replace(largest.options(config.train), batch_ramp=None))
 
 
+def check_chosen(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the report of the micro-batch that --train-batch-size auto chooses on these devices, by the same rules."""
+    from gpt2xla.runtime.trial import Trial  # they import torch, for which --help must not wait
+    from gpt2xla.runtime.xla.memory import XlaMemory
+
+    found, reports = TOPOLOGIES[topology], dict[int, dict[str, Any]]()
+
+    class CompiledTrial(Trial):
+        def update(self, share: int) -> None:
+            report = reports[share] = check(self.config_of(share), options, topology, say)
+            if not report["fits"]:
+                used, memory = report["peak_gib"], report["memory_gib"]
+                say(f"{topology}: {share} per device: {used:.2f} of {memory:.2f} GiB, refused")
+                raise RuntimeError(f"Used {used}G of {memory}G hbm")  # in the compiler's words
+
+    trial = CompiledTrial(config, found.devices)
+    share = XlaMemory(found.kind, options, found.devices if options.fsdp else 1).most_that_fit(trial)
+    train = trial.config_of(share).train
+    say(f"{topology}: auto is --train-batch-size {train.micro_batch_size} --gradient-accum-step {train.micro_steps}")
+    return reports[share] if share in reports else check(trial.config_of(share), options, topology, say)
+
+
 def _first_try(config: RunConfig, options: XlaConfig, topology: Topology) -> int:
-    from gpt2xla.runtime.memory import STATE_BYTES  # it imports torch, for which --help must not wait
+    from gpt2xla.runtime.memory import STATE_BYTES, compiled_sequence_bytes
 
     state = STATE_BYTES * config.model.matrix_elements / (topology.devices if options.fsdp else 1)
-    room = int((topology.memory * 2**30 - state) / _bytes_per_sequence(config))
+    room = int((topology.memory * 2**30 - state) / compiled_sequence_bytes(config.model, config.train))
     return min(max(1, room), _MOST_SEQUENCES)
 
 
@@ -104,24 +131,15 @@ def _next_try(config: RunConfig, last: dict[str, Any], best: int, too_many: int)
     the limit the compiler computes things twice, and memory hardly grows any more."""
     if best and too_many <= _MOST_SEQUENCES:
         return (best + too_many) // 2
+    from gpt2xla.runtime.memory import compiled_sequence_bytes
+
     room = (last["memory_gib"] - last["peak_gib"]) * 2**30
-    guess = last["sequences_per_device"] + int(room / _bytes_per_sequence(config))
+    guess = last["sequences_per_device"] + int(room / compiled_sequence_bytes(config.model, config.train))
     least = best + max(1, best // 4) if best else 1
     return min(max(guess, least), too_many - 1)
 
 
-def _bytes_per_sequence(config: RunConfig) -> int:
-    """Return about what all blocks keep for the backward pass."""
-    from gpt2xla.runtime.memory import kept_by_block
-
-    width = 4 if config.train.mixed_precision == "none" else 2  # auto is bf16 on TPUs
-    block, checkpointed = kept_by_block(config.model, width, fused=True)
-    kept = block if config.train.activation_checkpointing == "none" else checkpointed
-    return config.model.seq_length * config.model.num_layers * kept
-
-
 def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> dict[str, Any]:
-    assert config.train.gradient_accum_step is not None
     compute, memory = compiled["flops"] / topology.flops, compiled["bytes"] / topology.bandwidth
     return {
         # No step can be faster than its products at the device's peak, or its traffic at full bandwidth.

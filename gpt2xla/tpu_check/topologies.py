@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpt2xla.logs.peak_flops import DEVICE_PEAK_FLOPS
+from gpt2xla.runtime.xla.compiler_messages import HBM_GIB
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,11 @@ class Topology:
     kind: str  # what its devices call themselves
     devices: int  # how many PyTorch/XLA counts: cores on v2 and v3, chips on others
     bandwidth: float  # of one device's memory, in bytes per second, from Google's system architecture pages
-    memory: float  # of one device as its compiler counts it, in GiB; a little is kept for the runtime
+
+    @property
+    def memory(self) -> float:
+        """Of one device, in GiB."""
+        return HBM_GIB[self.kind]
 
     @property
     def flops(self) -> float:
@@ -24,9 +29,9 @@ class Topology:
 
 
 TOPOLOGIES = {
-    "v3-8": Topology("v3:2x2", "TPU v3", 8, 450e9, 15.48),
-    "v4-8": Topology("v4:2x2x1", "TPU v4", 4, 1228e9, 30.75),
-    "v5e-8": Topology("v5e:2x4", "TPU v5 lite", 8, 819e9, 15.75),
-    "v5p-8": Topology("v5p:2x2x1", "TPU v5", 4, 2765e9, 95.74),
-    "v6e-8": Topology("v6e:2x4", "TPU v6 lite", 8, 1640e9, 31.25),
+    "v3-8": Topology("v3:2x2", "TPU v3", 8, 450e9),
+    "v4-8": Topology("v4:2x2x1", "TPU v4", 4, 1228e9),
+    "v5e-8": Topology("v5e:2x4", "TPU v5 lite", 8, 819e9),
+    "v5p-8": Topology("v5p:2x2x1", "TPU v5", 4, 2765e9),
+    "v6e-8": Topology("v6e:2x4", "TPU v6 lite", 8, 1640e9),
 }

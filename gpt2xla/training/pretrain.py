@@ -29,6 +29,7 @@ from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.leaving import leaving_together
 from gpt2xla.runtime.precision import PRECISIONS
 from gpt2xla.runtime.stop import Stop
+from gpt2xla.training import micro_batch
 from gpt2xla.training.run_log import RunLog
 from gpt2xla.training.summary import how_to_continue, print_end, print_start
 from gpt2xla.training.train_step import TrainStep
@@ -72,6 +73,8 @@ def pretrain(
                 print(f"nothing to do: {how_to_continue(start)}")
             is_finished = True
         else:
+            with memory.explain_out_of_memory(runtime, "before the first step", lambda _: memory.SMALLER_MODEL):
+                start = dataclasses.replace(start, config=micro_batch.choose(start.config, runtime))
             with contextlib.ExitStack() as holding:
                 run = _open(start, runtime, signals, holding)
                 del start  # its copies of weights and optimizer state on the host would stay for the whole run

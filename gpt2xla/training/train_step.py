@@ -53,8 +53,8 @@ class TrainStep:
     def rehearse(self, sequences: int) -> None:
         """Use as much memory as an update of several micro-steps does at its peak, with `sequences` on this device.
 
-        It holds their activations beside whole gradients. Only this process takes part, and nothing is updated: it is for a
-        run that has failed."""
+        It holds their activations beside whole gradients. Only this process takes part, and nothing is updated: it is for
+        before a run, and for after one that has failed."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
@@ -63,3 +63,9 @@ class TrainStep:
         with self.runtime.autocast():
             loss, _ = self.model(ids, ids)
         torch.autograd.grad(loss, parameters)  # unlike backward(), it runs none of DistributedDataParallel's hooks
+
+
+def packed(runtime: Runtime, loss: Tensor, grad_norm: Tensor, requested: Tensor) -> Tensor:
+    """Return what the host reads of an update, in one tensor: loss, gradient norm, and how many processes have `requested` a
+    stop. Collective, and part of the step that XLA compiles."""
+    return torch.stack([loss, grad_norm, runtime.sum(requested)])

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.config import TrainConfig
 from gpt2xla.data.batch_plan import Phase
@@ -19,7 +17,7 @@ from gpt2xla.runtime import memory
 from gpt2xla.runtime.base import Runtime, Shortage
 from gpt2xla.runtime.stop import Stop
 from gpt2xla.training.run_log import RunLog
-from gpt2xla.training.train_step import TrainStep
+from gpt2xla.training.train_step import TrainStep, packed
 
 
 @dataclass
@@ -102,14 +100,14 @@ class Trainer:
     def _update(self, batches: Iterator[Batch], step: int, phase: Phase) -> None:
         """Make one update, and queue its loss, gradient norm and stop requests for the host. On XLA this is one graph."""
         loss, grad_norm, lr = self.train_step(batches, step, phase)
-        requests, receive_requests = self.runtime.sum(self.stop.requested()), self.stop.receiver()
+        values, receive_requests = packed(self.runtime, loss, grad_norm, self.stop.requested()), self.stop.receiver()
         log = self.log.training_line(step + 1, lr)
 
         def ready(loss: float, grad_norm: float, requests: float) -> None:
             receive_requests(requests)
             log(loss, grad_norm)
 
-        self.runtime.when_ready(ready, torch.stack([loss, grad_norm, requests]))
+        self.runtime.when_ready(ready, values)
 
     def _save(self, step: int, is_evaluated: bool) -> None:
         with self.runtime.watch.part("saving"):

@@ -4,6 +4,7 @@ Another kind is one more class, and one more line in `pick_accelerator`."""
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import os
@@ -21,13 +22,16 @@ from gpt2xla.model.attention import chunked_attention, kept_attention
 from gpt2xla.model.kernels import Attention, Fused, LogSums
 from gpt2xla.model.loss import LOGITS_AT_ONCE, in_place_cross_entropy
 from gpt2xla.runtime.base import GIB, Memory, Shortage
+from gpt2xla.runtime.memory import STATE_BYTES, host_step_bytes
 from gpt2xla.runtime.one_device import set_matmul_precision
 from gpt2xla.runtime.precision import DevicePrecision, of_cuda
 from gpt2xla.runtime.torch.compile import uncompiled
 from gpt2xla.runtime.torch.cpu import choose_products, share_cores
 from gpt2xla.runtime.torch.host_memory import free_host_memory, keep_freed_memory
 from gpt2xla.runtime.torch.process_group import Place
+from gpt2xla.runtime.trial import Trial
 
+_FILLED = 0.9  # of free memory, the share that --train-batch-size auto may fill
 _TOKENS_TO_MEASURE, _TIMES_TO_MEASURE = 16_384, 5
 
 # Messages for memory that was not requested through torch's own allocator, and those of MPS's allocator.
@@ -171,6 +175,18 @@ class Cpu(Accelerator):
         free = free_host_memory()
         return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
+    def most_that_fit(self, trial: Trial) -> int:
+        # More than 32 sequences are no faster, and what one piece of work computes is less often in the caches.
+        most, free = super().most_that_fit(trial), self.free()
+        if free is None:
+            return most
+
+        def fits(share: int) -> bool:
+            config, state = trial.config_of(share), (STATE_BYTES - 4) * trial.parameters
+            return state + host_step_bytes(config.model, config.train, trial.parameters, share) <= _FILLED * free
+
+        return next((share for share in trial.shares if share <= most and fits(share)), trial.shares[-1])
+
 
 class Cuda(Accelerator):
     """An NVIDIA GPU, or one of AMD's, which torch calls by the same name."""
@@ -256,6 +272,16 @@ class Cuda(Accelerator):
     def has_room_for(self, work: Callable[[], None]) -> bool | None:
         torch.cuda.empty_cache()
         return super().has_room_for(work)
+
+    def most_that_fit(self, trial: Trial) -> int:
+        if not self.can_try:
+            return super().most_that_fit(trial)
+        # What the run will need besides: evaluations, and the gaps that allocations of many sizes leave.
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        spared = torch.empty(int((1 - _FILLED) * memory), dtype=torch.uint8, device=self.device)
+        first = bisect.bisect_left(trial.shares, True, key=lambda share: bool(trial.rehearse(share)))
+        del spared
+        return trial.shares[min(first, len(trial.shares) - 1)]
 
     def why_not_compiled(self) -> str | None:
         from torch.utils._triton import has_triton

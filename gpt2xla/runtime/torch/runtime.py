@@ -41,7 +41,7 @@ class TorchRuntime(OneDevice):
     """Implements `base.Runtime` for one of torch's devices. Joins torchrun's process group if there is one."""
 
     def __init__(self, options: TorchConfig, config: TrainConfig, device: str = "auto") -> None:
-        self.options, self.train = options, config
+        self.options = options
         place = find_place(os.environ)
         self.distributed = place is not None
         parallel.check_options(options, distributed=self.distributed)
@@ -59,6 +59,7 @@ class TorchRuntime(OneDevice):
         precision = choose(config.mixed_precision, accelerator.precision())
         rank, world_size = (place.rank, place.world_size) if place else (0, 1)
         super().__init__(accelerator.device, precision, rank, world_size)
+        self.train = config
         self.mesh = init_device_mesh(accelerator.kind, (world_size,)) if options.fsdp else None
         accelerator.can_try = self.mesh is None  # else the other processes, which may not have failed, would take part
         self.memory, self.state_options = accelerator, {"count_on_device": accelerator.fused}
@@ -71,6 +72,7 @@ class TorchRuntime(OneDevice):
         layout = parallel.describe(options)
         self.description = f"{accelerator.describe(world_size)} (torch {torch.__version__}{layout})"
         self._sharded: nn.Module | None = None
+        self._told: set[str] = set()  # why kernels are not fused
         self._pending: deque[tuple[Callable[..., None], Callable[[], list[float]]]] = deque()
 
     def setup_model(self, model: GPT2, evaluated_tokens: int | None = None) -> nn.Module:
@@ -99,7 +101,8 @@ class TorchRuntime(OneDevice):
                     raise
                 why_not = f"{in_one_line(failure)}; please report it"
             self.accelerator.has_fused = False
-        if why_not:
+        if why_not and why_not not in self._told:
+            self._told.add(why_not)
             text = f"training without fused kernels, which is slower, with torch {torch.__version__}: {why_not}"
             say(f"note: {text}" if self.is_main else f"note: rank {self.rank}: {text}", error=True)
         return self._kernels(model, flops)
@@ -109,7 +112,7 @@ class TorchRuntime(OneDevice):
         train, accelerator = self.train, self.accelerator
         if train.compile or model.config.dropout > 0 or train.attention not in ("auto", "sdpa"):
             return None
-        tokens = train.train_batch_size // self.devices * model.config.seq_length
+        tokens = train.micro_batch_size // self.devices * model.config.seq_length
         # What is measured may choose another kernel in the next run, which rounds in another way.
         measures = flops >= accelerator.compile_pays_from and not train.deterministic
         return accelerator.fused_blocks(model.config, tokens, self.precision.dtype, measures=measures)
@@ -134,7 +137,7 @@ class TorchRuntime(OneDevice):
         return CompiledBlock(prints=self.is_main)
 
     def _kernels(self, model: GPT2, flops: float) -> Kernels:
-        device, dtype, sequences = self.accelerator, self.precision.dtype, self.train.train_batch_size // self.devices
+        device, dtype, sequences = self.accelerator, self.precision.dtype, self.train.micro_batch_size // self.devices
         config = model.config
         logits = sequences * config.seq_length * config.vocab_size * dtype.itemsize
         chunked_loss, at_once = device.chunked_loss(dtype)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+# The memory of one device as its compiler counts it, in GiB; a little is kept for the runtime.
+HBM_GIB = {"TPU v3": 15.48, "TPU v4": 30.75, "TPU v5 lite": 15.75, "TPU v5": 95.74, "TPU v6 lite": 31.25}
+
 _SCALE = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 

@@ -76,10 +76,14 @@ class XlaCompileWatch(CompileWatch):
         self._settle()
         around, self._part = self._part, name
         self._calls.setdefault(name, 0)
-        yield
-        self._settle()
-        self._calls[name] += 1
-        self._part = around
+        try:
+            yield
+            self._settle()
+            self._calls[name] += 1
+        finally:
+            self._part = around
+            if not self._calls[name]:  # it failed, and its next pass is again the first
+                del self._calls[name]
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:

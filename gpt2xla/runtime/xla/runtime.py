@@ -59,7 +59,8 @@ class XlaRuntime(XlaDevice):
                 "--ddp needs a process per device, but on TPU v2 and v3 two devices share one; leave --ddp out"
             )
         super().__init__(options.compile_cache)
-        self.options, self.train = options, config
+        self.options = options
+        self.train = config
         self.rank, self.world_size, self.devices = self._count()
         self.is_main, self.random_rank = self.rank == 0, self.rank
         # A CPU traces the next step on the cores that would compute this one: to wait for it costs next to nothing.
@@ -71,7 +72,7 @@ class XlaRuntime(XlaDevice):
         self.state_options = {"max_exp_avg_sq": torch.empty(0)} if options.use_syncfree_optim else {}
         set_matmul_precision(config.matmul_precision)
         self.description = f"{self.devices} x XLA:{xr.device_type()}{self._layout()}"
-        self.memory = XlaMemory(self.device_kind)
+        self.memory = XlaMemory(self.device_kind, options)
         self.stack_bytes, self.owners = 2**26, self._owners()
         # DistributedDataParallel regroups gradients after its first step: its second and third ones are other programs.
         self.watch = XlaCompileWatch(prints=self.is_main, warm_up=3 if options.ddp else 1)

@@ -71,7 +71,7 @@ class SpmdRuntime(XlaRuntime):
         super().__init__(options, config)
         self.random_rank = 0  # all hosts trace one program, which draws for the whole batch
         if options.fsdp:
-            self.memory = XlaMemory(self.device_kind, state_split=count)
+            self.memory = XlaMemory(self.device_kind, options, state_split=count)
         if self.world_size > 1:
             with silent(1):
                 dist.init_process_group("gloo", init_method="xla://")

@@ -1,0 +1,80 @@
+"""--train-batch-size auto: the largest micro-batch that fits, chosen before a run opens anything else."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from functools import partial
+
+import torch
+
+from gpt2xla.config import RunConfig
+from gpt2xla.data.batch_plan import BatchPlan
+from gpt2xla.data.windows import Batch
+from gpt2xla.errors import counted
+from gpt2xla.logs.console import say
+from gpt2xla.model.gpt2 import blank
+from gpt2xla.runtime.base import Runtime
+from gpt2xla.runtime.trial import Trial
+from gpt2xla.training.train_step import TrainStep, packed
+
+
+def choose(config: RunConfig, runtime: Runtime) -> RunConfig:
+    """Return the run with numbers instead of --train-batch-size auto, and print them. All processes choose what fits each of
+    them, and their runtimes choose kernels for it from here on. Collective.
+
+    Raises InputError if the update does not divide over the devices."""
+    if config.train.train_batch_size != "auto":
+        return config
+    trial, memory = DeviceTrial(config, runtime), runtime.memory
+    known = int(min(runtime.gather(memory.remembered(trial) or 0)))
+    share = known or int(min(runtime.gather(memory.most_that_fit(trial))))
+    gc.collect()  # the weights of the last trial
+    if runtime.is_main:
+        memory.remember(trial, share)
+        say(in_words(trial, share) + (", as an earlier run found" if known else ""))
+    return trial.use(share)
+
+
+def in_words(trial: Trial, share: int) -> str:
+    """Return what was chosen."""
+    train = trial.config_of(share).train
+    return (
+        f"micro-batch: {counted(share, 'sequence')} per device; --train-batch-size {train.train_batch_size} "
+        f"--gradient-accum-step {train.gradient_accum_step} make {counted(trial.sequences, 'sequence')} per update"
+    )
+
+
+class DeviceTrial(Trial):
+    """Trials on the devices of a runtime, with weights of no meaning."""
+
+    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+        super().__init__(config, runtime.devices)
+        self.runtime, self._options = runtime, runtime.train
+
+    def use(self, share: int) -> RunConfig:
+        """Return the run with `share`, for which the runtime chooses kernels from here on."""
+        self.runtime.train = self._options.with_micro_batch(share * self.devices)
+        return self.config_of(share)
+
+    def rehearse(self, share: int) -> bool | None:
+        fits = self.runtime.memory.has_room_for(partial(self._step(share).rehearse, share))
+        answers = self.runtime.gather(-1.0 if fits is None else float(fits))
+        return None if min(answers) < 0 else all(answers)
+
+    def update(self, share: int) -> None:
+        runtime, step = self.runtime, self._step(share)
+        phase = BatchPlan.of(step.config.train, self.devices).phases[0]
+        ids = torch.zeros(phase.batch_size // runtime.world_size, self.config.model.seq_length, dtype=torch.int64)
+        batches = runtime.device_batches(itertools.repeat(Batch(ids, ids), phase.accum))
+
+        def work() -> torch.Tensor:
+            loss, grad_norm, _ = step(batches, 0, phase)
+            return packed(runtime, loss, grad_norm, runtime.flag(False))
+
+        runtime.compile_step(work, "training step")().tolist()  # once they can be read, the update is done
+
+    def _step(self, share: int) -> TrainStep:
+        step = TrainStep(self.use(share), self.runtime, blank(self.config.model), None)
+        step.model.train()
+        return step
