@@ -65,8 +65,9 @@ class DeviceTrial(Trial):
     def update(self, share: int) -> None:
         runtime, step = self.runtime, self._step(share)
         phase = BatchPlan.of(step.config.train, self.devices).phases[0]
-        ids = torch.zeros(phase.batch_size // runtime.world_size, self.config.model.seq_length, dtype=torch.int64)
-        batches = runtime.device_batches(itertools.repeat(Batch(ids, ids), phase.accum))
+        shape = phase.batch_size // runtime.world_size, self.config.model.seq_length
+        batch = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(2)))  # one tensor would be another graph
+        batches = runtime.device_batches(itertools.repeat(batch, phase.accum))
 
         def work() -> torch.Tensor:
             loss, grad_norm, _ = step(batches, 0, phase)
@@ -75,6 +76,7 @@ class DeviceTrial(Trial):
         runtime.compile_step(work, "training step")().tolist()  # once they can be read, the update is done
 
     def _step(self, share: int) -> TrainStep:
+        gc.collect()  # what a failed trial holds in circles; XLA would compile what is pending there once more
         step = TrainStep(self.use(share), self.runtime, blank(self.config.model), None)
         step.model.train()
         return step
