@@ -197,11 +197,11 @@ def test_defaults_are_the_published_recipe() -> None:
     )
     differing = {name for name in bare if bare[name] != recipe[name]}
     assert differing == {
-        "mixed_precision", "train_batch_size", "eval_batch_size", "gradient_accum_step", "wandb_logging", "wandb_name",
-        "wandb_project",
+        "mixed_precision", "train_batch_size", "eval_batch_size", "gradient_accum_step", "sequences_per_update",
+        "wandb_logging", "wandb_name", "wandb_project",
     }  # fmt: skip
-    sequences = [flat["train_batch_size"] * flat["gradient_accum_step"] for flat in (bare, recipe)]
-    assert sequences == [256, 256]
+    assert recipe["train_batch_size"] * recipe["gradient_accum_step"] == bare["sequences_per_update"] == 256
+    assert bare["train_batch_size"] == "auto"
 
 
 @pytest.mark.parametrize("command", [TPU, XLA_ON_CUDA], ids=["TPU", "XLA on CUDA"])
