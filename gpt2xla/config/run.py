@@ -150,10 +150,6 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     given: frozenset[str] = frozenset()
 
-    def __post_init__(self) -> None:
-        if self.train.batch_ramp is not None and "gradient_accum_step" not in self.given:
-            object.__setattr__(self, "train", dataclasses.replace(self.train, gradient_accum_step=None))
-
     @cached_property
     def schedule(self) -> OptimConfig:
         """The optimizer's options with warm-up and decay as whole numbers: what was not set follows from --train-steps."""

@@ -130,6 +130,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         values = batch.complete(*(getattr(self, name) for name in batch.OPTIONS))
+        if self.batch_ramp is not None:  # which says instead how many sequences updates have
+            values = self.train_batch_size, self.gradient_accum_step, self.sequences_per_update
         for name, value in zip(batch.OPTIONS, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -140,15 +142,20 @@ class TrainConfig:
 
     @property
     def micro_steps(self) -> int:
-        """Micro-steps per update; while --train-batch-size is still auto, of 32 sequences."""
-        sequences = self.sequences_per_update or batch.SEQUENCES
-        return self.gradient_accum_step or -(-sequences // batch.MICRO_BATCH)
+        """Micro-steps per update, with --batch-ramp of the largest; of 32 sequences while --train-batch-size is auto."""
+        return self.gradient_accum_step or -(-self.sequences // self.micro_batch_size)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that an update sees, with --batch-ramp the largest."""
+        if self.batch_ramp is not None:
+            return max(sequences for _, sequences in parse_ramp(self.batch_ramp))
+        return self.sequences_per_update or self.micro_batch_size * self.micro_steps
 
     def with_micro_batch(self, size: int) -> TrainConfig:
         """Return these options with --train-batch-size `size`, where it was auto. The update stays the same."""
         assert self.train_batch_size == "auto"
-        assert self.sequences_per_update is not None
-        steps = self.sequences_per_update // size
+        steps = None if self.batch_ramp else self.sequences // size
         return dataclasses.replace(self, train_batch_size=size, gradient_accum_step=steps, sequences_per_update=None)
 
     def check(self) -> None:
@@ -168,6 +175,11 @@ class TrainConfig:
                 self.gradient_accum_step is None,
                 f"--batch-ramp and --gradient-accum-step {self.gradient_accum_step} contradict each other: the ramp says "
                 "how many sequences an update has; leave one of them out",
+            )
+            require(
+                self.sequences_per_update is None,
+                f"--batch-ramp and --sequences-per-update {self.sequences_per_update} contradict each other; leave one of "
+                "them out",
             )
             parse_ramp(self.batch_ramp)
         intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")

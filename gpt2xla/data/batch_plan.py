@@ -69,6 +69,8 @@ class BatchPlan:
         """Return the plan of a new run. Raises InputError if a micro-batch does not divide over the devices."""
         if train.batch_ramp is not None:
             return cls(tuple(_phase(*entry, train.micro_batch_size, devices) for entry in parse_ramp(train.batch_ramp)))
+        if train.train_batch_size == "auto":  # not chosen yet: what is known is the sequences of an update
+            return cls((Phase(0, train.sequences, 1),))
         share_of("--train-batch-size", train.micro_batch_size, devices)
         return cls((Phase(0, train.micro_batch_size, train.micro_steps),))
 

@@ -19,8 +19,7 @@ class Trial:
     Raises InputError if the update does not divide over the devices."""
 
     def __init__(self, config: RunConfig, devices: int) -> None:
-        assert config.train.sequences_per_update is not None
-        self.config, self.devices, self.sequences = config, devices, config.train.sequences_per_update
+        self.config, self.devices, self.sequences = config, devices, config.train.sequences  # of the largest update
         # Sequences per device and micro-step, the largest first; with each of them the update is the same.
         self.shares = divisors(self.sequences, devices)
         self.parameters = blank(config.model).num_parameters()

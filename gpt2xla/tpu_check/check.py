@@ -88,8 +88,9 @@ def with_largest_updates(config: RunConfig, topology: str) -> RunConfig:
     Raises InputError if these do not divide over the devices."""
     if config.train.batch_ramp is None:
         return config
-    if config.train.train_batch_size == "auto":  # whose --sequences-per-update are those of the largest updates
-        return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_ramp=None))
+    if config.train.train_batch_size == "auto":
+        train = dataclasses.replace(config.train, batch_ramp=None, sequences_per_update=config.train.sequences)
+        return dataclasses.replace(config, train=train)
     largest = max(BatchPlan.of(config.train, TOPOLOGIES[topology].devices).phases, key=lambda phase: phase[1:])
     return dataclasses.replace(config, train=dataclasses.replace(largest.options(config.train), batch_ramp=None))
 

@@ -39,9 +39,10 @@ def choose(config: RunConfig, runtime: Runtime) -> RunConfig:
 def in_words(trial: Trial, share: int) -> str:
     """Return what was chosen."""
     train = trial.config_of(share).train
+    steps = "" if train.batch_ramp else f" --gradient-accum-step {train.gradient_accum_step}"
     return (
-        f"micro-batch: {counted(share, 'sequence')} per device; --train-batch-size {train.train_batch_size} "
-        f"--gradient-accum-step {train.gradient_accum_step} make {counted(trial.sequences, 'sequence')} per update"
+        f"micro-batch: {counted(share, 'sequence')} per device; --train-batch-size {train.train_batch_size}{steps} for "
+        f"{counted(trial.sequences, 'sequence')} per update"
     )
 
 
@@ -64,7 +65,8 @@ class DeviceTrial(Trial):
 
     def update(self, share: int) -> None:
         runtime, step = self.runtime, self._step(share)
-        phase = BatchPlan.of(step.config.train, self.devices).phases[0]
+        first, *later = BatchPlan.of(step.config.train, self.devices).phases
+        phase = max([first, *later], key=lambda phase: phase.sequences)
         shape = phase.batch_size // runtime.world_size, self.config.model.seq_length
         batch = Batch(*(torch.zeros(shape, dtype=torch.int64) for _ in range(2)))  # one tensor would be another graph
         batches = runtime.device_batches(itertools.repeat(batch, phase.accum))
@@ -73,7 +75,8 @@ class DeviceTrial(Trial):
             loss, grad_norm, _ = step(batches, 0, phase)
             return packed(runtime, loss, grad_norm, runtime.flag(False))
 
-        runtime.compile_step(work, "training step")().tolist()  # once they can be read, the update is done
+        size = "" if phase.sequences == first.sequences else f" of {phase.sequences:,} sequences"  # as in the loop
+        runtime.compile_step(work, f"training step{size}")().tolist()  # once they can be read, the update is done
 
     def _step(self, share: int) -> TrainStep:
         gc.collect()  # what a failed trial holds in circles; XLA would compile what is pending there once more

@@ -48,7 +48,9 @@ def test_every_candidate_makes_the_same_update(sequences: int, devices: int) -> 
 
 def test_an_update_that_does_not_divide_is_one_line() -> None:
     runtime = SimpleNamespace(devices=8, train=RunConfig().train)
-    with pytest.raises(InputError, match=r"^--sequences-per-update 250 does not divide over 8 devices; use a multiple of 8"):
+    with pytest.raises(
+        InputError, match=r"^--sequences-per-update 250 does not divide over 8 devices; use a multiple of 8"
+    ):
         choose(RunConfig.from_flat(TINY | {"sequences_per_update": 250}), runtime)  # type: ignore[arg-type]
 
 
@@ -58,7 +60,9 @@ def test_losses_are_those_of_any_other_split(data_flags: list[str], tmp_path: Pa
     for name, split in splits.items():
         folder = tmp_path / name
         shown[name] = succeed(run_here("run_pretrain.py", *data_flags, *SMALL, *split, "--checkpoints-dir", folder))
-    assert "micro-batch: 12 sequences per device; --train-batch-size 12 --gradient-accum-step 1 make 12 " in shown["auto"]
+    assert (
+        "micro-batch: 12 sequences per device; --train-batch-size 12 --gradient-accum-step 1 for 12 " in shown["auto"]
+    )
     assert "micro-batch:" not in shown["one"]
     for name in splits:
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "auto"), abs=1e-5)
@@ -82,6 +86,7 @@ def test_a_resumed_run_keeps_its_numbers(data_flags: list[str], tmp_path: Path) 
         assert ("changed: --train-batch-size 12 -> 4" in output) == changed
 
 
+@pytest.mark.slow
 def test_xla_compiles_one_more_at_most_and_remembers(data_flags: list[str], tmp_path: Path) -> None:
     """The first try is refused, as a TPU's compiler does, with figures by which 2 sequences fit."""
     small = [*SMALL, "--num-layers", 1, "--sequences-per-update", 4]
@@ -136,7 +141,9 @@ def verdicts() -> Iterator[tuple[str, str, int, int]]:
 @pytest.mark.parametrize(("model", "topology", "fits", "too_many"), verdicts())
 def test_the_formula_is_near_the_compilers_verdicts(model: str, topology: str, fits: int, too_many: int) -> None:
     """Below the fewest that libtpu refused, and no less than five sixths of the most that it took."""
-    config = RunConfig.from_flat(PRESETS[model] | {"train_batch_size": 8, "gradient_accum_step": 1, "vocab_size": 50304})
+    config = RunConfig.from_flat(
+        PRESETS[model] | {"train_batch_size": 8, "gradient_accum_step": 1, "vocab_size": 50304}
+    )
     parameters = Trial(RunConfig.from_flat(PRESETS[model] | {"vocab_size": 50304}), 8).parameters
     memory = TOPOLOGIES[topology].memory * GIB
     found = [n for n in range(1, 200) if compiled_step_bytes(config.model, config.train, parameters, n) <= memory]
