@@ -176,7 +176,7 @@ class Cpu(Accelerator):
         return None if free is None else free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def most_that_fit(self, trial: Trial) -> int:
-        # More than 32 sequences are no faster, and what one piece of work computes is less often in the caches.
+        # No more than 32: larger micro-batches are not known to be faster here, and take memory.
         most, free = super().most_that_fit(trial), self.free()
         if free is None:
             return most
