@@ -69,8 +69,9 @@ def find_batch(
     share = _first_try(config, options, TOPOLOGIES[topology])
     steps = config.train.gradient_accum_step or MICRO_STEPS
     while too_many - best > max(1.0, tolerance * best):
-        sizes = {"train_batch_size": share * devices, "gradient_accum_step": steps, "sequences_per_update": None}
-        train = dataclasses.replace(config.train, **sizes)
+        train = dataclasses.replace(
+            config.train, train_batch_size=share * devices, gradient_accum_step=steps, sequences_per_update=None
+        )
         report = tried[share] = check(dataclasses.replace(config, train=train), options, topology, say)
         verdict = "fits" if report["fits"] else "does not fit"
         say(f"{topology}: {share} per device: {report['peak_gib']:.2f} of {report['memory_gib']:.2f} GiB, {verdict}")
