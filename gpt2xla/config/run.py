@@ -195,6 +195,10 @@ class RunConfig:
             "--drop-last has no meaning with --batch-ramp, as epochs would end with a micro-batch, which changes; leave "
             "one of them out",
         )
+        require(
+            not (self.data.drop_last and self.train.epochs and self.train.train_batch_size == "auto"),
+            "--epochs with --drop-last, with which epochs end with a micro-batch, needs a --train-batch-size in numbers",
+        )
         self._check_length()
 
     def _check_length(self) -> None:

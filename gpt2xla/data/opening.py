@@ -58,6 +58,10 @@ class TrainingData:
         tokenizer = tokenizer_of(config, folders, [*sets, validation])
         return cls(config, order, validation, tokenizer, end_of_text_of(config, tokenizer, [*sets, validation]))
 
+    def in_batches(self, config: RunConfig, plan: BatchPlan) -> TrainingData:
+        """Return the same data for the run with another batch."""
+        return dataclasses.replace(self, config=config, order=dataclasses.replace(self.order, plan=plan))
+
     def tokens_after(self, step: int) -> int:
         """Return how many tokens the run has read once `step` updates are made."""
         return self.order.plan.sequences_before(step) * self.config.model.seq_length

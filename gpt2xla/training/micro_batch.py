@@ -1,4 +1,4 @@
-"""--train-batch-size auto: the largest micro-batch that fits, chosen before a run opens anything else."""
+"""--train-batch-size auto: the largest micro-batch that fits, chosen once the data are known to be right."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from gpt2xla.runtime.trial import Trial
 from gpt2xla.training.train_step import TrainStep, packed
 
 
-def choose(config: RunConfig, runtime: Runtime) -> RunConfig:
+def choose(config: RunConfig, runtime: Runtime, end_of_text: int | None = None) -> RunConfig:
     """Return the run with numbers instead of --train-batch-size auto, and print them. All processes choose what fits each of
     them, and their runtimes choose kernels for it from here on. Collective.
 
+    Args:
+        end_of_text: as in `GPT2`.
+
     Raises InputError if the update does not divide over the devices."""
-    if config.train.train_batch_size != "auto":
-        return config
-    trial, memory = DeviceTrial(config, runtime), runtime.memory
+    trial, memory = DeviceTrial(config, runtime, end_of_text), runtime.memory
     known = int(min(runtime.gather(memory.remembered(trial) or 0)))
     share = known or int(min(runtime.gather(memory.most_that_fit(trial))))
     gc.collect()  # the weights of the last trial
@@ -49,9 +50,9 @@ def in_words(trial: Trial, share: int) -> str:
 class DeviceTrial(Trial):
     """Trials on the devices of a runtime, with weights of no meaning."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, end_of_text: int | None = None) -> None:
         super().__init__(config, runtime.devices)
-        self.runtime, self._options = runtime, runtime.train
+        self.runtime, self.end_of_text, self._options = runtime, end_of_text, runtime.train
 
     def use(self, share: int) -> RunConfig:
         """Return the run with `share`, for which the runtime chooses kernels from here on."""
@@ -80,6 +81,8 @@ class DeviceTrial(Trial):
 
     def _step(self, share: int) -> TrainStep:
         gc.collect()  # what a failed trial holds in circles; XLA would compile what is pending there once more
-        step = TrainStep(self.use(share), self.runtime, blank(self.config.model), None)
+        model = blank(self.config.model)
+        model.end_of_text = self.end_of_text
+        step = TrainStep(self.use(share), self.runtime, model, None)
         step.model.train()
         return step

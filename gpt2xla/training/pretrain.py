@@ -11,10 +11,11 @@ from pathlib import Path
 from gpt2xla.checkpoint.best import prepare_best
 from gpt2xla.checkpoint.folder import write_run_config
 from gpt2xla.checkpoint.publish import not_pushed, push
-from gpt2xla.checkpoint.run_folder import list_checkpoints, newest_in_words, prepare_folder, repair_latest
+from gpt2xla.checkpoint.run_folder import list_checkpoints, newest_in_words, prepare_folder, repair_latest, step_folder
 from gpt2xla.checkpoint.saver import Saver
 from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.config import RunConfig, TrainConfig
+from gpt2xla.config.paths import read_best
 from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.split_folders import with_splits
@@ -73,8 +74,6 @@ def pretrain(
                 print(f"nothing to do: {how_to_continue(start)}")
             is_finished = True
         else:
-            with memory.explain_out_of_memory(runtime, "before the first step", lambda _: memory.SMALLER_MODEL):
-                start = dataclasses.replace(start, config=micro_batch.choose(start.config, runtime))
             with contextlib.ExitStack() as holding:
                 run = _open(start, runtime, signals, holding)
                 del start  # its copies of weights and optimizer state on the host would stay for the whole run
@@ -84,12 +83,17 @@ def pretrain(
 
 
 def _push(folder: Path, name: str) -> None:
-    """Push the run's last checkpoint. Raises RunFailed if it could not be pushed."""
-    source = list_checkpoints(folder)[-1]
-    try:
-        print(f"pushed {source} to {push(source, name, '--push-to-hub')}")
-    except InputError as error:  # the login was good when the run began
-        raise not_pushed(source, name, str(error)) from None
+    """Push the run's last checkpoint and, to the branch `best`, its best one if that is another. Raises RunFailed if one
+    could not be pushed."""
+    newest, best = list_checkpoints(folder)[-1], read_best(folder)
+    pushed: list[tuple[Path, str | None]] = [(newest, None)]
+    if best and (kept := step_folder(folder, best[0])) != newest:
+        pushed.append((kept, "best"))
+    for source, branch in pushed:
+        try:
+            print(f"pushed {source} to {push(source, name, '--push-to-hub', branch=branch)}")
+        except InputError as error:  # the login was good when the run began
+            raise not_pushed(source, name, str(error)) from None
 
 
 def _check_agreement(runtime: Runtime, start: Start, is_chosen_here: bool) -> None:
@@ -111,10 +115,7 @@ def _open(
 
     The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right."""
     config, folder = start.config, Path(start.config.general.checkpoints_dir)
-    plan = BatchPlan.of(config.train, runtime.devices)
-    if start.training:
-        plan = plan.after(BatchPlan.saved(start.training["data"]), start.step)
-    data = TrainingData.open(config, plan, start.source, runtime.rank, runtime.world_size)
+    data = TrainingData.open(config, _plan(start, runtime), start.source, runtime.rank, runtime.world_size)
     if start.training and start.source:
         data.check_continues(start.training["data"], start.source)
     if start.step > config.train.train_steps:
@@ -124,6 +125,11 @@ def _open(
         )
         raise InputError(f"{asked}: {start.source} is already at step {start.step}; raise it")
     settings = settings_of(start.source, data.tokenizer)
+    if config.train.train_batch_size == "auto":
+        with memory.explain_out_of_memory(runtime, "before the first step", lambda _: memory.SMALLER_MODEL):
+            config = micro_batch.choose(config, runtime, data.end_of_text)
+        start = dataclasses.replace(start, config=config)
+        data = data.in_batches(config, _plan(start, runtime))
     model = start.build_model()
     model.end_of_text = data.end_of_text
     stop = Stop(runtime, signals, config.train, partial(newest_in_words, folder))
@@ -157,6 +163,11 @@ def _open(
         return step == config.train.train_steps or evaluations.have_ended_run
 
     return run
+
+
+def _plan(start: Start, runtime: Runtime) -> BatchPlan:
+    plan = BatchPlan.of(start.config.train, runtime.devices)
+    return plan.after(BatchPlan.saved(start.training["data"]), start.step) if start.training else plan
 
 
 def _lock(config: RunConfig) -> tuple[Path, str]:

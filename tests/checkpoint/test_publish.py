@@ -15,9 +15,11 @@ from conftest import SMALL_RUN, run_here, succeed
 from data.hub_server import CLOSED, TOKEN, Hub
 from transformers import GPT2LMHeadModel
 
-from gpt2xla.checkpoint.seal import find_damage
+from gpt2xla.checkpoint.run_folder import list_checkpoints
+from gpt2xla.checkpoint.seal import find_damage, step_of
 from gpt2xla.checkpoint.start import find_start
 from gpt2xla.config import RunConfig
+from gpt2xla.training import pretrain
 
 NAME = "me/my-gpt2"
 PUSH = ["scripts/push_to_hub.py", "--name", NAME, "--model"]
@@ -91,6 +93,15 @@ def test_a_run_is_pushed_when_it_ends(hub: Hub, data_flags: list[str], tmp_path:
     assert "pushed" in again
     assert len([r for r in hub.requests if r.method == "PUT"]) == sent == 1
     assert "license: apache-2.0" in hub.files["README.md"].decode()
+
+
+def test_the_best_checkpoint_is_pushed_to_a_branch(hub: Hub, trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    first, *_, last = list_checkpoints(run)
+    (run / "best.json").write_text(json.dumps({"step": step_of(first), "valid_loss": 3.0}))
+    pretrain._push(run, NAME)
+    assert is_equal(arrived(hub, tmp_path / "arrived"), last)
+    assert is_equal(arrived(hub, tmp_path / "best", "best"), first)
 
 
 def test_a_checkpoint_with_its_training_state_can_be_resumed_elsewhere(hub: Hub, trained: Path, tmp_path: Path) -> None:

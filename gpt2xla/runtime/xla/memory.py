@@ -24,7 +24,10 @@ _IS_FULL = ("RESOURCE_EXHAUSTED", "Out of memory allocating", "Out of memory whi
 
 _NOTES = "micro-batches"  # the folder of what compilers said, in --compile-cache
 # Options that change no compiled training step.
-_BESIDE = ("train_steps", "eval", "valid", "hellaswag", "sample", "special", "save", "on_save", "skip", "max_")
+_BESIDE = (
+    "train_steps", "epochs", "eval", "valid", "hellaswag", "sample", "special", "save", "on_save", "skip", "max_", "keep",
+    "early",
+)  # fmt: skip
 
 
 class XlaMemory(Memory):
