@@ -71,7 +71,7 @@ def test_a_mistake_is_one_line(
 # What a newcomer may write -> the flag that the one line names.
 MEANT = {
     "run_pretrain.py --lr 1": "--learning-rate",
-    "run_pretrain.py --epochs 1": "--train-steps",
+    "run_pretrain.py --num-epochs 1": "--epochs",
     "run_pretrain.py --batch-size 1": "--train-batch-size",
     "run_pretrain.py --checkpoint x": "--from-checkpoint",
     "run_pretrain.py --data x": "--train-dir",

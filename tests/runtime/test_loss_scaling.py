@@ -137,7 +137,7 @@ def test_fp16_follows_fp32_and_moves_between_runtimes(trained: Path, data_flags:
 def test_gradients_that_overflow_at_every_scale_end_the_run() -> None:
     """Forty in a row may be the scale's; one finite gradient begins another row."""
     order = SimpleNamespace(describe=lambda step: "windows")
-    log = RunLog(TrainConfig(mixed_precision="fp16"), None, order, None, None, None)
+    log = RunLog(TrainConfig(mixed_precision="fp16"), None, order, None, None, None, None)
     for norm in [math.inf] * 40 + [1.0] + [math.nan] * 40:
         log._count_skipped(1, 2.0, norm)
     with pytest.raises(RunFailed, match="gradient norm inf"):

@@ -20,6 +20,7 @@ from gpt2xla.cli import parse_run
 from gpt2xla.config import TorchConfig
 from gpt2xla.optim.muon import Muon, Owners
 from gpt2xla.processes.exits import run_and_exit
+from gpt2xla.runtime.torch import process_group
 from gpt2xla.runtime.torch.owners import ProcessOwners, RowOwners
 from gpt2xla.runtime.torch.parallel import joined, split
 from gpt2xla.runtime.torch.runtime import TorchRuntime
@@ -40,7 +41,10 @@ def main() -> None:
 
     TrainStep.__init__ = kept  # type: ignore[method-assign]
     report: dict[str, Any] = {}
+    meet = process_group._meet
     for name, layout in LAYOUTS.items():
+        # Gloo's addresses of the run before lie in the same store: without a prefix, a process may try these, and wait.
+        process_group._meet = lambda announce, name=name: dist.PrefixStore(name, meet(announce))
         config, options = parse_run(TorchConfig, [*flags, *layout, "--checkpoints-dir", str(folder / name)])
         pretrain(config, lambda train, options=options: TorchRuntime(options, train))  # type: ignore[misc]
         states = steps[-1].optimizer.state.values()
