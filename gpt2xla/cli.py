@@ -1,7 +1,7 @@
 """The command line, made from the dataclasses of `config/run.py`.
 
-Options are taken from the file's preset, the file, the command line's preset and the command line; a later one overrides an
-earlier one.
+Options are taken from the file's preset and recipe, the file, the command line's preset and recipe, and the command line; a
+later one overrides an earlier one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gpt2xla import __version__
-from gpt2xla.config import GROUPS, PRESETS, Preset, RunConfig
+from gpt2xla.config import GROUPS, PRESETS, RECIPES, Preset, Recipe, RunConfig
 from gpt2xla.config.config_file import read_config_file
 from gpt2xla.config.options import Option, check_paths, expanded, flag, option
 from gpt2xla.config.suggestions import unknown
@@ -48,6 +48,11 @@ class SourceConfig:
     preset: Preset | None = option(
         None, "take the model options of one of OpenAI's four sizes; other flags override them"
     )
+    recipe: Recipe | None = option(
+        None,
+        "take the optimizer's options of a recipe: gpt2 is the published one, fast has the lower loss after as many tokens "
+        "(docs/optimizers.md); other flags override them",
+    )
 
 
 def parse_run(
@@ -61,20 +66,20 @@ def parse_run(
     if file := given.pop("config", None):
         known = {name: found for group in groups for name, found in Option.all_of(group).items() if name != "config"}
         try:
-            options = _expand_preset(read_config_file(Path(file), known))
+            options = _expand(read_config_file(Path(file), known))
         except InputError as error:
             raise InputError(f"--config {file}: {error}") from None
     for name, rival in (("epochs", "train_steps"), ("train_steps", "epochs")):  # either sets the run's length
         if name in given and rival not in given:
             options.pop(rival, None)
-    options |= _expand_preset(given)
+    options |= _expand(given)
     runtime_names = {f.name for f in dataclasses.fields(runtime_group)}  # type: ignore[arg-type]
     runtime = runtime_group(**{name: options.pop(name) for name in runtime_names & options.keys()})
     return RunConfig.from_flat(options), runtime
 
 
-def _expand_preset(given: dict[str, Any]) -> dict[str, Any]:
-    return PRESETS.get(given.pop("preset", ""), {}) | given
+def _expand(given: dict[str, Any]) -> dict[str, Any]:
+    return PRESETS.get(given.pop("preset", ""), {}) | RECIPES.get(given.pop("recipe", ""), {}) | given
 
 
 def parse_options(group: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:

@@ -140,7 +140,8 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All options of one run. `given` names those that the user set by flag, preset or file; a checkpoint fills the rest."""
+    """All options of one run. `given` names those that the user set by flag, preset, recipe or file; a checkpoint fills the
+    rest."""
 
     general: GeneralConfig = field(default_factory=GeneralConfig)
     data: DataConfig = field(default_factory=DataConfig)

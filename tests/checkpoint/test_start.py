@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, run, run_here, run_xla, succeed, training_losses
+from conftest import SMALL_RUN, metrics, run, run_here, run_xla, succeed, training_losses
 from hf_state import from_hf_state
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +18,7 @@ from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.cli import parse_run
-from gpt2xla.config import ModelConfig, OptimConfig, RunConfig, TorchConfig
+from gpt2xla.config import RECIPES, ModelConfig, OptimConfig, RunConfig, TorchConfig
 from gpt2xla.errors import InputError
 from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.sampling import SamplingConfig
@@ -173,6 +173,17 @@ def test_a_resumed_run_is_not_resized_but_its_weights_may_be(trained: Path, tmp_
             find_start(options("--checkpoints-dir", trained, *flags))
         model = find_start(options(*asked, "--resume", "never")).config.model
         assert (model.vocab_size, model.real_vocab_size, model.seq_length) in ((128, 97, 16), (97, 97, 8))
+
+
+def test_a_resumed_run_keeps_its_recipe(data_flags: list[str], tmp_path: Path) -> None:
+    sizes = SMALL_RUN[: SMALL_RUN.index("--learning-rate")]
+    flags = [*data_flags, *sizes, "--checkpoints-dir", tmp_path]
+    succeed(run_here("run_pretrain.py", *flags, "--recipe", "fast", "--train-steps", 1))
+    for words in ([], ["--recipe", "fast"]):
+        optim = find_start(options(*flags, "--train-steps", 2, *words)).config.optim
+        assert {name: getattr(optim, name) for name in RECIPES["fast"]} == RECIPES["fast"]
+    with pytest.raises(InputError, match="--optim-type adamw"):
+        find_start(options(*flags, "--train-steps", 2, "--recipe", "gpt2"))
 
 
 def test_a_run_from_new_weights_has_no_padding(trained: Path) -> None:

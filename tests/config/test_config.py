@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run_here
 
 from gpt2xla.cli import parse_run
-from gpt2xla.config import DataConfig, RunConfig, TorchConfig, XlaConfig
+from gpt2xla.config import DataConfig, OptimConfig, RunConfig, TorchConfig, XlaConfig
 from gpt2xla.errors import InputError
 
 PROMISED = """--checkpoints-dir --seed --train-dir --valid-dir --drop-last --vocab-size --seq-length --d-model --num-layers
@@ -75,6 +75,28 @@ def test_a_preset_on_the_command_line_beats_the_file(tmp_path: Path) -> None:
     file.write_text("d_model: 64\n")
     config, _ = parse_run(TorchConfig, ["--config", str(file), "--preset", "gpt2-xl"])
     assert (config.model.d_model, config.model.num_heads, config.model.d_ff) == (1600, 25, 6400)
+
+
+def test_the_recipe_gpt2_is_what_a_run_has_by_default() -> None:
+    plain, _ = parse_run(TorchConfig, [])
+    config, _ = parse_run(TorchConfig, ["--recipe", "gpt2"])
+    assert config.to_flat() == plain.to_flat()
+    assert {"optim_type", "learning_rate"} <= config.given
+
+
+def test_flag_beats_recipe_and_the_command_lines_recipe_beats_the_file(tmp_path: Path) -> None:
+    config, _ = parse_run(TorchConfig, ["--recipe", "fast", "--preset", "gpt2", "--weight-decay", "0.05"])
+    assert (config.optim.optim_type, config.optim.weight_decay, config.model.d_model) == ("muon", 0.05, 768)
+    assert config.optim.learning_rate > OptimConfig.learning_rate
+    assert config.optim.learning_rate == pytest.approx(10 * config.optim.min_lr)
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: fast\nlearning_rate: 0.01\n")
+    config, _ = parse_run(TorchConfig, ["--config", str(file)])
+    assert (config.optim.optim_type, config.optim.learning_rate) == ("muon", 0.01)
+    config, _ = parse_run(TorchConfig, ["--config", str(file), "--recipe", "gpt2"])
+    assert (config.optim.optim_type, config.optim.learning_rate) == ("adamw", 6e-4)
+    with pytest.raises(InputError, match="--recipe 'slow': choose gpt2 or fast"):
+        parse_run(TorchConfig, ["--recipe", "slow"])
 
 
 def test_a_run_written_as_json_reads_back_the_same(tmp_path: Path) -> None:
