@@ -19,6 +19,11 @@ from gpt2xla.errors import InputError
 from gpt2xla.processes.exits import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
+# The options that name the text.
+TEXT = (
+    "--input", sysconfig.get_path("stdlib"), "--suffixes", ".py", ".txt", ".rst",
+    "--exclude", "site-packages", "test", "tests",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,11 @@ def main() -> None:
 def prepare_corpus(folder: Path) -> Path:
     """Return the folder of shards, train/ and test/, of 4,096 ids. It is made unless it exists."""
     tokenizer, data = folder / "tokenizer", folder / "data"
-    text = ["--input", sysconfig.get_path("stdlib"), "--suffixes", ".py", ".txt", ".rst"]
-    text += ["--exclude", "site-packages", "test", "tests"]
     if not (tokenizer / "tokenizer.json").exists():
-        run("scripts/train_tokenizer.py", *text, "--output-dir", tokenizer, "--vocab-size", 4096)
+        run("scripts/train_tokenizer.py", *TEXT, "--output-dir", tokenizer, "--vocab-size", 4096)
     if not (data / "test").exists():
         shutil.rmtree(data, ignore_errors=True)
-        run("scripts/prepare_text.py", *text, "--output-dir", data, "--tokenizer", tokenizer)
+        run("scripts/prepare_text.py", *TEXT, "--output-dir", data, "--tokenizer", tokenizer)
     return data
 
 
