@@ -30,7 +30,7 @@ PAGES = {
     "docs/optimizers.md": (0, 2),
     "docs/schedules.md": (0, 4),
     "docs/options.md": (0, 2),
-    "docs/resuming.md": (0, 4),
+    "docs/resuming.md": (0, 5),
     "docs/run-folder.md": (1, 4),
     "docs/generation.md": (4, 1),
     "docs/evaluation.md": (1, 3),
