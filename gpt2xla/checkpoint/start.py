@@ -65,6 +65,13 @@ class Start:
         """The best validation so far."""
         return Best(**self.training["best"]) if self.training else Best()
 
+    def without_best(self, why: str) -> Start:
+        """Return the same start, where the best validation and the count of early stopping begin again."""
+        assert self.training is not None
+        note = f"note: the best validation loss so far, {self.best.loss}, counts no more: {why}"
+        notes = (*self.notes, note) if self.best.step and self.config.train.keeps_best else self.notes
+        return dataclasses.replace(self, training=self.training | {"best": Best().state()}, notes=notes)
+
     @property
     def is_finished(self) -> bool:
         """Whether the run has made all its steps and evaluations, or has ended early."""
@@ -104,6 +111,7 @@ def find_start(config: RunConfig) -> Start:
         _refuse_beyond_memory(config.model)
         if not config.general.do_test:
             config = _on_schedule(config, BatchPlan.of(config.train, devices=1))
+            notes += _within_warmup(config)
         return Start(config, notes=tuple(notes))
     if config.general.do_test and config.train.mixed_precision == "auto" and "mixed_precision" not in config.given:
         config = config.in_precision("none")  # so that losses are comparable between devices
@@ -120,6 +128,7 @@ def find_start(config: RunConfig) -> Start:
             config = _resumed_schedule(config, plan, resumed, source, training["step"], notes)
         else:
             config = _on_schedule(config, plan)
+            notes += _within_warmup(config)
     if training and config.train.keeps_best:
         root, until = Path(config.general.checkpoints_dir), training["step"] - (not is_evaluated(source, training))
         training["best"] = kept_in(root, Best(**training["best"]), until).state()
@@ -159,7 +168,9 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
 
 def _verified(folder: Path, asked: str) -> Path:
     if damage := find_damage(folder):
-        raise InputError(f"{asked}: {damage}; choose another checkpoint")
+        inside = run_folder.list_checkpoints(folder)
+        fix = f"name one of the run's checkpoints, such as {inside[-1]}" if inside else "choose another checkpoint"
+        raise InputError(f"{asked}: {damage}; {fix}")
     return folder
 
 
@@ -250,15 +261,22 @@ def _resumed_schedule(
     elif resumed.optim.decay_now is not None:
         config = decay_now.continued(config, resumed)
     config = _on_schedule(config, plan, resumed)
-    steps, warmup = config.train.train_steps, config.schedule.warmup_steps
-    assert isinstance(warmup, int)
     if note := changed_decay(resumed.schedule, config.schedule, step):
         notes.append(note)
-    if steps > resumed.train.train_steps and (note := past_decay(config.schedule)):
+    if config.train.train_steps > resumed.train.train_steps and (note := past_decay(config.schedule)):
         notes.append(note)
-    elif {"train_steps", "epochs"} & config.given and 0 < warmup >= steps:
-        notes.append(f"note: the run ends within its warm-up of {warmup:,} steps; --warmup-steps changes that")
+    elif {"train_steps", "epochs"} & config.given:
+        notes += _within_warmup(config)
     return config
+
+
+def _within_warmup(config: RunConfig) -> list[str]:
+    """Return a note if the run, as with noam's default, ends before its warm-up does."""
+    warmup = config.schedule.warmup_steps
+    assert isinstance(warmup, int)
+    if not 0 < warmup >= config.train.train_steps:
+        return []
+    return [f"note: the run ends within its warm-up of {warmup:,} steps; --warmup-steps changes that"]
 
 
 def _as_given(value: Any) -> Any:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gpt2xla.evals.perplexity_table import Row
 
 
+_NO_BEST = "none: losses within documents (--document-mask) and across them do not compare"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TableConfig(EvalConfig):
     """Perplexity table"""
@@ -79,24 +82,26 @@ def main() -> None:
             if runtime.is_main and files:  # after each model: a later one may take hours, and fail
                 with user_error(f"--output {options.output}"):
                     write_whole(files[0], markdown(rows))
-                    measured = {"best": best_of(rows).model, "models": [row.as_dict() for row in rows]}
+                    best = best_of(rows)
+                    measured = {"best": best and best.model, "models": [row.as_dict() for row in rows]}
                     write_whole(files[1], json.dumps(about | measured, indent=2) + "\n")
         if runtime.is_main:
             print(markdown(rows))
+            best = best_of(rows)
             if len(rows) > 1:
-                print(f"best: {best_of(rows)}")
+                print(f"best: {best or _NO_BEST}")
             if picture:
                 _plot(rows, valid_dir, picture)
             print(*files, *([picture] if picture else []), sep="\n")
 
 
 def _plot(rows: list[Row], valid_dir: str, picture: Path) -> None:
-    from gpt2xla.evals.perplexity_table import run_of
+    from gpt2xla.evals.perplexity_table import best_of, run_of
     from gpt2xla.logs.checkpoint_picture import Point, draw
 
     points = [Point(row.model, *run_of(row.source), *row.validation[:2]) for row in rows]
     with user_error(f"--plot {picture}"):
-        write_whole(picture, draw(points, valid_dir, picture.suffix.lower()[1:]))
+        write_whole(picture, draw(points, valid_dir, picture.suffix.lower()[1:], names_best=best_of(rows) is not None))
 
 
 def _files(output: str) -> list[Path]:

@@ -75,7 +75,7 @@ class OptimConfig:
     def check_method(self, given: frozenset[str]) -> None:
         """Raise InputError if one of the options `given` has no meaning for the method, or --min-lr is above the peak."""
         for name in UNUSED.get(self.decay_method, ()):
-            others = [m for m in ("cosine", *OPEN_ENDED) if name not in UNUSED.get(m, ())]
+            others = [m for m in ("cosine", "linear", *OPEN_ENDED) if name not in UNUSED.get(m, ())]
             require(
                 name not in given or getattr(self, name) is None,
                 f"{flag(name)} has no meaning with --decay-method {self.decay_method}; leave it out, or choose "

@@ -200,6 +200,11 @@ class RunConfig:
             not (self.data.drop_last and self.train.epochs and self.train.train_batch_size == "auto"),
             "--epochs with --drop-last, with which epochs end with a micro-batch, needs a --train-batch-size in numbers",
         )
+        require(
+            not ("early_stopping_min_delta" in self.given and self.train.early_stopping_min_delta > 0)
+            or self.train.early_stopping_patience > 0,
+            "--early-stopping-min-delta has no meaning without --early-stopping-patience; set that, too, or leave it out",
+        )
         self._check_length()
 
     def _check_length(self) -> None:

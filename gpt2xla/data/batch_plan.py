@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from gpt2xla.config import TrainConfig
+from gpt2xla.config.batch import divisors
 from gpt2xla.config.train import parse_ramp
 from gpt2xla.errors import InputError, counted
 
@@ -70,6 +71,7 @@ class BatchPlan:
         if train.batch_ramp is not None:
             return cls(tuple(_phase(*entry, train.micro_batch_size, devices) for entry in parse_ramp(train.batch_ramp)))
         if train.train_batch_size == "auto":  # not chosen yet: what is known is the sequences of an update
+            divisors(train.sequences, devices)
             return cls((Phase(0, train.sequences, 1),))
         share_of("--train-batch-size", train.micro_batch_size, devices)
         return cls((Phase(0, train.micro_batch_size, train.micro_steps),))

@@ -18,10 +18,11 @@ from gpt2xla.data.remote import Cache, RemoteFolder
 from gpt2xla.data.shards import MANIFEST, Manifest, TokenStream
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer, match_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer
-from gpt2xla.data.windows import TrainingOrder, Windows
+from gpt2xla.data.windows import TrainingOrder, Windows, validation_windows
 from gpt2xla.errors import InputError
 
 _ALIGNMENT = 128
+MEASURE = "validation"  # the key in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,14 @@ class TrainingData:
 
     def position(self) -> dict[str, Any]:
         """What decides which windows a step reads: plain values for the checkpoint."""
-        return self._fixed() | self.order.plan.state()
+        return self._fixed() | self.order.plan.state() | {MEASURE: self.measure()}
+
+    def measure(self) -> str:
+        """Return what validation losses are measured on: only those of one measure compare."""
+        train = self.config.train
+        windows = validation_windows(self.validation, train.eval_batch_size, train.valid_steps)
+        within = "" if self.end_of_text is None else f" within documents that begin with {self.end_of_text}"
+        return f"{windows} windows of {self.config.model.seq_length} from {self.validation.stream.fingerprint}{within}"
 
     def check_continues(self, saved: dict[str, Any], source: Path) -> None:
         """Raise InputError if the run that saved the `position` `saved` in `source` would lose or repeat data. The sizes of

@@ -34,11 +34,16 @@ class Row:
     source: Path  # the folder or file
     parameters: int
     seq_length: int
+    within_documents: bool  # as with --document-mask
     validation: Validation
 
     def as_dict(self) -> dict[str, Any]:
         measured = self.validation._asdict() | {"perplexity": perplexity(self.validation.loss)}
-        return {"model": self.model, "parameters": self.parameters, "seq_length": self.seq_length} | measured
+        return (
+            {"model": self.model, "parameters": self.parameters, "seq_length": self.seq_length}
+            | measured
+            | {"document_mask": self.within_documents}
+        )
 
     def __str__(self) -> str:
         return f"{self.model}, loss {with_error(self.validation.loss, self.validation.standard_error)}"
@@ -56,7 +61,10 @@ def measure(sources: dict[str, Path], valid_dir: str, train: TrainConfig, runtim
         yield _measure(model, source, valid_dir, train, runtime)
 
 
-def best_of(rows: Sequence[Row]) -> Row:
+def best_of(rows: Sequence[Row]) -> Row | None:
+    """Return the model with the lowest loss; None if some are measured within documents and others across them."""
+    if len({row.within_documents for row in rows}) > 1:
+        return None
     return min(rows, key=lambda row: row.validation.loss)
 
 
@@ -104,7 +112,7 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     runtime.setup_model(model, validator.tokens)
     validation = validator.run()
     padding = model_config.vocab_padding * model_config.d_model * (1 if model_config.tie_weights else 2)
-    return Row(name, source, model.num_parameters() - padding, model_config.seq_length, validation)
+    return Row(name, source, model.num_parameters() - padding, model_config.seq_length, train.document_mask, validation)
 
 
 def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None:

@@ -17,7 +17,7 @@ from gpt2xla.checkpoint.start import Start, find_start
 from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.config.paths import read_best
 from gpt2xla.data.batch_plan import BatchPlan
-from gpt2xla.data.opening import TrainingData
+from gpt2xla.data.opening import MEASURE, TrainingData
 from gpt2xla.data.split_folders import with_splits
 from gpt2xla.errors import InputError, counted, user_error
 from gpt2xla.evals.schedule import Evaluations
@@ -118,6 +118,8 @@ def _open(
     data = TrainingData.open(config, _plan(start, runtime), start.source, runtime.rank, runtime.world_size)
     if start.training and start.source:
         data.check_continues(start.training["data"], start.source)
+        if start.training["data"].get(MEASURE, data.measure()) != data.measure():
+            start = start.without_best("validation losses are measured otherwise from here on")
     if start.step > config.train.train_steps:
         steps, epochs = config.train.train_steps, config.train.epochs
         asked = (

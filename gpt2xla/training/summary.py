@@ -114,7 +114,11 @@ def _training_data(order: TrainingOrder) -> str:
 
 
 def _epochs(order: TrainingOrder, sequences: int) -> str:
-    return f"{', '.join(f'{count:.2f}' for count in _epoch_counts(order, sequences))} epochs"
+    counts = _epoch_counts(order, sequences)
+    if len(counts) == 1:
+        return f"{counts[0]:.2f} epochs"
+    named = zip(counts, order.sets, strict=True)
+    return " and ".join(f"{count:.2f} epochs of {windows.stream.name}" for count, windows in named)
 
 
 def _epoch_counts(order: TrainingOrder, sequences: int) -> list[float]:
@@ -138,6 +142,12 @@ def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
         if not (first == data.end_of_text).any():
             where = f"the first {len(first):,} tokens of {windows.stream.name}"
             yield f"note: --document-mask: {where} are one document: none of them is the end-of-text id {data.end_of_text}"
+    for phase in data.order.plan.phases:
+        if phase.from_step >= train.train_steps:
+            yield (
+                f"note: updates of {phase.sequences:,} sequences would begin after step {phase.from_step:,}, and the run "
+                f"ends after {train.train_steps:,}"
+            )
     counts = _epoch_counts(data.order, data.order.plan.sequences_before(train.train_steps))
     for windows, count in zip(data.order.sets, counts, strict=True):
         if count > _MOST_EPOCHS:

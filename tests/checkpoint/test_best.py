@@ -136,6 +136,17 @@ def test_the_best_is_saved_between_saves_named_and_never_pruned(
     assert not any("best" in key for line in metrics(root) for key in line)
 
 
+def test_losses_that_are_measured_otherwise_do_not_compare(
+    script: Callable[[dict[int, float]], Script], data_flags: list[str], tmp_path: Path
+) -> None:
+    script({10: 2.0, 20: 2.5, 22: 2.4})
+    train(tmp_path, data_flags, "--keep-best")
+    assert named(tmp_path) == (10, 2.0)
+    text = train(tmp_path, data_flags, "--train-steps", 22, "--valid-steps", 2)
+    assert "note: the best validation loss so far, 2.0, counts no more" in text
+    assert named(tmp_path) == (22, 2.4)
+
+
 def test_a_run_ends_early_is_done_and_continues_with_more_patience(
     script: Callable[[dict[int, float]], Script], data_flags: list[str], tmp_path: Path
 ) -> None:
@@ -301,6 +312,7 @@ def test_options_that_cannot_work_are_refused() -> None:
         ("--early-stopping-patience", "2", "--valid-interval", "0"): "needs validations on the way",
         ("--early-stopping-patience", "-1"): "choose a number of at least 0",
         ("--early-stopping-min-delta", "nan"): "choose a number of at least 0",
+        ("--early-stopping-min-delta", "0.1"): "has no meaning without --early-stopping-patience",
     }.items():
         with pytest.raises(InputError, match=message):
             parse_run(TorchConfig, list(flags))

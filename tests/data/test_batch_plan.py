@@ -210,6 +210,11 @@ def test_a_ramp_must_divide_over_the_devices() -> None:
         BatchPlan.of(dataclasses.replace(train, train_batch_size=4, batch_ramp=("32:0",)), 8)
 
 
+def test_the_bare_command_must_divide_over_the_devices() -> None:
+    with pytest.raises(InputError, match=r"--sequences-per-update 256 does not divide over 3 devices; .* such as 258"):
+        BatchPlan.of(TrainConfig(), 3)
+
+
 def test_the_compile_check_takes_the_largest_updates_of_a_ramp() -> None:
     config = RunConfig.from_flat({"batch_ramp": ("32:0", "96:9", "64:20"), "train_batch_size": 32})
     train = with_largest_updates(config, "v5e-8").train

@@ -118,7 +118,8 @@ def test_a_mixed_run_says_so_and_resumes_exactly(mixed: list[str], data: Path, t
     said = train("whole", 12, "--train-dir", *mixed)
     assert f"75.00% from {data / 'train'} (5,000 tokens) + 25.00% from {tmp_path / 'second'} (700 tokens)" in said
     # 12 updates of 3 x 4 sequences, over 312 and 43 windows of 16 tokens
-    assert f"{144 * 0.75 / 312:.2f}, {144 * 0.25 / 43:.2f} epochs" in said
+    first, second = f"{144 * 0.75 / 312:.2f}", f"{144 * 0.25 / 43:.2f}"
+    assert f"{first} epochs of {data / 'train'} and {second} epochs of {tmp_path / 'second'}" in said
     train("parts", 7, "--train-dir", *mixed)
     train("parts", 12)  # a continued run keeps its folders and weights
     assert training_losses(tmp_path / "parts") == training_losses(tmp_path / "whole")
