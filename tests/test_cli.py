@@ -196,6 +196,7 @@ def test_bf16_on_xla_follows_fp32(trained: Path, data_flags: list[str], tmp_path
     assert training_losses(tmp_path)[-1] == pytest.approx(training_losses(trained)[-1], abs=0.3)
 
 
+@pytest.mark.slow  # the quick form is in model/test_kernels.py
 def test_compile_gives_the_same_losses(trained: Path, data_flags: list[str], tmp_path: Path) -> None:
     succeed(run("run_pretrain.py", *data_flags, *SMALL_RUN, "--compile", "--checkpoints-dir", tmp_path))
     assert training_losses(tmp_path) == pytest.approx(training_losses(trained), rel=1e-4)
