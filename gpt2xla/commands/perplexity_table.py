@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gpt2xla.evals.perplexity_table import Row
 
 
-_NO_BEST = "none: losses within documents (--document-mask) and across them do not compare"
+_NO_BEST = "none, as losses within documents (--document-mask) and across them do not compare"
 
 
 @dataclass(frozen=True, kw_only=True)
