@@ -78,7 +78,7 @@ def test_a_decay_is_the_run_planned_with_it_and_resumes_with_and_without_its_fla
     assert start("--checkpoints-dir", wsd).is_finished, "the first run is as it was"
 
 
-def test_a_decay_in_the_same_folder_sets_later_checkpoints_aside_and_goes_on_when_its_source_is_gone(
+def test_a_decay_in_the_same_folder_sets_later_checkpoints_aside_and_continues_when_its_source_is_gone(
     wsd: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(wsd, tmp_path / "run", symlinks=True)
