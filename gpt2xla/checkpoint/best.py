@@ -77,8 +77,10 @@ class Best:
 
 def kept_in(root: Path, best: Best, until: int) -> Best:
     """Return `best` if its checkpoint is in `root`. Otherwise return the best of those that are: the one up to step `until`
-    with the lowest loss in the run's log, or none. What counts towards the patience stays."""
-    if _is_in(root, best):
+    with the lowest loss in the run's log, or none. What counts towards the patience stays.
+
+    Where no validation counts yet, none in the log does either: they may be measured otherwise."""
+    if best.loss is None or _is_in(root, best):
         return best
     steps = {int(folder.name[5:]) for folder in list_checkpoints(root)}
     found = [
@@ -116,7 +118,7 @@ def prepare_best(root: Path, best: Best | None) -> list[str]:
     if (root / BEST).is_symlink():
         (root / BEST).unlink()
     (root / BEST_FILE).unlink(missing_ok=True)
-    why = "no checkpoint here has a validation" if best else "--keep-best is off"
+    why = "no checkpoint here has a validation that counts" if best else "--keep-best is off"
     return [f"removed: {BEST_FILE} ({why})"] if is_there else []
 
 

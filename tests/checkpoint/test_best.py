@@ -143,7 +143,7 @@ def test_losses_that_are_measured_otherwise_do_not_compare(
     train(tmp_path, data_flags, "--keep-best")
     assert named(tmp_path) == (10, 2.0)
     text = train(tmp_path, data_flags, "--train-steps", 22, "--valid-steps", 2)
-    assert "note: the best validation loss so far, 2.0, counts no more" in text
+    assert "note: the best validation loss so far, 2.0000, counts no more" in text
     assert named(tmp_path) == (22, 2.4)
 
 
@@ -226,7 +226,7 @@ def test_going_back_names_the_best_that_is_left(
     (whole / "metrics.jsonl").unlink()
     start = find_start(options(whole, "--resume", whole / "step-00000010"))
     assert (start.best.step, start.best.loss, start.best.to_beat) == (0, None, 2.5)
-    assert prepare_best(whole, start.best) == ["removed: best.json (no checkpoint here has a validation)"]
+    assert prepare_best(whole, start.best) == ["removed: best.json (no checkpoint here has a validation that counts)"]
     assert not (whole / "best").is_symlink()
 
 
