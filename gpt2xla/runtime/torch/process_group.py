@@ -31,6 +31,7 @@ SECONDS_OF_GRACE = 10  # after another process has exited; where Python runs, a 
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _FIX = "start the processes with torchrun, which sets them all, or unset them for one process"
+_left: list[dist.ProcessGroup | None] = []  # groups, kept as `leave` says
 
 
 class Place(NamedTuple):
@@ -94,6 +95,15 @@ def join(place: Place, backend: str, device: torch.device) -> None:
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if backend == "nccl" else None,  # which NCCL would guess in a barrier; gloo takes none
         )
+
+
+def leave() -> None:
+    """Leave the default process group, but keep the object until the process ends.
+
+    Otherwise DDP's reducer, its last owner, deletes it together with the model: it waits for the group's threads and holds
+    Python's lock. A thread that still has the tensor of a collective needs that lock to delete it: both wait for ever."""
+    _left.append(dist.group.WORLD)
+    dist.destroy_process_group()
 
 
 class Peers:

@@ -34,7 +34,7 @@ from gpt2xla.runtime.torch import parallel
 from gpt2xla.runtime.torch.accelerators import choose_backend, pick_accelerator
 from gpt2xla.runtime.torch.compile import CompiledBlock, open_compile_cache
 from gpt2xla.runtime.torch.owners import ProcessOwners, RowOwners
-from gpt2xla.runtime.torch.process_group import Peers, find_place, join
+from gpt2xla.runtime.torch.process_group import Peers, find_place, join, leave
 
 
 class TorchRuntime(OneDevice):
@@ -251,4 +251,4 @@ class TorchRuntime(OneDevice):
     def close(self) -> None:
         if self._peers and dist.is_initialized():
             self._peers.close()
-            dist.destroy_process_group()
+            leave()
