@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import os
 import random
 import signal
@@ -94,8 +95,16 @@ class Run:
         self.processes = list(processes)
 
     def wait(self, seconds: float = _PATIENCE) -> list[int | None]:
+        """Wait and return the exit codes: None for a process that hangs, after printing where its threads are."""
         deadline = time.monotonic() + seconds
-        return [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
+        codes = [process.wait(max(0.0, deadline - time.monotonic())) for process in self.processes]
+        hanging = [process for process in self.processes if process.code is None]
+        for process in hanging:
+            process.send(signal.SIGABRT)  # faulthandler then prints, whatever the threads wait for
+        for process in hanging:
+            process.wait(5)
+            print(f"    HANGS: {process.output}: {process.text[-3000:]}", flush=True)
+        return codes
 
     def kill(self) -> None:
         """End all of them, and the processes that they started."""
@@ -156,6 +165,7 @@ def _become_run(
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        faulthandler.enable(2)
         os.environ.update(environment)
         sys.argv = ["run_pretrain.py", *argv]
         gpt2xla.runtime.torch.accelerators.measured_cpu_flops = lambda dtype: (
@@ -183,6 +193,7 @@ def program(command: Sequence[object], folder: Path, **environment: str) -> Iter
     """Run a command from the repository's root as a fresh process: torchrun, or the XLA runner."""
     output = next_file(folder.with_name(f"{folder.name}.output"))
     inherited = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    inherited["PYTHONFAULTHANDLER"] = "1"  # as `Run.wait` expects
     with output.open("w") as stream:
         popen = subprocess.Popen(
             [sys.executable, *map(str, command), "--checkpoints-dir", str(folder)], cwd=ROOT, stdout=stream,
