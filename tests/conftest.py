@@ -14,9 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from gpt2xla.data.preparation.rows import Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 97
@@ -139,6 +143,21 @@ def prepare_documents(folder: Path) -> Path:
     config = PrepareConfig(output_dir=str(folder), seed=0, test_fraction=0.2, shard_size=2000)
     prepare(local_parts([text], split_by="line"), load_tokenizer("bytes"), config)
     return folder
+
+
+def random_samples(count: int, longest: int, seed: int, vocab_size: int = VOCAB_SIZE) -> list[Sample]:
+    """Samples of 2 to `longest` tokens without an end-of-text, in which spans are trained on, as answers are."""
+    from gpt2xla.data.preparation.rows import Sample
+
+    rng, samples = np.random.default_rng(seed), []
+    for _ in range(count):
+        length = int(rng.integers(2, longest + 1))
+        ids = (rng.integers(0, vocab_size) + np.cumsum(rng.random(length) < 0.8)) % vocab_size
+        border = int(rng.integers(1, length))
+        trained = np.arange(length) >= border
+        trained[: border // 2] = rng.random() < 0.3  # an earlier turn
+        samples.append(Sample(ids.astype(np.uint16), trained, length))
+    return samples
 
 
 def learnable_tokens(count: int, seed: int) -> np.ndarray:

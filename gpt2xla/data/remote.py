@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from gpt2xla.config.paths import PREPARE
+from gpt2xla.data.shard_files.mask_file import MASK_SUFFIX
 from gpt2xla.data.shard_files.shard_format import SUFFIXES
 from gpt2xla.errors import InputError, RunFailed, in_one_line, user_error
 from gpt2xla.files import write_whole
@@ -164,7 +165,7 @@ class RemoteFolder:
         found = []
         for file in self.cache.folder.expanduser().glob("*/[!.]*"):
             with contextlib.suppress(FileNotFoundError):  # another process may remove it
-                if file.suffix in SUFFIXES:
+                if file.suffix in (*SUFFIXES, MASK_SUFFIX):
                     found.append((file.stat().st_mtime, file.stat().st_size, file))
         total = sum(size for _, size, _ in found)
         for _, size, file in sorted(found):

@@ -12,15 +12,16 @@ import json
 import os
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 
 from gpt2xla.config.paths import PREPARE, check_shards, is_url
 from gpt2xla.data.remote import DEFAULT_CACHE, Cache, RemoteFolder
 from gpt2xla.data.shard_files.foreign_shards import pointer
+from gpt2xla.data.shard_files.mask_file import mask_of, open_mask, read_bits
 from gpt2xla.data.shard_files.raw_ids import largest_sampled
 from gpt2xla.data.shard_files.shard_folder import refuse_others, shards_of
 from gpt2xla.data.shard_files.shard_format import RAW, SUFFIXES, Shard, open_shard
@@ -32,16 +33,20 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard in a manifest."""
+    """One shard in a manifest. `mask_sha256` is the hash of its mask, if it has one."""
 
     file: str
     tokens: int
     sha256: str
+    mask_sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The `manifest.json` of a split: what it was made of and with. Models and resumed runs are matched to it."""
+    """The `manifest.json` of a split: what it was made of and with. Models and resumed runs are matched to it.
+
+    The last three belong to masked rows (`preparation/rows.py`), of which each shard has a mask: the tokens of a row, how
+    many tokens of the split are trained on, and, of conversations, the Jinja template that made them."""
 
     tokenizer: str
     tokenizer_sha256: str
@@ -52,9 +57,13 @@ class Manifest:
     documents: int
     bytes: int
     shards: tuple[ShardEntry, ...]
+    row_length: int | None = None
+    trained_tokens: int | None = None
+    chat_template: str = ""
 
     def save(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(as_json(self), indent=2, default=as_json)
+        (folder / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:
@@ -73,6 +82,7 @@ class Manifest:
                 raise ValueError(f"vocab_size is {manifest.vocab_size}")
             if manifest.dtype not in ("uint16", "uint32"):
                 raise ValueError(f"dtype is {manifest.dtype[:80]!r}")
+            _check_rows(manifest)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{file} is not a manifest of token shards ({error}); prepare the data again") from None
         if any(Path(shard.file).name != shard.file or shard.file in ("", "..") for shard in shards):
@@ -131,7 +141,10 @@ class TokenStream:
                     )
             self.notes += [f"note: {shard.note}" for shard in shards if shard.note]
             if self.manifest:
-                refuse_others(self.folder, self.files, MANIFEST)
+                refuse_others(self.folder, [*self.files, *self._mask_files()], MANIFEST)
+        self._masks: list[np.ndarray | None] = [None] * len(self.files)  # those behind a URL until they are read
+        if self.is_masked and not self._remote:
+            self._masks = [self._open_mask(number) for number in range(len(self.files))]
         # Plain lists: looking up one position in them is several times faster than in an array.
         self._ends = list(itertools.accumulate(lengths))
         self._starts = [0, *self._ends[:-1]]
@@ -143,6 +156,7 @@ class TokenStream:
         marks: list = [(file.name, length) for file, length in zip(self.files, lengths, strict=True)]
         if self.manifest:
             marks = [shard.sha256 for shard in self.manifest.shards]
+            marks += [shard.mask_sha256 for shard in self.manifest.shards if shard.mask_sha256]
         self.fingerprint = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -157,6 +171,21 @@ class TokenStream:
             number += 1
             parts.append(self._part(number, self._starts[number], missing))
         return np.concatenate(parts, dtype=self.dtype)
+
+    def trained(self, start: int, count: int) -> np.ndarray:
+        """Return for tokens start .. start + count - 1 of masked rows whether they are trained on, as bool (count,)."""
+        assert 0 <= start <= self.length - count, (start, count, self.length)
+        parts, number = [], bisect_right(self._ends, start)
+        while count:
+            part = min(count, self._ends[number] - start)
+            parts.append(read_bits(self._mask(number), start - self._starts[number], part))
+            start, count, number = start + part, count - part, number + 1
+        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.bool_)])
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the split is masked rows, of which only some tokens are trained on."""
+        return self.manifest is not None and self.manifest.row_length is not None
 
     @property
     def is_remote(self) -> bool:
@@ -197,18 +226,20 @@ class TokenStream:
             fix = "prepare it again or leave the flag out"
             raise InputError(f"--verify-data: {self.name} has no {MANIFEST} with hashes to check; {fix}")
 
-        def check(number_and_shard: tuple[int, ShardEntry]) -> None:
-            number, shard = number_and_shard
-            with self._local_file(number) as file:
-                found = file_sha256(file)
-            if found != shard.sha256:
-                fix = "remove it and start again" if self._remote else "copy or prepare it again"
-                wrong = f"is not what {MANIFEST} says (sha256 differs): it is damaged"
-                raise InputError(f"{self.files[number]} {wrong}; {fix}")
+        def check(shard: ShardEntry) -> None:
+            for name, sha256 in ((shard.file, shard.sha256), (mask_of(shard.file), shard.mask_sha256)):
+                if sha256 is None:
+                    continue
+                with self._local_file(name, sha256) as file:
+                    found = file_sha256(file)
+                if found != sha256:
+                    fix = "remove it and start again" if self._remote else "copy or prepare it again"
+                    wrong = f"is not what {MANIFEST} says (sha256 differs): it is damaged"
+                    raise InputError(f"{self.folder / name} {wrong}; {fix}")
 
         # hashlib lets other threads run while it works.
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-            for _ in threads.map(check, enumerate(self.manifest.shards)):
+            for _ in threads.map(check, self.manifest.shards):
                 pass
 
     def _part(self, number: int, start: int, count: int) -> np.ndarray:
@@ -219,18 +250,32 @@ class TokenStream:
         assert self._remote is not None
         assert self.manifest is not None
         if self._remote.cache.limit:  # a mapped file takes room on the disk even after it is deleted
-            self._shards = [None] * len(self.files)
-        with self._local_file(number):
+            self._shards, self._masks = [None] * len(self.files), [None] * len(self.files)
+        entry = self.manifest.shards[number]
+        with self._local_file(entry.file, entry.sha256):
             shard = self._shards[number] = self._open(number).tokens
         following = self.manifest.shards[(number + 1) % len(self.files)]
         self._remote.fetch_ahead(following.file, following.sha256)
         return shard
 
-    def _local_file(self, number: int) -> contextlib.AbstractContextManager[Path]:
-        if self._remote and self.manifest:
-            shard = self.manifest.shards[number]
-            return self._remote.at_hand(shard.file, shard.sha256)
-        return contextlib.nullcontext(self.files[number])
+    def _mask(self, number: int) -> np.ndarray:
+        if (mask := self._masks[number]) is None:
+            assert self.manifest is not None
+            entry = self.manifest.shards[number]
+            assert entry.mask_sha256 is not None
+            with self._local_file(mask_of(entry.file), entry.mask_sha256):
+                mask = self._masks[number] = self._open_mask(number)
+        return mask
+
+    def _mask_files(self) -> list[Path]:
+        return [self.folder / mask_of(file.name) for file in self.files] if self.is_masked else []
+
+    def _open_mask(self, number: int) -> np.ndarray:
+        assert self.manifest is not None
+        return open_mask(self._mask_files()[number], self.manifest.shards[number].tokens, MANIFEST)
+
+    def _local_file(self, file: str, sha256: str) -> contextlib.AbstractContextManager[Path]:
+        return self._remote.at_hand(file, sha256) if self._remote else contextlib.nullcontext(self.folder / file)
 
     def _open(self, number: int) -> Shard:
         file, manifest = self.files[number], self.manifest
@@ -251,3 +296,22 @@ def _check_types(*parts: Manifest | ShardEntry) -> None:
             plain = tuple if get_origin(kind) is tuple else kind
             if not isinstance(getattr(part, name), plain):
                 raise ValueError(f"{name} is {repr(getattr(part, name))[:80]}")
+
+
+def _check_rows(manifest: Manifest) -> None:
+    """Raise ValueError unless all that belongs to masked rows is there, or nothing."""
+    length, trained, masks = manifest.row_length, manifest.trained_tokens, [s.mask_sha256 for s in manifest.shards]
+    if not manifest.chat_template and {length, trained, *masks} <= {None}:
+        return
+    if length is None or trained is None or None in masks:
+        raise ValueError("of row_length, trained_tokens and each shard's mask_sha256 some are missing")
+    if length < 1 or manifest.tokens < 1 or (manifest.tokens - 1) % length:
+        raise ValueError(f"{manifest.tokens} tokens are not rows of row_length {length} and one more")
+    if not 0 < trained < manifest.tokens:
+        raise ValueError(f"trained_tokens is {trained}, of {manifest.tokens} tokens")
+
+
+def as_json(part: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass, without the optional ones that are not set."""
+    values = {f.name: (getattr(part, f.name), f.default) for f in fields(part)}
+    return {name: value for name, (value, default) in values.items() if default not in (None, "") or value != default}

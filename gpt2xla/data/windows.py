@@ -47,6 +47,11 @@ class Windows:
     vocab_size: int
 
     def __post_init__(self) -> None:
+        rows = self.stream.manifest.row_length if self.stream.manifest else None
+        if rows not in (None, self.seq_length):
+            made = f"{self.stream.option} {self.stream.name} was prepared in rows of {rows} tokens"
+            fix = f"use --seq-length {rows}, or prepare it again with --seq-length {self.seq_length}"
+            raise InputError(f"--seq-length {self.seq_length}: {made}; {fix}")
         if self.count == 0:
             few = f"{self.stream.length} tokens, too few for one window of --seq-length {self.seq_length} + 1"
             fix = "prepare more text or shorten --seq-length"
@@ -61,6 +66,18 @@ class Windows:
     def rest(self) -> int:
         """How many tokens the shorter window after the last whole one predicts."""
         return (self.stream.length - 1) % self.seq_length
+
+    def trained_tokens(self, windows: range | np.ndarray) -> int:
+        """Return how many labels of whole windows count."""
+        if not self.stream.is_masked:
+            return len(windows) * self.seq_length
+        if isinstance(windows, range):
+            return int(np.count_nonzero(self._trained(windows.start, len(windows))))
+        return sum(int(np.count_nonzero(self._trained(window))) for window in windows.tolist())
+
+    def _trained(self, window: int, count: int = 1) -> np.ndarray:
+        """Return for the labels of neighbouring windows whether they count."""
+        return self.stream.trained(window * self.seq_length + 1, count * self.seq_length)
 
     def batch(self, windows: range | np.ndarray) -> Batch:
         """Return the given windows, in that order. In an array, `count` means the shorter window after the last whole one,
@@ -77,6 +94,10 @@ class Windows:
         labels = rows[:, 1:].astype(np.int64)
         labels[windows < 0] = IGNORED_LABEL
         labels[windows == self.count, self.rest :] = IGNORED_LABEL
+        if stream.is_masked:  # which has whole windows only
+            for row, window in zip(labels, windows.tolist(), strict=True):
+                if window >= 0:
+                    row[~self._trained(window)] = IGNORED_LABEL
         return Batch(torch.from_numpy(rows[:, :-1].astype(np.int64)), torch.from_numpy(labels))
 
     def _run(self, windows: range) -> Batch:
@@ -85,7 +106,10 @@ class Windows:
         tokens = self.stream.read(start, count + 1)
         self._check(tokens, start)
         run = torch.from_numpy(tokens.astype(np.int64))
-        return Batch(run[:-1].view(-1, self.seq_length), run[1:].view(-1, self.seq_length))
+        inputs, labels = run[:-1], run[1:]
+        if self.stream.is_masked:
+            labels = labels.where(torch.from_numpy(self._trained(windows.start, len(windows))), IGNORED_LABEL)
+        return Batch(inputs.view(-1, self.seq_length), labels.view(-1, self.seq_length))
 
     def _check(self, tokens: np.ndarray, start: int) -> None:
         if tokens.max() >= self.vocab_size or (tokens.dtype.kind == "i" and tokens.min() < 0):
@@ -194,6 +218,12 @@ class TrainingOrder:
             part = self.sets[number].batch(self.epochs[number].windows(start, len(rows)))
             together[0, rows], together[1, rows] = part.input_ids.numpy(), part.labels.numpy()
         return Batch(*torch.from_numpy(together))
+
+    def trained_tokens(self, step: int) -> int:
+        """Return how many tokens count in the loss of update `step`, on all processes together: at least 1."""
+        runs = self.mixture.runs(self.plan.sequences_before(step), self.plan.at(step).sequences)
+        counts = (self.sets[n].trained_tokens(self.epochs[n].windows(start, len(rows))) for n, rows, start in runs)
+        return max(1, sum(counts))
 
     def describe(self, step: int) -> str:
         """Return in words which windows update `step` reads, on all processes together."""

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from gpt2xla.config import flag
 from gpt2xla.data.documents.corpus import Part, Position, Split
 from gpt2xla.data.preparation.writer import Written
+from gpt2xla.data.shards import as_json
 from gpt2xla.errors import InputError
 from gpt2xla.files import read_json, write_whole
 
@@ -44,7 +45,7 @@ class Record:
         return sum(written.tokens for written in self.splits.values())
 
     def save(self, folder: Path) -> None:
-        write_whole(folder / RECORD, json.dumps(vars(self), indent=2, default=vars))
+        write_whole(folder / RECORD, json.dumps(vars(self), indent=2, default=as_json))
 
     @classmethod
     def load(cls, folder: Path) -> Record | None:

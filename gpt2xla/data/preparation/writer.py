@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from gpt2xla.data.shard_files.mask_file import MaskWriter, mask_of
 from gpt2xla.data.shards import Manifest, ShardEntry
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.files import file_sha256
@@ -36,23 +37,32 @@ class ShardWriter:
     """Writes one split's shards into `folder`, continuing after `written`; what the last shard holds beyond that is cut off.
 
     It appends and does not map memory: on a full disk writing raises OSError, but a mapped page would kill the process.
+    With `masks`, each shard gets one of its trained tokens; that cannot be continued.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, shard_size: int, written: Written) -> None:
+    def __init__(
+        self, folder: Path, dtype: np.dtype, shard_size: int, written: Written, *, masks: bool = False
+    ) -> None:
+        assert not (masks and written.tokens)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.dtype = dtype
         self.shard_size = shard_size
         self.written = written
+        self.trained = 0  # tokens that closed masks select
+        self._has_masks = masks
         self._open()
 
-    def add(self, ids: np.ndarray, documents: int, size: int) -> None:
-        """Append the ids of whole documents, `size` bytes of text."""
+    def add(self, ids: np.ndarray, documents: int, size: int, trained: np.ndarray | None = None) -> None:
+        """Append the ids of whole documents, `size` bytes of text, and to the masks which of them are `trained` on."""
         self.written.documents += documents
         self.written.bytes += size
         while len(ids):
             part = ids[: self.shard_size - self.written.filled]
             self._file.write(part.data)
+            if self._mask and trained is not None:
+                self._mask.add(trained[: len(part)])
+                trained = trained[len(part) :]
             self.written.filled += len(part)
             ids = ids[len(part) :]
             if self.written.filled == self.shard_size:
@@ -64,13 +74,18 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def finish(self, tokenizer: Tokenizer) -> Manifest:
-        """Write manifest and tokenizer beside the shards, and return the manifest."""
+    def finish(self, tokenizer: Tokenizer, **optional: Any) -> Manifest:
+        """Write manifest and tokenizer beside the shards, and return the manifest. `optional`: its fields of masked rows."""
         if self.written.filled:
             self._close_shard()
         else:
             self._file.close()
             self._path.unlink()
+            if self._mask:
+                self._mask.close()
+                self._mask.file.unlink()
+        if self._has_masks:
+            optional["trained_tokens"] = self.trained
         manifest = Manifest(
             tokenizer=tokenizer.name,
             tokenizer_sha256=tokenizer.sha256,
@@ -81,6 +96,7 @@ class ShardWriter:
             documents=self.written.documents,
             bytes=self.written.bytes,
             shards=tuple(self.written.shards),
+            **optional,
         )
         tokenizer.save(self.folder)
         manifest.save(self.folder)
@@ -92,6 +108,7 @@ class ShardWriter:
         self._write_header()
         self._file.truncate(self._file.tell() + self.written.filled * self.dtype.itemsize)
         self._file.seek(0, os.SEEK_END)
+        self._mask = MaskWriter(self.folder / mask_of(self._path.name)) if self._has_masks else None
 
     def _close_shard(self) -> None:
         self._file.seek(0)
@@ -99,7 +116,12 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self.written.shards.append(ShardEntry(self._path.name, self.written.filled, file_sha256(self._path)))
+        entry = ShardEntry(self._path.name, self.written.filled, file_sha256(self._path))
+        if self._mask:
+            self._mask.close()
+            self.trained += self._mask.trained
+            entry = replace(entry, mask_sha256=file_sha256(self._mask.file))
+        self.written.shards.append(entry)
         self.written.filled = 0
 
     def _write_header(self) -> None:

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from gpt2xla.data.shard_files.mask_file import MASK_SUFFIX
 from gpt2xla.data.shard_files.shard_format import SUFFIXES
 from gpt2xla.errors import InputError
 from gpt2xla.files import read_json
@@ -24,6 +25,11 @@ def shards_of(folder: Path, option: str) -> tuple[list[Path], list[str]]:
     seen = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     if unfinished := [file for file in seen if _UNFINISHED.search(file.name)]:
         raise InputError(f"{unfinished[0]} is compressed or incomplete, and would be left out; decompress or remove it")
+    if masks := [file for file in seen if file.suffix.lower() == MASK_SUFFIX]:
+        fix = "copy that too, or move the masks away to train on all tokens"
+        raise InputError(
+            f"{masks[0]} is a shard's mask, which cannot be read without the manifest.json of its folder; {fix}"
+        )
     files = [file for file in seen if file.suffix.lower() in SUFFIXES and not file.is_dir()]
     _refuse_litdata(folder)
     _refuse_twins(files)
@@ -31,10 +37,10 @@ def shards_of(folder: Path, option: str) -> tuple[list[Path], list[str]]:
 
 
 def refuse_others(folder: Path, named: list[Path], manifest: str) -> None:
-    """Raise InputError if a folder holds shards that its manifest does not name."""
+    """Raise InputError if a folder holds shards, or masks of shards, that its manifest does not name."""
     known = {file.name for file in named}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.name not in known:
+        if file.suffix.lower() in (*SUFFIXES, MASK_SUFFIX) and not file.name.startswith(".") and file.name not in known:
             raise InputError(f"{file} is not named in {manifest}, and would be left out; move it out of the folder")
 
 
