@@ -138,7 +138,7 @@ def save(job: Job) -> None:
     batches = runtime.device_batches(
         Batch(*(torch.zeros(2, 1024, dtype=torch.int64) for _ in range(2))) for _ in range(3)
     )
-    step(batches, 0, Phase(0, 2, 1))
+    step(batches, 0, Phase(0, 2, 1), 2 * 1024)
     seconds = []
     for _ in range(3):
         torch.cuda.synchronize()

@@ -166,7 +166,7 @@ def seconds_per_update(size: str) -> dict[str, list[float]]:
     for turn in range(TURNS + 2):
         for recipe, step in steps.items():
             start = time.process_time()
-            step(iter([Batch(ids[:, :-1], ids[:, 1:])]), turn, Phase(0, SEQUENCES, 1))
+            step(iter([Batch(ids[:, :-1], ids[:, 1:])]), turn, Phase(0, SEQUENCES, 1), SEQUENCES * LENGTH)
             seconds[recipe].append(time.process_time() - start)
     return {recipe: values[2:] for recipe, values in seconds.items()}
 

@@ -208,7 +208,7 @@ def ours(job: Job, wanted: Iterator[list[Tensor]]) -> None:
     batches = runtime.device_batches(Batch(*job.tokens(number)) for number in range(10_000))
     model.train()
     for number, out in enumerate(wanted):
-        loss, grad_norm, _ = step(batches, number, Phase(0, job.batch, 1))
+        loss, grad_norm, _ = step(batches, number, Phase(0, job.batch, 1), job.batch * job.model.seq_length)
         runtime.when_ready(lambda loss, norm: None, torch.stack([loss, grad_norm]))  # read when the trainer reads them
         out.append(loss.detach())
 

@@ -21,7 +21,7 @@ from gpt2xla.config import GeneralConfig, ModelConfig, OptimConfig, RunConfig, b
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed
 from gpt2xla.data.batch_plan import SAVED_SIZES, BatchPlan
-from gpt2xla.data.opening import with_epochs, with_vocabulary
+from gpt2xla.data.opening import with_epochs, with_row_length, with_vocabulary
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import read_json
 from gpt2xla.model.gpt2 import GPT2, blank
@@ -105,8 +105,9 @@ def find_start(config: RunConfig) -> Start:
         config.check_schedule()  # before anything is fetched
     if source is None:
         if not config.general.do_test:
-            config, note = with_vocabulary(config)
-            notes += [note] if note else []
+            for complete in (with_vocabulary, with_row_length):
+                config, note = complete(config)
+                notes += [note] if note else []
         config.model.check()
         _refuse_beyond_memory(config.model)
         if not config.general.do_test:

@@ -68,10 +68,10 @@ class TrainConfig:
         "attention weights, on CPUs; flash: our own kernel, on TPU v3 and later",
     )
     loss_chunks: int = option(0, "compute logits and loss in this many pieces to save memory; 0 lets the device choose")
-    document_mask: bool = option(
-        False,
+    document_mask: bool | None = option(
+        None,
         "attention stays within documents, and positions restart in each: an end-of-text token begins the next one; "
-        "validation measures the same; off in GPT-2's recipe",
+        "validation measures the same (default: for masked rows, such as conversations; not in GPT-2's recipe)",
     )
     activation_checkpointing: Literal["none", "block"] = option(
         "none",

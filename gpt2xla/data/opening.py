@@ -30,6 +30,7 @@ class TrainingData:
     """All that a run reads.
 
     Attributes:
+        config: the run's options, in which --document-mask is decided.
         order: which windows of --train-dir each update reads.
         validation: the windows of --valid-dir.
         tokenizer: the one that made both; None if there is none beside them and none was named.
@@ -54,6 +55,7 @@ class TrainingData:
         """
         sets, mixture = open_training(config)
         validation = open_validation(config)
+        config = with_document_mask(config, sets)
         order = _order(config, plan, sets, mixture, rank, world_size)
         folders = [*([source] if source else []), *(windows.stream.folder for windows in sets)]
         tokenizer = tokenizer_of(config, folders, [*sets, validation])
@@ -81,7 +83,7 @@ class TrainingData:
         train = self.config.train
         windows = validation_windows(self.validation, train.eval_batch_size, train.valid_steps)
         within = "" if self.end_of_text is None else f" within documents that begin with {self.end_of_text}"
-        return f"{windows} windows of {self.config.model.seq_length} from {self.validation.stream.fingerprint}{within}"
+        return f"{windows} windows of {self.validation.seq_length} from {self.validation.stream.fingerprint}{within}"
 
     def check_continues(self, saved: dict[str, Any], source: Path) -> None:
         """Raise InputError if the run that saved the `position` `saved` in `source` would lose or repeat data. The sizes of
@@ -132,6 +134,28 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size)), note
 
 
+def with_row_length(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return the run of a new model with the --seq-length of its masked rows, and a note on it for the user; the run as it
+    is, and "", if it was given or there are none. Raises InputError if a manifest cannot be read."""
+    if "seq_length" in config.given:
+        return config, ""
+    manifests = (_manifest(config, folder)[0] for folder in parse_weights("--train-dir", config.data.train_dir)[0])
+    length = next((manifest.row_length for manifest in manifests if manifest and manifest.row_length), None)
+    if length is None:
+        return config, ""
+    note = f"sequences: {length:,} tokens, as the rows of --train-dir have (--seq-length)"
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, seq_length=length)), note
+
+
+def with_document_mask(config: RunConfig, sets: Sequence[Windows]) -> RunConfig:
+    """Return the run with --document-mask on or off. By default it is on if some of the `sets` are masked rows, which hold
+    several samples."""
+    if config.train.document_mask is not None:
+        return config
+    is_on = any(windows.stream.is_masked for windows in sets)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, document_mask=is_on))
+
+
 def with_epochs(config: RunConfig, plan: BatchPlan) -> RunConfig:
     """Return the run with the --train-steps that --epochs means, if it was given: the fewest updates that read the windows
     of all data sets together so often. Raises InputError if the data cannot be opened."""
@@ -156,12 +180,18 @@ def _order(
 
 def _ids_of(config: RunConfig, folder: str) -> int:
     """Return the number of ids of a folder's or URL's tokenizer, by its manifest if it has one; 0 if unknown."""
-    remote = RemoteFolder(folder, "--train-dir", _cache(config), MANIFEST) if is_url(folder) else None
-    place = remote.folder if remote else Path(folder)
-    if manifest := Manifest.load(place):
+    manifest, place = _manifest(config, folder)
+    if manifest:
         return manifest.vocab_size
     name = config.data.tokenizer or (str(place) if has_tokenizer(place) else None)
     return load_tokenizer(name).vocab_size if name else 0
+
+
+def _manifest(config: RunConfig, folder: str) -> tuple[Manifest | None, Path]:
+    """Return the manifest of a folder or URL, None if it has none, and where its small files lie on this machine."""
+    remote = RemoteFolder(folder, "--train-dir", _cache(config), MANIFEST) if is_url(folder) else None
+    place = remote.folder if remote else Path(folder)
+    return Manifest.load(place), place
 
 
 def tokenizer_of(config: RunConfig, folders: list[Path], windows: Sequence[Windows]) -> Tokenizer | None:
@@ -212,7 +242,7 @@ def open_training(config: RunConfig) -> tuple[list[Windows], Mixture]:
 
 
 def open_validation(config: RunConfig) -> Windows:
-    """Open the split of --valid-dir. Raises InputError."""
+    """Open the split of --valid-dir. Masked rows may be shorter than the model's sequences. Raises InputError."""
     return _open(config, config.data.valid_dir, "--valid-dir")
 
 
@@ -224,8 +254,10 @@ def _open(config: RunConfig, folder: str, option: str) -> Windows:
 
 
 def _windows(config: RunConfig, folder: str, option: str) -> Windows:
-    stream = TokenStream(folder, option, _cache(config))
-    return Windows(stream, config.model.seq_length, config.model.real_vocab_size)
+    stream, length = TokenStream(folder, option, _cache(config)), config.model.seq_length
+    if option == "--valid-dir" and stream.manifest:
+        length = min(length, stream.manifest.row_length or length)
+    return Windows(stream, length, config.model.real_vocab_size)
 
 
 def _check_room(config: RunConfig, remote: Sequence[TokenStream]) -> None:

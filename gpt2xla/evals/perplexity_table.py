@@ -13,7 +13,7 @@ from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.checkpoint.run_folder import stays_in_documents
 from gpt2xla.checkpoint.seal import step_of
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
-from gpt2xla.data.opening import end_of_text_of, open_validation, tokenizer_of
+from gpt2xla.data.opening import end_of_text_of, open_validation, tokenizer_of, with_document_mask
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
@@ -89,12 +89,13 @@ def markdown(rows: list[Row]) -> str:
 
 def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtime: Runtime) -> Row:
     model_config, weights = load_weights(source)
-    train = dataclasses.replace(train, document_mask=stays_in_documents(source))  # as it was trained
+    train = dataclasses.replace(train, document_mask=stays_in_documents(source) or None)  # as it was trained
     config = RunConfig(data=DataConfig(valid_dir=valid_dir), model=model_config, train=train)
     try:
         windows = open_validation(config)
     except InputError as error:
         raise InputError(f"--model {name}: {error}") from None
+    train = with_document_mask(config, [windows]).train
     if runtime.is_main:
         for note in windows.stream.notes:
             say(note, error=True)
@@ -105,14 +106,17 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     if train.document_mask:
         tokenizer = tokenizer_of(config, [source], [windows])
         model.end_of_text = end_of_text_of(config, tokenizer, [windows])
+        why = "the split is masked rows" if windows.stream.is_masked else f"{name} was trained with --document-mask"
         if runtime.is_main:
-            say(f"note: {name} was trained with --document-mask, and is measured with it", error=True)
+            say(f"note: {name} is measured within documents: {why}", error=True)
     del weights
     validator = Validator(config, windows, model, runtime, f"validation step of {name}")
     runtime.setup_model(model, validator.tokens)
     validation = validator.run()
     padding = model_config.vocab_padding * model_config.d_model * (1 if model_config.tie_weights else 2)
-    return Row(name, source, model.num_parameters() - padding, model_config.seq_length, train.document_mask, validation)
+    return Row(
+        name, source, model.num_parameters() - padding, windows.seq_length, bool(train.document_mask), validation
+    )
 
 
 def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None:

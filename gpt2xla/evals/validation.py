@@ -26,7 +26,7 @@ class Validation(NamedTuple):
     standard_error: float | None  # of `loss`, taking windows as independent draws; None for a single window
     tokens: int  # counted
     windows: int  # counted
-    bits_per_byte: float | None  # of the text; None if the split's manifest does not say how many bytes it has
+    bits_per_byte: float | None  # of the text; None where the tokens' bytes are not known
 
     def line(self) -> dict[str, Any]:
         """Return what a run logs of it."""
@@ -94,7 +94,8 @@ def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
 def bits_per_byte(loss: float, manifest: Manifest | None) -> float | None:
     """Return loss / ln 2 * tokens / bytes, with the tokens of the whole split and the bytes of its text in UTF-8.
     End-of-text tokens count: they stand for no byte, but their loss is part of what a document costs. For a part of the
-    split this is an estimate, which assumes the split's bytes per token."""
-    if manifest is None or manifest.bytes == 0:
+    split this is an estimate, which assumes the split's bytes per token. Masked rows have none: how many bytes the
+    tokens that count stand for is not known."""
+    if manifest is None or manifest.bytes == 0 or manifest.row_length:
         return None
     return loss / math.log(2) * manifest.tokens / manifest.bytes

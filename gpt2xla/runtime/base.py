@@ -170,6 +170,9 @@ class Runtime(Device, Processes, Protocol):
         `saved` is the training state that `snapshot` returned on any runtime; the runtime takes its own state from it, too.
         None starts from zeros."""
 
+    def number(self, value: float) -> Tensor:
+        """Return `value`, the same on all processes, as fp32 (0-d) on the device, as data. The host does not wait."""
+
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the same batches on the device; the next one is copied while the device works on this one."""
 

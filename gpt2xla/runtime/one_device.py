@@ -64,7 +64,7 @@ class OneDevice:
         return value
 
     def flag(self, value: bool) -> Tensor:
-        return torch.full((), float(value), device=self.device)  # a kernel's argument: a copy would wait for the device
+        return self.number(float(value))
 
     def gather_rows(self, values: Tensor) -> Tensor:
         assert self.world_size == 1
@@ -105,6 +105,10 @@ class OneDevice:
         if self.scaler and saved and "scaler" in saved["runtime"]:
             self.scaler.load_state_dict(saved["runtime"]["scaler"])
         return optimizer
+
+    def number(self, value: float) -> Tensor:
+        # A kernel's argument: a copy would wait for the device.
+        return torch.full((), value, dtype=torch.float32, device=self.device)
 
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         return prefetch(batches, self._send)

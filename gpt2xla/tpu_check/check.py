@@ -49,7 +49,7 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
             if calls := compiled["kernel_calls"]:
                 sizes = [share, config.model.seq_length, config.model.num_heads]
                 sizes.append(config.model.d_model // config.model.num_heads)
-                documents = config.train.document_mask
+                documents = bool(config.train.document_mask)
                 each = _compile(Path(folder), {"topology": topology, "kernels": sizes, "documents": documents})
                 report["kernel_cycles"] = sum(each[name] * number for name, number in calls.items())
                 report["cycles"] += report["kernel_cycles"]

@@ -63,9 +63,6 @@ class TracingRuntime(XlaRuntime):
     def to_device(self, tensor: Tensor) -> Tensor:
         return xb.create_placeholder_tensor(tensor.shape, tensor.dtype)
 
-    def flag(self, value: bool) -> Tensor:
-        return self.to_device(torch.zeros(()))
-
 
 class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):
     """The same for SPMD.

@@ -70,7 +70,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
         runtime.forget_pending()
         start = time.perf_counter()
         runtime.begin_step(step)
-        loss, grad_norm, _ = step(batches, number, phase)
+        loss, grad_norm, _ = step(batches, number, phase, phase.sequences * config.model.seq_length)
         results = torch.stack([loss, grad_norm])  # alive until the graph is caught, as its results
         seconds.append(time.perf_counter() - start)
     report = {

@@ -114,8 +114,10 @@ def _open(
     """Open all that training needs, and return the function that trains and tells whether the run is finished.
 
     The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right."""
-    config, folder = start.config, Path(start.config.general.checkpoints_dir)
-    data = TrainingData.open(config, _plan(start, runtime), start.source, runtime.rank, runtime.world_size)
+    folder = Path(start.config.general.checkpoints_dir)
+    data = TrainingData.open(start.config, _plan(start, runtime), start.source, runtime.rank, runtime.world_size)
+    config = data.config
+    start = dataclasses.replace(start, config=config)
     if start.training and start.source:
         data.check_continues(start.training["data"], start.source)
         if start.training["data"].get(MEASURE, data.measure()) != data.measure():

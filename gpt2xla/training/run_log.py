@@ -141,5 +141,5 @@ def _time_left(start: Start, data: TrainingData, throughput: Throughput) -> Time
     intervals["sample"] = train.sample_interval
     # A forward pass is a third of the arithmetic of an update.
     windows = validation_windows(data.validation, train.eval_batch_size, train.valid_steps)
-    validation = windows * start.config.model.seq_length / 3
+    validation = windows * data.validation.seq_length / 3
     return TimeLeft(start.step, train.train_steps, data.tokens_after, throughput, intervals, validation)

@@ -12,7 +12,7 @@ from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.validation_size import USEFUL_TOKENS, noise_of
-from gpt2xla.data.windows import TrainingOrder
+from gpt2xla.data.windows import TrainingOrder, Windows
 from gpt2xla.errors import counted
 from gpt2xla.evals.validation import Validation
 from gpt2xla.logs.console import say
@@ -91,7 +91,8 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
         "precision": f"{label(runtime.precision.name)}, matmul {train.matmul_precision}{note}",
         "kernels": model.computation,
         "batch": phase.describe(runtime.devices, sizes.seq_length) + ramp,
-        "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,} to validate on{checked}",
+        "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,}{_masks(data.validation)} to validate "
+        f"on{checked}",
         "run": f"steps {first_step + 1} to {train.train_steps}: {data.tokens_after(train.train_steps):,} tokens in "
         f"all, {_epochs(order, order.plan.sequences_before(train.train_steps))}",
         "schedule": describe(config.schedule),
@@ -108,9 +109,17 @@ def _changed_batch(saved: BatchPlan, plan: BatchPlan, step: int) -> str:
 
 def _training_data(order: TrainingOrder) -> str:
     if len(order.sets) == 1:
-        return counted(order.sets[0].stream.length, "token")
+        return counted(order.sets[0].stream.length, "token") + _masks(order.sets[0])
     parts = zip(order.sets, order.mixture.shares, strict=True)
-    return " + ".join(f"{share:.2%} from {w.stream.name} ({w.stream.length:,} tokens)" for w, share in parts)
+    return " + ".join(f"{share:.2%} from {w.stream.name} ({w.stream.length:,} tokens){_masks(w)}" for w, share in parts)
+
+
+def _masks(windows: Windows) -> str:
+    """Return what the masks of a split select; "" if it has none."""
+    manifest = windows.stream.manifest
+    if manifest is None or manifest.trained_tokens is None:
+        return ""
+    return f" ({manifest.trained_tokens / manifest.tokens:.1%} count, in rows of {manifest.row_length:,})"
 
 
 def _epochs(order: TrainingOrder, sequences: int) -> str:
@@ -133,10 +142,18 @@ def _shown(count: float) -> str:
 
 def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
     """Yield what the user should know about these data, a line each."""
-    tokens = data.validation.stream.length
+    manifest = data.validation.stream.manifest
+    tokens = (manifest and manifest.trained_tokens) or data.validation.stream.length
     if tokens < USEFUL_TOKENS:
         split = f"the validation split has only {counted(tokens, 'token')}"
         yield f"note: {split}, so {noise_of(tokens)}; prepare the data with more text"
+    if any(windows.stream.is_masked for windows in data.order.sets):
+        how = (
+            "stays within each (--document-mask)"
+            if data.end_of_text is not None
+            else "reaches from one into the next (--no-document-mask)"
+        )
+        yield f"note: rows hold several samples, and attention {how}"
     for windows in data.order.sets if data.end_of_text is not None else ():
         first = windows.stream.read(0, min(windows.stream.length, _TOKENS_TO_LOOK_AT))
         if not (first == data.end_of_text).any():

@@ -28,15 +28,20 @@ class TrainStep:
         self.parallel_model = runtime.setup_model(model)
         self.optimizer = runtime.build_optimizer(model, config.optim, saved)
 
-    def __call__(self, batches: Iterator[Batch], step: int, phase: Phase) -> tuple[Tensor, Tensor, float]:
+    def __call__(self, batches: Iterator[Batch], step: int, phase: Phase, counted: int) -> tuple[Tensor, Tensor, float]:
         """Make update number `step`, counted from 0, of the size that `phase` says.
+
+        Args:
+            counted: how many labels of the whole update count, on all processes together. The loss is divided by it, so that
+                each of them weighs the same wherever it stands.
 
         Returns:
             The loss per token (nats) over all processes, the norm of the gradient before clipping, both on the device, and
             the learning rate."""
-        runtime, tokens = self.runtime, phase.sequences * self.config.model.seq_length
+        runtime = self.runtime
         runtime.seed(self.config.general.seed, step)
         lr = learning_rate(self.config.schedule, self.config.model.d_model, step)
+        tokens = runtime.number(counted)  # as data: with masked rows each update has another number
         loss_sum = None
         for micro_step in range(phase.accum):
             with runtime.accumulate(self.parallel_model, sync=micro_step == phase.accum - 1):

@@ -99,7 +99,7 @@ class Trainer:
 
     def _update(self, batches: Iterator[Batch], step: int, phase: Phase) -> None:
         """Make one update, and queue its loss, gradient norm and stop requests for the host. On XLA this is one graph."""
-        loss, grad_norm, lr = self.train_step(batches, step, phase)
+        loss, grad_norm, lr = self.train_step(batches, step, phase, self.order.trained_tokens(step))
         values, receive_requests = packed(self.runtime, loss, grad_norm, self.stop.requested()), self.stop.receiver()
         log = self.log.training_line(step + 1, lr)
 

@@ -10,7 +10,7 @@ from gpt2xla.checkpoint.run_folder import refuse_unfinished
 from gpt2xla.checkpoint.seal import COMPLETE, step_of
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import RunConfig
-from gpt2xla.data.opening import end_of_text_of, open_validation, tokenizer_of
+from gpt2xla.data.opening import end_of_text_of, open_validation, tokenizer_of, with_document_mask
 from gpt2xla.errors import InputError
 from gpt2xla.evals.schedule import explain_evaluation
 from gpt2xla.evals.validation import Validation, Validator
@@ -27,8 +27,8 @@ def validate(start: Start, runtime: Runtime) -> None:
     if start.source is None:
         refuse_unfinished(start.config.general.checkpoints_dir)
         raise InputError("--do-test: there is no checkpoint to test; name one with --from-checkpoint")
-    config = start.config
-    windows = open_validation(config)
+    windows = open_validation(start.config)
+    config = with_document_mask(start.config, [windows])
     tokenizer = tokenizer_of(config, [start.source], [windows])  # refuses another tokenizer than the model's
     model = start.build_model()
     model.end_of_text = end_of_text_of(config, tokenizer, [windows])

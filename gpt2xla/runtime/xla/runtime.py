@@ -160,6 +160,9 @@ class XlaRuntime(XlaDevice):
         # round to exactly 1.0, which XLA would compile again.
         return adam(config, capturable=True, foreach=False)
 
+    def number(self, value: float) -> Tensor:
+        return self.to_device(torch.tensor(float(value)))
+
     def device_batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         return self.watch.batches(super().device_batches(batches))
 
@@ -187,7 +190,7 @@ class XlaRuntime(XlaDevice):
         rate = max(float(rate), 1e-30)
         # The plain optimizers multiply by 1 - rate * weight_decay. For a small rate that rounds to the constant 1.0, which
         # would be another graph; on the device it is a number like any other. The sync-free ones take a float.
-        super()._set_rate(optimizer, rate if self.options.use_syncfree_optim else self.to_device(torch.tensor(rate)))
+        super()._set_rate(optimizer, rate if self.options.use_syncfree_optim else self.number(rate))
 
     def _reduce_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.options.ddp:
@@ -202,9 +205,6 @@ class XlaRuntime(XlaDevice):
 
     def sum(self, value: Tensor) -> Tensor:
         return xm.all_reduce(xm.REDUCE_SUM, value) if self.world_size > 1 else value
-
-    def flag(self, value: bool) -> Tensor:
-        return self.to_device(torch.tensor(float(value)))
 
     def gather_rows(self, values: Tensor) -> Tensor:
         return xm.all_gather(values) if self.world_size > 1 else values
