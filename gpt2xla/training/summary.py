@@ -91,8 +91,8 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
         "precision": f"{label(runtime.precision.name)}, matmul {train.matmul_precision}{note}",
         "kernels": model.computation,
         "batch": phase.describe(runtime.devices, sizes.seq_length) + ramp,
-        "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,}{_masks(data.validation)} to validate "
-        f"on{checked}",
+        "data": f"{_training_data(order)} to train on, {data.validation.stream.length:,}"
+        f"{_masks(data.validation)} to validate on{checked}",
         "run": f"steps {first_step + 1} to {train.train_steps}: {data.tokens_after(train.train_steps):,} tokens in "
         f"all, {_epochs(order, order.plan.sequences_before(train.train_steps))}",
         "schedule": describe(config.schedule),

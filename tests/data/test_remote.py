@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import fsspec
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_RUN, run, succeed, training_losses
+from conftest import ROOT, SMALL_RUN, random_samples, run, succeed, training_losses
 from fsspec.implementations.local import LocalFileSystem
 
 from gpt2xla.data import remote
+from gpt2xla.data.preparation.rows import write_rows
 from gpt2xla.data.remote import Cache, RemoteFolder
 from gpt2xla.data.shards import MANIFEST, Manifest, ShardEntry, TokenStream
+from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.files import file_sha256
 
@@ -107,6 +109,21 @@ def test_shards_come_when_they_are_read_and_the_next_one_ahead(source: Path, cac
     stream.read(4500, 10)
     wait_for(lambda: shards_in(cache) == ["shard_1.npy", "shard_2.npy", "shard_3.npy"])
     assert sorted(shards_opened()) == ["shard_1.npy", "shard_2.npy", "shard_3.npy"], "each once"
+
+
+def test_masks_come_when_they_are_read_and_are_checked(tmp_path: Path, cache: Cache) -> None:
+    source = tmp_path / "bucket" / "rows"
+    write_rows(source, random_samples(40, 9, seed=0), load_tokenizer("bytes"), row_length=11, shard_size=101)
+    here, there = TokenStream(source), stream_of(source, cache)
+    assert there.fingerprint == here.fingerprint
+    assert (there.trained(150, 60) == here.trained(150, 60)).all()
+    assert shards_in(cache) == ["shard_000001.mask", "shard_000002.mask"]
+    (source / "shard_000000.mask").write_bytes(bytes(13))
+    with pytest.raises(InputError, match=r"shard_000000\.mask is not what its manifest says"):
+        there.trained(0, 10)
+    (source / "shard_000000.mask").unlink()
+    with pytest.raises(InputError, match=r"shard_000000\.mask is missing although its manifest names it"):
+        there.verify()
 
 
 def test_a_second_run_fetches_nothing_again(source: Path, cache: Cache) -> None:
@@ -237,6 +254,7 @@ def test_several_readers_at_once_fetch_each_shard_once(source: Path, cache: Cach
 SLOW_READER = """
 import sys, time
 from pathlib import Path
+from gpt2xla.data.preparation.rows import write_rows
 from gpt2xla.data.remote import Cache, RemoteFolder
 from gpt2xla.data.shards import TokenStream
 def download(self, source, target):

@@ -1,7 +1,5 @@
 """The number of tokens by which an update's loss is divided, against a count of what all processes read."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from conftest import random_samples, write_split

@@ -1,5 +1,6 @@
 """Training on masked rows: each update is that of its conversations one by one, on every runtime."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def conversations(split: Path, rows: int | None = None) -> Iterator[tuple[torch.
     trained = np.concatenate([mask[: len(shard)] for mask, shard in zip(masks, shards, strict=True)])
     end = len(tokens) - 1 if rows is None else rows * LENGTH
     starts = [*np.flatnonzero(tokens[:end] == EOT), end]
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         ids = torch.from_numpy(tokens[start:stop])[None]
         yield ids, torch.where(torch.from_numpy(trained[start:stop])[None] == 1, ids, IGNORED_LABEL)
 
