@@ -95,7 +95,7 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
         windows = open_validation(config)
     except InputError as error:
         raise InputError(f"--model {name}: {error}") from None
-    train = with_document_mask(config, [windows]).train
+    config = with_document_mask(config, [windows])
     if runtime.is_main:
         for note in windows.stream.notes:
             say(note, error=True)
@@ -103,7 +103,7 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     for note in weights.notes if runtime.is_main else ():
         print(f"{name}: {note}", file=sys.stderr)
     model = build_model(model_config, weights, source)
-    if train.document_mask:
+    if config.train.document_mask:
         tokenizer = tokenizer_of(config, [source], [windows])
         model.end_of_text = end_of_text_of(config, tokenizer, [windows])
         why = "the split is masked rows" if windows.stream.is_masked else f"{name} was trained with --document-mask"
@@ -115,7 +115,7 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     validation = validator.run()
     padding = model_config.vocab_padding * model_config.d_model * (1 if model_config.tie_weights else 2)
     return Row(
-        name, source, model.num_parameters() - padding, windows.seq_length, bool(train.document_mask), validation
+        name, source, model.num_parameters() - padding, windows.seq_length, bool(config.train.document_mask), validation
     )
 
 

@@ -15,12 +15,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2xla.checkpoint.formats.hf_config import to_hf_config
 from gpt2xla.checkpoint.formats.parameter_names import to_hf_state
 from gpt2xla.checkpoint.loading import build_model, load_weights
-from gpt2xla.config import ModelConfig
+from gpt2xla.config import ModelConfig, TrainConfig
 from gpt2xla.data.preparation.rows import write_rows
 from gpt2xla.data.shards import MANIFEST
 from gpt2xla.data.tokenizer import load_tokenizer
+from gpt2xla.evals.perplexity_table import best_of, measure
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.loss import IGNORED_LABEL
+from gpt2xla.runtime.one_device import OneDevice
 
 EOT, LENGTH, ROWS = 256, 16, 48  # rows per update
 MODEL = ModelConfig(vocab_size=257, seq_length=LENGTH, d_model=32, num_layers=2, num_heads=2)
@@ -121,6 +123,26 @@ def test_updates_and_validation_are_those_of_conversations_one_by_one(
     tested = succeed(run_here("run_pretrain.py", "--do-test", "--from-checkpoint", folder, "--valid-steps", "all"))
     assert f"loss {line['valid_loss']:.6f}" in tested
     assert " within documents; " in tested
+
+
+def test_the_table_measures_any_model_on_conversations_alone(
+    trained: tuple[Path, str], data: Path, tmp_path: Path
+) -> None:
+    """Also one that was made for longer sequences, and without --document-mask."""
+    last = trained[0] / "step-00000004"
+    torch.manual_seed(0)
+    other = GPT2LMHeadModel(GPT2Config.from_dict(to_hf_config(MODEL) | {"n_positions": 40}))
+    other.save_pretrained(tmp_path)
+    train = TrainConfig(valid_steps="all", eval_batch_size=8)
+    models = {"run": last, "other": tmp_path}
+    ours, others = measure(models, str(data / "test"), train, OneDevice(torch.device("cpu")))
+    line = [line for line in metrics(trained[0]) if "valid_loss" in line][-1]
+    assert ours.validation.loss == pytest.approx(line["valid_loss"], rel=1e-6)
+    with torch.no_grad():
+        assert others.validation.loss == pytest.approx(loss_of(other.double(), data / "test").item(), rel=1e-6)
+    assert (others.seq_length, others.within_documents, others.validation.bits_per_byte) == (16, True, None)
+    best = best_of([ours, others])
+    assert best is ours, "they compare"
 
 
 def test_a_resumed_run_is_bit_identical(trained: tuple[Path, str], flags: list[str], tmp_path: Path) -> None:
