@@ -45,7 +45,9 @@ class ModelConfig:
         "multiple of 128; 50304, which is GPT-2's 50257 rounded up, pads a checkpoint with 50257",
     )
     seq_length: int = option(
-        1024, "longest sequence, in tokens; a smaller one than a checkpoint's cuts its position embeddings"
+        1024,
+        "longest sequence, in tokens; a smaller one than a checkpoint's cuts its position embeddings; a new model has by "
+        "default that of masked rows, where its data are such",
     )
     d_model: int = option(768, "width of the residual stream")
     num_layers: int = option(12, "number of transformer blocks")

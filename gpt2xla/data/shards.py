@@ -174,13 +174,13 @@ class TokenStream:
 
     def trained(self, start: int, count: int) -> np.ndarray:
         """Return for tokens start .. start + count - 1 of masked rows whether they are trained on, as bool (count,)."""
-        assert 0 <= start <= self.length - count, (start, count, self.length)
+        assert 0 <= start < start + count <= self.length, (start, count, self.length)
         parts, number = [], bisect_right(self._ends, start)
         while count:
             part = min(count, self._ends[number] - start)
             parts.append(read_bits(self._mask(number), start - self._starts[number], part))
             start, count, number = start + part, count - part, number + 1
-        return parts[0] if len(parts) == 1 else np.concatenate([*parts, np.zeros(0, np.bool_)])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @property
     def is_masked(self) -> bool:
@@ -193,12 +193,15 @@ class TokenStream:
 
     @property
     def bytes(self) -> int:
-        """How many bytes the tokens take on disk."""
-        return self.length * self.dtype.itemsize
+        """How many bytes the tokens take on disk, with their masks."""
+        return self._bytes_of(self.length)
 
     @property
     def largest_shard_bytes(self) -> int:
-        return max(end - start for start, end in zip(self._starts, self._ends, strict=True)) * self.dtype.itemsize
+        return self._bytes_of(max(end - start for start, end in zip(self._starts, self._ends, strict=True)))
+
+    def _bytes_of(self, tokens: int) -> int:
+        return tokens * self.dtype.itemsize + (tokens // 8 if self.is_masked else 0)
 
     def file_of(self, position: int) -> Path:
         return self.files[bisect_right(self._ends, position)]

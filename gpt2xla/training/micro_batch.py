@@ -73,7 +73,7 @@ class DeviceTrial(Trial):
         batches = runtime.device_batches(itertools.repeat(batch, phase.accum))
 
         def work() -> torch.Tensor:
-            loss, grad_norm, _ = step(batches, 0, phase, 1)
+            loss, grad_norm, _ = step(batches, 0, phase, phase.sequences * self.config.model.seq_length)
             return packed(runtime, loss, grad_norm, runtime.flag(False))
 
         size = "" if phase.sequences == first.sequences else f" of {phase.sequences:,} sequences"  # as in the loop
