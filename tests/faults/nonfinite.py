@@ -48,9 +48,9 @@ def _inject(what: str, value: float, steps: set[int]) -> None:
     """In the process of a run: spoil loss or gradient in these steps, from 1."""
     update, forward, now = TrainStep.__call__, GPT2.forward, [0]
 
-    def noted(self: TrainStep, batches: Iterator[Batch], step: int, phase: Phase) -> Any:
+    def noted(self: TrainStep, batches: Iterator[Batch], step: int, phase: Phase, counted: int) -> Any:
         now[0] = step + 1
-        return update(self, batches, step, phase)
+        return update(self, batches, step, phase, counted)
 
     def spoiled(self: GPT2, *args: Any, **kwargs: Any) -> Any:
         loss, *rest = forward(self, *args, **kwargs)

@@ -22,13 +22,13 @@ def record(file: Path, weights: bool = False) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     update = TrainStep.__call__
 
-    def recorded(self: TrainStep, batches: Iterator[Batch], step: int, phase: Phase) -> Any:
+    def recorded(self: TrainStep, batches: Iterator[Batch], step: int, phase: Phase, counted: int) -> Any:
         windows: list[str] = []
         line: dict[str, Any] = {"step": step + 1, "windows": windows}
         if weights:
             line["before"] = _hash_of(self.model)
         try:
-            return update(self, _watched(batches, windows), step, phase)
+            return update(self, _watched(batches, windows), step, phase, counted)
         finally:
             if weights:
                 line["after"] = _hash_of(self.model)

@@ -19,9 +19,9 @@ AT = 17  # the step, from 1
 _update, _forward, _now = TrainStep.__call__, GPT2.forward, [0]
 
 
-def _noted(self: TrainStep, batches: Iterator[Batch], step: int, phase: Phase) -> Any:
+def _noted(self: TrainStep, batches: Iterator[Batch], step: int, phase: Phase, counted: int) -> Any:
     _now[0] = step + 1
-    return _update(self, batches, step, phase)
+    return _update(self, batches, step, phase, counted)
 
 
 def _spoilt(self: GPT2, *args: Any, **kwargs: Any) -> Any:

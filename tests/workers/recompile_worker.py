@@ -5,7 +5,6 @@ Arguments: those of run_pretrain_xla.py.
 
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch_xla
 from torch import Tensor
@@ -25,15 +24,6 @@ CONSTANTS = {12: 1, 13: 0.5}  # tokens of an update, by step: XLA takes a 1 as a
 SAVES = (10, 15)
 
 
-class OtherSize(NamedTuple):
-    """A phase whose number of sequences is another constant."""
-
-    from_step: int
-    batch_size: int
-    accum: int
-    sequences: float
-
-
 def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
     batches, step, save = TrainingOrder.batches, TrainStep.__call__, Saver.save
 
@@ -43,12 +33,18 @@ def worker(index: int, config: RunConfig, options: XlaConfig) -> None:
             rows = SHORT_BATCHES.get(number // accum + 1)
             yield Batch(*(tensor[:rows] for tensor in batch))
 
-    def disturbed(self: TrainStep, source: Iterator[Batch], number: int, phase: Phase) -> tuple[Tensor, Tensor, float]:
+    def disturbed(
+        self: TrainStep, source: Iterator[Batch], number: int, phase: Phase, counted: int
+    ) -> tuple[Tensor, Tensor, float]:
         if number + 1 in HOST_READS:
             (self.model.wte.weight[number].sum() * 3).item()
+        as_data = self.runtime.number
         if number + 1 in CONSTANTS:
-            phase = OtherSize(*phase, CONSTANTS[number + 1] / self.config.model.seq_length)
-        return step(self, source, number, phase)
+            self.runtime.number = lambda value: CONSTANTS[number + 1] if value == counted else as_data(value)  # type: ignore
+        try:
+            return step(self, source, number, phase, counted)
+        finally:
+            self.runtime.number = as_data  # type: ignore[method-assign]
 
     def computing(self: Saver, number: int, is_evaluated: bool) -> None:
         if number in SAVES:
