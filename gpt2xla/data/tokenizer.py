@@ -44,6 +44,7 @@ class Tokenizer:
         sha256: hash of vocabulary and merges: the same for the same tokenizer from another library or file.
         added: tokens that are matched in a text before it is split into words, and whether each is a special one.
         adds_special_tokens: whether transformers by default adds tokens before or after a text.
+        chat_template: how it writes a conversation, as Jinja text; None if it has no such template.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self.name, self.backend = name, backend
         self._encoding, self._files, self._reads_special_tokens = encoding, dict(files or {}), reads_special_tokens
+        self.chat_template = tokenizer_folder.chat_template(self._files)
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         self.text_vocab_size = max((i for text, i in vocab.items() if not self.added.get(text)), default=-1) + 1
@@ -89,6 +91,27 @@ class Tokenizer:
         twin.backend.encode_special_tokens = not self._reads_special_tokens
         return twin
 
+    def with_special_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """Return the tokenizer with further special tokens, whose ids follow its last one in this order."""
+        backend = HFTokenizer.from_str(self.backend.to_str())
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+        if [backend.token_to_id(token) for token in tokens] != [*range(self.vocab_size, self.vocab_size + len(tokens))]:
+            why = "it has them already, or gaps among its ids; choose another tokenizer"
+            raise InputError(f"tokenizer {self.name} cannot take {', '.join(tokens)} after its last id: {why}")
+        known = list(self.special_tokens.get("additional_special_tokens", ()))
+        roles = self.special_tokens | {"additional_special_tokens": [*known, *tokens]}
+        files = tokenizer_folder.with_definition(self._files, backend.to_str(), roles)
+        reads = self._reads_special_tokens
+        twin = Tokenizer(self.name, backend, roles, files=files, reads_special_tokens=reads)
+        twin.chat_template = self.chat_template
+        return twin
+
+    def with_chat_template(self, text: str) -> Tokenizer:
+        """Return the same tokenizer with a chat template, which `save` writes where transformers finds it."""
+        twin = copy.copy(self)
+        twin.chat_template, twin._files = text, tokenizer_folder.with_chat_template(self._files, text)
+        return twin
+
     def encode(self, text: str) -> list[int]:
         return list(self.encode_batch([text])[0])
 
@@ -110,6 +133,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "name_or_path": self.name,
             **self.special_tokens,
+            **({} if self.chat_template is None else {"chat_template": self.chat_template}),
         }
         files = {
             "tokenizer.json": self.backend.to_str().encode(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as HFTokenizer
 from gpt2xla.errors import InputError, in_one_line, user_error
 from gpt2xla.files import read_json_object
 
-_CONFIG, _DEFINITION, _MAP, _ADDED = (
-    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
+_CONFIG, _DEFINITION, _MAP, _ADDED, _CHAT = (
+    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 # Each holds a vocabulary. Every class of transformers knows which of them it reads.
 _VOCABULARIES = (
@@ -24,7 +24,7 @@ _VOCABULARIES = (
 )  # fmt: skip
 _TEMPLATES = "additional_chat_templates/*.jinja"
 # Patterns of the files that make up a tokenizer.
-FILES = (*_VOCABULARIES, "merges.txt", _CONFIG, _MAP, _ADDED, "chat_template.jinja", _TEMPLATES)
+FILES = (*_VOCABULARIES, "merges.txt", _CONFIG, _MAP, _ADDED, _CHAT, _TEMPLATES)
 # With these classes transformers uses tokenizer.json unchanged; others build their own tokenizer from its vocabulary.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -88,6 +88,43 @@ def read_definition(file: Path) -> HFTokenizer:
     if not backend.get_vocab():
         raise InputError(f"{file} has an empty vocabulary; choose another tokenizer")
     return backend
+
+
+def chat_template(files: Mapping[str, bytes]) -> str | None:
+    """Return the chat template among a tokenizer's files, or None: its own file, or else an entry of its configuration,
+    where the one of several that is used by default is named so."""
+    if _CHAT in files:
+        return files[_CHAT].decode(errors="replace")
+    try:
+        found = json.loads(files.get(_CONFIG, b"{}").decode("utf-8-sig")).get("chat_template")
+    except (ValueError, RecursionError, AttributeError):  # with a tokenizer.json, transformers may do without
+        return None
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
+
+
+def with_chat_template(files: Mapping[str, bytes], text: str) -> dict[str, bytes]:
+    """Return a tokenizer's files with this chat template as the only one."""
+    others = {name: content for name, content in files.items() if not name.endswith(".jinja")}
+    return _with_entries(others, {"chat_template": text}) if others else {}
+
+
+def with_definition(files: Mapping[str, bytes], definition: str, roles: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return a tokenizer's files for another `tokenizer.json` and these special tokens by name: what else its configuration
+    and chat templates say is kept."""
+    kept = {name: content for name, content in files.items() if name == _CONFIG or name.endswith(".jinja")}
+    kind = {"tokenizer_class": _PLAIN_CLASSES[0], "added_tokens_decoder": None, "extra_special_tokens": None}
+    return _with_entries(kept, kind | dict(roles)) | {_DEFINITION: definition.encode()} if files else {}
+
+
+def _with_entries(files: Mapping[str, bytes], entries: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the files with these entries in the configuration; None removes an entry."""
+    config = json.loads(files.get(_CONFIG, b"{}").decode("utf-8-sig")) | entries
+    config = {key: value for key, value in config.items() if value is not None or key not in entries}
+    return {**files, _CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def _is_plain(folder: Path, config: dict[str, Any], files: dict[str, bytes]) -> bool:

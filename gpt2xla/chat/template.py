@@ -1,0 +1,274 @@
+"""Chat templates: a conversation -> the token ids of a model's input, and which of them are the assistant's own.
+
+The ids are put together from two kinds of text. Special tokens that the template spells become their ids; what a message
+says is always encoded as letters, so that no message can forge a role or an end. Where messages spell no special token,
+ids and mask are those of transformers' `apply_chat_template(..., return_assistant_tokens_mask=True)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from gpt2xla.chat.built_in import TEMPLATES
+from gpt2xla.chat.conversations import Message, answers
+from gpt2xla.data.special_tokens import shortened
+from gpt2xla.data.tokenizer import Tokenizer
+from gpt2xla.errors import InputError, in_one_line
+
+LossOn = Literal["all-answers", "last-answer"]
+
+# Stand for the messages in a first rendering; private-use characters, which no template writes.
+_STAND_IN = re.compile("\ue000([0-9]+)\ue001")
+_MARKER = re.compile(r"<\|[^|<>\s]+\|>")  # what templates write special tokens as
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_TURNS = (Message("user", "Q"), Message("assistant", "A"))
+_TRIALS = (_TURNS * 2, (Message("system", "S"), *_TURNS), (*_TURNS, Message("tool", "T"), *_TURNS))
+
+
+class Place(NamedTuple):
+    """Where the text of message number `message` stands in a rendering, in characters."""
+
+    message: int
+    start: int
+    end: int
+
+
+class _Piece(NamedTuple):
+    """A part of a rendering: the special token `id`, or text if that is None."""
+
+    start: int
+    end: int
+    id: int | None
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as text.
+
+    Attributes:
+        text: what the template makes of it.
+        places: where each message stands, in the order of the text.
+        spans: start and end of what stands in {% generation %} blocks.
+    """
+
+    text: str
+    places: tuple[Place, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """Yield start and end of what the template itself writes, between the messages."""
+        end = 0
+        for place in self.places:
+            yield end, place.start
+            end = place.end
+        yield end, len(self.text)
+
+    def specials(self, tokenizer: Tokenizer) -> Iterator[_Piece]:
+        """Yield the special tokens that the template writes. Raises InputError if the tokenizer lacks one."""
+        known = sorted((token for token, is_special in tokenizer.added.items() if is_special), key=len, reverse=True)
+        pattern = re.compile("|".join([*map(re.escape, known), _MARKER.pattern]))
+        for start, end in self.gaps():
+            for found in pattern.finditer(self.text, start, end):
+                if found.group() not in tokenizer.added:
+                    raise lacks(tokenizer, [found.group()])
+                yield _Piece(*found.span(), tokenizer.backend.token_to_id(found.group()))
+
+    def pieces(self, tokenizer: Tokenizer) -> Iterator[_Piece]:
+        """Yield special tokens and the text between them. Template and messages are one text there: a merge may cross the
+        border, as in transformers."""
+        end = 0
+        for special in self.specials(tokenizer):
+            if special.start > end:
+                yield _Piece(end, special.start, None)
+            yield special
+            end = special.end
+        if end < len(self.text):
+            yield _Piece(end, len(self.text), None)
+
+
+def lacks(tokenizer: Tokenizer, tokens: Sequence[str]) -> InputError:
+    """Return the error about special tokens of a template that the tokenizer does not have."""
+    fix = "--add-special-tokens adds them; a model without them is then trained with --resize-vocab"
+    return InputError(f"tokenizer {tokenizer.name} lacks {', '.join(tokens)}, which the chat template writes; {fix}")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A chat template as transformers knows them: Jinja text, run in its sandbox.
+
+    Attributes:
+        source: the Jinja text, with {% generation %} around what the model is to say, its end included.
+        name: what messages call it.
+    """
+
+    source: str
+    name: str
+
+    @classmethod
+    def named(cls, name: str) -> ChatTemplate:
+        """Return the template "chatml" or "alpaca", or that of a file. Raises InputError if there is no such template, or
+        nothing in it can be trained on."""
+        if name in TEMPLATES:
+            return cls(TEMPLATES[name], name)
+        try:
+            source = Path(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            known = ", ".join(TEMPLATES)
+            reason = in_one_line(error)
+            raise InputError(f"--chat-template {name}: neither {known} nor a file of text ({reason})") from None
+        template = cls(source, name)
+        if not _GENERATION.search(source):
+            fix = "write {% generation %} before and {% endgeneration %} after what the assistant says and its end"
+            raise InputError(f"--chat-template {name}: it does not mark the answers, which are trained on; {fix}")
+        return template
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """Return the tokenizer's own template, or None if it has none."""
+        text = tokenizer.chat_template
+        return None if text is None else cls(text, f"the chat template of {tokenizer.name}")
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], loss_on: LossOn = "all-answers"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a conversation, (T,), and which of them are trained on, (T,) of bool: the assistant's words and
+        the token that ends its turn. Raises InputError if the template changes or loses what a message says, marks
+        something else for training, or the tokenizer lacks its special tokens."""
+        rendering = self.render(tokenizer, messages)
+        spans = self._answer_spans(tokenizer, messages, rendering)
+        if loss_on == "last-answer":
+            spans = spans[-1:]
+        ids, offsets = self._ids(tokenizer, rendering)
+        trained = np.zeros(len(ids), dtype=bool)
+        for start, end in spans:
+            trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        return ids, trained
+
+    def prompt_ids(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
+        """Return the ids of a conversation up to where the assistant's next answer begins, (T,). Raises as `encode`."""
+        return self._ids(tokenizer, self.render(tokenizer, messages, add_generation_prompt=True))[0]
+
+    def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Return the ids that end an answer: the token that the template writes after it, then the end of text."""
+        rendering = self.render(tokenizer, _TURNS)
+        ends = self._end(tokenizer, rendering, rendering.places[-1])
+        found = [ends.id] if ends else []
+        return tuple(dict.fromkeys(id for id in [*found, tokenizer.eot_id] if id is not None))
+
+    def missing_tokens(self, tokenizer: Tokenizer) -> list[str]:
+        """Return the special tokens that the template writes and the tokenizer lacks."""
+        found: dict[str, None] = {}
+        for trial in _TRIALS:
+            try:
+                rendering = self.render(tokenizer, trial, add_generation_prompt=True)
+            except InputError:
+                continue  # it has no place for such messages
+            texts = (rendering.text[start:end] for start, end in rendering.gaps())
+            found |= dict.fromkeys(token for text in texts for token in _MARKER.findall(text))
+        return [token for token in found if token not in tokenizer.added]
+
+    def render(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> Rendering:
+        """Return a conversation as text. Raises InputError if the template fails, or changes or loses a message's text."""
+        stand_ins = [Message(message.role, f"\ue000{number}\ue001") for number, message in enumerate(messages)]
+        parts = _STAND_IN.split(self._rendered(tokenizer, stand_ins, add_generation_prompt)[0])
+        text, spans = self._rendered(tokenizer, messages, add_generation_prompt)
+        expected, places = parts[0], []
+        for number, after in zip(map(int, parts[1::2]), parts[2::2], strict=True):
+            start = len(expected)
+            expected += messages[number].content
+            places.append(Place(number, start, len(expected)))
+            expected += after
+        lost = set(range(len(messages))) - {place.message for place in places}
+        if lost or expected != text:
+            number = min(lost) if lost else _first_changed(expected, text, places)
+            role, content = messages[number]
+            effect = "leaves out" if lost else "changes"
+            fix = "correct the template, or the record (templates may trim blanks, or leave out what is empty)"
+            said = f"message {number + 1}, the {role}'s {shortened(content)!r}"
+            raise InputError(f"{self.name} {effect} {said}; {fix}")
+        return Rendering(text, tuple(places), spans)
+
+    def _rendered(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> tuple[str, tuple[tuple[int, int], ...]]:
+        # Importing transformers takes 2 s, which --help need not wait for.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        chat = [message._asdict() for message in messages]
+        marks = bool(_GENERATION.search(self.source))
+        try:
+            texts, spans = render_jinja_template(
+                [chat], chat_template=self.source, return_assistant_tokens_mask=marks,
+                add_generation_prompt=add_generation_prompt, **tokenizer.special_tokens,
+            )  # fmt: skip
+        except Exception as error:  # a template may fail in any way
+            raise InputError(f"{self.name}: {in_one_line(error)}") from None
+        return texts[0], tuple(spans[0]) if marks else ()
+
+    def _ids(self, tokenizer: Tokenizer, rendering: Rendering) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids, (T,), and where each stands in the text, (T, 2)."""
+        pieces = list(rendering.pieces(tokenizer))
+        texts = [rendering.text[piece.start : piece.end] for piece in pieces if piece.id is None]
+        encoded = iter(tokenizer.backend.encode_batch(texts, add_special_tokens=False))
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for piece in pieces:
+            if piece.id is None:
+                encoding = next(encoded)
+                ids += encoding.ids
+                offsets += [(piece.start + start, piece.start + end) for start, end in encoding.offsets]
+            else:
+                ids.append(piece.id)
+                offsets.append((piece.start, piece.end))
+        return np.array(ids, dtype=tokenizer.dtype), np.array(offsets, dtype=np.int64).reshape(-1, 2)
+
+    def _answer_spans(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], rendering: Rendering
+    ) -> list[tuple[int, int]]:
+        """Return the {% generation %} span of each answer. Raises InputError unless each holds one answer and its end."""
+        own, spans = set(answers(messages)), []
+        for place in rendering.places:
+            around = [span for span in rendering.spans if span[0] <= place.end and place.start <= span[1]]
+            around = [
+                span for span in around if min(span[1], place.end) > max(span[0], place.start) or place.message in own
+            ]
+            if place.message not in own:
+                if around:
+                    what = f"has the {messages[place.message].role}'s words in {{% generation %}}"
+                    raise InputError(f"{self.name} {what}, which would be trained on; keep the assistant's alone in it")
+                continue
+            end = self._end(tokenizer, rendering, place)
+            if end is None:
+                fix = "write eos_token or another special token after it"
+                raise InputError(f"{self.name} writes no special token after an answer, so that none would end; {fix}")
+            around = [span for span in around if span[0] <= place.start and end.end <= span[1]]
+            if not around:
+                token = rendering.text[end.start : end.end]
+                fix = f"move {{% endgeneration %}} behind {token}"
+                raise InputError(f"{self.name} does not train an answer with its end: {fix}")
+            if around[0] in spans:
+                raise InputError(f"{self.name} has several answers in one {{% generation %}}; give each its own")
+            spans.append(around[0])
+        return spans
+
+    def _end(self, tokenizer: Tokenizer, rendering: Rendering, answer: Place) -> _Piece | None:
+        """Return the special token that ends an answer: the first after it, before the next message."""
+        after = (place.start for place in rendering.places if place.start >= answer.end and place is not answer)
+        limit = next(after, len(rendering.text))
+        return next((p for p in rendering.specials(tokenizer) if answer.end <= p.start and p.end <= limit), None)
+
+
+def _first_changed(expected: str, text: str, places: Sequence[Place]) -> int:
+    """Return the number of the message at, or else after, which the two texts begin to differ."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(expected, text, strict=False)) if a != b), min(len(expected), len(text))
+    )
+    return next((place.message for place in places if same <= place.end), places[-1].message)
