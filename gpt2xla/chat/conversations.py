@@ -5,29 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from gpt2xla.errors import InputError
-
 Role = Literal["system", "user", "assistant", "tool"]
+LossOn = Literal["all-answers", "last-answer"]
 
 
 class Message(NamedTuple):
-    """What one side says in one turn."""
+    """What one side says in one turn. `trained` is False for an answer that is only there to be read."""
 
     role: Role
     content: str
+    trained: bool = True
 
 
 Conversation = tuple[Message, ...]
 
 
-def answers(messages: Sequence[Message]) -> list[int]:
-    """Return the numbers of the assistant's messages."""
-    return [number for number, message in enumerate(messages) if message.role == "assistant"]
-
-
-def check(messages: Sequence[Message]) -> None:
-    """Raise InputError unless it is a conversation to train on: the assistant answers someone."""
-    if not answers(messages):
-        raise InputError("no message is the assistant's, so there is nothing to learn; remove the record")
-    if messages[0].role == "assistant" or not any(message.role == "user" for message in messages):
-        raise InputError("the assistant speaks first; begin with a user message, or remove the record")
+def trained_answers(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
+    """Return the numbers of the assistant's messages that are trained on."""
+    found = [i for i, message in enumerate(messages) if message.role == "assistant" and message.trained]
+    return found[-1:] if loss_on == "last-answer" else found

@@ -7,21 +7,20 @@ ids and mask are those of transformers' `apply_chat_template(..., return_assista
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gpt2xla.chat.built_in import TEMPLATES
-from gpt2xla.chat.conversations import Message, answers
+from gpt2xla.chat.conversations import LossOn, Message, trained_answers
 from gpt2xla.data.special_tokens import shortened
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError, in_one_line
-
-LossOn = Literal["all-answers", "last-answer"]
 
 # Stand for the messages in a first rendering; private-use characters, which no template writes.
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
@@ -115,14 +114,14 @@ class ChatTemplate:
         """Return the template "chatml" or "alpaca", or that of a file. Raises InputError if there is no such template, or
         nothing in it can be trained on."""
         if name in TEMPLATES:
-            return cls(TEMPLATES[name], name)
+            return cls(TEMPLATES[name], f"--chat-template {name}")
         try:
             source = Path(name).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             known = ", ".join(TEMPLATES)
             reason = in_one_line(error)
             raise InputError(f"--chat-template {name}: neither {known} nor a file of text ({reason})") from None
-        template = cls(source, name)
+        template = cls(source, f"--chat-template {name}")
         if not _GENERATION.search(source):
             fix = "write {% generation %} before and {% endgeneration %} after what the assistant says and its end"
             raise InputError(f"--chat-template {name}: it does not mark the answers, which are trained on; {fix}")
@@ -134,6 +133,35 @@ class ChatTemplate:
         text = tokenizer.chat_template
         return None if text is None else cls(text, f"the chat template of {tokenizer.name}")
 
+    def fitted(self, tokenizer: Tokenizer) -> ChatTemplate:
+        """Return the template with the end-of-text token in front, as every document here begins, unless it writes that.
+
+        Raises InputError if the tokenizer lacks special tokens or an end of text, answers are not marked with their end, a
+        prompt for an answer is not how the answer's conversation begins, or transformers would encode another way."""
+        if missing := self.missing_tokens(tokenizer):
+            raise lacks(tokenizer, missing)
+        if tokenizer.eot_id is None:
+            raise InputError(f"--tokenizer {tokenizer.name} has no end-of-text token; choose one that has an eos_token")
+        ids, _ = self.encode(tokenizer, _TURNS)
+        rendering = self.render(tokenizer, _TURNS)
+        matched = [token for token, is_special in tokenizer.added.items() if not is_special]
+        written = " ".join(rendering.text[start:end] for start, end in rendering.gaps())
+        if spelled := [token for token in matched if token in written]:
+            fix = f"which any message could spell; mark it as special in the tokenizer {tokenizer.name}"
+            raise InputError(f"{self.name} writes {spelled[0]}, {fix}")
+        theirs = tokenizer.reading_special_tokens().backend.encode(rendering.text, add_special_tokens=False).ids
+        if theirs != ids.tolist():
+            why = "it takes text near special tokens as a part of them, or never reads these"
+            raise InputError(f"--tokenizer {tokenizer.name}: transformers encodes {self.name} in another way: {why}")
+        prompt = self.prompt_ids(tokenizer, _TURNS[:-1])
+        if not np.array_equal(prompt, ids[: len(prompt)]):
+            fix = "write with add_generation_prompt what comes before the assistant's words"
+            raise InputError(f"{self.name} prompts for an answer in another way than answers begin; {fix}")
+        if ids[0] == tokenizer.eot_id:
+            return self
+        end_of_text = json.dumps(tokenizer.special_tokens["eos_token"])
+        return ChatTemplate(f"{{{{- {end_of_text} }}}}{self.source}", self.name)
+
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Message], loss_on: LossOn = "all-answers"
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -142,11 +170,10 @@ class ChatTemplate:
         something else for training, or the tokenizer lacks its special tokens."""
         rendering = self.render(tokenizer, messages)
         spans = self._answer_spans(tokenizer, messages, rendering)
-        if loss_on == "last-answer":
-            spans = spans[-1:]
         ids, offsets = self._ids(tokenizer, rendering)
         trained = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
+        for answer in trained_answers(messages, loss_on):
+            start, end = spans[answer]
             trained |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
         return ids, trained
 
@@ -202,7 +229,7 @@ class ChatTemplate:
         # Importing transformers takes 2 s, which --help need not wait for.
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        chat = [message._asdict() for message in messages]
+        chat = [{"role": message.role, "content": message.content} for message in messages]
         marks = bool(_GENERATION.search(self.source))
         try:
             texts, spans = render_jinja_template(
@@ -232,31 +259,28 @@ class ChatTemplate:
 
     def _answer_spans(
         self, tokenizer: Tokenizer, messages: Sequence[Message], rendering: Rendering
-    ) -> list[tuple[int, int]]:
-        """Return the {% generation %} span of each answer. Raises InputError unless each holds one answer and its end."""
-        own, spans = set(answers(messages)), []
+    ) -> dict[int, tuple[int, int]]:
+        """Return the {% generation %} span of each answer, by the number of its message. Raises InputError unless each span
+        holds one answer with its end, and no other message."""
+        spans: dict[int, tuple[int, int]] = {}
         for place in rendering.places:
-            around = [span for span in rendering.spans if span[0] <= place.end and place.start <= span[1]]
-            around = [
-                span for span in around if min(span[1], place.end) > max(span[0], place.start) or place.message in own
-            ]
-            if place.message not in own:
-                if around:
-                    what = f"has the {messages[place.message].role}'s words in {{% generation %}}"
-                    raise InputError(f"{self.name} {what}, which would be trained on; keep the assistant's alone in it")
+            role = messages[place.message].role
+            if role != "assistant":
+                if any(start < place.end and place.start < end for start, end in rendering.spans):
+                    fix = "keep the assistant's words alone in it"
+                    raise InputError(f"{self.name} has the {role}'s words in {{% generation %}}; {fix}")
                 continue
             end = self._end(tokenizer, rendering, place)
             if end is None:
-                fix = "write eos_token or another special token after it"
+                fix = "write {{ eos_token }} or another special token after it"
                 raise InputError(f"{self.name} writes no special token after an answer, so that none would end; {fix}")
-            around = [span for span in around if span[0] <= place.start and end.end <= span[1]]
-            if not around:
-                token = rendering.text[end.start : end.end]
-                fix = f"move {{% endgeneration %}} behind {token}"
-                raise InputError(f"{self.name} does not train an answer with its end: {fix}")
-            if around[0] in spans:
+            around = next((span for span in rendering.spans if span[0] <= place.start and end.end <= span[1]), None)
+            if around is None:
+                fix = f"put both between {{% generation %}} and {{% endgeneration %}}: {rendering.text[end.start : end.end]}"
+                raise InputError(f"{self.name} does not mark an answer and the token that ends it; {fix}")
+            if around in spans.values():
                 raise InputError(f"{self.name} has several answers in one {{% generation %}}; give each its own")
-            spans.append(around[0])
+            spans[place.message] = around
         return spans
 
     def _end(self, tokenizer: Tokenizer, rendering: Rendering, answer: Place) -> _Piece | None:

@@ -27,7 +27,7 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
             whole = pyarrow.json.ReadOptions(block_size=len(block) + 1)
             texts = pyarrow.json.read_json(pa.BufferReader(block), whole, parse).column(0)
         except pa.ArrowInvalid:
-            if found := _first_bad_line(block, number, column):
+            if found := _first_bad_line(block, number, name, column):
                 raise InputError(f"{name}, line {found}") from None
             raise
         has_text = has_text or texts.null_count < len(texts)
@@ -39,6 +39,14 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
         yield from texts.chunks
     if first is not None and not has_text:
         raise InputError(without_field(name, column, first))
+
+
+def read_values(source: pa.NativeFile, name: str) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line that is not blank. Raises InputError if one cannot be read."""
+    for first, block in _blocks(source, name):
+        for number, line in enumerate(block.split(b"\n"), first):
+            if line.strip():
+                yield number, _value(line, f"{name}, line {number}")
 
 
 def without_field(name: str, column: str, fields: dict[str, Any]) -> str:
@@ -110,17 +118,22 @@ def _first_fields(block: bytes) -> dict[str, Any]:
     return {}
 
 
-def _first_bad_line(block: bytes, first: int, column: str) -> str | None:
-    """Return the number of the first bad line, what is wrong with it, and the fix; None if all are good."""
+def _value(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        undecoded = isinstance(error, UnicodeDecodeError)
+        reason = "bytes that are not UTF-8" if undecoded else getattr(error, "msg", "nested too deeply")
+        raise InputError(f"{where}, is not JSON ({reason}); fix or remove it") from None
+
+
+def _first_bad_line(block: bytes, first: int, name: str, column: str) -> str | None:
+    """Return the number of the first bad line, what is wrong with it, and the fix; None if all are good. Raises InputError
+    if a line is not JSON."""
     for number, line in enumerate(block.split(b"\n"), first):
         if not line.strip():
             continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            undecoded = isinstance(error, UnicodeDecodeError)
-            reason = "bytes that are not UTF-8" if undecoded else getattr(error, "msg", "nested too deeply")
-            return f"{number}, is not JSON ({reason}); fix or remove it"
+        values = _value(line, f"{name}, line {number}")
         if values is None:
             continue
         if not isinstance(values, dict):

@@ -26,7 +26,7 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[str | None]:
     one cannot be read."""
     first, has_text = None, False
     with io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as text:
-        for number, value in enumerate(_Values(text, name), 1):
+        for number, value in enumerate(Values(text, name), 1):
             document = value.get(column) if isinstance(value, dict) else value
             where = f"{name}, value {number}"
             if not isinstance(document, str | None):
@@ -41,8 +41,10 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[str | None]:
         raise InputError(without_field(name, column, first))
 
 
-class _Values:
-    """Iterates over the values of a text. `buffer` from `at` on is read but not yet used."""
+class Values:
+    """Iterates over the values of a text, called `name` in messages. `buffer` from `at` on is read but not yet used.
+
+    Numbers come as the length of their digits. Raises InputError if the text is not JSON."""
 
     def __init__(self, text: io.TextIOWrapper, name: str) -> None:
         self.text, self.name = text, name

@@ -1,4 +1,4 @@
-"""Documents in a column of parquet and Arrow files."""
+"""Documents in a column of parquet and Arrow files, or whole rows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _ROWS_AT_ONCE = 64
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_parquet(file: Path, name: str, column: str) -> Iterator[pa.Array]:
-    """Yield the column's values, some rows at a time. Raises InputError if it holds no text."""
+def read_parquet(file: Path, name: str, column: str | None) -> Iterator[pa.Array]:
+    """Yield the column's values, some rows at a time; without a column, the rows. Raises InputError if it holds no text."""
     with pyarrow.parquet.ParquetFile(file, pre_buffer=False) as table:
         _check_column(name, column, table.schema_arrow)
-        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            yield batch.column(0)
+        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=None if column is None else [column]):
+            yield _chosen(batch, column)
 
 
-def read_arrow(file: Path, layers: tuple[str, ...], name: str, column: str) -> Iterator[pa.Array]:
+def read_arrow(file: Path, layers: tuple[str, ...], name: str, column: str | None) -> Iterator[pa.Array]:
     """Yield the same from an Arrow stream, which may be compressed, or an Arrow file (Feather version 2).
 
     Raises InputError also if a stream is cut off between two batches, unnoticed by Arrow, or followed by more.
@@ -42,7 +42,7 @@ def read_arrow(file: Path, layers: tuple[str, ...], name: str, column: str) -> I
             with pyarrow.ipc.open_file(source) as table:
                 _check_column(name, column, table.schema)
                 for number in range(table.num_record_batches):
-                    yield table.get_batch(number).column(column)
+                    yield _chosen(table.get_batch(number), column)
             return
         source.seek(0)
         yield from _batches(source, name, column)
@@ -51,11 +51,15 @@ def read_arrow(file: Path, layers: tuple[str, ...], name: str, column: str) -> I
         _check_end(source.read(), is_whole, name)
 
 
-def _batches(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
+def _batches(source: pa.NativeFile, name: str, column: str | None) -> Iterator[pa.Array]:
     with pyarrow.ipc.open_stream(source) as batches:
         _check_column(name, column, batches.schema)
         for batch in batches:
-            yield batch.column(column)
+            yield _chosen(batch, column)
+
+
+def _chosen(batch: pa.RecordBatch, column: str | None) -> pa.Array:
+    return batch.to_struct_array() if column is None else batch.column(column)
 
 
 def _last_bytes(source: pa.NativeFile) -> bytes:
@@ -71,7 +75,9 @@ def _check_end(last: bytes, is_whole: bool, name: str) -> None:
         raise InputError(f"{name} {state}; copy or make it again")
 
 
-def _check_column(name: str, column: str, schema: pa.Schema) -> None:
+def _check_column(name: str, column: str | None, schema: pa.Schema) -> None:
+    if column is None:
+        return
     texts = [field.name for field in schema if _holds_text(field.type)]
     if schema.names.count(column) > 1:
         raise InputError(f"{name} has {schema.names.count(column)} columns {column!r}; give each its own name")
