@@ -82,7 +82,11 @@ def _message(item: Any, where: str, trained: bool) -> Message:
 
 def _text(value: Any, where: str) -> str:
     """Return a text, or that of a list of parts that are all text."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(part, dict) and part.get("type") == "text" for part in value)
+    ):
         return "".join(_text(part.get("text"), where) for part in value)
     if not isinstance(value, str):
         raise InputError(f"{where} is {_kind_of(value)}, not text; fix or remove it")

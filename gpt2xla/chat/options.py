@@ -30,8 +30,8 @@ class ChatConfig:
     exclude: tuple[str, ...] = option((), EXCLUDE_HELP)
     format: ChatFormat = option(
         "auto",
-        "format of the records (default: each record's keys tell): messages (role, content), sharegpt (conversations of from, "
-        "value), alpaca (instruction, input, output), dolly (instruction, context, response), or prompt-completion",
+        "format of the records: messages (role, content), sharegpt (conversations of from, value), alpaca (instruction, "
+        "input, output), dolly (instruction, context, response), prompt-completion; auto: as each record's keys tell",
     )
     output_dir: str = option("./chat", "folder to make train/ and test/ in", is_path=True)
     tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True, check=paths.check_tokenizer)
@@ -41,7 +41,9 @@ class ChatConfig:
         "rows for them is then trained with --resize-vocab",
     )
     chat_template: str = option(
-        "chatml", "chatml, alpaca, or a file of Jinja text with {% generation %} around answers and their end", is_path=True
+        "chatml",
+        "chatml, alpaca, or a file of Jinja text with {% generation %} around answers and their end",
+        is_path=True,
     )
     system: str | None = option(None, "system message for conversations that have none")
     loss_on: LossOn = option("all-answers", "which of the assistant's messages are trained on")
@@ -59,5 +61,7 @@ class ChatConfig:
             raise InputError("--output-dir is empty; name a folder")
         if not 0 < self.test_fraction < 1:
             raise InputError(f"--test-fraction {self.test_fraction}: choose a share above 0 and below 1")
+        if self.system is not None and not self.system.strip():
+            raise InputError("--system is empty; leave it out, or write what the assistant is to know")
         require_at_least(2, self, "seq_length")
         require_at_least(1, self, "shard_size")

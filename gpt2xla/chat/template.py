@@ -121,7 +121,7 @@ class ChatTemplate:
             known = ", ".join(TEMPLATES)
             reason = in_one_line(error)
             raise InputError(f"--chat-template {name}: neither {known} nor a file of text ({reason})") from None
-        template = cls(source, f"--chat-template {name}")
+        template = cls(source.replace("\ue000", ""), f"--chat-template {name}")
         if not _GENERATION.search(source):
             fix = "write {% generation %} before and {% endgeneration %} after what the assistant says and its end"
             raise InputError(f"--chat-template {name}: it does not mark the answers, which are trained on; {fix}")
@@ -216,7 +216,7 @@ class ChatTemplate:
         lost = set(range(len(messages))) - {place.message for place in places}
         if lost or expected != text:
             number = min(lost) if lost else _first_changed(expected, text, places)
-            role, content = messages[number]
+            role, content = messages[number].role, messages[number].content
             effect = "leaves out" if lost else "changes"
             fix = "correct the template, or the record (templates may trim blanks, or leave out what is empty)"
             said = f"message {number + 1}, the {role}'s {shortened(content)!r}"

@@ -5,7 +5,9 @@ from gpt2xla.cli import parse_options
 
 
 def main() -> None:
-    options = parse_options(ChatConfig, "Tokenise conversations into train/ and test/ rows, with a mask of the answers.")
-    from gpt2xla.chat.preparation import prepare_and_report
+    options = parse_options(
+        ChatConfig, "Tokenise conversations into train/ and test/ rows, with a mask of the answers."
+    )
+    from gpt2xla.chat.preparation import prepare
 
-    prepare_and_report(options)
+    prepare(options)

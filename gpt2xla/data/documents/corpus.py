@@ -28,22 +28,31 @@ _ARRAY_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file of a corpus.
+class InputFile:
+    """One file to prepare.
 
     Attributes:
-        name, size, how: by which a resumed preparation recognises it. The size is in bytes; `how` describes its reading.
+        name, size, how: by which a later preparation recognises it. The size is in bytes; `how` describes its reading.
         opened: a context in which the file is on this machine.
-        read: yields the documents of the file, in arrays of texts.
-        split: the split of its documents; None means that each is drawn.
-        say: receives notes about its content.
     """
 
     name: str
     size: int
     opened: Callable[[], AbstractContextManager[Path]]
-    read: Callable[[Path], Iterator[pa.Array]]
     how: str
+
+
+@dataclass(frozen=True)
+class Part(InputFile):
+    """One file of a corpus.
+
+    Attributes:
+        read: yields the documents of the file, in arrays of texts.
+        split: the split of its documents; None means that each is drawn.
+        say: receives notes about its content.
+    """
+
+    read: Callable[[Path], Iterator[pa.Array]]
     split: Split | None = None
     say: Callable[[str], None] = print
 
@@ -124,7 +133,7 @@ def local_parts(
             size = file.stat().st_size
             contents[name] = content = recognise(file, name, reading)  # now, not an hour into the preparation
         read = partial(_read, name=name, content=content, reading=reading, say=say)
-        parts.append(Part(name, size, partial(_here, file), read, _how(content.format, reading), say=say))
+        parts.append(Part(name, size, partial(here, file), _how(content.format, reading), read, say=say))
         if (
             content.note and size < compression.HEAD_BYTES
         ):  # small enough to see now whether all of it is of that format
@@ -134,7 +143,8 @@ def local_parts(
     return parts
 
 
-def _here(file: Path) -> AbstractContextManager[Path]:
+def here(file: Path) -> AbstractContextManager[Path]:
+    """Return the context of a file on this machine."""
     return nullcontext(file)
 
 
@@ -155,7 +165,7 @@ def remote_part(
         yield from _read(file, name, content, reading, say)
 
     expected = promised(name)[1] or "text" if reading.format == "auto" else reading.format
-    return Part(f"{name}@{version}", size, opened, read, _how(expected, reading), split, say)
+    return Part(f"{name}@{version}", size, opened, _how(expected, reading), read, split, say)
 
 
 def _how(format: Format, reading: Reading) -> str:

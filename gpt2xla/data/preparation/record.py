@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from gpt2xla.config import flag
-from gpt2xla.data.documents.corpus import Part, Position, Split
+from gpt2xla.data.documents.corpus import InputFile, Position, Split
 from gpt2xla.data.preparation.writer import Written
 from gpt2xla.data.shards import as_json
 from gpt2xla.errors import InputError
@@ -66,7 +66,7 @@ class Record:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is damaged ({error}); remove its folder and prepare again") from None
 
-    def check(self, settings: dict[str, Any], parts: Sequence[Part], folder: Path, *, complete: bool) -> None:
+    def check(self, settings: dict[str, Any], parts: Sequence[InputFile], folder: Path, *, complete: bool) -> None:
         """Raise InputError if the preparation in `folder` had other options or another corpus.
 
         `complete` means that it read all parts of its corpus, so that there may be no others now.

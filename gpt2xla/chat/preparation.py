@@ -1,0 +1,167 @@
+"""From conversations to a prepared data set: `train/` and `test/`, each with rows, masks, manifest and tokenizer.
+
+All of it depends on the conversations, the tokenizer, the template and the options only. Until it is complete it lies in
+`.partial`, which a later preparation replaces. Memory holds every conversation, at 3 bytes a token.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt2xla.chat.options import ChatConfig
+from gpt2xla.chat.sources import Source, find_sources, samples_of
+from gpt2xla.chat.template import ChatTemplate
+from gpt2xla.data.documents.corpus import Position, Split
+from gpt2xla.data.preparation.record import RECORD, SPLITS, Record
+from gpt2xla.data.preparation.rows import Sample, write_rows
+from gpt2xla.data.preparation.splitting import uniform
+from gpt2xla.data.preparation.writer import Written
+from gpt2xla.data.shards import Manifest, TokenStream
+from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
+from gpt2xla.errors import InputError, RunFailed, counted, user_error
+from gpt2xla.processes.locks import locked
+
+_PARTIAL = ".partial"
+_DECISIVE = (
+    "format", "chat_template", "add_special_tokens", "system", "loss_on", "seq_length", "too_long", "test_fraction", "seed",
+    "shard_size",
+)  # fmt: skip
+
+
+def prepare(config: ChatConfig, say: Callable[[str], None] = print) -> dict[Split, Manifest]:
+    """Write conversations into `output_dir/train` and `output_dir/test` as rows of `seq_length` tokens, and return the
+    manifests by split. `say` receives notes, and a line for each source and split.
+
+    A seeded shuffle orders the conversations. Its first `test_fraction` go to test/, at least one of them.
+
+    Raises:
+        InputError: a record is no conversation, template and tokenizer do not fit, too little is left, or the output holds
+            something else.
+        RunFailed: the disk is full, or the hub does not answer.
+    """
+    config.check()
+    output_dir, what = Path(config.output_dir), f"--output-dir {config.output_dir}"
+    tokenizer, template = _fitted(config, say)
+    sources = find_sources(config, say)
+    files = [file for source in sources for file in source.files]
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
+    settings |= {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
+    settings["chat_template_sha256"] = hashlib.sha256(template.source.encode()).hexdigest()
+    if finished := Record.load(output_dir):
+        finished.check(settings, files, output_dir, complete=True)
+        for split in SPLITS:
+            try:
+                TokenStream(output_dir / split, "--output-dir")
+            except InputError as error:
+                fix = f"to prepare it again, remove what is left, including {output_dir / RECORD}"
+                raise InputError(f"{error}; {fix}") from None
+        say(f"{output_dir} is prepared already: nothing to do")
+        return _manifests(output_dir)
+    partial, is_new = output_dir / _PARTIAL, not output_dir.exists()
+    with user_error(what):
+        partial.mkdir(parents=True, exist_ok=True)
+    with user_error(what), locked(partial / "lock", what):
+        try:
+            if written := Record.load(partial):  # only the last renames are missing
+                written.check(settings, files, partial, complete=True)
+            else:
+                for split in SPLITS:
+                    if (output_dir / split).exists():
+                        raise InputError(f"{what}: {split}/ exists already; remove it or choose another")
+                    shutil.rmtree(partial / split, ignore_errors=True)
+                for split, samples in _samples(sources, tokenizer, template, config, say).items():
+                    _write(partial / split, samples, tokenizer, template, config, say)
+                described = [(file.name, file.size, file.how) for file in files]
+                splits = {split: Written([]) for split in SPLITS}
+                Record(settings, described, Position(len(files), 0), splits).save(partial)
+            for split in SPLITS:
+                if not (output_dir / split).exists():
+                    os.rename(partial / split, output_dir / split)
+            os.rename(partial / RECORD, output_dir / RECORD)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunFailed(f"{what}: no space left on the disk; free some and give the same command again") from None
+        finally:
+            if not (partial / RECORD).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                if is_new and not any(output_dir.iterdir()):
+                    output_dir.rmdir()
+    return _manifests(output_dir)
+
+
+def _fitted(config: ChatConfig, say: Callable[[str], None]) -> tuple[Tokenizer, ChatTemplate]:
+    """Return the tokenizer with the template, and its special tokens if these are to be added, and the template."""
+    tokenizer, template = load_tokenizer(config.tokenizer), ChatTemplate.named(config.chat_template)
+    if config.add_special_tokens and (missing := template.missing_tokens(tokenizer)):
+        ids = [tokenizer.vocab_size + number for number in range(len(missing))]
+        added = ", ".join(f"{token} = {id}" for token, id in zip(missing, ids, strict=True))
+        say(f"added to tokenizer {tokenizer.name}: {added}; a model without them is trained with --resize-vocab")
+        tokenizer = tokenizer.with_special_tokens(missing)
+    template = template.fitted(tokenizer)
+    return tokenizer.with_chat_template(template.source), template
+
+
+def _samples(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    config: ChatConfig,
+    say: Callable[[str], None],
+) -> dict[Split, list[Sample]]:
+    """Return the samples of both splits, in their order."""
+    samples: list[Sample] = []
+    first = 0
+    for source in sources:
+        kept, tally = samples_of(source, tokenizer, template, config, first)
+        say(tally.line(source.name, kept))
+        first += tally.read
+        samples += kept
+    if len(samples) < 2:
+        fix = "give more conversations, or see above why some were left out"
+        raise InputError(f"train/ and test/ need a conversation each, and {len(samples)} is left; {fix}")
+    if divided := sum(_is_divided(sample, tokenizer.eot_id) for sample in samples):
+        effect = "with --document-mask, the default for such rows, later answers there do not see the turns before"
+        fix = "train with --no-document-mask, or take a template with another token for it, such as chatml"
+        say(f"note: end-of-text ends earlier answers in {counted(divided, 'conversation')}; {effect}: {fix}")
+    order = np.argsort(uniform(config.seed, 0, len(samples)), kind="stable").tolist()
+    tests = min(max(1, round(config.test_fraction * len(samples))), len(samples) - 1)
+    return {"train": [samples[i] for i in order[tests:]], "test": [samples[i] for i in order[:tests]]}
+
+
+def _is_divided(sample: Sample, eot_id: int | None) -> bool:
+    """Tell whether an end of text stands before a token that is trained on, other than at the start."""
+    last = int(np.flatnonzero(sample.trained)[-1])
+    return bool((sample.ids[1:last] == eot_id).any())
+
+
+def _write(
+    folder: Path,
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    config: ChatConfig,
+    say: Callable[[str], None],
+) -> None:
+    manifest = write_rows(
+        folder, samples, tokenizer, row_length=config.seq_length, shard_size=config.shard_size,
+        chat_template=template.source,
+    )  # fmt: skip
+    rows, tokens = manifest.tokens // config.seq_length, sum(len(sample.ids) for sample in samples)
+    say(
+        f"{Path(config.output_dir) / folder.name}: {counted(rows, 'row')} of {config.seq_length:,} tokens, "
+        f"{tokens / manifest.tokens:.1%} full, with {counted(len(samples), 'conversation')}; "
+        f"{counted(manifest.trained_tokens or 0, 'token')} trained on"
+    )
+
+
+def _manifests(output_dir: Path) -> dict[Split, Manifest]:
+    return {split: manifest for split in SPLITS if (manifest := Manifest.load(output_dir / split))}
