@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2xla.chat.built_in import TEMPLATES
-from gpt2xla.chat.conversations import LossOn, Message, trained_answers
+from gpt2xla.chat.conversations import Conversation, LossOn, Message, trained_answers
 from gpt2xla.data.special_tokens import shortened
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError, in_one_line
@@ -26,8 +26,13 @@ from gpt2xla.errors import InputError, in_one_line
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
 _MARKER = re.compile(r"<\|[^|<>\s]+\|>")  # what templates write special tokens as
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_TURNS = (Message("user", "Q"), Message("assistant", "A"))
-_TRIALS = (_TURNS * 2, (Message("system", "S"), *_TURNS), (*_TURNS, Message("tool", "T"), *_TURNS))
+# Every tokenizer merges the second word with a space before it, so that a prompt which ends in a space is noticed.
+_TURNS: Conversation = (Message("user", "Hello"), Message("assistant", "the"))
+_TRIALS: tuple[Conversation, ...] = (
+    _TURNS * 2,
+    (Message("system", "S"), *_TURNS),
+    (*_TURNS, Message("tool", "T"), *_TURNS),
+)
 
 
 class Place(NamedTuple):
@@ -138,7 +143,7 @@ class ChatTemplate:
 
         Raises InputError if the tokenizer lacks special tokens or an end of text, answers are not marked with their end, a
         prompt for an answer is not how the answer's conversation begins, or transformers would encode another way."""
-        if missing := self.missing_tokens(tokenizer):
+        if missing := self.missing_tokens(tokenizer, (_TURNS,)):
             raise lacks(tokenizer, missing)
         if tokenizer.eot_id is None:
             raise InputError(f"--tokenizer {tokenizer.name} has no end-of-text token; choose one that has an eos_token")
@@ -188,10 +193,10 @@ class ChatTemplate:
         found = [ends.id] if ends else []
         return tuple(dict.fromkeys(id for id in [*found, tokenizer.eot_id] if id is not None))
 
-    def missing_tokens(self, tokenizer: Tokenizer) -> list[str]:
-        """Return the special tokens that the template writes and the tokenizer lacks."""
+    def missing_tokens(self, tokenizer: Tokenizer, trials: Sequence[Conversation] = _TRIALS) -> list[str]:
+        """Return the special tokens that the template writes, in any of these conversations, and the tokenizer lacks."""
         found: dict[str, None] = {}
-        for trial in _TRIALS:
+        for trial in trials:
             try:
                 rendering = self.render(tokenizer, trial, add_generation_prompt=True)
             except InputError:

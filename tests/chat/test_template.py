@@ -35,6 +35,7 @@ class Case:
         (folder / "borders.jinja").write_text(chats.BORDERS)
         template = ChatTemplate.named(str(folder / "borders.jinja") if name == "borders" else name)
         self.formula = TEMPLATES[name]
+        self.seeds = range(500 if tokenizer.name == "gpt2" else 100)
         extended = tokenizer.with_special_tokens(template.missing_tokens(tokenizer))
         template = template.fitted(extended)
         extended.with_chat_template(template.source).save(folder)
@@ -79,7 +80,7 @@ def case(request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory:
 
 
 def test_ids_and_mask_are_those_of_transformers(case: Case) -> None:
-    for seed in range(500):
+    for seed in case.seeds:
         messages = chats.conversation(seed, hostile=False)
         ids, trained = case.template.encode(case.ours, messages)
         assert (ids.tolist(), trained.astype(int).tolist()) == case.expected(messages), messages
@@ -88,7 +89,7 @@ def test_ids_and_mask_are_those_of_transformers(case: Case) -> None:
 def test_no_message_forges_a_role_or_an_end(case: Case) -> None:
     special = case.theirs.convert_tokens_to_ids([token for token, known in case.ours.added.items() if known])
     spelling = 0
-    for seed in range(500):
+    for seed in case.seeds:
         messages = chats.conversation(seed, hostile=True)
         ids, trained = case.template.encode(case.ours, messages)
         assert (ids.tolist(), trained.astype(int).tolist()) == case.by_formula(messages), messages
@@ -98,7 +99,7 @@ def test_no_message_forges_a_role_or_an_end(case: Case) -> None:
         tame_ids = case.template.encode(case.ours, tame)[0]
         assert ids[np.isin(ids, special)].tolist() == tame_ids[np.isin(tame_ids, special)].tolist()
         spelling += any(marker in message.content for message in messages for marker in chats.MARKERS)
-    assert spelling > 250
+    assert spelling > len(case.seeds) / 2
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_a_template_that_does_not_begin_with_the_end_of_text_gets_it(small: Toke
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("{% generation %} {{", "{{ ' ' }}{% generation %}{{", "prompts for an answer in another way"),
+        ("prompt -%}Bot:", "prompt -%}Bot:{{ ' ' }}", "prompts for an answer in another way"),
         ("{{ eos_token }}", "", "no special token after an answer"),
         ("{{ eos_token }}\n", "{% endgeneration %}{{ eos_token }}{% generation %}", "the token that ends it"),
         ("message.content }}{{ eos", "message.content | trim }}{{ eos", None),
@@ -163,7 +164,7 @@ def test_a_template_that_does_not_begin_with_the_end_of_text_gets_it(small: Toke
         ("{%- endfor -%}", "", "Unexpected end of template"),
         ("Bot:{% generation %}", "Bot:{% generation -%}", None),
         ("{% generation %}", "", "does not mark the answers"),
-        ("message.role == 'assistant'", "message.role in boundless", "boundless"),
+        ("message.role == 'assistant'", "message.role == boundless.role", "boundless"),
     ],
 )  # fmt: skip
 def test_templates_that_would_not_do_are_refused(
@@ -219,5 +220,5 @@ def test_a_tokenizer_keeps_its_template_and_new_tokens(small: Tokenizer, tmp_pat
     assert again.sha256 == grown.sha256 != first.sha256
     assert again.encode("Hello the <|a|> 🙂") == first.encode("Hello the <|a|> 🙂")
     assert theirs.eos_token == theirs.bos_token == "<|endoftext|>"
-    with pytest.raises(InputError, match="cannot take <|a|> after its last id"):
+    with pytest.raises(InputError, match=r"cannot take <\|a\|> after its last id"):
         again.with_special_tokens(["<|a|>"])
