@@ -126,6 +126,8 @@ def samples_of(
             tally.longest_dropped = max(tally.longest_dropped, len(ids))
             continue
         kept.append(Sample(ids, trained, sum(len(message.content.encode()) for message in messages)))
+    if not tally.read:
+        raise InputError(f"{source.name} holds no records; leave it out, or make it again")
     if source.share < 1 and kept:
         draws = uniform(config.seed, _SHARE_DRAWS + first, len(kept))
         chosen = np.sort(np.argsort(draws, kind="stable")[: max(1, round(source.share * len(kept)))]).tolist()

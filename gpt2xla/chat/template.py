@@ -123,9 +123,10 @@ class ChatTemplate:
         try:
             source = Path(name).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            known = ", ".join(TEMPLATES)
-            reason = in_one_line(error)
-            raise InputError(f"--chat-template {name}: neither {known} nor a file of text ({reason})") from None
+            why = getattr(error, "strerror", None) or "not UTF-8"
+            raise InputError(
+                f"--chat-template {name}: neither {', '.join(TEMPLATES)} nor a file of text ({why})"
+            ) from None
         template = cls(source.replace("\ue000", ""), f"--chat-template {name}")
         if not _GENERATION.search(source):
             fix = "write {% generation %} before and {% endgeneration %} after what the assistant says and its end"

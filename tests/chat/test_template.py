@@ -155,7 +155,7 @@ def test_a_template_that_does_not_begin_with_the_end_of_text_gets_it(small: Toke
         ("{{ eos_token }}", "", "no special token after an answer"),
         ("{{ eos_token }}\n", "{% endgeneration %}{{ eos_token }}{% generation %}", "the token that ends it"),
         ("message.content }}{{ eos", "message.content | trim }}{{ eos", None),
-        ("message.content }}{{ eos", "message.content | upper }}{{ eos", "changes message 2, the assistant's 'Hello!'"),
+        ("message.content }}{{ eos", "message.content | upper }}{{ eos", "changes message 2, the assistant's 'the'"),
         ("{{ message.content }}{{ eos_token }}", "{{ eos_token }}", "leaves out message 2, the assistant's"),
         ("{{ message.role | capitalize }}:{{ message.content }}",
          "{% generation %}{{ message.content }}{% endgeneration %}", "has the user's words in"),
