@@ -22,7 +22,7 @@ PAGES = {
     "README.md": (3, 0),
     "docs/index.md": (0, 1),
     "docs/data.md": (1, 4),
-    "docs/data-formats.md": (0, 2),
+    "docs/data-formats.md": (0, 3),
     "docs/tpu.md": (3, 1),
     "docs/will-it-fit.md": (0, 3),
     "docs/gpu-and-cpu.md": (1, 3),

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from gpt2xla.chat.conversations import Conversation, Message, trained_answers
 from gpt2xla.chat.formats import conversation_of
@@ -44,12 +45,12 @@ class Tally:
 
     Attributes:
         dropped: how many were left out, by the reason.
-        longest_dropped: tokens of the longest that did not fit into a row.
+        longest_dropped: tokens and place of the longest that did not fit into a row.
     """
 
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    longest_dropped: int = 0
+    longest_dropped: tuple[int, str] = (0, "")
 
     def line(self, name: str, samples: Sequence[Sample]) -> str:
         """Return the report on a source whose `samples` are kept."""
@@ -59,8 +60,8 @@ class Tally:
             longest = max(len(sample.ids) for sample in samples)
             kept += f", the longest {longest:,} tokens, {trained / tokens:.1%} of the tokens trained on"
         left_out = [f"{number:,} {why}" for why, number in self.dropped.items()]
-        if self.longest_dropped:
-            left_out.append(f"the longest {self.longest_dropped:,} tokens")
+        if self.longest_dropped[0]:
+            left_out.append("the longest of {:,} tokens: {}".format(*self.longest_dropped))
         return kept + (f"; left out: {', '.join(left_out)}" if left_out else "")
 
 
@@ -106,7 +107,7 @@ def samples_of(
     before it, from which its draws follow. Raises InputError that names file and line of the first wrong record."""
     assert tokenizer.eot_id is not None
     tally, kept = Tally(), []
-    for where, record in _records(source):
+    for where, record in tqdm(_records(source), unit=" conversations", disable=None):
         tally.read += 1
         try:
             messages = with_system(conversation_of(record, config.format), config.system)
@@ -116,16 +117,18 @@ def samples_of(
             ids, trained = template.encode(tokenizer, messages, config.loss_on)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        if len(ids) > config.seq_length:
+        trained[:1] = False  # nothing predicts it
+        size = sum(len(message.content.encode()) for message in messages)
+        sample = Sample(ids, trained, size).begun_with(tokenizer.eot_id)
+        if (length := len(sample.ids)) > config.seq_length:
             if config.too_long == "raise":
                 fix = "raise --seq-length, shorten or remove it, or leave such out with --too-long drop"
-                raise InputError(
-                    f"{where}: {len(ids):,} tokens do not fit into --seq-length {config.seq_length}; {fix}"
-                )
+                raise InputError(f"{where}: {length:,} tokens do not fit into --seq-length {config.seq_length}; {fix}")
             tally.dropped[f"longer than {config.seq_length:,} tokens"] += 1
-            tally.longest_dropped = max(tally.longest_dropped, len(ids))
+            if length > tally.longest_dropped[0]:
+                tally.longest_dropped = length, where
             continue
-        kept.append(Sample(ids, trained, sum(len(message.content.encode()) for message in messages)))
+        kept.append(sample)
     if not tally.read:
         raise InputError(f"{source.name} holds no records; leave it out, or make it again")
     if source.share < 1 and kept:

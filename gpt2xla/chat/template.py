@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -121,13 +121,13 @@ class ChatTemplate:
         if name in TEMPLATES:
             return cls(TEMPLATES[name], f"--chat-template {name}")
         try:
-            source = Path(name).read_text(encoding="utf-8")
+            source = Path(name).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not UTF-8"
             raise InputError(
                 f"--chat-template {name}: neither {', '.join(TEMPLATES)} nor a file of text ({why})"
             ) from None
-        template = cls(source.replace("\ue000", ""), f"--chat-template {name}")
+        template = cls(source, f"--chat-template {name}")
         if not _GENERATION.search(source):
             fix = "write {% generation %} before and {% endgeneration %} after what the assistant says and its end"
             raise InputError(f"--chat-template {name}: it does not mark the answers, which are trained on; {fix}")
@@ -190,9 +190,9 @@ class ChatTemplate:
     def stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Return the ids that end an answer: the token that the template writes after it, then the end of text."""
         rendering = self.render(tokenizer, _TURNS)
-        ends = self._end(tokenizer, rendering, rendering.places[-1])
-        found = [ends.id] if ends else []
-        return tuple(dict.fromkeys(id for id in [*found, tokenizer.eot_id] if id is not None))
+        end = _end(rendering, rendering.specials(tokenizer), len(rendering.places) - 1)
+        found = [end.id if end else None, tokenizer.eot_id]
+        return tuple(dict.fromkeys(id for id in found if id is not None))
 
     def missing_tokens(self, tokenizer: Tokenizer, trials: Sequence[Conversation] = _TRIALS) -> list[str]:
         """Return the special tokens that the template writes, in any of these conversations, and the tokenizer lacks."""
@@ -213,8 +213,10 @@ class ChatTemplate:
         stand_ins = [Message(message.role, f"\ue000{number}\ue001") for number, message in enumerate(messages)]
         parts = _STAND_IN.split(self._rendered(tokenizer, stand_ins, add_generation_prompt)[0])
         text, spans = self._rendered(tokenizer, messages, add_generation_prompt)
-        expected, places = parts[0], []
-        for number, after in zip(map(int, parts[1::2]), parts[2::2], strict=True):
+        numbers, expected, places = [int(number) for number in parts[1::2]], parts[0], []
+        if max(numbers, default=0) >= len(messages):
+            raise InputError(f"{self.name} writes U+E000, which marks messages here; take another character")
+        for number, after in zip(numbers, parts[2::2], strict=True):
             start = len(expected)
             expected += messages[number].content
             places.append(Place(number, start, len(expected)))
@@ -269,14 +271,15 @@ class ChatTemplate:
         """Return the {% generation %} span of each answer, by the number of its message. Raises InputError unless each span
         holds one answer with its end, and no other message."""
         spans: dict[int, tuple[int, int]] = {}
-        for place in rendering.places:
+        specials = list(rendering.specials(tokenizer))
+        for order, place in enumerate(rendering.places):
             role = messages[place.message].role
             if role != "assistant":
                 if any(start < place.end and place.start < end for start, end in rendering.spans):
                     fix = "keep the assistant's words alone in it"
                     raise InputError(f"{self.name} has the {role}'s words in {{% generation %}}; {fix}")
                 continue
-            end = self._end(tokenizer, rendering, place)
+            end = _end(rendering, specials, order)
             if end is None:
                 fix = "write {{ eos_token }} or another special token after it"
                 raise InputError(f"{self.name} writes no special token after an answer, so that none would end; {fix}")
@@ -289,11 +292,12 @@ class ChatTemplate:
             spans[place.message] = around
         return spans
 
-    def _end(self, tokenizer: Tokenizer, rendering: Rendering, answer: Place) -> _Piece | None:
-        """Return the special token that ends an answer: the first after it, before the next message."""
-        after = (place.start for place in rendering.places if place.start >= answer.end and place is not answer)
-        limit = next(after, len(rendering.text))
-        return next((p for p in rendering.specials(tokenizer) if answer.end <= p.start and p.end <= limit), None)
+
+def _end(rendering: Rendering, specials: Iterable[_Piece], order: int) -> _Piece | None:
+    """Return the special token that ends a message, the `order`-th in the text: the first between it and the next one."""
+    start = rendering.places[order].end
+    limit = rendering.places[order + 1].start if order + 1 < len(rendering.places) else len(rendering.text)
+    return next((special for special in specials if start <= special.start and special.end <= limit), None)
 
 
 def _first_changed(expected: str, text: str, places: Sequence[Place]) -> int:

@@ -158,7 +158,9 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path: Path) -> None:
     given.write_text(lines(*({"messages": messages} for messages in records)))
     said = prepare("--input", given, folder=tmp_path / "all")
     lengths = [3 + sum(len(f"s{m['role']}\n{m['content']}e\n".encode()) for m in messages) - 2 for messages in records]
-    left_out = f"2 with an empty answer, 2 longer than 200 tokens, the longest {max(lengths)} tokens"
+    left_out = (
+        f"2 with an empty answer, 2 longer than 200 tokens, the longest of {max(lengths)} tokens: {given}, line 4"
+    )
     assert said[1].endswith(f"; left out: {left_out}")
     assert f"6 conversations read, 2 kept, the longest {max(lengths[0], lengths[-1])} tokens" in said[1]
     said = prepare("--input", given, "--loss-on", "last-answer", folder=tmp_path / "last")

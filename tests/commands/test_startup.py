@@ -39,6 +39,7 @@ WRONG_PATHS = [
     "inspect ./no/such/place",
     "inspect . --tokenizer ./no/such/place",
     "prepare text --input . --output-dir x --tokenizer ./no/such/place",
+    "prepare chat --input . --output-dir x --tokenizer ./no/such/place",
 ]
 
 PROGRAM = """
