@@ -98,7 +98,7 @@ class Rendering:
 
 def lacks(tokenizer: Tokenizer, tokens: Sequence[str]) -> InputError:
     """Return the error about special tokens of a template that the tokenizer does not have."""
-    fix = "--add-special-tokens adds them; a model without them is then trained with --resize-vocab"
+    fix = "prepare_chat.py --add-special-tokens adds them; a model without them is then trained with --resize-vocab"
     return InputError(f"tokenizer {tokenizer.name} lacks {', '.join(tokens)}, which the chat template writes; {fix}")
 
 

@@ -92,17 +92,17 @@ class Tokenizer:
         return twin
 
     def with_special_tokens(self, tokens: Sequence[str]) -> Tokenizer:
-        """Return the tokenizer with further special tokens, whose ids follow its last one in this order."""
+        """Return the tokenizer with further special tokens, whose ids follow its last one in this order. Its name says so.
+        Raises InputError if it has them already, or gaps among its ids."""
         backend = HFTokenizer.from_str(self.backend.to_str())
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
         if [backend.token_to_id(token) for token in tokens] != [*range(self.vocab_size, self.vocab_size + len(tokens))]:
             why = "it has them already, or gaps among its ids; choose another tokenizer"
             raise InputError(f"tokenizer {self.name} cannot take {', '.join(tokens)} after its last id: {why}")
-        known = list(self.special_tokens.get("additional_special_tokens", ()))
+        known, name = self.special_tokens.get("additional_special_tokens", ()), f"{self.name} with {', '.join(tokens)}"
         roles = self.special_tokens | {"additional_special_tokens": [*known, *tokens]}
-        files = tokenizer_folder.with_definition(self._files, backend.to_str(), roles)
-        reads = self._reads_special_tokens
-        twin = Tokenizer(self.name, backend, roles, files=files, reads_special_tokens=reads)
+        files = tokenizer_folder.with_definition(self._files, backend.to_str(), roles | {"name_or_path": name})
+        twin = Tokenizer(name, backend, roles, files=files, reads_special_tokens=self._reads_special_tokens)
         twin.chat_template = self.chat_template
         return twin
 

@@ -112,12 +112,12 @@ def with_chat_template(files: Mapping[str, bytes], text: str) -> dict[str, bytes
     return _with_entries(others, {"chat_template": text}) if others else {}
 
 
-def with_definition(files: Mapping[str, bytes], definition: str, roles: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return a tokenizer's files for another `tokenizer.json` and these special tokens by name: what else its configuration
-    and chat templates say is kept."""
+def with_definition(files: Mapping[str, bytes], definition: str, entries: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return a tokenizer's files for another `tokenizer.json` and entries of its configuration, such as eos_token: what else
+    that and the chat templates say is kept."""
     kept = {name: content for name, content in files.items() if name == _CONFIG or name.endswith(".jinja")}
     kind = {"tokenizer_class": _PLAIN_CLASSES[0], "added_tokens_decoder": None, "extra_special_tokens": None}
-    return _with_entries(kept, kind | dict(roles)) | {_DEFINITION: definition.encode()} if files else {}
+    return _with_entries(kept, kind | dict(entries)) | {_DEFINITION: definition.encode()} if files else {}
 
 
 def _with_entries(files: Mapping[str, bytes], entries: Mapping[str, Any]) -> dict[str, bytes]:

@@ -222,7 +222,7 @@ def test_a_killed_preparation_is_begun_again_or_finished(tmp_path: Path) -> None
         ("a.jsonl", lines({"messages": [{"role": "narrator", "content": "x"}]}), [], "line 1: messages, message 1: role"),
         ("a.jsonl", lines({"messages": chat(1)}), [], "need a conversation each, and 1 is left"),
         ("a.jsonl", lines({"messages": chat(1)}, {"messages": chat(2)}), ["--no-add-special-tokens"],
-         "tokenizer bytes lacks <|im_start|>, <|im_end|>, which the chat template writes; --add-special-tokens adds them"),
+         "tokenizer bytes lacks <|im_start|>, <|im_end|>, which the chat template writes; prepare_chat.py --add-special"),
         ("a.jsonl", lines({"messages": chat(1)}), ["--chat-template", "llama"],
          "--chat-template llama: neither chatml, alpaca nor a file"),
         ("a.jsonl", lines({"messages": [{"role": "tool", "content": "x"}, *chat(1)]}), ["--chat-template", "alpaca"],

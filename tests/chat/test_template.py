@@ -217,6 +217,7 @@ def test_a_tokenizer_keeps_its_template_and_new_tokens(small: Tokenizer, tmp_pat
     assert again.chat_template == theirs.chat_template == "three"
     assert again.vocab_size == len(theirs) == first.vocab_size + 2
     assert theirs.convert_tokens_to_ids(["<|a|>", "<|b|>"]) == [first.vocab_size, first.vocab_size + 1]
+    assert again.name == "small with <|a|> with <|b|>"
     assert again.sha256 == grown.sha256 != first.sha256
     assert again.encode("Hello the <|a|> 🙂") == first.encode("Hello the <|a|> 🙂")
     assert theirs.eos_token == theirs.bos_token == "<|endoftext|>"
