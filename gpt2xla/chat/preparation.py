@@ -20,11 +20,11 @@ from gpt2xla.chat.options import ChatConfig
 from gpt2xla.chat.sources import Source, find_sources, samples_of
 from gpt2xla.chat.template import ChatTemplate
 from gpt2xla.data.documents.corpus import Position, Split
-from gpt2xla.data.preparation.record import RECORD, SPLITS, Record
+from gpt2xla.data.preparation.record import RECORD, SPLITS, Record, is_prepared, manifests_of
 from gpt2xla.data.preparation.rows import Sample, write_rows
 from gpt2xla.data.preparation.splitting import uniform
 from gpt2xla.data.preparation.writer import Written
-from gpt2xla.data.shards import Manifest, TokenStream
+from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, RunFailed, counted, user_error
 from gpt2xla.processes.locks import locked
@@ -55,16 +55,8 @@ def prepare(config: ChatConfig, say: Callable[[str], None] = print) -> dict[Spli
     settings: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
     settings |= {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
     settings["chat_template_sha256"] = hashlib.sha256(template.source.encode()).hexdigest()
-    if finished := Record.load(output_dir):
-        finished.check(settings, files, output_dir, complete=True)
-        for split in SPLITS:
-            try:
-                TokenStream(output_dir / split, "--output-dir")
-            except InputError as error:
-                fix = f"to prepare it again, remove what is left, including {output_dir / RECORD}"
-                raise InputError(f"{error}; {fix}") from None
-        say(f"{output_dir} is prepared already: nothing to do")
-        return _manifests(output_dir)
+    if is_prepared(output_dir, settings, files, say):
+        return manifests_of(output_dir)
     partial, is_new = output_dir / _PARTIAL, not output_dir.exists()
     with user_error(what):
         partial.mkdir(parents=True, exist_ok=True)
@@ -95,7 +87,7 @@ def prepare(config: ChatConfig, say: Callable[[str], None] = print) -> dict[Spli
                 shutil.rmtree(partial, ignore_errors=True)
                 if is_new and not any(output_dir.iterdir()):
                     output_dir.rmdir()
-    return _manifests(output_dir)
+    return manifests_of(output_dir)
 
 
 def _fitted(config: ChatConfig, say: Callable[[str], None]) -> tuple[Tokenizer, ChatTemplate]:
@@ -161,7 +153,3 @@ def _write(
         f"{tokens / manifest.tokens:.1%} full, with {counted(len(samples), 'conversation')}; "
         f"{counted(manifest.trained_tokens or 0, 'token')} trained on"
     )
-
-
-def _manifests(output_dir: Path) -> dict[Split, Manifest]:
-    return {split: manifest for split in SPLITS if (manifest := Manifest.load(output_dir / split))}

@@ -94,7 +94,8 @@ def _how(share: float) -> str:
 
 
 def _share_of(flag: str, entry: str) -> tuple[str, float]:
-    name, share = (entry, None) if Path(entry).exists() else split_weight(entry)
+    with user_error(f"{flag} {entry}"):
+        name, share = (entry, None) if Path(entry).exists() else split_weight(entry)
     if share is not None and not 0 < share <= 1:
         raise InputError(f"{flag} {entry}: choose a share above 0 and at most 1, or leave it out to take all of {name}")
     return name, 1.0 if share is None else share

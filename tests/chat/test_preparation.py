@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -209,6 +211,20 @@ def test_a_killed_preparation_is_begun_again_or_finished(tmp_path: Path) -> None
     (out / ".partial" / "train" / "shard_000000.npy").write_bytes(b"half")
     prepare("--input", given, folder=out)
     assert {file.relative_to(out): file_sha256(file) for file in sorted(out.rglob("*")) if file.is_file()} == whole
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a.jsonl").write_text(lines({"messages": chat(1)}, {"messages": chat(2)}))
+    monkeypatch.setattr("gpt2xla.chat.preparation.write_rows", full)
+    flags = [*BYTES, "--input", tmp_path / "a.jsonl", "--output-dir", tmp_path / "out"]
+    result = run_here("scripts/prepare_chat.py", *flags)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "no space left on the disk" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.preparation.options import PrepareConfig
-from gpt2xla.data.preparation.record import RECORD, SPLITS, Record
+from gpt2xla.data.preparation.record import RECORD, SPLITS, Record, is_prepared, manifests_of
 from gpt2xla.data.preparation.spelled_tokens import SpelledInCorpus
 from gpt2xla.data.preparation.splitting import Assigned, Splitter
 from gpt2xla.data.preparation.tokenizer_quality import first_loss
 from gpt2xla.data.preparation.writer import ShardWriter, Written
-from gpt2xla.data.shards import Manifest, TokenStream
+from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, RunFailed, counted, user_error
 from gpt2xla.processes.locks import locked
@@ -75,16 +75,8 @@ def prepare(
     decisive = ("test_fraction", "test_tokens", "max_tokens", "shard_size", "seed", "special_tokens_in_text")
     settings = {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
     settings |= {name: getattr(config, name) for name in decisive}
-    if finished := Record.load(output_dir):
-        finished.check(settings, parts, output_dir, complete=True)
-        for split in SPLITS:
-            try:
-                TokenStream(output_dir / split, "--output-dir")
-            except InputError as error:
-                fix = f"to prepare it again, remove what is left, including {output_dir / RECORD}"
-                raise InputError(f"{error}; {fix}") from None
-        say(f"{output_dir} is prepared already: nothing to do")
-        return _manifests(output_dir)
+    if is_prepared(output_dir, settings, parts, say):
+        return manifests_of(output_dir)
     partial, is_new = output_dir / _PARTIAL, not output_dir.exists()
     what = f"--output-dir {output_dir}"
     with user_error(what):
@@ -239,7 +231,7 @@ class _Preparation:
                 os.rename(self.folder / split, self.output_dir / split)
         os.rename(self.folder / RECORD, self.output_dir / RECORD)
         shutil.rmtree(self.folder)
-        return _manifests(self.output_dir)
+        return manifests_of(self.output_dir)
 
     def _writer(self, split: Split) -> ShardWriter:
         return ShardWriter(self.folder / split, self.tokenizer.dtype, self.config.shard_size, self.record.splits[split])
@@ -249,7 +241,3 @@ class _Preparation:
             writer.save()
         self.record.parts = [(part.name, part.size, part.how) for part in self.parts[: self.record.position.part + 1]]
         self.record.save(self.folder)
-
-
-def _manifests(output_dir: Path) -> dict[Split, Manifest]:
-    return {split: manifest for split in SPLITS if (manifest := Manifest.load(output_dir / split))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ from typing import Any, get_args
 from gpt2xla.config import flag
 from gpt2xla.data.documents.corpus import InputFile, Position, Split
 from gpt2xla.data.preparation.writer import Written
-from gpt2xla.data.shards import as_json
+from gpt2xla.data.shards import Manifest, TokenStream, as_json
 from gpt2xla.errors import InputError
 from gpt2xla.files import read_json, write_whole
 
@@ -86,3 +86,24 @@ class Record:
         for then, there in itertools.zip_longest(old, new if complete else new[: len(old)], fillvalue="nothing"):
             if then != there:
                 raise InputError(f"{was} from {then}, but now there is {there}; give the same input, {fix}")
+
+
+def is_prepared(folder: Path, settings: dict[str, Any], parts: Sequence[InputFile], say: Callable[[str], None]) -> bool:
+    """Tell whether `folder` holds this preparation already, and say so. Raises InputError if it holds another one, or lacks
+    a part of it."""
+    finished = Record.load(folder)
+    if finished is None:
+        return False
+    finished.check(settings, parts, folder, complete=True)
+    for split in SPLITS:
+        try:
+            TokenStream(folder / split, "--output-dir")
+        except InputError as error:
+            fix = f"to prepare it again, remove what is left, including {folder / RECORD}"
+            raise InputError(f"{error}; {fix}") from None
+    say(f"{folder} is prepared already: nothing to do")
+    return True
+
+
+def manifests_of(folder: Path) -> dict[Split, Manifest]:
+    return {split: manifest for split in SPLITS if (manifest := Manifest.load(folder / split))}
