@@ -16,9 +16,11 @@ from gpt2xla.checkpoint.folder import SHARDS, TRAINING_STATE, is_evaluated, stor
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
+from gpt2xla.checkpoint.resizing import check_ids_of_data, resized
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, ModelConfig, OptimConfig, RunConfig, batch, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
+from gpt2xla.config.options import require
 from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed
 from gpt2xla.data.batch_plan import SAVED_SIZES, BatchPlan
 from gpt2xla.data.opening import with_epochs, with_row_length, with_vocabulary
@@ -31,7 +33,7 @@ from gpt2xla.optim.state import moment_shapes
 # Options of this command that a resumed run does not inherit.
 _NOT_CONTINUED = {
     "checkpoints_dir", "from_checkpoint", "resume", "do_test", "push_to_hub", "max_hours", "max_minutes", "wandb_resume_id",
-    "verify_data",
+    "verify_data", "resize_vocab",
 }  # fmt: skip
 # Those that have a line of their own, or that cannot differ.
 _NOT_REPORTED = _NOT_CONTINUED | {"decay_now"} | {f.name for f in options_of(ModelConfig)}
@@ -104,6 +106,7 @@ def find_start(config: RunConfig) -> Start:
     elif not config.general.do_test and config.train.epochs is None:
         config.check_schedule()  # before anything is fetched
     if source is None:
+        require(not config.general.resize_vocab, "--resize-vocab needs a model to start from: add --from-checkpoint")
         if not config.general.do_test:
             for complete in (with_vocabulary, with_row_length):
                 config, note = complete(config)
@@ -118,8 +121,11 @@ def find_start(config: RunConfig) -> Start:
         config = config.in_precision("none")  # so that losses are comparable between devices
     saved_model, weights = load_weights(source)
     notes += weights.notes
+    if not config.general.do_test and (continues or not config.general.resize_vocab):
+        check_ids_of_data(config, saved_model, source, is_resumed=continues)
     if not continues:
-        saved_model = _resize(config, saved_model, source, notes)
+        saved_model, weights, resizing = resized(config, saved_model, weights, source)
+        notes += resizing
     config = dataclasses.replace(config, model=_agree(config, saved_model, source))
     training = _load_training_state(source, config) if continues and not config.general.do_test else None
     if not config.general.do_test:
@@ -164,7 +170,8 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
         raise InputError(f"--from-checkpoint {error}") from None
     if source.is_file() or not any((source / name).exists() for name in (COMPLETE, TRAINING_STATE)):
         return source, False
-    return _verified(source, f"--from-checkpoint {source}"), general.resume != "never"
+    # A model with more ids cannot continue the run that it comes from.
+    return _verified(source, f"--from-checkpoint {source}"), general.resume != "never" and not general.resize_vocab
 
 
 def _verified(folder: Path, asked: str) -> Path:
@@ -244,8 +251,10 @@ def _complete(config: RunConfig, source: Path, notes: list[str]) -> tuple[RunCon
 
 
 def _on_schedule(config: RunConfig, plan: BatchPlan, resumed: RunConfig | None = None) -> RunConfig:
-    """Return the run with --epochs counted in steps. Raises InputError unless its schedule fits into these."""
+    """Return the run with --epochs and shares of the run counted in steps. Raises InputError unless its schedule fits into
+    these."""
     config = with_epochs(config, plan)
+    config = dataclasses.replace(config, train=config.train.in_updates())
     config.check_schedule(resumed)
     check_final_decay(config.schedule)
     return config
@@ -294,33 +303,6 @@ def _agree(config: RunConfig, saved: ModelConfig, source: Path) -> ModelConfig:
                 + (", or begin a new run with its weights (--resume never)" if field.name in _RESIZED else "")
             )
     return dataclasses.replace(saved, dropout=config.model.dropout) if "dropout" in config.given else saved
-
-
-def _resize(config: RunConfig, saved: ModelConfig, source: Path, notes: list[str]) -> ModelConfig:
-    """Return the checkpoint's model with its vocabulary padded and its positions cut as the user asked. For the ids that it
-    had, and the sequences that it can still read, the model stays the same function."""
-    asked, tokens = config.model, saved.real_vocab_size
-    if "vocab_size" in config.given and asked.vocab_size != saved.vocab_size:
-        if asked.vocab_size < tokens:
-            aligned = -(-tokens // 128) * 128
-            raise InputError(
-                f"--vocab-size {asked.vocab_size} is less than the {tokens} ids of {source}; use {tokens}, or {aligned} for "
-                "aligned shapes"
-            )
-        padding = asked.vocab_size - tokens
-        saved = dataclasses.replace(saved, vocab_size=asked.vocab_size, vocab_padding=padding)
-        if padding:
-            notes.append(f"vocabulary: {tokens:,} ids and {padding} of padding, which are never predicted")
-    if "seq_length" in config.given and asked.seq_length != saved.seq_length:
-        if asked.seq_length > saved.seq_length:
-            raise InputError(
-                f"--seq-length {asked.seq_length} is more than the {saved.seq_length} positions that {source} has; use at "
-                f"most {saved.seq_length}"
-            )
-        notes.append(f"positions: the first {asked.seq_length} of {saved.seq_length}")
-        saved = dataclasses.replace(saved, seq_length=asked.seq_length)
-    saved.check()
-    return saved
 
 
 def _refuse_beyond_memory(model: ModelConfig) -> None:

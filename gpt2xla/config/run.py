@@ -56,6 +56,11 @@ class GeneralConfig:
         check=paths.check_resumed,
         aliases=dict.fromkeys(OFF, "never"),
     )
+    resize_vocab: bool = option(
+        False,
+        "with --from-checkpoint: begin a new run in which tokens that --tokenizer or the data's tokenizer has beyond those "
+        "of the model get rows, at first the mean of the others",
+    )
     do_test: bool = option(False, "validate on --valid-dir and exit, without training")
     tensorboard_logging: bool = option(False, "also log to --checkpoints-dir/tensorboard, for TensorBoard")
     push_to_hub: str | None = option(
@@ -68,6 +73,10 @@ class GeneralConfig:
         require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
         require(self.from_checkpoint != "", "--from-checkpoint is empty; name a model, or leave it out")
         require(self.resume != "", "--resume is empty; choose auto, never or the path of a checkpoint")
+        require(
+            not (self.resize_vocab and self.do_test),
+            "--resize-vocab changes the model of a new run, and --do-test trains none; leave one of them out",
+        )
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: choose a number from 0 to 2^63 - 1")
         require(
             not self.tensorboard_logging or importlib.util.find_spec("tensorboard") is not None,
@@ -171,7 +180,8 @@ class RunConfig:
 
     def to_flat(self) -> dict[str, Any]:
         """Return every option by name, as `run_config.json` holds them and `--config` reads them back."""
-        groups = [self.schedule if name == "optim" else getattr(self, name) for name in GROUPS]
+        counted = {"optim": self.schedule, "train": self.train.in_updates()}
+        groups = [counted.get(name, getattr(self, name)) for name in GROUPS]
         return {f.name: getattr(group, f.name) for group in groups for f in options_of(group)}
 
     def given_options(self) -> dict[str, Any]:

@@ -8,13 +8,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gpt2xla.config import batch, paths
-from gpt2xla.config.options import OFF, flag, option, require, require_at_least, require_at_most
+from gpt2xla.config.options import OFF, Share, flag, option, require, require_at_least, require_at_most
 
 _MOST_SEQUENCES = 2**20  # a larger number is a slip, too
 _MOST_EPOCHS = 1_000_000
+INTERVALS = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
 
 Precision = Literal["auto", "none", "bf16", "fp16"]
 PRECISION_ALIASES = dict.fromkeys(("fp32", *OFF), "none")
@@ -73,6 +74,11 @@ class TrainConfig:
         "attention stays within documents, and positions restart in each: an end-of-text token begins the next one; "
         "validation measures the same (default: for masked rows, such as conversations; not in GPT-2's recipe)",
     )
+    neftune_alpha: float = option(
+        0.0,
+        "in training, add uniform noise of at most this / sqrt(--seq-length x --d-model) to token embeddings (NEFTune); 5 "
+        "is common in instruct tuning, 0 means none",
+    )
     activation_checkpointing: Literal["none", "block"] = option(
         "none",
         "block: keep only each block's input for the backward pass, and compute the rest again; none: keep everything",
@@ -86,12 +92,16 @@ class TrainConfig:
     valid_steps: int | Literal["all"] = option(
         100, "validation batches, or fewer if the split ends first; all: each token of the split once"
     )
-    valid_interval: int = option(500, "updates between validations; 0 means only at the end")
-    hellaswag_interval: int = option(0, "updates between HellaSwag evaluations, with one more at the end; 0 means none")
+    valid_interval: int | Share = option(
+        500, "updates between validations, or their share of the run, such as 10%; 0 means only at the end"
+    )
+    hellaswag_interval: int | Share = option(
+        0, "the same between HellaSwag evaluations, with one more at the end; 0 means none"
+    )
     hellaswag_data: str | None = option(
         None, "HellaSwag's items, JSON lines (default: the hub's 10,042)", is_path=True, check=paths.check_file
     )
-    sample_interval: int = option(0, "updates between sample texts that the model writes; 0 means none")
+    sample_interval: int | Share = option(0, "the same between sample texts that the model writes; 0 means none")
     sample_prompt: str = option("", "text that the samples continue (default: they begin after an end-of-text token)")
     special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
         "as-text",
@@ -110,7 +120,7 @@ class TrainConfig:
         0.0,
         "nats by which the loss must fall, or more, since it last improved; less is no improvement for the patience",
     )
-    save_interval: int = option(1000, "updates between checkpoints; 0 means only at the end")
+    save_interval: int | Share = option(1000, "the same between checkpoints; 0 means only at the end")
     saved_checkpoint_limit: int = option(6, "how many of the newest checkpoints to keep, beside the best; 0 keeps all")
     on_save_error: Literal["stop", "go-on"] = option(
         "stop", "if a checkpoint cannot be written: stop: try once more, then end the run; go-on: continue training"
@@ -152,6 +162,14 @@ class TrainConfig:
             return max(sequences for _, sequences in parse_ramp(self.batch_ramp))
         return self.sequences_per_update or self.micro_batch_size * self.micro_steps
 
+    def in_updates(self) -> TrainConfig:
+        """Return the same with intervals in updates: a share of --train-steps is one update at least."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in INTERVALS}
+        shares = {name: share for name, share in found.items() if isinstance(share, Share)}
+        return dataclasses.replace(
+            self, **found | {name: max(1, share.of(self.train_steps)) for name, share in shares.items()}
+        )
+
     def with_micro_batch(self, size: int) -> TrainConfig:
         """Return these options with --train-batch-size `size`, where it was auto. The update stays the same."""
         assert self.train_batch_size == "auto"
@@ -182,11 +200,15 @@ class TrainConfig:
                 "them out",
             )
             parse_ramp(self.batch_ramp)
-        intervals = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
-        require_at_least(0, self, *intervals, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
-        require_at_least(0, self, "early_stopping_patience", "early_stopping_min_delta")
+        for name in INTERVALS:
+            if isinstance(interval := getattr(self, name), Share):
+                require(interval.of(10**9) > 0, f"{flag(name)} {interval}: choose a share above 0%, or 0")
+            else:
+                require_at_least(0, self, name)
+        require_at_least(0, self, "saved_checkpoint_limit", "loss_chunks", "skip_nonfinite")
+        require_at_least(0, self, "early_stopping_patience", "early_stopping_min_delta", "neftune_alpha")
         require(
-            self.valid_interval > 0 or not self.early_stopping_patience,
+            self.valid_interval != 0 or not self.early_stopping_patience,
             f"--early-stopping-patience {self.early_stopping_patience} needs validations on the way; set --valid-interval",
         )
         require(

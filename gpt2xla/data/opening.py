@@ -21,7 +21,7 @@ from gpt2xla.data.tokenizer_folder import has_tokenizer
 from gpt2xla.data.windows import TrainingOrder, Windows, validation_windows
 from gpt2xla.errors import InputError
 
-_ALIGNMENT = 128
+ALIGNMENT = 128  # of vocabularies: with a multiple of it matrix products are fast
 MEASURE = "validation"  # the key in a checkpoint
 
 
@@ -49,7 +49,8 @@ class TrainingData:
 
         Args:
             plan: how many sequences each update reads.
-            source: the checkpoint that the run starts from. Without --tokenizer, its tokenizer is used before the shards'.
+            source: the checkpoint that the run starts from. Without --tokenizer, its tokenizer is used before the shards',
+                but after them with --resize-vocab or where they are conversations.
 
         Raises InputError if data, tokenizer and options do not fit together.
         """
@@ -58,6 +59,11 @@ class TrainingData:
         config = with_document_mask(config, sets)
         order = _order(config, plan, sets, mixture, rank, world_size)
         folders = [*([source] if source else []), *(windows.stream.folder for windows in sets)]
+        if config.general.resize_vocab:
+            folders = [*folders[1:], *folders[:1]]
+        # One tokenizer may come with several templates: the one that counts is the one that the data were made with.
+        manifests = ((windows.stream.folder, windows.stream.manifest) for windows in sets)
+        folders = [*(folder for folder, manifest in manifests if manifest and manifest.chat_template), *folders]
         tokenizer = tokenizer_of(config, folders, [*sets, validation])
         return cls(config, order, validation, tokenizer, end_of_text_of(config, tokenizer, [*sets, validation]))
 
@@ -119,7 +125,7 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
     default where the data do not say. Raises InputError if a manifest or tokenizer cannot be read."""
     if "vocab_size" in config.given:
         return config, ""
-    ids = [_ids_of(config, folder) for folder in parse_weights("--train-dir", config.data.train_dir)[0]]
+    ids = [ids_of(config, folder) for folder in parse_weights("--train-dir", config.data.train_dir)[0]]
     if not all(ids):
         size = config.model.vocab_size
         return (
@@ -127,7 +133,7 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
             f"vocabulary: {size:,} ids, the default, as the data do not say how many they need (--vocab-size)",
         )
     most = max(ids)
-    size = -(-most // _ALIGNMENT) * _ALIGNMENT
+    size = -(-most // ALIGNMENT) * ALIGNMENT
     note = f"vocabulary: {size:,} ids, the data's {most:,}" + (
         " rounded up to a multiple of 128" if size > most else ""
     )
@@ -178,13 +184,23 @@ def _order(
     )  # fmt: skip
 
 
-def _ids_of(config: RunConfig, folder: str) -> int:
+def ids_of(config: RunConfig, folder: str) -> int:
     """Return the number of ids of a folder's or URL's tokenizer, by its manifest if it has one; 0 if unknown."""
     manifest, place = _manifest(config, folder)
     if manifest:
         return manifest.vocab_size
     name = config.data.tokenizer or (str(place) if has_tokenizer(place) else None)
     return load_tokenizer(name).vocab_size if name else 0
+
+
+def tokenizer_of_data(config: RunConfig) -> Tokenizer:
+    """Return --tokenizer, or else that of the first folder of --train-dir with one. Raises InputError if there is none."""
+    if config.data.tokenizer:
+        return load_tokenizer(config.data.tokenizer)
+    for folder in parse_weights("--train-dir", config.data.train_dir)[0]:
+        if has_tokenizer(place := _manifest(config, folder)[1]):
+            return load_tokenizer(str(place))
+    raise InputError("--resize-vocab: there is no tokenizer beside --train-dir; name the data's with --tokenizer")
 
 
 def _manifest(config: RunConfig, folder: str) -> tuple[Manifest | None, Path]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpt2xla.checkpoint.best import Best
 from gpt2xla.config import RunConfig, TrainConfig
+from gpt2xla.config.options import Share
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.errors import InputError
 from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
@@ -44,7 +45,7 @@ class Evaluations:
             return self.validation.line()
 
         # The name of each evaluation, its interval in steps, and what makes it.
-        self._all: list[tuple[str, int, Callable[[], dict[str, Any]]]]
+        self._all: list[tuple[str, int | Share, Callable[[], dict[str, Any]]]]
         self._all = [("validation", config.train.valid_interval, validate)]
         if interval := config.train.hellaswag_interval:
             hellaswag = _open_hellaswag(config, runtime, model, data, stop)
@@ -83,8 +84,9 @@ class Evaluations:
         return self.best.has_ended(self.config.early_stopping_patience)
 
 
-def is_due(interval: int, step: int, last_step: int) -> bool:
+def is_due(interval: int | Share, step: int, last_step: int) -> bool:
     """Whether what is done every `interval` steps is due after `step`. After the last step it always is."""
+    assert isinstance(interval, int)  # since the run's start is known
     return step == last_step or bool(interval and step % interval == 0)
 
 

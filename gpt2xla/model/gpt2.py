@@ -15,6 +15,7 @@ from gpt2xla.config import ModelConfig
 from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.attention import sdpa_attention
 from gpt2xla.model.documents import document_mask, document_starts
+from gpt2xla.model.embedding_noise import embedding_noise
 from gpt2xla.model.kernels import Kernels
 from gpt2xla.model.kv_cache import KVCache
 from gpt2xla.model.loss import IGNORED_LABEL, mask_padding
@@ -40,13 +41,17 @@ class GPT2(nn.Module):
         # The id that begins a document, if attention must stay within documents (--document-mask). Generation with a cache
         # is for single documents, and does not look at it.
         self.end_of_text: int | None = None
+        self.neftune_alpha = 0.0  # of the noise with which `forward` trains (--neftune-alpha)
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor, noise_seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the summed token loss (nats, fp32) and the number of tokens that it sums over, both 0-d.
 
-        `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL."""
+        `labels_BT[b, t]` is the token that follows `ids_BT[b, t]`, or IGNORED_LABEL. Without a seed of --neftune-alpha's
+        noise there is none: no other method of the model has any."""
         padding = self.config.vocab_padding
-        loss = self.kernels.cross_entropy(self.hidden(ids_BT), self.head_weight, labels_BT, padding)
+        loss = self.kernels.cross_entropy(
+            self.hidden(ids_BT, noise_seed=noise_seed), self.head_weight, labels_BT, padding
+        )
         return loss, (labels_BT != IGNORED_LABEL).sum()
 
     def logits(self, ids_BT: Tensor) -> Tensor:
@@ -67,14 +72,17 @@ class GPT2(nn.Module):
     def _head(self, x: Tensor) -> Tensor:
         return mask_padding(self.kernels.head(x, self.head_weight), self.config.vocab_padding)
 
-    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, ids_BT: Tensor, cache: KVCache | None = None, noise_seed: Tensor | None = None) -> Tensor:
         """Return what the output head reads (B, T, D)."""
         positions = cache.positions_BT if cache else torch.arange(ids_BT.shape[1], device=ids_BT.device)
         documents = None
         if self.end_of_text is not None and not cache:
             documents = document_starts(ids_BT, self.end_of_text)
             positions = positions - documents
-        x_BTD = self.drop(self.wte(ids_BT) + self.wpe(positions))
+        x_BTD = self.wte(ids_BT)
+        if noise_seed is not None:
+            x_BTD = x_BTD + embedding_noise(ids_BT, noise_seed, self.neftune_alpha, self.config.d_model)
+        x_BTD = self.drop(x_BTD + self.wpe(positions))
         if documents is not None and not self.kernels.attention:
             documents = document_mask(documents, compute_dtype(x_BTD))  # once, not in each layer
         for layer, block in enumerate(self.h):
@@ -92,7 +100,10 @@ class GPT2(nn.Module):
     @property
     def computation(self) -> str:
         """How the model is computed, in words."""
-        return self.kernels.description + (", document mask" if self.end_of_text is not None else "")
+        mask = ", document mask" if self.end_of_text is not None else ""
+        return (
+            self.kernels.description + mask + (f", NEFTune alpha {self.neftune_alpha:g}" if self.neftune_alpha else "")
+        )
 
     @property
     def head_weight(self) -> Tensor:

@@ -137,7 +137,7 @@ class RunLog:
 
 def _time_left(start: Start, data: TrainingData, throughput: Throughput) -> TimeLeft:
     train = start.config.train
-    intervals = {"valid_loss": train.valid_interval, "hellaswag_acc": train.hellaswag_interval}
+    intervals: dict[str, Any] = {"valid_loss": train.valid_interval, "hellaswag_acc": train.hellaswag_interval}
     intervals["sample"] = train.sample_interval
     # A forward pass is a third of the arithmetic of an update.
     windows = validation_windows(data.validation, train.eval_batch_size, train.valid_steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class TrainStep:
 
     def __init__(self, config: RunConfig, runtime: Runtime, model: GPT2, saved: dict[str, Any] | None) -> None:
         self.config, self.runtime, self.model = config, runtime, model
+        model.neftune_alpha = config.train.neftune_alpha
         self.parallel_model = runtime.setup_model(model)
         self.optimizer = runtime.build_optimizer(model, config.optim, saved)
 
@@ -42,11 +44,11 @@ class TrainStep:
         runtime.seed(self.config.general.seed, step)
         lr = learning_rate(self.config.schedule, self.config.model.d_model, step)
         tokens = runtime.number(counted)  # as data: with masked rows each update has another number
-        loss_sum = None
+        loss_sum, noise = None, self._noise_seed(step)
         for micro_step in range(phase.accum):
             with runtime.accumulate(self.parallel_model, sync=micro_step == phase.accum - 1):
                 with runtime.autocast():
-                    loss, _ = self.parallel_model(*next(batches))
+                    loss, _ = self.parallel_model(*next(batches), *noise)
                 runtime.backward(loss / tokens)
             loss_sum = loss.detach() if loss_sum is None else loss_sum + loss.detach()
         assert loss_sum is not None
@@ -54,6 +56,13 @@ class TrainStep:
             self.model, self.optimizer, loss_sum, rate=lr, max_grad_norm=self.config.optim.max_grad_norm
         )
         return loss / tokens, grad_norm, lr
+
+    def _noise_seed(self, step: int) -> tuple[Tensor, ...]:
+        """Return what `GPT2.forward` takes after a batch: with --neftune-alpha the update's seed, as data of the device."""
+        if not self.config.train.neftune_alpha:
+            return ()
+        drawn = np.random.SeedSequence([self.config.general.seed, step]).generate_state(1)[0]
+        return (self.runtime.number(float(drawn >> 8)),)
 
     def rehearse(self, sequences: int) -> None:
         """Use as much memory as an update of several micro-steps does at its peak, with `sequences` on this device.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.model.gpt2 import GPT2
 
+_BY_ID = {"wte.weight", "lm_head.weight"}  # parameters with a row for each id
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -72,6 +75,17 @@ class StoredWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name].read().float()
 
+    def with_mean_rows(self, known: int, ids: int) -> StoredWeights:
+        """Return the weights of the same model with `ids` ids. The rows of the embedding and of an untied head are the first
+        `known` ones, then their mean in fp32, as transformers' `mean_resizing` (Hewitt 2021) without its noise."""
+        twin = copy.copy(self)
+        for name in _BY_ID & self._tensors.keys():
+            stored = self._tensors[name]
+            shape = torch.Size((ids, stored.shape[1]))
+            read = partial(_with_mean_rows, stored, known, ids)
+            twin._tensors = twin._tensors | {name: StoredTensor(stored.name, shape, torch.float32, read)}
+        return twin
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -83,6 +97,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Return the shape of each parameter by its name."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in GPT2(config).named_parameters()}
+
+
+def _with_mean_rows(stored: StoredTensor, known: int, ids: int) -> Tensor:
+    rows = stored.read()[:known].float()
+    return torch.cat([rows, rows.mean(dim=0).expand(ids - known, -1)])
 
 
 def _sizes(shape: torch.Size) -> str:
