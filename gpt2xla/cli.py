@@ -51,7 +51,7 @@ class SourceConfig:
     recipe: Recipe | None = option(
         None,
         "take the optimizer's options of a recipe: gpt2 is the published one, fast has the lower loss after as many tokens "
-        "(docs/optimizers.md); other flags override them",
+        "and instruct tunes a trained model (docs/optimizers.md); other flags override them",
     )
 
 

@@ -27,7 +27,7 @@ PAGES = {
     "docs/will-it-fit.md": (0, 3),
     "docs/gpu-and-cpu.md": (1, 3),
     "docs/parallelism.md": (0, 7),
-    "docs/optimizers.md": (0, 2),
+    "docs/optimizers.md": (0, 3),
     "docs/schedules.md": (0, 4),
     "docs/options.md": (0, 2),
     "docs/resuming.md": (0, 5),

@@ -94,8 +94,11 @@ def aligned_size(ids: int) -> int:
 
 def _check_extends(old: Tokenizer, new: Tokenizer, known: int, source: Path) -> None:
     """Raise InputError unless the first `known` ids of `old` mean the same in `new`."""
-    theirs = {i: token for token, i in new.backend.get_vocab(with_added_tokens=True).items()}
-    for token, i in old.backend.get_vocab(with_added_tokens=True).items():
+    ours, theirs = (
+        {i: token for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+        for tokenizer in (old, new)
+    )
+    for i, token in sorted(ours.items()):
         if i < known and theirs.get(i) != token:
             means = f"is {theirs[i]!r}" if i in theirs else "does not exist"
             raise InputError(

@@ -252,6 +252,8 @@ def match_tokenizer(
     for manifest in manifests:
         if manifest.tokenizer_sha256 != tokenizer.sha256:
             fix = "leave --tokenizer out" if asked else "name the shards' with --tokenizer to change to it"
+            if not asked and manifest.vocab_size > tokenizer.vocab_size:
+                fix = "if theirs only adds tokens, train with --resize-vocab"
             raise InputError(
                 f"tokenizer {tokenizer.name}{'' if asked else f' of {found}'} is not the one that all shards were made with "
                 f"({manifest.tokenizer}); {fix}, or prepare --train-dir and --valid-dir with one"

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run_here
 
 from gpt2xla.cli import parse_run
-from gpt2xla.config import DataConfig, OptimConfig, RunConfig, TorchConfig, XlaConfig
+from gpt2xla.config import RECIPES, DataConfig, OptimConfig, RunConfig, TorchConfig, XlaConfig
 from gpt2xla.errors import InputError
 
 PROMISED = """--checkpoints-dir --seed --train-dir --valid-dir --drop-last --vocab-size --seq-length --d-model --num-layers
@@ -95,8 +95,32 @@ def test_flag_beats_recipe_and_the_command_lines_recipe_beats_the_file(tmp_path:
     assert (config.optim.optim_type, config.optim.learning_rate) == ("muon", 0.01)
     config, _ = parse_run(TorchConfig, ["--config", str(file), "--recipe", "gpt2"])
     assert (config.optim.optim_type, config.optim.learning_rate) == ("adamw", 6e-4)
-    with pytest.raises(InputError, match="--recipe 'slow': choose gpt2 or fast"):
+    with pytest.raises(InputError, match="--recipe 'slow': choose gpt2, fast or instruct"):
         parse_run(TorchConfig, ["--recipe", "slow"])
+
+
+def test_the_instruct_config_is_the_recipe_and_what_a_run_needs_beside_it() -> None:
+    config, _ = parse_run(TorchConfig, ["--config", str(ROOT / "configs" / "instruct.yaml")])
+    assert {name: config.to_flat()[name] for name in RECIPES["instruct"]} == RECIPES["instruct"] | {"warmup_steps": 600}
+    train = config.train
+    assert (train.epochs, train.sequences, train.neftune_alpha) == (5, 32, 5)
+    assert (train.early_stopping_patience, train.keeps_best) == (3, True)
+    shorter, _ = parse_run(TorchConfig, ["--config", str(ROOT / "configs" / "instruct.yaml"), "--train-steps", "40"])
+    assert (shorter.train.epochs, shorter.schedule.warmup_steps, shorter.to_flat()["valid_interval"]) == (None, 1, 4)
+
+
+def test_intervals_may_be_shares_of_the_run() -> None:
+    """Of one update at least, and counted once the run's length is known."""
+    shares = ["--valid-interval", "10%", "--save-interval", "0.01%", "--sample-interval", "7", "--train-steps", "300"]
+    train = parse_run(TorchConfig, shares)[0].train
+    assert train.valid_interval == "10%"
+    counted = train.in_updates()
+    assert (counted.valid_interval, counted.save_interval, counted.sample_interval) == (30, 1, 7)
+    assert counted.in_updates() == counted
+    with pytest.raises(InputError, match="--valid-interval 0%: choose a share above 0%, or 0"):
+        parse_run(TorchConfig, ["--valid-interval", "0%"])
+    with pytest.raises(InputError, match=r"--neftune-alpha -1\.0: choose a number of at least 0"):
+        parse_run(TorchConfig, ["--neftune-alpha", "-1"])
 
 
 def test_a_run_written_as_json_reads_back_the_same(tmp_path: Path) -> None:

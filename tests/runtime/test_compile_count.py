@@ -13,7 +13,7 @@ STEPS, VALID_INTERVAL, SAVE_INTERVAL, VALID_BATCHES = 60, 15, 20, 3
 @pytest.fixture(
     scope="module",
     params=[
-        "--use-syncfree-optim",
+        "--use-syncfree-optim --neftune-alpha 5",
         *(pytest.param(flags, marks=pytest.mark.slow) for flags in ("--no-use-syncfree-optim", "--optim-type muon")),
     ],
 )
