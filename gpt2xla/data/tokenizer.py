@@ -244,7 +244,8 @@ def match_tokenizer(
     asked: str | None, folders: Sequence[Path], manifests: Sequence[Manifest], vocab_size: int
 ) -> Tokenizer | None:
     """Return the tokenizer of a run: the requested one, otherwise that of the first of `folders` with one, otherwise None.
-    Raises InputError if it is not the one that made all the data, or has ids beyond the model's `vocab_size`."""
+    Its chat template is that of the data, if they have one. Raises InputError if it is not the one that made all the data,
+    or has ids beyond the model's `vocab_size`, or the data have several templates."""
     found = asked or next((str(folder) for folder in map(model_folder, folders) if has_tokenizer(folder)), None)
     if found is None:
         return None
@@ -259,7 +260,10 @@ def match_tokenizer(
                 f"({manifest.tokenizer}); {fix}, or prepare --train-dir and --valid-dir with one"
             )
     check_ids(tokenizer, tokenizer.vocab_size, vocab_size, "--vocab-size", f"use at least {tokenizer.vocab_size}")
-    return tokenizer
+    templates = {manifest.chat_template for manifest in manifests if manifest.chat_template}
+    if len(templates) > 1:
+        raise InputError("--train-dir and --valid-dir hold data of different chat templates; prepare all with one")
+    return tokenizer.with_chat_template(*templates) if templates - {tokenizer.chat_template} else tokenizer
 
 
 def _load_folder(folder: Path, name: str | None = None) -> Tokenizer:

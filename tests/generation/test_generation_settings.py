@@ -206,3 +206,25 @@ def test_options_that_transformers_would_draw_by_are_named_and_neutral_ones_are_
     chosen = {"repetition_penalty": 1.2, "suppress_tokens": [3]}
     settings = GenerationSettings({}, {"eos_token_id": [1, 2], "do_sample": True} | defaults | chosen)
     assert settings.unused() == chosen
+
+
+def test_a_run_takes_the_chat_template_of_its_data(tmp_path: Path) -> None:
+    """The base model's tokenizer, which comes first, has none yet, or another one."""
+    base = load_tokenizer("bytes")
+    manifests = {}
+    for name, template in (("base", None), ("old", "{{ messages }}"), ("train", "{{ bos_token }}"), ("other", "{# #}")):
+        (tmp_path / name).mkdir()
+        (base if template is None else base.with_chat_template(template)).save(tmp_path / name)
+        manifests[name] = Manifest(
+            tokenizer="bytes", tokenizer_sha256=base.sha256, vocab_size=257, eot_id=END, dtype="uint16", tokens=0,
+            documents=0, bytes=0, shards=(), chat_template=template or "",
+        )  # fmt: skip
+    for model in ("base", "old"):
+        folders = [tmp_path / model, tmp_path / "train"]
+        found = match_tokenizer(None, folders, [manifests["train"], manifests["base"]], 260)
+        assert found.chat_template == "{{ bos_token }}"
+        found.save(tmp_path / model)
+        assert load_tokenizer(str(tmp_path / model)).chat_template == "{{ bos_token }}"
+    assert match_tokenizer(None, [tmp_path / "old"], [manifests["base"]], 260).chat_template == "{{ bos_token }}"
+    with pytest.raises(InputError, match="different chat templates"):
+        match_tokenizer(None, [tmp_path / "base"], [manifests["train"], manifests["other"]], 260)
