@@ -132,22 +132,24 @@ def _card(
         "tokenizer": "in this folder" if tokenizer else "none is stored here",
     } | facts
     table = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
-    return (
-        f"{_FRONT}\n# {name}\n\n{about}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n{_use(name, tokenizer is not None)}"
-    )
+    return f"{_FRONT}\n# {name}\n\n{about}\n\n| | |\n|---|---|\n{table}\n\n## Use\n\n{_use(name, tokenizer)}"
 
 
-def _use(name: str, has_tokenizer: bool) -> str:
-    code = (
-        f"""from transformers import pipeline
+def _use(name: str, tokenizer: Tokenizer | None) -> str:
+    pipeline = f"""from transformers import pipeline
 
-generate = pipeline("text-generation", model="{name}")  # the path of this folder
-print(generate("Once upon a time", max_new_tokens=50)[0]["generated_text"])"""
-        if has_tokenizer
-        else f"""from transformers import GPT2LMHeadModel
+generate = pipeline("text-generation", model="{name}")  # the path of this folder"""
+    if tokenizer is None:
+        code = f"""from transformers import GPT2LMHeadModel
 
 model = GPT2LMHeadModel.from_pretrained("{name}")  # the path of this folder"""
-    )
+    elif tokenizer.chat_template:
+        code = f"""{pipeline}
+messages = [{{"role": "user", "content": "What is a token?"}}]
+print(generate(messages, max_new_tokens=100)[0]["generated_text"][-1]["content"])"""
+    else:
+        code = f"""{pipeline}
+print(generate("Once upon a time", max_new_tokens=50)[0]["generated_text"])"""
     return f"```python\n{code}\n```\n\nNo license is stated here: add yours before you publish the model.\n"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt2xla.chat.template import ChatTemplate
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError
@@ -42,13 +43,28 @@ class GenerationSettings:
         bos, pad = tokenizer.id_of("bos_token"), tokenizer.id_of("pad_token")
         ids = {"bos_token_id": tokenizer.eot_id if bos is None else bos, "eos_token_id": tokenizer.eot_id}
         ids |= {} if pad is None else {"pad_token_id": pad}
-        return cls(ids, ids | {"do_sample": True})
+        return cls(ids, ids | {"do_sample": True}).ending_answers(tokenizer)
 
     @classmethod
     def ending_with(cls, eot_id: int | None) -> GenerationSettings:
         """Return settings with which texts begin and end with the same token."""
         ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
         return cls(ids, ids | {"do_sample": True})
+
+    def ending_answers(self, tokenizer: Tokenizer) -> GenerationSettings:
+        """Return settings with which texts also end where answers do, by the tokenizer's chat template: transformers stops
+        at the ids of `generation_config.json` alone. A template that cannot be read changes nothing."""
+        try:
+            template = ChatTemplate.of(tokenizer)
+            ends = template.stop_ids(tokenizer) if template else ()
+        except InputError:  # it is another program's, and only --chat needs it
+            return self
+        known = self.stop_ids(tokenizer.eot_id)
+        if known.issuperset(ends):
+            return self
+        ids = {key: value for key, value in self.config.items() if key.endswith("_token_id")}
+        stops = [*ends, *sorted(known.difference(ends))]
+        return GenerationSettings(self.config, {**(self.generation or ids), "eos_token_id": stops})
 
     def stop_ids(self, default: int | None) -> frozenset[int]:
         """Return the ids that end a text: eos_token_id of `generation_config.json`, else of `config.json`, else `default`.
@@ -79,7 +95,7 @@ class GenerationSettings:
 
 def settings_of(source: Path | None, tokenizer: Tokenizer | None) -> GenerationSettings:
     """Return the settings to save with a model that starts from `source` and has this tokenizer: those of the source, unless
-    its tokenizer is a different one."""
+    its tokenizer is a different one. They end texts where the tokenizer's chat template ends answers, too."""
     if source is None or not (folder := model_folder(source)).is_dir():
         return GenerationSettings.of(tokenizer)
     stored = GenerationSettings.load(folder)
@@ -92,7 +108,7 @@ def settings_of(source: Path | None, tokenizer: Tokenizer | None) -> GenerationS
             is_own = False
     else:
         is_own = any(i < tokenizer.vocab_size for i in stored.stop_ids(None))
-    return stored if is_own else GenerationSettings.of(tokenizer)
+    return stored.ending_answers(tokenizer) if is_own else GenerationSettings.of(tokenizer)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
