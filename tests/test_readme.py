@@ -32,7 +32,7 @@ PAGES = {
     "docs/options.md": (0, 2),
     "docs/resuming.md": (0, 5),
     "docs/run-folder.md": (1, 4),
-    "docs/generation.md": (4, 1),
+    "docs/generation.md": (4, 2),
     "docs/evaluation.md": (1, 3),
     "docs/checkpoints.md": (0, 5),
     "docs/architecture.md": (0, 1),

@@ -57,6 +57,16 @@ def conversation_of(record: Any, format: ChatFormat = "auto") -> Conversation:
     return messages
 
 
+def messages_of(value: Any) -> Conversation:
+    """Return the messages in a list, or in a record that holds it as "messages", whoever speaks last. Raises InputError,
+    without the place of the list, as `conversation_of`, and where there are none."""
+    fields = value if isinstance(value, dict) else {"messages": value}
+    messages = _read_list("messages", {"messages": fields.get("messages")})
+    if not messages:
+        raise InputError("there are no messages; write at least one, or remove it")
+    return messages
+
+
 def _read_list(key: str, fields: Mapping[str, Any], trained: bool = True) -> Conversation:
     items = fields[key]
     if not isinstance(items, list):

@@ -1,11 +1,11 @@
-"""Continue text with a GPT-2: `python generate.py --model checkpoints --prompt "Once upon a time"`."""
+"""Continue text with a GPT-2: `python generate.py --model checkpoints --prompt "Once upon a time"`. With `--chat`, talk with
+one that was trained to answer."""
 
 from __future__ import annotations
 
 import itertools
 import secrets
 import sys
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,8 +23,19 @@ class GenerateConfig:
     tokenizer: str | None = option(
         None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True, check=paths.check_tokenizer
     )
-    prompt: str | None = option(None, "text to continue (default: ask for prompts until end of input)")
-    prompts_file: str | None = option(None, "file of prompts to continue, one a line; writes JSON lines", is_path=True)
+    chat: bool = option(
+        False, "answer messages in a conversation, as the model's chat template writes it, instead of continuing text"
+    )
+    system: str = option("", "with --chat: the system message, before every conversation that has none")
+    prompt: str | None = option(
+        None, "text to continue, or with --chat one message to answer (default: ask for them until end of input)"
+    )
+    prompts_file: str | None = option(
+        None,
+        "file of prompts to continue, one a line; with --chat of conversations, one JSON list of {role, content} a line; "
+        "writes JSON lines",
+        is_path=True,
+    )
     output: str | None = option(
         None, "with --prompts-file: file for the JSON lines (default: standard output)", is_path=True
     )
@@ -33,13 +44,17 @@ class GenerateConfig:
     seed: int | None = option(
         None, "repeat the texts that this seed gave (default: a new seed each time, which is printed to standard error)"
     )
-    max_new_tokens: int = option(100, "longest continuation, in tokens")
+    max_new_tokens: int | None = option(
+        None, "longest continuation, in tokens (default: 100; with --chat a quarter of the context)"
+    )
     temperature: float = option(
         0.8, "below 1 plainer, above 1 wilder, 0 always the likeliest token; 1 is the model itself"
     )
     top_k: int = option(40, "draw from the k likeliest tokens; 0 is off")
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability; 1 is off")
-    repetition_penalty: float = option(1.0, "make tokens that are in the text less likely; 1 is off, 1.2 is usual")
+    repetition_penalty: float = option(
+        1.0, "make tokens that are in the text, prompt and history included, less likely; 1 is off, 1.2 is usual"
+    )
     stop: tuple[str, ...] = option(
         (),
         "end before the first of these texts that the new text holds; it also ends at the model's end-of-text tokens",
@@ -61,20 +76,22 @@ class GenerateConfig:
     def check(self) -> None:
         for name in ("max_new_tokens", "num_samples", "batch_size"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value}: choose a number of at least 1")
         if self.temperature == 0 and self.num_samples > 1:
             raise InputError(
                 f"--num-samples {self.num_samples}: all would be the same with --temperature 0; leave one of the two out"
             )
+        self._check_chat()
         if self.seed is not None and not 0 <= self.seed < 2**63 - self.num_samples:
             raise InputError(f"--seed {self.seed}: choose a number from 0 to 2^63 - 1 - --num-samples")
         if "" in self.stop:
             raise InputError("--stop is empty; give the text to stop at")
         if self.prompts_file is not None and self.prompt is not None:
             raise InputError("--prompt and --prompts-file exclude each other; leave one out")
-        if any("\ud800" <= character <= "\udfff" for character in self.prompt or ""):  # Python's form of stray bytes
-            raise InputError("--prompt is not UTF-8; convert it, or set a UTF-8 locale")
+        for name, text in (("--prompt", self.prompt or ""), ("--system", self.system)):
+            if any("\ud800" <= character <= "\udfff" for character in text):  # Python's form of stray bytes
+                raise InputError(f"{name} is not UTF-8; convert it, or set a UTF-8 locale")
         if self.output is not None and self.prompts_file is None:
             raise InputError("--output goes with --prompts-file; add it, or redirect standard output")
         if self.output is not None and self.prompts_file is not None:
@@ -86,9 +103,23 @@ class GenerateConfig:
             if output.exists() and prompts.exists() and output.samefile(prompts):
                 raise InputError(f"--output {output} is the --prompts-file itself; choose another")
 
+    def _check_chat(self) -> None:
+        if self.system and not self.chat:
+            raise InputError("--system goes with --chat; add it, or leave --system out")
+        if not self.chat:
+            return
+        if self.special_tokens_in_text != "as-text":
+            raise InputError(
+                f"--special-tokens-in-text {self.special_tokens_in_text}: in messages they are always letters; leave it out"
+            )
+        if self.num_samples > 1 and self.prompt is None and self.prompts_file is None:
+            raise InputError(
+                f"--num-samples {self.num_samples}: a conversation continues after one answer; leave it out, or add --prompt"
+            )
+
 
 def main() -> None:
-    options = parse_options(GenerateConfig, "Continue text with a GPT-2.")
+    options = parse_options(GenerateConfig, "Continue text with a GPT-2, or chat with it.")
     options.check()
     from gpt2xla.checkpoint.run_folder import refuse_unfinished
 
@@ -96,62 +127,50 @@ def main() -> None:
     from gpt2xla.checkpoint.loading import build_model, load_weights, locate
     from gpt2xla.data.tokenizer import find_tokenizer
     from gpt2xla.data.tokenizer_folder import model_folder
-    from gpt2xla.generation.continuation import Continuation, continue_texts, prompt_ids
     from gpt2xla.generation.devices import move
-    from gpt2xla.generation.prompt_file import PromptReader, json_lines, read_prompts, record
+    from gpt2xla.generation.dialogue import ChatReader, Dialogue
+    from gpt2xla.generation.interactive import ask, converse
+    from gpt2xla.generation.prompt_file import TextReader, json_lines
     from gpt2xla.generation.sampling import SamplingConfig
     from gpt2xla.generation.settings import GenerationSettings
+    from gpt2xla.generation.writer import Writer
 
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.repetition_penalty)
     sampling.check()
-    prompts = read_prompts(Path(options.prompts_file)) if options.prompts_file is not None else []
     source = locate(options.model)
-    model_config, weights = load_weights(source)
-    tokenizer = find_tokenizer(options.tokenizer, source, model_config.real_vocab_size)
-    reader = PromptReader(tokenizer, options.special_tokens_in_text)
-    tokenizer = reader.tokenizer
+    config, weights = load_weights(source)
+    tokenizer = find_tokenizer(options.tokenizer, source, config.real_vocab_size)
     folder = model_folder(source)
     settings = GenerationSettings.load(folder) if folder.is_dir() else GenerationSettings.of(tokenizer)
-    for prompt in prompts if options.prompt is None else [options.prompt]:  # an empty one may be impossible
-        prompt_ids(tokenizer, reader.checked(prompt), settings, model_config.real_vocab_size)
+    reader: TextReader | ChatReader
+    if options.chat:
+        reader = ChatReader.of(tokenizer, config, settings, options.max_new_tokens, options.system, options.model)
+    else:
+        reader = TextReader(tokenizer, config, settings, options.max_new_tokens, options.special_tokens_in_text)
+    # All prompts are checked before the model is built.
+    many = [] if options.prompts_file is None else reader.entries(Path(options.prompts_file))
+    one = None if options.prompt is None else reader.prompt(options.prompt)
     for note in weights.notes:
         print(note, file=sys.stderr)
     if unused := settings.unused():
         shown = ", ".join(f"{key} {value}" for key, value in unused.items())
         print(f"note: only flags count here, not the model's generation_config.json: {shown}", file=sys.stderr)
-    model = build_model(model_config, weights, source)
+    model = build_model(config, weights, source)
     device = move(model, options.device, options.mixed_precision)
+    writer = Writer(
+        model, device, reader.tokenizer, sampling, reader.stop_ids, options.stop, options.num_samples, options.chat
+    )
     seed = options.seed if options.seed is not None else draw_seed(options)
-
-    def continued(
-        texts: list[str], seed: int, rows: int = 0, show: Callable[[str], None] = lambda text: None
-    ) -> list[Continuation]:
-        return continue_texts(
-            model, tokenizer, texts, options.max_new_tokens, sampling, settings=settings, seed=seed,
-            samples=options.num_samples, stop=options.stop, rows=rows, device=device, show=show,
-        )  # fmt: skip
-
-    def show_continued(prompt: str, seed: int) -> None:
-        if options.num_samples == 1:
-            continued([prompt], seed, show=lambda text: print(text, end="", flush=True))
-            print()
-            return
-        for number, text in enumerate(continued([prompt], seed), start=1):
-            print(f"--- sample {number} of {options.num_samples} ---\n{text.prompt}{text.text}")
-
-    if prompts:
+    seeds = itertools.count(seed, options.num_samples)  # the same prompt again gives another text
+    if many:
         with json_lines(options.output) as write:
-            for start in range(0, len(prompts), options.batch_size):
-                batch = prompts[start : start + options.batch_size]
-                # On XLA a smaller last batch would be another program.
-                texts = continued(batch, seed, rows=min(options.batch_size, len(prompts)) * options.num_samples)
-                for number, prompt in enumerate(batch):
-                    write(record(prompt, texts[number * options.num_samples :][: options.num_samples]))
-    elif options.prompt is not None:
-        show_continued(options.prompt, seed)
+            writer.write(many, options.batch_size, seed, write)
+    elif one is not None:
+        writer.show(one, seed)
+    elif isinstance(reader, ChatReader):
+        converse(Dialogue(reader), lambda prompt, show: writer.show(prompt, next(seeds), show))
     else:
-        seeds = itertools.count(seed, options.num_samples)  # the same prompt again gives another text
-        ask(lambda prompt: show_continued(reader.checked(prompt), next(seeds)))
+        ask(lambda text: writer.show(reader.prompt(text), next(seeds)))
 
 
 def draw_seed(options: GenerateConfig) -> int:
@@ -161,21 +180,3 @@ def draw_seed(options: GenerateConfig) -> int:
         texts = "this text" if options.prompt is not None and options.num_samples == 1 else "these texts"
         print(f"seed {seed}: add --seed {seed} to get {texts} again", file=sys.stderr, flush=True)
     return seed
-
-
-def ask(continue_text: Callable[[str], None]) -> None:
-    """Read prompts until end of input. Ctrl-C stops the current text or line and asks again."""
-    while True:
-        try:
-            prompt = input(">> ")
-            if prompt.strip():
-                continue_text(prompt)
-        except InputError as error:
-            print(error, file=sys.stderr)
-        except KeyboardInterrupt:
-            print()
-        except UnicodeError:
-            print("that line is not UTF-8", file=sys.stderr)
-        except EOFError:
-            print()
-            return

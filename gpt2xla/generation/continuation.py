@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError
@@ -11,6 +12,20 @@ from gpt2xla.generation.sampling import SamplingConfig
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Device
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a text begins with.
+
+    Attributes:
+        ids: all that the model reads.
+        max_new_tokens: the most tokens that may follow it.
+        hidden_ids: how many of its first ids are not shown, such as one that only begins a text."""
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    hidden_ids: int = 0
 
 
 class Continuation:
@@ -22,21 +37,29 @@ class Continuation:
 
     Attributes:
         prompt: the prompt as it is shown: the text of its ids, without the first `hidden_ids` of them.
-        prompt_tokens: ids of the prompt, including hidden ones.
         text: what has been returned so far, without the prompt.
         tokens: new ids so far, including those of a stop string.
         stopped: whether a stop string was found."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = (), hidden_ids: int = 0
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        hidden_ids: int = 0,
+        max_new_tokens: int | None = None,
     ) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._stop, self._max_new_tokens = tokenizer, stop, max_new_tokens
         self._ids = list(prompt_ids[hidden_ids:])
         self.prompt = self._decoded = tokenizer.decode(self._ids)
-        self.prompt_tokens = len(prompt_ids)
         self._held = self.text = ""
         self.tokens = 0
         self.stopped = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it has all the tokens that it may have, and neither a stop id nor a stop string ended it before."""
+        return self.tokens == self._max_new_tokens and not self.stopped
 
     def add(self, token: int) -> str:
         """Return the text that is certain after this token, which may be empty."""
@@ -88,10 +111,18 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str, settings: GenerationSettings, 
     return ids
 
 
+def text_prompt(
+    tokenizer: Tokenizer, text: str, max_new_tokens: int, settings: GenerationSettings, vocab_size: int
+) -> Prompt:
+    """Return the prompt that a text is. Raises as `prompt_ids` does."""
+    ids = prompt_ids(tokenizer, text, settings, vocab_size)
+    return Prompt(ids, max_new_tokens, hidden_ids=0 if tokenizer.encode(text) else 1)
+
+
 def continue_texts(
     model: GPT2,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    texts: Sequence[str],
     max_new_tokens: int,
     sampling: SamplingConfig,
     *,
@@ -99,7 +130,35 @@ def continue_texts(
     seed: int = 0,
     samples: int = 1,
     stop: Sequence[str] = (),
+    device: Device | None = None,
+    show: Callable[[str], None] = lambda text: None,
+) -> list[Continuation]:
+    """Return `samples` continuations of each text, as `continue_prompts` does.
+
+    Args:
+        settings: which ids begin and end a text; by default, the tokenizer's.
+
+    Raises as `prompt_ids` and `generate` do."""
+    settings = settings or GenerationSettings.of(tokenizer)
+    prompts = [text_prompt(tokenizer, t, max_new_tokens, settings, model.config.real_vocab_size) for t in texts]
+    return continue_prompts(
+        model, tokenizer, prompts, sampling, stop_ids=settings.stop_ids(tokenizer.eot_id), seed=seed, samples=samples,
+        stop=stop, device=device, show=show,
+    )  # fmt: skip
+
+
+def continue_prompts(
+    model: GPT2,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    stop_ids: Collection[int],
+    seed: int = 0,
+    samples: int = 1,
+    stop: Sequence[str] = (),
     rows: int = 0,
+    width: int = 0,
     device: Device | None = None,
     show: Callable[[str], None] = lambda text: None,
 ) -> list[Continuation]:
@@ -108,29 +167,27 @@ def continue_texts(
     Sample number j of a prompt, counted from 0, draws with seed + j, so its text does not depend on what else is generated.
 
     Args:
-        settings: which ids begin and end a text; by default, the tokenizer's.
-        show: receives the pieces of the first text as they are generated.
-        rows, device: see `generate`.
+        stop: texts that end a continuation before them.
+        show: receives the pieces of the first text as they are generated, beginning with its prompt as it is shown.
+        stop_ids, rows, width, device: see `generate`.
 
-    Raises as `prompt_ids` and `generate` do."""
-    settings, known = settings or GenerationSettings.of(tokenizer), model.config.real_vocab_size
-    stop_ids = settings.stop_ids(tokenizer.eot_id)
-    ids = [prompt_ids(tokenizer, prompt, settings, known) for prompt in prompts]
-    ids = [row for row in ids for _ in range(samples)]
-    hidden = [0 if tokenizer.encode(prompt) else 1 for prompt in prompts for _ in range(samples)]
-    texts = [Continuation(tokenizer, row, stop, begins) for row, begins in zip(ids, hidden, strict=True)]
+    Raises as `generate` does."""
+    known = model.config.real_vocab_size
+    each = [prompt for prompt in prompts for _ in range(samples)]
+    texts = [Continuation(tokenizer, p.ids, stop, p.hidden_ids, p.max_new_tokens) for p in each]
     show(texts[0].prompt)
 
     def add(row: int, token: int) -> bool:
         new = texts[row].add(token)
         if row == 0:
             show(new)
-        return texts[row].stopped
+        return texts[row].stopped or texts[row].is_cut
 
     steps = generate(
-        model, ids, max_new_tokens, sampling, seeds=[seed + number for _ in prompts for number in range(samples)],
+        model, [prompt.ids for prompt in each], max(prompt.max_new_tokens for prompt in each), sampling,
+        seeds=[seed + number for _ in prompts for number in range(samples)],
         vocab_size=min(known, max([tokenizer.vocab_size, *(i + 1 for i in stop_ids if i < known)])), stop_ids=stop_ids,
-        ends=add, rows=rows, device=device,
+        ends=add, rows=rows, width=width, device=device,
     )  # fmt: skip
     for _ in steps:
         pass

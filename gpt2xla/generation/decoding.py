@@ -30,6 +30,7 @@ class _Row:
     text: list[int]
     unread: list[int]  # the end of `text` that is not in the cache yet
     generator: torch.Generator
+    used: set[int]  # ids of `text` that the repetition penalty counts
     start: int = 0  # tokens in the cache
     ended: bool = False
 
@@ -46,12 +47,14 @@ def generate(
     stop_ids: Collection[int] = (),
     ends: Callable[[int, int], bool] = lambda row, token: False,
     rows: int = 0,
+    width: int = 0,
     device: Device | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield one new id for each prompt at each step, or None for a text that has ended, until all have ended.
 
     A text does not depend on what is generated beside it: it has its own positions, random numbers and window. When it
-    outgrows the model's seq_length, its last half is read again and generation continues from there.
+    outgrows the model's seq_length, its last half is read again and generation continues from there. The repetition penalty
+    counts the whole text, except stop ids: texts would no longer end once one of them is in the prompt.
 
     Args:
         prompts: ids, at least one each; the model reads the last seq_length of them.
@@ -60,6 +63,7 @@ def generate(
         stop_ids: each of them ends a text and is not yielded.
         ends: called as `ends(row, id)` with each id that is yielded; true ends that text after the id.
         rows: compute at least this many texts, so that smaller calls do not compile another program.
+        width: likewise, read prompts as if they had at least this many tokens.
         device: by default, plain torch on the model's device.
 
     Raises RunFailed if the model computes NaN."""
@@ -68,10 +72,10 @@ def generate(
     seeds = [seeds] * len(prompts) if isinstance(seeds, int) else seeds
     seq_length = model.config.seq_length
     texts = [
-        _Row(list(prompt), list(prompt)[-seq_length:], torch.Generator().manual_seed(seed))
+        _Row(list(prompt), list(prompt)[-seq_length:], torch.Generator().manual_seed(seed), {*prompt} - {*stop_ids})
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    reader = _Reader(model, max(rows, len(texts)), device)
+    reader = _Reader(model, max(rows, len(texts)), width, device)
     for _ in range(max_new_tokens):
         for row in texts:
             if row.start + len(row.unread) > seq_length:
@@ -83,12 +87,13 @@ def generate(
         for number, row in enumerate(texts):
             if row.ended:
                 continue
-            token = pick(logits_BV[number, :vocab_size], row.text, sampling, row.generator)
+            token = pick(logits_BV[number, :vocab_size], row.used, sampling, row.generator)
             row.start += len(row.unread)
             row.text.append(token)
             row.unread = [token]
             if token not in stop_ids:
                 step[number] = token
+                row.used.add(token)
             if token in stop_ids or ends(number, token):
                 row.ended, row.unread = True, []
         if any(token is not None for token in step):
@@ -103,8 +108,8 @@ class _Reader:
     If each shape costs a compile, it uses few shapes: one token per text, or one of the buckets for prompts, always over the
     whole cache. If each number of slots costs time, it uses few of these."""
 
-    def __init__(self, model: GPT2, rows: int, device: Device) -> None:
-        self.rows, self.device, self.seq_length = rows, device, model.config.seq_length
+    def __init__(self, model: GPT2, rows: int, width: int, device: Device) -> None:
+        self.rows, self.width, self.device, self.seq_length = rows, width, device, model.config.seq_length
         self.static = model.kernels.static_shapes
         self.slots_at_once = self.seq_length if self.static else device.slots_at_once
         with device.autocast():
@@ -130,7 +135,7 @@ class _Reader:
         """Read the unread end of each text and return the logits (B, V) that follow it, in fp32 on the host."""
         new = max(len(row.unread) for row in texts)
         if self.static:
-            new = _bucket(new, self.seq_length)
+            new = _bucket(new if new <= 1 else max(new, self.width), self.seq_length)
         needed = max(row.start for row in texts) + new
         span = min(-(-needed // self.slots_at_once) * self.slots_at_once, self.seq_length)
         # All that the device needs, in one copy: per text its start, its count and its ids, padded as `GPT2.next_logits`

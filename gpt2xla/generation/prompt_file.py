@@ -6,39 +6,35 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt2xla.config import ModelConfig
 from gpt2xla.data.special_tokens import SpecialTokensInText, SpelledTokens, shortened, warning
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError, user_error
-from gpt2xla.generation.continuation import Continuation
+from gpt2xla.generation.continuation import Prompt, text_prompt
+from gpt2xla.generation.settings import GenerationSettings
+
+# What the JSON line of a prompt begins with, and the prompt.
+Entry = tuple[dict[str, Any], Prompt]
+_MAX_NEW_TOKENS = 100
 
 
-def read_prompts(file: Path) -> list[str]:
-    """Read one prompt from each line of `file`, without its line ending or a byte order mark; blank lines are left out.
-    Raises InputError if the file cannot be read, is not UTF-8 or holds no prompt."""
+def read_lines(file: Path) -> list[tuple[int, str]]:
+    """Read one prompt from each line of `file`, without its line ending or a byte order mark, with the line's number from 1;
+    blank lines are left out. Raises InputError if the file cannot be read, is not UTF-8 or holds no prompt."""
     with user_error(f"--prompts-file {file}"):
         content = file.read_bytes()
     try:
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"--prompts-file {file} is not UTF-8 (byte {error.start}); convert it") from None
-    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
+    prompts = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
         raise InputError(f"--prompts-file {file} holds no prompt; write one on each line")
     return prompts
-
-
-def record(prompt: str, samples: Sequence[Continuation]) -> dict[str, Any]:
-    """Return the JSON object of one prompt; each of its `texts` begins where `prompt` ends."""
-    return {
-        "prompt": prompt,
-        "texts": [sample.text for sample in samples],
-        "prompt_tokens": samples[0].prompt_tokens,
-        "new_tokens": [sample.tokens for sample in samples],
-    }
 
 
 class PromptReader:
@@ -70,6 +66,35 @@ class PromptReader:
             self._say(warning(counts, f"{self._option} {shortened(prompt)!r}"))
             self._has_warned = True
         return prompt
+
+
+class TextReader:
+    """Makes prompts of texts that are to be continued.
+
+    Attributes:
+        tokenizer: reads their special tokens as `special_tokens` says.
+        stop_ids: ids that end a text."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        settings: GenerationSettings,
+        max_new_tokens: int | None,
+        special_tokens: SpecialTokensInText,
+    ) -> None:
+        self._reader = PromptReader(tokenizer, special_tokens)
+        self.tokenizer, self.stop_ids = self._reader.tokenizer, settings.stop_ids(tokenizer.eot_id)
+        self._model, self._settings, self._max_new_tokens = model, settings, max_new_tokens or _MAX_NEW_TOKENS
+
+    def prompt(self, text: str) -> Prompt:
+        """Return the prompt. Raises InputError if its special tokens are refused, or as `prompt_ids` does."""
+        known = self._model.real_vocab_size
+        return text_prompt(self.tokenizer, self._reader.checked(text), self._max_new_tokens, self._settings, known)
+
+    def entries(self, file: Path) -> list[Entry]:
+        """Return the prompts of a file, one a line. Raises InputError as `prompt` and `read_lines` do."""
+        return [({"prompt": text}, self.prompt(text)) for _, text in read_lines(file)]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ Shape suffix: V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,8 @@ GREEDY = SamplingConfig(temperature=0)
 USUAL = SamplingConfig(temperature=0.8, top_k=40)  # defaults of generate.py, and what samples during training use
 
 
-def pick(logits_V: Tensor, text: Sequence[int], sampling: SamplingConfig, generator: torch.Generator) -> int:
-    """Draw the id that follows `text`."""
+def pick(logits_V: Tensor, text: Collection[int], sampling: SamplingConfig, generator: torch.Generator) -> int:
+    """Draw the id that follows a text with the ids `text`, in any order."""
     if sampling.repetition_penalty != 1:
         logits_V = penalise(logits_V, text, sampling.repetition_penalty)
     if sampling.temperature == 0:
@@ -53,10 +53,10 @@ def pick(logits_V: Tensor, text: Sequence[int], sampling: SamplingConfig, genera
     return int(torch.multinomial(probabilities(logits_V, sampling), 1, generator=generator))
 
 
-def penalise(logits_V: Tensor, text: Sequence[int], penalty: float) -> Tensor:
+def penalise(logits_V: Tensor, text: Collection[int], penalty: float) -> Tensor:
     """Return logits that make the ids of `text` less likely: positive ones are divided by `penalty` (Keskar et al. 2019,
     CTRL, section 4.1), negative ones are multiplied by it, as transformers does."""
-    ids = torch.tensor(list(text))
+    ids = torch.tensor(list(text), dtype=torch.int64)
     found = logits_V[ids]
     return logits_V.index_put((ids,), torch.where(found < 0, found * penalty, found / penalty))
 

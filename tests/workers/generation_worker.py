@@ -14,10 +14,12 @@ from gpt2xla.runtime.xla.compiles import count_compiles
 from gpt2xla.runtime.xla.device import XlaDevice
 
 CASES = {
-    "20 tokens": ([3, 1, 4], 20),
-    "200 tokens": ([3, 1, 4], 200),
-    "another prompt": (list(range(29)), 50),
-    "past the context": (list(range(20)), 300),
+    "20 tokens": ([3, 1, 4], 20, 0),
+    "200 tokens": ([3, 1, 4], 200, 0),
+    "another prompt": (list(range(29)), 50, 0),
+    "past the context": (list(range(20)), 300, 0),
+    "a conversation": (list(range(10)), 20, 256),
+    "which grows": (list(range(61)) * 3, 20, 256),
 }
 
 
@@ -32,9 +34,9 @@ def main() -> None:
     device = XlaDevice()
     device.setup_model(on_xla)
     compiles, texts = {}, {"torch": {}, "xla": {}}
-    for name, (prompt, count) in CASES.items():
+    for name, (prompt, count, width) in CASES.items():
         texts["torch"][name] = [token for (token,) in generate(plain, [prompt], count)]
-        texts["xla"][name] = [token for (token,) in generate(on_xla, [prompt], count, device=device)]
+        texts["xla"][name] = [token for (token,) in generate(on_xla, [prompt], count, width=width, device=device)]
         compiles[name] = count_compiles()
     print(json.dumps(texts | {"compiles": compiles}))
 
