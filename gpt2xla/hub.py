@@ -36,8 +36,9 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def snapshot(repo: str, patterns: Iterable[str]) -> Path:
-    """Return the folder in the hub's cache with those files of a model that match `patterns`; fetch what is missing.
+def snapshot(repo: str, patterns: Iterable[str], kind: str = "model") -> Path:
+    """Return the folder in the hub's cache with those files of a model, or of another `kind` of repository ("dataset"), that
+    match `patterns`; fetch what is missing.
 
     The client locks each file: of several processes on a host one fetches it, and the others wait and find it.
     """
@@ -46,7 +47,7 @@ def snapshot(repo: str, patterns: Iterable[str]) -> Path:
 
     if not sys.stderr.isatty():  # in a log they are only noise
         disable_progress_bars()
-    return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+    return Path(snapshot_download(repo, repo_type=kind, allow_patterns=list(patterns)))
 
 
 def repository(name: str, flag: str) -> str:

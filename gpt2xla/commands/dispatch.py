@@ -34,6 +34,8 @@ COMMANDS = {
     "generate": Command("commands.generate", "continue text with a model"),
     "evaluate perplexity": Command("commands.perplexity_table", "loss and perplexity of models on one split"),
     "evaluate hellaswag": Command("commands.eval_hellaswag", "a model's accuracy on HellaSwag"),
+    "evaluate mmlu": Command("commands.eval_mmlu", "a model's accuracy on MMLU"),
+    "evaluate compare": Command("commands.compare_models", "models side by side: a table, a picture"),
     "inspect": Command("commands.inspect_data", "show what token shards hold, and check them"),
     "plot": Command("commands.plot_loss", "draw the loss of runs"),
     "convert": Command("commands.convert_checkpoint", "any GPT-2 -> a Hugging Face folder"),

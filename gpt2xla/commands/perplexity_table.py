@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +12,7 @@ from gpt2xla.cli import parse_options
 from gpt2xla.commands.plot_loss import check_picture, importing_matplotlib
 from gpt2xla.config import option, paths
 from gpt2xla.errors import InputError, user_error
-from gpt2xla.evals.options import EvalConfig, open_runtime
+from gpt2xla.evals.options import OUTPUT_HELP, EvalConfig, TableFiles, open_runtime
 from gpt2xla.files import write_whole
 
 if TYPE_CHECKING:
@@ -43,11 +42,7 @@ class TableConfig(EvalConfig):
     valid_steps: int | Literal["all"] = option(
         "all", "number of batches of --batch-size, or all: each token of the split once"
     )
-    output: str | None = option(
-        None,
-        "also write the table to this path + .md, and full precision to + .json (default: only print it)",
-        is_path=True,
-    )
+    output: str | None = option(None, OUTPUT_HELP, is_path=True)
     plot: str | None = option(
         None, "also draw the loss of checkpoints against their step into this .png, .svg or .pdf", is_path=True
     )
@@ -56,7 +51,7 @@ class TableConfig(EvalConfig):
 def main() -> None:
     options = parse_options(TableConfig, "Measure loss and perplexity of several models on one split.")
     train = options.train_config(options.valid_steps)
-    files = _files(options.output) if options.output is not None else []
+    tables = TableFiles(options.output)
     picture = Path(options.plot) if options.plot is not None else None
     if picture:
         check_picture("--plot", picture)
@@ -79,12 +74,10 @@ def main() -> None:
         rows: list[Row] = []
         for row in measure(sources, valid_dir, train, runtime):
             rows.append(row)
-            if runtime.is_main and files:  # after each model: a later one may take hours, and fail
-                with user_error(f"--output {options.output}"):
-                    write_whole(files[0], markdown(rows))
-                    best = best_of(rows)
-                    measured = {"best": best and best.model, "models": [row.as_dict() for row in rows]}
-                    write_whole(files[1], json.dumps(about | measured, indent=2) + "\n")
+            if runtime.is_main:  # after each model: a later one may take hours, and fail
+                best = best_of(rows)
+                measured = {"best": best and best.model, "models": [row.as_dict() for row in rows]}
+                tables.write(markdown(rows), about | measured)
         if runtime.is_main:
             print(markdown(rows))
             best = best_of(rows)
@@ -92,7 +85,7 @@ def main() -> None:
                 print(f"best: {best or _NO_BEST}")
             if picture:
                 _plot(rows, valid_dir, picture)
-            print(*files, *([picture] if picture else []), sep="\n")
+            print(*tables.files, *([picture] if picture else []), sep="\n")
 
 
 def _plot(rows: list[Row], valid_dir: str, picture: Path) -> None:
@@ -102,10 +95,3 @@ def _plot(rows: list[Row], valid_dir: str, picture: Path) -> None:
     points = [Point(row.model, *run_of(row.source), *row.validation[:2]) for row in rows]
     with user_error(f"--plot {picture}"):
         write_whole(picture, draw(points, valid_dir, picture.suffix.lower()[1:], names_best=best_of(rows) is not None))
-
-
-def _files(output: str) -> list[Path]:
-    files = [Path(f"{output}{suffix}") for suffix in (".md", ".json")]
-    if not Path(output).name or not files[0].parent.is_dir() or any(file.is_dir() for file in files):
-        raise InputError(f"--output {output!r}: name files in an existing folder, without .md and .json")
-    return files

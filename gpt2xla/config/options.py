@@ -47,6 +47,7 @@ def option(
     aliases: Mapping[str, str] | None = None,
     joins: bool = False,
     other_names: tuple[str, ...] = (),
+    is_positional: bool = False,
 ) -> Any:
     """Return a dataclass field that is a flag.
 
@@ -57,10 +58,11 @@ def option(
             wrong (`paths.py`).
         aliases: other words for some of the values.
         joins: whether a list in a config file stands for its parts with commas between them.
-        other_names: names that --help does not show but that mean the same, such as the option's earlier ones."""
+        other_names: names that --help does not show but that mean the same, such as the option's earlier ones.
+        is_positional: whether its words stand without the flag, which they may also follow."""
     metadata = {
         "help": help, "is_path": is_path, "check": check, "aliases": aliases or {}, "joins": joins,
-        "other_names": other_names,
+        "other_names": other_names, "is_positional": is_positional,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 
@@ -114,7 +116,7 @@ def check_paths(group: Any, names: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a dataclass. For the last five see `option`."""
+    """One option of a dataclass. For the last six see `option`."""
 
     name: str
     kind: Any  # the type of its value, without the None that a default may be
@@ -125,6 +127,7 @@ class Option:
     aliases: Mapping[str, str]
     joins: bool
     other_names: tuple[str, ...]
+    is_positional: bool
 
     @classmethod
     def all_of(cls, group: Any) -> dict[str, Option]:

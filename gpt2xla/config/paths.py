@@ -109,6 +109,11 @@ def check_shards(flag: str, folder: str) -> None:
             raise InputError(f"{flag} {folder}: {what}; make one with {PREPARE}")
 
 
+def check_all_shards(flag: str, folders: Sequence[str]) -> None:
+    for folder in folders:
+        check_shards(flag, folder)
+
+
 def check_file(flag: str, name: str) -> None:
     """Check that a file is there."""
     with user_error(f"{flag} {name}"):

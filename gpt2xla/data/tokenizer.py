@@ -9,6 +9,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,10 @@ class Tokenizer:
         """The type of its ids in shards: uint16, or uint32 for more than 65,536 ids."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
+    def sha256_below(self, ids: int) -> str:
+        """Return the `sha256` of the same tokenizer without the ids from `ids` on: its hash before these were added."""
+        return _hash_of_vocabulary(self.backend, ids)
+
     def id_of(self, role: str) -> int | None:
         """Return the id of a special token by its name in `tokenizer_config.json`, such as "pad_token", or None."""
         text = self.special_tokens.get(role)
@@ -145,10 +150,10 @@ class Tokenizer:
             (folder / name).write_bytes(content)
 
 
-def _hash_of_vocabulary(backend: HFTokenizer) -> str:
+def _hash_of_vocabulary(backend: HFTokenizer, below: float = math.inf) -> str:
     model = json.loads(backend.to_str())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
-    vocab = backend.get_vocab(with_added_tokens=True)
+    vocab = {token: i for token, i in backend.get_vocab(with_added_tokens=True).items() if i < below}
     return hashlib.sha256(json.dumps([vocab, merges], sort_keys=True).encode()).hexdigest()
 
 

@@ -5,29 +5,21 @@ model find likeliest? Scored as EleutherAI's lm-evaluation-harness scores its ta
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from gpt2xla import hub
-from gpt2xla.data.tokenizer import Tokenizer
-from gpt2xla.data.windows import Batch, padded_share
-from gpt2xla.errors import InputError
-from gpt2xla.evals.row_losses import RowLosses
-from gpt2xla.logs.progress import Progress
-from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.model.loss import IGNORED_LABEL
-from gpt2xla.runtime.base import Runtime
-from gpt2xla.runtime.stop import Stop
+from gpt2xla.errors import InputError, counted
+from gpt2xla.evals.multiple_choice import Question
+from gpt2xla.evals.validation import standard_error
+from gpt2xla.logs.sinks import with_error
 
 _HUB_ID, _SPLIT = "Rowan/hellaswag", "validation"
 _ENDINGS = 4
-_SHORTEST_BUCKET = 128  # tokens; the flash kernels take multiples of it
 _IN_BRACKETS = re.compile(r"\[.*?\]")
 
 
@@ -39,127 +31,43 @@ class Item(NamedTuple):
     label: int
 
 
-class Questions(NamedTuple):
-    """Items as tokens: four rows for each item, one for each ending."""
-
-    rows: list[list[int]]  # the tokens of context and ending, at most seq_length + 1: the last one is only predicted
-    ending_tokens: list[int]  # how many tokens at the end of each row belong to the ending
-    ending_characters: np.ndarray  # (items, 4), the length of each ending's text
-    labels: np.ndarray  # (items), which ending is the right one
-    seq_length: int  # of the model
-
-
 class Accuracy(NamedTuple):
-    """How many endings the model got right."""
+    """Of each item, whether the model chose the right ending."""
 
-    acc: float  # share of the items whose right ending has the highest sum of log-probabilities
-    acc_norm: float  # the same with each sum divided by the ending's number of characters
-    items: int  # how many were asked
-    log_probabilities: np.ndarray  # (items, 4), in nats
+    right: np.ndarray  # by the highest sum of log-probabilities
+    right_norm: np.ndarray  # by the highest sum divided by the ending's number of characters
+
+    @property
+    def acc(self) -> float:
+        return float(self.right.mean())
+
+    @property
+    def acc_norm(self) -> float:
+        return float(self.right_norm.mean())
 
     def line(self) -> dict[str, Any]:
         """Return what a run logs of it."""
-        return {"hellaswag_acc": self.acc, "hellaswag_acc_norm": self.acc_norm, "hellaswag_items": self.items}
+        return {"hellaswag_acc": self.acc, "hellaswag_acc_norm": self.acc_norm, "hellaswag_items": len(self.right)}
 
-    def standard_error(self, share: float) -> float:
-        """Return the standard error of `acc` or `acc_norm`, a mean of zeros and ones."""
-        return math.sqrt(share * (1 - share) / max(1, self.items - 1))
-
-
-class HellaSwag:
-    """Scores a model. Rows are padded to one of a few lengths, and each length is a step that compiles once.
-
-    Args:
-        batch_size: sequences of full length per batch, over all devices together; batches of shorter rows hold more."""
-
-    def __init__(
-        self, questions: Questions, model: GPT2, runtime: Runtime, batch_size: int, stop: Stop | None = None
-    ) -> None:
-        self.questions, self.runtime, self.batch_size = questions, runtime, batch_size
-        lengths = np.array([len(row) - 1 for row in questions.rows])
-        bounds = bucket_lengths(questions.seq_length)
-        bucket_of = np.searchsorted(bounds, lengths)
-        self._buckets = [
-            (
-                length,
-                np.flatnonzero(bucket_of == number),
-                RowLosses(model, runtime, f"HellaSwag step of {length} tokens", stop),
-            )
-            for number, length in enumerate(bounds)
-            if (bucket_of == number).any()
-        ]
-        self.tokens = sum(length * len(numbers) for length, numbers, _ in self._buckets)  # how many the model reads
-
-    def run(self) -> Accuracy:
-        """Score each item once, whatever the number of processes, and return the result on every process. Collective. Raises
-        as `RowLosses.of` does."""
-        questions = self.questions
-        log_probabilities = np.empty(len(questions.rows))
-        count = sum(-(-len(numbers) // self._rows_at_once(length)) for length, numbers, _ in self._buckets)
-        with Progress("HellaSwag", count, shown=self.runtime.is_main) as progress:
-            for length, numbers, losses in self._buckets:
-                sums = losses.of(self._batches(length, numbers), progress)[:, 0]
-                log_probabilities[numbers] = -sums[: len(numbers)]
-        return accuracy(log_probabilities.reshape(questions.ending_characters.shape), questions)
-
-    def _batches(self, length: int, numbers: np.ndarray) -> Iterator[Batch]:
-        rows = self._rows_at_once(length)
-        share = rows // self.runtime.world_size
-        for first in range(self.runtime.rank * share, len(numbers) + self.runtime.rank * share, rows):
-            yield self._batch(length, numbers[first : first + share], share)
-
-    def _rows_at_once(self, length: int) -> int:
-        """Return the rows of a batch over all processes together, a number that they and their devices divide."""
-        batch_size = self.batch_size * (self.questions.seq_length // length)
-        world_size = self.runtime.world_size
-        return padded_share(batch_size, world_size, self.runtime.devices) * world_size
-
-    def _batch(self, length: int, numbers: np.ndarray, share: int) -> Batch:
-        ids = np.zeros((share, length), dtype=np.int64)
-        labels = np.full((share, length), IGNORED_LABEL, dtype=np.int64)
-        for place, number in enumerate(numbers.tolist()):
-            row, ending = self.questions.rows[number], self.questions.ending_tokens[number]
-            ids[place, : len(row) - 1] = row[:-1]
-            labels[place, len(row) - 1 - ending : len(row) - 1] = row[len(row) - ending :]
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels))
+    def __str__(self) -> str:
+        each = np.ones(len(self.right))
+        acc = with_error(self.acc, standard_error(self.right, each))
+        acc_norm = with_error(self.acc_norm, standard_error(self.right_norm, each))
+        return f"HellaSwag acc {acc}, acc_norm {acc_norm} of {counted(len(self.right), 'item')}"
 
 
-def accuracy(log_probabilities: np.ndarray, questions: Questions) -> Accuracy:
-    """Return the accuracy, from the (items, 4) sums of log-probabilities; among equal sums the first ending is chosen."""
-    right = log_probabilities.argmax(1) == questions.labels
-    with np.errstate(divide="ignore"):  # an ending that was only brackets is never chosen
-        right_norm = (log_probabilities / questions.ending_characters).argmax(1) == questions.labels
-    return Accuracy(float(right.mean()), float(right_norm.mean()), len(right), log_probabilities)
+def questions(items: Sequence[Item]) -> list[Question]:
+    """Return what the model is asked."""
+    return [Question(item.context, item.endings) for item in items]
 
 
-def bucket_lengths(seq_length: int) -> list[int]:
-    """Return 128, 256, 512, ... up to the last one below `seq_length`, and `seq_length`."""
-    lengths = [_SHORTEST_BUCKET]
-    while lengths[-1] < seq_length:
-        lengths.append(2 * lengths[-1])
-    return [*lengths[:-1], seq_length]
-
-
-def encode_items(items: list[Item], tokenizer: Tokenizer, seq_length: int) -> Questions:
-    """Encode each context together with each of its endings, joined by a blank. What follows the context's own tokens is the
-    ending; blanks at the end of a context belong to it. A context that is too long loses its beginning. Raises InputError if
-    an ending has no token, or more tokens than a model of `seq_length` can predict."""
-    contexts = [item.context.rstrip() for item in items]
-    texts = [f"{item.context} {ending}" for item in items for ending in item.endings]
-    context_tokens = [len(ids) for ids in tokenizer.encode_batch(contexts)]
-    rows, ending_tokens = [], []
-    for number, ids in enumerate(tokenizer.encode_batch(texts)):
-        count = len(ids) - context_tokens[number // _ENDINGS]
-        if not 0 < count <= seq_length:
-            item, ending = divmod(number, _ENDINGS)
-            raise InputError(
-                f"HellaSwag item {item + 1}: its ending {ending + 1} has {count} tokens, and a model of --seq-length "
-                f"{seq_length} predicts 1 to {seq_length}; use a model of longer sequences"
-            )
-        rows.append([int(i) for i in ids[-(seq_length + 1) :]])
-        ending_tokens.append(count)
+def accuracy(items: Sequence[Item], log_probabilities: np.ndarray) -> Accuracy:
+    """Return the accuracy, from the (items, 4) log-probabilities; among equal ones the first ending is chosen."""
+    labels = np.array([item.label for item in items])
     characters = np.array([[len(ending) for ending in item.endings] for item in items])
-    return Questions(rows, ending_tokens, characters, np.array([item.label for item in items]), seq_length)
+    with np.errstate(divide="ignore"):  # an ending that was only brackets is never chosen
+        right_norm = (log_probabilities / characters).argmax(1) == labels
+    return Accuracy(log_probabilities.argmax(1) == labels, right_norm)
 
 
 def read_items(file: str | None, option: str) -> list[Item]:

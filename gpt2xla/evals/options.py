@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from gpt2xla.config import PRECISION_ALIASES, Precision, TorchConfig, TrainConfig, XlaConfig, option, require_at_least
+from gpt2xla.errors import InputError, user_error
+from gpt2xla.files import write_whole
 
 if TYPE_CHECKING:
     from gpt2xla.runtime.base import Runtime
+
+
+MMLU_DATA_HELP = (
+    "folder of MMLU: a download of cais/mmlu, or the authors' data.tar unpacked (default: fetched from the hub)"
+)
+SHOTS_HELP = "examples before each question, at most 5: none is lm-evaluation-harness's default, 5 the paper's"
+OUTPUT_HELP = "also write the table to this path + .md, and full precision to + .json (default: only print it)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +59,21 @@ def open_runtime(device: str, train: TrainConfig) -> Runtime:
     with importing_torch_xla():
         from gpt2xla.runtime.xla.spmd import SpmdRuntime
     return SpmdRuntime(XlaConfig(spmd=True), train)
+
+
+class TableFiles:
+    """The files that --output asks for: none without it. Raises InputError if they cannot be."""
+
+    def __init__(self, output: str | None) -> None:
+        self._output = output
+        self.files = [] if output is None else [Path(f"{output}{suffix}") for suffix in (".md", ".json")]
+        if output is None:
+            return
+        if not Path(output).name or not self.files[0].parent.is_dir() or any(file.is_dir() for file in self.files):
+            raise InputError(f"--output {output!r}: name files in an existing folder, without .md and .json")
+
+    def write(self, markdown: str, values: dict[str, Any]) -> None:
+        if self.files:
+            with user_error(f"--output {self._output}"):
+                write_whole(self.files[0], markdown)
+                write_whole(self.files[1], json.dumps(values, indent=2) + "\n")

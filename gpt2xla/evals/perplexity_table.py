@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.checkpoint.run_folder import stays_in_documents
 from gpt2xla.checkpoint.seal import step_of
@@ -36,6 +38,7 @@ class Row:
     seq_length: int
     within_documents: bool  # as with --document-mask
     validation: Validation
+    windows: tuple[np.ndarray, np.ndarray]  # summed loss and tokens of each
 
     def as_dict(self) -> dict[str, Any]:
         measured = self.validation._asdict() | {"perplexity": perplexity(self.validation.loss)}
@@ -58,7 +61,7 @@ def measure(sources: dict[str, Path], valid_dir: str, train: TrainConfig, runtim
     """Yield each model's loss on the split, in windows of the model's own length. Collective. Raises InputError if there
     is no such split, or a model does not know the split's tokens."""
     for model, source in sources.items():
-        yield _measure(model, source, valid_dir, train, runtime)
+        yield measure_one(model, source, valid_dir, train, runtime, stays_in_documents(source))
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:
@@ -87,9 +90,13 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtime: Runtime) -> Row:
+def measure_one(
+    name: str, source: Path, valid_dir: str, train: TrainConfig, runtime: Runtime, within_documents: bool
+) -> Row:
+    """Return the loss of one model, within documents as with --document-mask or across them. Collective. Raises as
+    `measure` does."""
     model_config, weights = load_weights(source)
-    train = dataclasses.replace(train, document_mask=stays_in_documents(source) or None)  # as it was trained
+    train = dataclasses.replace(train, document_mask=within_documents or None)
     config = RunConfig(data=DataConfig(valid_dir=valid_dir), model=model_config, train=train)
     try:
         windows = open_validation(config)
@@ -112,16 +119,20 @@ def _measure(name: str, source: Path, valid_dir: str, train: TrainConfig, runtim
     del weights
     validator = Validator(config, windows, model, runtime, f"validation step of {name}")
     runtime.setup_model(model, validator.tokens)
-    validation = validator.run()
+    losses = validator.window_losses()
     padding = model_config.vocab_padding * model_config.d_model * (1 if model_config.tie_weights else 2)
     return Row(
-        name, source, model.num_parameters() - padding, windows.seq_length, bool(config.train.document_mask), validation
-    )
+        name, source, model.num_parameters() - padding, windows.seq_length, bool(config.train.document_mask),
+        validator.result(*losses), losses,
+    )  # fmt: skip
 
 
 def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None:
     folder = model_folder(source)
-    if manifest and has_tokenizer(folder) and load_tokenizer(str(folder)).sha256 != manifest.tokenizer_sha256:
+    if manifest is None or not has_tokenizer(folder):
+        return
+    # Tokens that were added to the tokenizer since, such as those of a chat, do not change how a text is encoded.
+    if load_tokenizer(str(folder)).sha256_below(manifest.vocab_size) != manifest.tokenizer_sha256:
         raise InputError(
             f"--model {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss there "
             f"means nothing; prepare the text again with --tokenizer {folder}"

@@ -11,7 +11,8 @@ from gpt2xla.config import RunConfig, TrainConfig
 from gpt2xla.config.options import Share
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.errors import InputError
-from gpt2xla.evals.hellaswag import HellaSwag, encode_items, read_items
+from gpt2xla.evals.hellaswag import accuracy, questions, read_items
+from gpt2xla.evals.multiple_choice import MultipleChoice, encode
 from gpt2xla.evals.samples import Sampler
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.generation.settings import GenerationSettings
@@ -49,7 +50,7 @@ class Evaluations:
         self._all = [("validation", config.train.valid_interval, validate)]
         if interval := config.train.hellaswag_interval:
             hellaswag = _open_hellaswag(config, runtime, model, data, stop)
-            self._all.append(("HellaSwag", interval, lambda: hellaswag.run().line()))
+            self._all.append(("HellaSwag", interval, hellaswag))
         if interval := config.train.sample_interval:
             sampler = Sampler(config, model, data.tokenizer, settings, runtime)
             self._all.append(("sampling", interval, lambda: {"sample": sampler.run()}))
@@ -97,7 +98,9 @@ def explain_evaluation(runtime: Runtime, train: TrainConfig, name: str) -> conte
     )
 
 
-def _open_hellaswag(config: RunConfig, runtime: Runtime, model: GPT2, data: TrainingData, stop: Stop) -> HellaSwag:
+def _open_hellaswag(
+    config: RunConfig, runtime: Runtime, model: GPT2, data: TrainingData, stop: Stop
+) -> Callable[[], dict[str, Any]]:
     train = config.train
     if data.tokenizer is None:
         raise InputError(
@@ -105,5 +108,6 @@ def _open_hellaswag(config: RunConfig, runtime: Runtime, model: GPT2, data: Trai
             "theirs with --tokenizer"
         )
     items = read_items(train.hellaswag_data, "--hellaswag-data")
-    questions = encode_items(items, data.tokenizer, config.model.seq_length)
-    return HellaSwag(questions, model, runtime, train.eval_batch_size, stop)
+    rows = encode("HellaSwag", questions(items), data.tokenizer, config.model.seq_length)
+    choice = MultipleChoice("HellaSwag", rows, model, runtime, train.eval_batch_size, stop)
+    return lambda: accuracy(items, choice.run()).line()

@@ -65,11 +65,20 @@ class Validator:
     def run(self) -> Validation:
         """Validate: devices sum the losses of each window, and the host sums over windows in float64. Collective. Raises as
         `RowLosses.of` does."""
+        return self.result(*self.window_losses())
+
+    def window_losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return each window's summed loss in nats, and its number of tokens: 0 for rows that fill up batches. Collective.
+        Raises as `RowLosses.of` does."""
         runtime, train = self.runtime, self.train
         shares = (runtime.rank, runtime.world_size, runtime.devices)
         batches = validation_batches(self.windows, train.eval_batch_size, train.valid_steps, *shares)
         with Progress(self._name, -(-self._windows // train.eval_batch_size), shown=runtime.is_main) as progress:
             sums, counts = self._losses.of(batches, progress).T
+        return sums, counts
+
+    def result(self, sums: np.ndarray, counts: np.ndarray) -> Validation:
+        """Return what such losses of windows make."""
         loss = sums.sum() / counts.sum()
         return Validation(
             loss=float(loss),

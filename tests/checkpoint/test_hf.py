@@ -276,7 +276,7 @@ def test_pickles_are_fetched_only_where_there_are_no_safetensors(
 ) -> None:
     asked: list[str] = []
 
-    def snapshot_download(repo: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(repo: str, repo_type: str, allow_patterns: list[str]) -> str:
         asked.extend(allow_patterns)
         return str(tmp_path)
 

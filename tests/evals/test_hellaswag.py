@@ -18,7 +18,8 @@ from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.config import TorchConfig, TrainConfig
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.errors import InputError
-from gpt2xla.evals.hellaswag import HellaSwag, bucket_lengths, clean, encode_items, read_items
+from gpt2xla.evals.hellaswag import accuracy, clean, questions, read_items
+from gpt2xla.evals.multiple_choice import MultipleChoice, bucket_lengths, encode
 from gpt2xla.runtime.torch.runtime import TorchRuntime
 
 ITEMS = 200
@@ -55,16 +56,18 @@ def test_log_probabilities_and_accuracies_equal_a_plain_loop(
     model: Path, items: Path, expected: tuple[np.ndarray, float, float]
 ) -> None:
     """Items of all buckets, some with contexts beyond the model's length, in batches that do not divide them."""
-    questions = encode_items(read_items(str(items), "--data"), load_tokenizer(str(model)), 192)
-    lengths = {len(row) - 1 for row in questions.rows}
+    asked = read_items(str(items), "--data")
+    rows = encode("HellaSwag", questions(asked), load_tokenizer(str(model)), 192)
+    lengths = {len(tokens) - 1 for tokens in rows.tokens}
     assert min(lengths) < 128 < max(lengths) == 192
     config, weights = load_weights(model)
     ours, train = build_model(config, weights, model), TrainConfig(eval_batch_size=7)
     runtime = TorchRuntime(TorchConfig(), train)
     runtime.setup_model(ours)
-    result = HellaSwag(questions, ours, runtime, 7).run()
-    np.testing.assert_allclose(result.log_probabilities, expected[0], rtol=1e-5, atol=1e-4)
-    assert (result.acc, result.acc_norm, result.items) == (*expected[1:], ITEMS)
+    found = MultipleChoice("HellaSwag", rows, ours, runtime, 7).run()
+    np.testing.assert_allclose(found, expected[0], rtol=1e-5, atol=1e-4)
+    result = accuracy(asked, found)
+    assert (result.acc, result.acc_norm, len(result.right)) == (*expected[1:], ITEMS)
     assert result.acc != result.acc_norm, "or one of them could be taken for the other"
     assert ours.training, "training continues after it"
 
@@ -166,15 +169,18 @@ GOOD = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e",
         (json.dumps({**GOOD, "label": ""}), "line 1: is not one of HellaSwag's"),
         (json.dumps({**GOOD, "label": 4}), "line 1: an item has 4 endings, and a label from 0 to 3"),
         (json.dumps({name: GOOD[name] for name in GOOD if name != "ctx_b"}), "line 1: lacks ctx_b"),
-        (json.dumps({**GOOD, "endings": ["d", "e", "f", "g" * 300]}), "item 1: its ending 4 has 301 tokens"),
+        (json.dumps({**GOOD, "endings": ["d", "e", "f", "g" * 300]}), "item 1: its answer 4 has 301 tokens"),
     ],
 )
 def test_what_is_wrong_with_items_is_said_before_the_first_step(line: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text(line + "\n")
+
+    def encoded() -> None:
+        asked = questions(read_items(str(tmp_path / "items.jsonl"), "--hellaswag-data"))
+        encode("HellaSwag", asked, load_tokenizer("bytes"), seq_length=192)
+
     with pytest.raises(InputError, match=re.escape(says)) as error:
-        encode_items(
-            read_items(str(tmp_path / "items.jsonl"), "--hellaswag-data"), load_tokenizer("bytes"), seq_length=192
-        )
+        encoded()
     assert "\n" not in str(error.value)
 
 
