@@ -33,7 +33,7 @@ PAGES = {
     "docs/resuming.md": (0, 5),
     "docs/run-folder.md": (1, 4),
     "docs/generation.md": (4, 2),
-    "docs/evaluation.md": (1, 3),
+    "docs/evaluation.md": (1, 5),
     "docs/checkpoints.md": (0, 5),
     "docs/architecture.md": (0, 1),
     "docs/glossary.md": (0, 1),

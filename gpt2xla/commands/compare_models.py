@@ -11,7 +11,15 @@ from gpt2xla.commands.plot_loss import check_picture, importing_matplotlib
 from gpt2xla.config import TOKENIZER_HELP, option, paths, require_at_least
 from gpt2xla.config.options import flag
 from gpt2xla.errors import InputError, user_error
-from gpt2xla.evals.options import MMLU_DATA_HELP, OUTPUT_HELP, SHOTS_HELP, EvalConfig, TableFiles, open_runtime
+from gpt2xla.evals.options import (
+    MMLU_DATA_HELP,
+    OUTPUT_HELP,
+    SHOTS_HELP,
+    SUBJECTS_HELP,
+    EvalConfig,
+    TableFiles,
+    open_runtime,
+)
 from gpt2xla.files import write_whole
 
 
@@ -40,6 +48,7 @@ class CompareConfig(EvalConfig):
         "all", "number of batches of --batch-size, or all: each token of the split once"
     )
     shots: int = option(0, SHOTS_HELP)
+    subjects: tuple[str, ...] = option((), SUBJECTS_HELP)
     mmlu_data: str | None = option(None, MMLU_DATA_HELP, is_path=True, check=paths.check_file)
     hellaswag_data: str | None = option(
         None,
@@ -68,7 +77,7 @@ def main() -> None:
     if len(options.valid_dir) not in (0, 1, len(options.model)):
         given = f"{len(options.valid_dir)} folders for {len(options.model)} models"
         raise InputError(f"--valid-dir names {given}; name one, or one for each model")
-    for needed, others in (("mmlu", ("mmlu_data", "shots")), ("hellaswag", ("hellaswag_data",))):
+    for needed, others in (("mmlu", ("mmlu_data", "shots", "subjects")), ("hellaswag", ("hellaswag_data",))):
         for name in others:
             if getattr(options, name) and not getattr(options, needed):
                 raise InputError(f"{flag(name)} needs {flag(needed)}; add it")
@@ -85,10 +94,11 @@ def main() -> None:
     from gpt2xla.runtime.leaving import leaving_together
     from gpt2xla.runtime.precision import label
 
+    subjects = mmlu.chosen_subjects(options.subjects)
     tasks = Tasks(
         valid_dirs=[split_folder(folder, "test", "--valid-dir") for folder in options.valid_dir],
         hellaswag=hellaswag.read_items(options.hellaswag_data, "--hellaswag-data") if options.hellaswag else None,
-        mmlu=mmlu.read_items(options.mmlu_data, "--mmlu-data", options.shots) if options.mmlu else None,
+        mmlu=mmlu.read_items(options.mmlu_data, "--mmlu-data", options.shots, subjects) if options.mmlu else None,
         shots=options.shots,
     )
     sources = [locate(model) for model in options.model]

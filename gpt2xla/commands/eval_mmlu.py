@@ -4,7 +4,15 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import MODEL_HELP, TOKENIZER_HELP, option, paths, require_at_least
-from gpt2xla.evals.options import MMLU_DATA_HELP, OUTPUT_HELP, SHOTS_HELP, EvalConfig, TableFiles, open_runtime
+from gpt2xla.evals.options import (
+    MMLU_DATA_HELP,
+    OUTPUT_HELP,
+    SHOTS_HELP,
+    SUBJECTS_HELP,
+    EvalConfig,
+    TableFiles,
+    open_runtime,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +21,7 @@ class MmluConfig(EvalConfig):
 
     model: str = option(MISSING, MODEL_HELP, is_path=True, check=paths.check_model)
     shots: int = option(0, SHOTS_HELP)
-    subjects: tuple[str, ...] = option((), "subjects or groups to ask (default: all 57)")
+    subjects: tuple[str, ...] = option((), SUBJECTS_HELP)
     data: str | None = option(None, MMLU_DATA_HELP, is_path=True, check=paths.check_file, other_names=("mmlu_data",))
     tokenizer: str | None = option(
         None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True, check=paths.check_tokenizer

@@ -1,1 +1,1 @@
-"""Measures of a model: validation loss, HellaSwag, perplexity tables and sample texts."""
+"""Measures of a model: validation loss, HellaSwag, MMLU, tables of models and sample texts."""

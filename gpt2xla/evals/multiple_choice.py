@@ -129,7 +129,7 @@ def encode(name: str, questions: Sequence[Question], tokenizer: Tokenizer, seq_l
     answer; blanks at the end of a context belong to it. A context that is too long loses its beginning. Raises InputError if
     an answer has no token, or more tokens than a model of `seq_length` can predict."""
     rows = Rows([], [], len(questions[0].answers), 1, seq_length)
-    has_one_input = True  # of each question, whatever the answer: answers of a single token
+    has_one_input = True  # of each question, whatever the answer: these differ in their last token only
     for first in range(0, len(questions), _ENCODED_AT_ONCE):
         part = questions[first : first + _ENCODED_AT_ONCE]
         contexts = tokenizer.encode_batch([question.context.rstrip() for question in part])

@@ -20,6 +20,7 @@ MMLU_DATA_HELP = (
     "folder of MMLU: a download of cais/mmlu, or the authors' data.tar unpacked (default: fetched from the hub)"
 )
 SHOTS_HELP = "examples before each question, at most 5: none is lm-evaluation-harness's default, 5 the paper's"
+SUBJECTS_HELP = "subjects or groups of MMLU to ask (default: all 57)"
 OUTPUT_HELP = "also write the table to this path + .md, and full precision to + .json (default: only print it)"
 
 

@@ -26,15 +26,14 @@ def draw(
         figure = Figure(figsize=(max(6.0, 2.0 + 1.1 * sum(groups)), 5), dpi=120, layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=groups)[0]
         for of, (label, figures) in zip(axes, panels.items(), strict=True):
-            _draw_panel(of, label, figures, len(models))
-        handles = axes[0].containers[: len(models)]
+            handles = _draw_panel(of, label, figures, len(models))
         names = [f" {shortened(model, 60)}" for model in models]
         legend = figure.legend(
             handles, names, loc="outside upper left", fontsize=9, ncols=1 if max(map(len, names)) > 30 else 3
         )
         for text in legend.get_texts():
             text.set_parse_math(False)  # a name may hold dollars
-        note = "Bars: the standard error." + (" Line: guessing." if "Accuracy" in panels else "")
+        note = "Whiskers: the standard error." + (" Dashed line: guessing." if "Accuracy" in panels else "")
         figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color="#555555")
         content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=120)
@@ -43,23 +42,27 @@ def draw(
 
 def _draw_panel(
     axes: Any, label: str, figures: Mapping[str, Sequence[tuple[float, float | None]]], models: int
-) -> None:
-    width = 0.8 / models
+) -> list[Any]:
+    """Draw the bars, and return those of each model."""
+    width, drawn = 0.8 / models, []
     for model in range(models):
         values = [of[model][0] for of in figures.values()]
         places = [group + (model - (models - 1) / 2) * width for group in range(len(figures))]
         errors = [of[model][1] or 0.0 for of in figures.values()]
-        axes.bar(places, values, width * 0.92, color=Look(model).color)
+        drawn.append(axes.bar(places, values, width * 0.92, color=Look(model).color))
         axes.errorbar(places, values, errors, fmt="none", ecolor="#333333", capsize=2, elinewidth=1)
         if models <= _MOST_LABELLED:
             for place, value, error in zip(places, values, errors, strict=True):
-                axes.annotate(f"{value:.3f}", (place, value + error), (0, 3), textcoords="offset points", ha="center",
-                              fontsize=7)  # fmt: skip
+                axes.annotate(
+                    f"{value:.3f}", (place, value + error), (0, 3), textcoords="offset points", ha="center", fontsize=7,
+                    bbox={"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.3},
+                )  # fmt: skip
     axes.set_xticks(range(len(figures)), [_in_lines(name) for name in figures], fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel(label)
     if label == "Accuracy":
         axes.axhline(CHANCE, color="#555555", ls=(0, (5, 3)), lw=1, zorder=0)
+    return drawn
 
 
 def _in_lines(name: str) -> str:

@@ -4,12 +4,15 @@ scorers in float64, made of Hugging Face's model and tokenizer.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from conftest import prepare_documents
 from transformers import AutoTokenizer, GPT2LMHeadModel
@@ -17,7 +20,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from gpt2xla.checkpoint.formats.hugging_face import save_model
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.shards import TokenStream
-from gpt2xla.data.tokenizer import load_tokenizer
+from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
 
@@ -30,14 +33,15 @@ def make_split(folder: Path) -> Path:
     return prepare_documents(folder) / "test"
 
 
-def make_model(folder: Path, seq_length: int = 192, seed: int = 0) -> Path:
-    """Random weights, large enough for the model to have opinions."""
-    model = GPT2(ModelConfig(257, seq_length, 32, 2, 2))
+def make_model(folder: Path, seq_length: int = 192, seed: int = 0, tokenizer: Tokenizer | None = None) -> Path:
+    """Random weights, large enough for the model to have opinions. The tokenizer is that of bytes by default."""
+    tokenizer = tokenizer or load_tokenizer("bytes")
+    model = GPT2(ModelConfig(tokenizer.vocab_size, seq_length, 32, 2, 2))
     model.init_weights(torch.Generator().manual_seed(seed))
     folder.mkdir()
     state = {name: tensor * 6 if tensor.dim() > 1 else tensor for name, tensor in model.state_dict().items()}
-    save_model(folder, model.config, state, GenerationSettings.ending_with(256))
-    load_tokenizer("bytes").save(folder)
+    save_model(folder, model.config, state, GenerationSettings.ending_with(tokenizer.eot_id))
+    tokenizer.save(folder)
     return folder
 
 
@@ -66,6 +70,73 @@ def make_items(file: Path, count: int = 200) -> list[dict]:
     ]
     file.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
     return items
+
+
+# Made up; of three groups.
+MMLU_SUBJECTS = {"formal_logic": 9, "us_foreign_policy": 6, "abstract_algebra": 12, "astronomy": 7}
+_MMLU_EXAMPLES = 3
+
+
+def make_mmlu(folder: Path) -> Path:
+    """Questions in the form of the authors' data.tar, some longer than a model of 192 tokens, with blanks and lines as the
+    real ones have, and in the form of the hub beside it."""
+    draw = random.Random(2)
+    words = 'which group of "order 7" is cyclic, naïve or the 🙂\nlarger one? it has no proper subgroup'.split(" ")
+
+    def text(least: int, most: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(draw.randint(least, most)))
+
+    (folder / "all").mkdir(parents=True)
+    for split, counts in (("test", MMLU_SUBJECTS), ("dev", dict.fromkeys(MMLU_SUBJECTS, _MMLU_EXAMPLES))):
+        (folder / "tar" / split).mkdir(parents=True)
+        rows = []
+        for subject, count in counts.items():
+            own = [
+                {
+                    "question": draw.choice(["", " "]) + text(2, 45) + draw.choice(["", "\n"]),
+                    "subject": subject,
+                    "choices": [text(1, 5) + draw.choice(["", " "]) for _ in range(4)],
+                    "answer": draw.randrange(4),
+                }
+                for _ in range(count)
+            ]
+            with (folder / "tar" / split / f"{subject}_{split}.csv").open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([row["question"], *row["choices"], "ABCD"[row["answer"]]] for row in own)
+            rows += own
+        pq.write_table(pa.Table.from_pylist(rows), folder / "all" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def reference_mmlu(model_folder: Path, data: Path, shots: int) -> tuple[np.ndarray, dict[str, list[bool]]]:
+    """Of each answer, one forward pass each; and by subject, which questions are answered rightly."""
+    model = GPT2LMHeadModel.from_pretrained(model_folder).double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+
+    def asked(row: dict) -> str:
+        a, b, c, d = row["choices"]
+        return row["question"].strip() + "\nA. " + a + "\nB. " + b + "\nC. " + c + "\nD. " + d + "\nAnswer:"
+
+    test, dev = (
+        pq.read_table(data / "all" / f"{split}-00000-of-00001.parquet").to_pylist() for split in ("test", "dev")
+    )
+    found, right = [], {subject: [] for subject in MMLU_SUBJECTS}
+    for row in test:
+        about = " ".join(row["subject"].split("_"))
+        context = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+        for example in [one for one in dev if one["subject"] == row["subject"]][:shots]:
+            context += asked(example) + " " + "ABCD"[example["answer"]] + "\n\n"
+        context += asked(row)
+        sums = []
+        for letter in "ABCD":
+            whole = tokenizer.encode(context + " " + letter)
+            count = len(whole) - len(tokenizer.encode(context))
+            whole = whole[-(model.config.n_positions + 1) :]
+            with torch.no_grad():
+                log_probabilities = model(torch.tensor([whole[:-1]])).logits[0].log_softmax(-1)
+            sums.append(sum(log_probabilities[i - count, whole[i - count]].item() for i in range(count)))
+        found.append(sums)
+        right[row["subject"]].append(max(range(4), key=lambda i: sums[i]) == row["answer"])
+    return np.array(found), right
 
 
 def reference_losses(model_folder: Path, split: Path) -> tuple[np.ndarray, np.ndarray]:
