@@ -74,7 +74,7 @@ def make_items(file: Path, count: int = 200) -> list[dict]:
 
 # Made up; of three groups.
 MMLU_SUBJECTS = {"formal_logic": 9, "us_foreign_policy": 6, "abstract_algebra": 12, "astronomy": 7}
-_MMLU_EXAMPLES = 3
+_MMLU_EXAMPLES = 5
 
 
 def make_mmlu(folder: Path) -> Path:
