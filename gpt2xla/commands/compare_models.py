@@ -57,10 +57,7 @@ class CompareConfig(EvalConfig):
         check=paths.check_file,
     )
     tokenizer: str | None = option(
-        None,
-        f"{TOKENIZER_HELP}, for models without one (default: each model's own)",
-        is_path=True,
-        check=paths.check_tokenizer,
+        None, f"{TOKENIZER_HELP}, of all models (default: each model's own)", is_path=True, check=paths.check_tokenizer
     )
     output: str | None = option(None, OUTPUT_HELP, is_path=True)
     plot: str | None = option(None, "also draw the table into this .png, .svg or .pdf", is_path=True)
