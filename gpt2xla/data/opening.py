@@ -17,7 +17,7 @@ from gpt2xla.data.mixture import PATTERN, Mixture
 from gpt2xla.data.remote import Cache, RemoteFolder
 from gpt2xla.data.shards import MANIFEST, Manifest, TokenStream
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer, match_tokenizer
-from gpt2xla.data.tokenizer_folder import has_tokenizer
+from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.data.windows import TrainingOrder, Windows, validation_windows
 from gpt2xla.errors import InputError
 
@@ -50,7 +50,7 @@ class TrainingData:
         Args:
             plan: how many sequences each update reads.
             source: the checkpoint that the run starts from. Without --tokenizer, its tokenizer is used before the shards',
-                but after them with --resize-vocab or where they are conversations.
+                with --resize-vocab after them.
 
         Raises InputError if data, tokenizer and options do not fit together.
         """
@@ -58,12 +58,11 @@ class TrainingData:
         validation = open_validation(config)
         config = with_document_mask(config, sets)
         order = _order(config, plan, sets, mixture, rank, world_size)
-        folders = [*([source] if source else []), *(windows.stream.folder for windows in sets)]
+        # A set of conversations may have more ids than a set of text that is mixed with it.
+        by_ids = sorted(sets, key=lambda w: w.stream.manifest.vocab_size if w.stream.manifest else 0, reverse=True)
+        folders = [*([source] if source else []), *(windows.stream.folder for windows in by_ids)]
         if config.general.resize_vocab:
             folders = [*folders[1:], *folders[:1]]
-        # One tokenizer may come with several templates: the one that counts is the one that the data were made with.
-        manifests = ((windows.stream.folder, windows.stream.manifest) for windows in sets)
-        folders = [*(folder for folder, manifest in manifests if manifest and manifest.chat_template), *folders]
         tokenizer = tokenizer_of(config, folders, [*sets, validation])
         return cls(config, order, validation, tokenizer, end_of_text_of(config, tokenizer, [*sets, validation]))
 
@@ -194,13 +193,15 @@ def ids_of(config: RunConfig, folder: str) -> int:
 
 
 def tokenizer_of_data(config: RunConfig) -> Tokenizer:
-    """Return --tokenizer, or else that of the first folder of --train-dir with one. Raises InputError if there is none."""
+    """Return --tokenizer, or else that of --train-dir, of several data sets the one with the most ids. Raises InputError if
+    there is none."""
     if config.data.tokenizer:
         return load_tokenizer(config.data.tokenizer)
-    for folder in parse_weights("--train-dir", config.data.train_dir)[0]:
-        if has_tokenizer(place := _manifest(config, folder)[1]):
-            return load_tokenizer(str(place))
-    raise InputError("--resize-vocab: there is no tokenizer beside --train-dir; name the data's with --tokenizer")
+    places = [_manifest(config, folder)[1] for folder in parse_weights("--train-dir", config.data.train_dir)[0]]
+    found = [load_tokenizer(str(place)) for place in places if has_tokenizer(place)]
+    if not found:
+        raise InputError("--resize-vocab: there is no tokenizer beside --train-dir; name the data's with --tokenizer")
+    return max(found, key=lambda tokenizer: tokenizer.vocab_size)
 
 
 def _manifest(config: RunConfig, folder: str) -> tuple[Manifest | None, Path]:
@@ -214,9 +215,11 @@ def tokenizer_of(config: RunConfig, folders: list[Path], windows: Sequence[Windo
     """Return the tokenizer of a run: --tokenizer, or the one in the first of `folders` that has one. Raises InputError if it
     is not the one that made the data `windows`, or these were made with different ones."""
     known = [(w.stream, w.stream.manifest) for w in windows if w.stream.manifest]
+    is_known = config.data.tokenizer or any(has_tokenizer(model_folder(folder)) for folder in folders)
     for stream, manifest in known[1:]:
         first_stream, first = known[0]
-        if manifest.tokenizer_sha256 != first.tokenizer_sha256:
+        may_extend = is_known and manifest.vocab_size != first.vocab_size  # `match_tokenizer` will tell
+        if manifest.tokenizer_sha256 != first.tokenizer_sha256 and not may_extend:
             raise InputError(
                 f"{stream.option} {stream.name} was made with another tokenizer ({manifest.tokenizer}) than "
                 f"{first_stream.option} {first_stream.name} ({first.tokenizer}); prepare both with one"

@@ -80,9 +80,12 @@ class Tokenizer:
         """The type of its ids in shards: uint16, or uint32 for more than 65,536 ids."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
-    def sha256_below(self, ids: int) -> str:
-        """Return the `sha256` of the same tokenizer without the ids from `ids` on: its hash before these were added."""
-        return _hash_of_vocabulary(self.backend, ids)
+    def made(self, manifest: Manifest) -> bool:
+        """Tell whether this tokenizer made a split, or did before tokens were added to it, such as those of a chat: they do
+        not change how a text is encoded."""
+        if manifest.vocab_size < self.vocab_size:
+            return _hash_of_vocabulary(self.backend, manifest.vocab_size) == manifest.tokenizer_sha256
+        return self.sha256 == manifest.tokenizer_sha256
 
     def id_of(self, role: str) -> int | None:
         """Return the id of a special token by its name in `tokenizer_config.json`, such as "pad_token", or None."""
@@ -256,7 +259,7 @@ def match_tokenizer(
         return None
     tokenizer = load_tokenizer(found)
     for manifest in manifests:
-        if manifest.tokenizer_sha256 != tokenizer.sha256:
+        if not tokenizer.made(manifest):
             fix = "leave --tokenizer out" if asked else "name the shards' with --tokenizer to change to it"
             if not asked and manifest.vocab_size > tokenizer.vocab_size:
                 fix = "if theirs only adds tokens, train with --resize-vocab"

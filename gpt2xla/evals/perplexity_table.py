@@ -131,8 +131,7 @@ def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None
     folder = model_folder(source)
     if manifest is None or not has_tokenizer(folder):
         return
-    # Tokens that were added to the tokenizer since, such as those of a chat, do not change how a text is encoded.
-    if load_tokenizer(str(folder)).sha256_below(manifest.vocab_size) != manifest.tokenizer_sha256:
+    if not load_tokenizer(str(folder)).made(manifest):
         raise InputError(
             f"--model {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss there "
             f"means nothing; prepare the text again with --tokenizer {folder}"

@@ -139,6 +139,20 @@ def test_our_own_checkpoint_begins_a_new_run(tuned: Path, tmp_path: Path) -> Non
     assert (start.config.model.vocab_size, start.config.model.real_vocab_size) == (384, 261)
 
 
+def test_conversations_are_mixed_with_text_of_the_tokenizer_that_theirs_extends(
+    theirs: Path, chats: Path, tmp_path: Path
+) -> None:
+    text = data_of(tmp_path, load_tokenizer("bytes"))
+    for number, (first, second) in enumerate([(text, chats), (chats, text)]):
+        shown = succeed(
+            run_here(
+                "run_pretrain.py", *INSTRUCT, *SMALL, "--from-checkpoint", theirs, "--train-dir", f"{first / 'train'}=0.5",
+                f"{second / 'train'}=0.5", "--valid-dir", text / "test", "--checkpoints-dir", tmp_path / f"run-{number}",
+            )
+        )  # fmt: skip
+        assert "3 new ones" in shown
+
+
 def test_with_nothing_to_add_it_says_so_and_changes_nothing(theirs: Path, tmp_path: Path) -> None:
     data = data_of(tmp_path, load_tokenizer("bytes"))
     start = begin(theirs, data, "--resize-vocab")
