@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from gpt2xla.cli import OneLineParser, path
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 
 SHOWN_CHARACTERS = 300
 SHOWN_IDS = 20
+SHOWN_CONVERSATIONS = 4  # of a row
+SHOWN_START, SHOWN_END = 120, 40  # characters of a run of trained tokens, or of others
 
 
 def main() -> None:
@@ -24,7 +29,15 @@ def main() -> None:
     parser.add_argument(
         "folder", type=path, metavar="DIR", help="folder or URL of shards, or one with train/ and test/"
     )
-    parser.add_argument("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
+    parser.add_argument(
+        "--documents", "--rows", type=int, default=3, metavar="N", help="documents or rows to show (default: 3)"
+    )
+    parser.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="show trained tokens in color instead of in [[ ]] (default: auto, on a terminal unless NO_COLOR is set)",
+    )
     parser.add_argument(
         "--tokenizer", type=path, metavar="PATH", help=f"{TOKENIZER_HELP} (default: the one beside the shards)"
     )
@@ -54,13 +67,17 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
     for note in stream.notes:
         print(note)
     if manifest:
-        print(f"{counted(manifest.documents, 'document')}, {manifest.bytes / manifest.tokens:.2f} bytes per token")
+        what = "conversation" if manifest.row_length else "document"
+        print(f"{counted(manifest.documents, what)}, {manifest.bytes / manifest.tokens:.2f} bytes per token")
     if known:
         of = manifest.tokenizer if manifest else options.tokenizer or stream.folder
         print(f"tokenizer {of}, {known.vocab_size:,} ids, end of text {eot_id}")
-    show_documents(stream, tokenizer, eot_id, options.documents)
+    if manifest and manifest.row_length:
+        show_rows(stream, tokenizer, options)
+    else:
+        show_documents(stream, tokenizer, eot_id, options.documents)
     found = contents(stream, known.vocab_size if known else None, eot_id)
-    if found.documents:
+    if found.documents and not (manifest and manifest.row_length):
         print(
             f"{counted(found.documents, 'document')} counted, tokens in each: mean {found.mean_length:.1f}, median "
             f"{found.length_quantile(0.5):,}, 90% at most {found.length_quantile(0.9):,}, longest {max(found.lengths):,}"
@@ -90,3 +107,49 @@ def show_documents(stream: TokenStream, tokenizer: Tokenizer | None, eot_id: int
         else:
             shown = " ".join(map(str, ids[:SHOWN_IDS])) + (" ..." if len(ids) > SHOWN_IDS else "")
         print(f"  token {position:,}: {shown}")
+
+
+def show_rows(stream: TokenStream, tokenizer: Tokenizer | None, options: argparse.Namespace) -> None:
+    from gpt2xla.data.row_inspection import count_rows, sample_rows
+
+    on_terminal = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    in_color = options.color == "always" or (options.color == "auto" and on_terminal)
+    before, after = ("\x1b[32m", "\x1b[0m") if in_color else ("[[", "]]")
+    if options.documents:
+        print(f"trained tokens are shown {before}{'green' if in_color else 'so'}{after}")
+    for row in sample_rows(stream, options.documents):
+        held = counted(len(row.starts), "conversation")
+        print(f"  row {row.number:,}: {held}, {row.trained.sum():,} of {len(row.ids):,} tokens trained")
+        for number, runs in enumerate(row.conversations()):
+            if number == SHOWN_CONVERSATIONS:
+                print(f"    ... and {len(row.starts) - number} more")
+                break
+            texts = [shown(ids, tokenizer, in_color) for ids, _ in runs]
+            print("    " + "".join(f"{before}{t}{after}" if run[1] else t for t, run in zip(texts, runs, strict=True)))
+    found = count_rows(stream)
+    print(
+        f"{counted(found.rows, 'row')} of {found.length:,} tokens, conversations in each: mean {found.mean:.1f}, least "
+        f"{min(found.conversations):,}, most {max(found.conversations):,}"
+    )
+    print(
+        f"trained: {counted(found.trained, 'token')}, {found.trained / found.tokens:.1%} of the rows; "
+        f"fill at the end of rows: {counted(found.fill, 'token')}, {found.fill / found.tokens:.1%}"
+    )
+
+
+def shown(ids: list[int], tokenizer: Tokenizer | None, in_color: bool) -> str:
+    """Return the text of `ids` in one line, without its middle if it is long. A backslash stands before what looks like a
+    mark or a special token, but is letters."""
+    if tokenizer is None:
+        return f" {' '.join(map(str, ids[:SHOWN_IDS]))} {'... ' if len(ids) > SHOWN_IDS else ''}"
+    special = {tokenizer.backend.token_to_id(token): token for token, yes in tokenizer.added.items() if yes}
+    escaped = [*special.values(), *(() if in_color else ("[[", "]]"))]
+    text = ""
+    for is_special, run in groupby(ids, special.__contains__):
+        part = tokenizer.decode(list(run))
+        if not is_special:
+            part = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in part.replace("\\", r"\\"))
+            for look_alike in escaped:
+                part = part.replace(look_alike, f"\\{look_alike}")
+        text += part
+    return text if len(text) <= SHOWN_START + SHOWN_END else f"{text[:SHOWN_START]} ... {text[-SHOWN_END:]}"
