@@ -11,13 +11,19 @@ from typing import Any
 
 import nbformat
 import pytest
+import torch
 from conftest import ROOT, SMALL_RUN, metrics, require_xla, run, run_here, training_losses
+from instruct_records import alpaca, write_lines
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gpt2xla.checkpoint.run_folder import list_checkpoints
+from gpt2xla.data.tokenizer import load_tokenizer
 
 NOTEBOOKS = ["kaggle_tpu.ipynb", "colab.ipynb"]
+INSTRUCT = "instruct.ipynb"
+COMMANDS = dict.fromkeys(NOTEBOOKS, 12) | {INSTRUCT: 9}
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -101,6 +107,33 @@ def test_every_cell_runs_and_the_run_resumes(
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["CPU", "GPU"])
+def test_gpt2_learns_to_answer(device: str, small: dict[str, object], tmp_path: Path) -> None:
+    """On XLA, and on the torch runtime as on a GPU. The base model is GPT-2's kind without the tokens of the template."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=257, n_positions=128, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)
+    ).save_pretrained(tmp_path / "base")
+    load_tokenizer("bytes").save(tmp_path / "base")
+    write_lines(tmp_path / "instructions" / "some.jsonl", alpaca(80))
+    values = dict(BASE=str(tmp_path / "base"), DATASET=str(tmp_path / "instructions"), SEQ_LENGTH=128, EPOCHS=2)
+    here = {name: small[name] for name in ("FOLDER", "WORK")}
+    notebook = execute(INSTRUCT, values | here | {"DEVICE": device, "QUESTIONS": ["Add 1 and 2.", "Repeat"]}, "install")
+    text = printed(notebook.cells)
+    assert "error:" not in text, text
+    assert "best checkpoint: " in text
+    assert "[[" in printed(cells_tagged(notebook, "data"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat" / "best")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "chat" / "best")
+    assert model.config.vocab_size > 257
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [257, 258]
+    losses = [line["valid_loss"] for line in metrics(tmp_path / "chat") if "valid_loss" in line]
+    assert min(losses) < losses[0]
+    assert text.count('"prompt') >= 2, "both questions were answered"
+    assert sum("image/png" in o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", [])) == 1
+
+
 def test_a_download_that_fails_stops_the_notebook_at_its_cell_with_the_reason(small: dict[str, object]) -> None:
     with pytest.raises(
         CellExecutionError, match=r"exit code 2; .*--dataset owner/no-such-set: HF_HUB_OFFLINE"
@@ -112,7 +145,7 @@ def test_a_download_that_fails_stops_the_notebook_at_its_cell_with_the_reason(sm
     assert not any(cell.outputs for cell in code[code.index(failed[0]) + 1 :])
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_installing_needs_a_repository_and_never_asks_for_a_password(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,20 +161,20 @@ def test_installing_needs_a_repository_and_never_asks_for_a_password(
         values["run"]("read password; echo the reason; exit ${password:-9}")
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_notebook_is_short_and_holds_no_output(name: str) -> None:
     notebook = read(name)
     assert 8 <= len(notebook.cells) <= 12
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_programs_know_every_flag_with_the_notebooks_own_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = namespace(name, monkeypatch) | {"EXTRA": "[xla-tpu]", "steps": 10, "hours_left": 8.0}
     source = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "code")
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     commands = [eval(ast.unparse(c.args[0]), values) for c in calls if getattr(c.func, "id", "") == "run"]
-    assert len(commands) == 12, commands
+    assert len(commands) == COMMANDS[name], commands
     for words in map(shlex.split, commands):
         if words[0] == "git":
             continue
