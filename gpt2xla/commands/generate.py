@@ -108,6 +108,8 @@ class GenerateConfig:
             raise InputError("--system goes with --chat; add it, or leave --system out")
         if not self.chat:
             return
+        if self.prompt is not None and not self.prompt.strip():
+            raise InputError("--prompt is empty; write a message")
         if self.special_tokens_in_text != "as-text":
             raise InputError(
                 f"--special-tokens-in-text {self.special_tokens_in_text}: in messages they are always letters; leave it out"

@@ -73,12 +73,13 @@ class Comparison:
         """Measure the models. Collective. Raises InputError if a model does not know the tokens of its split, or has no
         tokenizer."""
         within = [stays_in_documents(source) for source in sources]
-        if self.tasks.valid_dirs and len(set(within)) > 1:
-            self.notes.append(_WITHIN_DOCUMENTS)
         for number, (model, source) in enumerate(zip(self.models, sources, strict=True)):
             figures: dict[str, Figure] = {}
             if valid_dir := self.tasks.valid_dir(number):
-                figures |= _of_loss(measure_one(model, source, valid_dir, train, runtime, all(within)), valid_dir)
+                row = measure_one(model, source, valid_dir, train, runtime, all(within))
+                figures |= _of_loss(row, valid_dir)
+                if within[number] and not row.within_documents:
+                    self.notes += [] if _WITHIN_DOCUMENTS in self.notes else [_WITHIN_DOCUMENTS]
             figures |= self._of_choices(source, tokenizer, train, runtime)
             self.figures.append(figures)
 

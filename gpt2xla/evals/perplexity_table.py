@@ -113,8 +113,9 @@ def measure_one(
     if config.train.document_mask:
         tokenizer = tokenizer_of(config, [source], [windows])
         model.end_of_text = end_of_text_of(config, tokenizer, [windows])
-        why = "the split is masked rows" if windows.stream.is_masked else f"{name} was trained with --document-mask"
-        if runtime.is_main:
+        was_trained_so = stays_in_documents(source)
+        if runtime.is_main and was_trained_so != windows.stream.is_masked:  # else it is measured as expected
+            why = f"{name} was trained with --document-mask" if was_trained_so else "the split is masked rows"
             say(f"note: {name} is measured within documents: {why}", error=True)
     del weights
     validator = Validator(config, windows, model, runtime, f"validation step of {name}")

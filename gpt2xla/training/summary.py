@@ -27,6 +27,7 @@ from gpt2xla.runtime.precision import label
 # language models").
 _MOST_EPOCHS = 4
 _TOKENS_TO_LOOK_AT = 1_000_000
+_FEW_UPDATES = 50  # of --epochs; warm-up and decay would take turns of one or two
 
 
 def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2) -> None:
@@ -147,6 +148,9 @@ def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
     if tokens < USEFUL_TOKENS:
         split = f"the validation split has only {counted(tokens, 'token')}"
         yield f"note: {split}, so {noise_of(tokens)}; prepare the data with more text"
+    if train.epochs is not None and train.train_steps < _FEW_UPDATES:
+        made = f"{counted(train.train_steps, 'update')} of {counted(train.sequences, 'sequence')}"
+        yield f"note: --epochs {train.epochs:g} is only {made}; a lower --sequences-per-update makes more"
     if any(windows.stream.is_masked for windows in data.order.sets):
         how = (
             "stays within each (--document-mask)"
