@@ -6,9 +6,7 @@ All of it depends on the conversations, the tokenizer, the template and the opti
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,16 +18,15 @@ from gpt2xla.chat.options import ChatConfig
 from gpt2xla.chat.sources import Source, find_sources, samples_of
 from gpt2xla.chat.template import ChatTemplate
 from gpt2xla.data.documents.corpus import Position, Split
-from gpt2xla.data.preparation.record import RECORD, SPLITS, Record, is_prepared, manifests_of
+from gpt2xla.data.preparation.output_folder import being_prepared, publish, refuse_other_splits
+from gpt2xla.data.preparation.record import SPLITS, Record, is_prepared, manifests_of
 from gpt2xla.data.preparation.rows import Sample, write_rows
 from gpt2xla.data.preparation.splitting import uniform
 from gpt2xla.data.preparation.writer import Written
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
-from gpt2xla.errors import InputError, RunFailed, counted, user_error
-from gpt2xla.processes.locks import locked
+from gpt2xla.errors import InputError, counted
 
-_PARTIAL = ".partial"
 _DECISIVE = (
     "format", "chat_template", "add_special_tokens", "system", "loss_on", "seq_length", "too_long", "test_fraction", "seed",
     "shard_size",
@@ -48,7 +45,7 @@ def prepare(config: ChatConfig, say: Callable[[str], None] = print) -> dict[Spli
         RunFailed: the disk is full, or the hub does not answer.
     """
     config.check()
-    output_dir, what = Path(config.output_dir), f"--output-dir {config.output_dir}"
+    output_dir = Path(config.output_dir)
     tokenizer, template = _fitted(config, say)
     sources = find_sources(config, say)
     files = [file for source in sources for file in source.files]
@@ -57,37 +54,18 @@ def prepare(config: ChatConfig, say: Callable[[str], None] = print) -> dict[Spli
     settings["chat_template_sha256"] = hashlib.sha256(template.source.encode()).hexdigest()
     if is_prepared(output_dir, settings, files, say):
         return manifests_of(output_dir)
-    partial, is_new = output_dir / _PARTIAL, not output_dir.exists()
-    with user_error(what):
-        partial.mkdir(parents=True, exist_ok=True)
-    with user_error(what), locked(partial / "lock", what):
-        try:
-            if written := Record.load(partial):  # only the last renames are missing
-                written.check(settings, files, partial, complete=True)
-            else:
-                for split in SPLITS:
-                    if (output_dir / split).exists():
-                        raise InputError(f"{what}: {split}/ exists already; remove it or choose another")
-                    shutil.rmtree(partial / split, ignore_errors=True)
-                for split, samples in _samples(sources, tokenizer, template, config, say).items():
-                    _write(partial / split, samples, tokenizer, template, config, say)
-                described = [(file.name, file.size, file.how) for file in files]
-                splits = {split: Written([]) for split in SPLITS}
-                Record(settings, described, Position(len(files), 0), splits).save(partial)
-            for split in SPLITS:
-                if not (output_dir / split).exists():
-                    os.rename(partial / split, output_dir / split)
-            os.rename(partial / RECORD, output_dir / RECORD)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise RunFailed(f"{what}: no space left on the disk; free some and give the same command again") from None
-        finally:
-            if not (partial / RECORD).exists():
-                shutil.rmtree(partial, ignore_errors=True)
-                if is_new and not any(output_dir.iterdir()):
-                    output_dir.rmdir()
-    return manifests_of(output_dir)
+    with being_prepared(output_dir) as partial:
+        if written := Record.load(partial):  # only the last renames are missing
+            written.check(settings, files, partial, complete=True)
+            return publish(partial, output_dir)
+        refuse_other_splits(output_dir)
+        for split, samples in _samples(sources, tokenizer, template, config, say).items():
+            shutil.rmtree(partial / split, ignore_errors=True)  # what a killed preparation left
+            _write(partial / split, samples, tokenizer, template, config, say)
+        described = [(file.name, file.size, file.how) for file in files]
+        splits = {split: Written([]) for split in SPLITS}
+        Record(settings, described, Position(len(files), 0), splits).save(partial)
+        return publish(partial, output_dir)
 
 
 def _fitted(config: ChatConfig, say: Callable[[str], None]) -> tuple[Tokenizer, ChatTemplate]:

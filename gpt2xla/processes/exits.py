@@ -69,7 +69,7 @@ def exit_code(main: Callable[[], None]) -> int:
         print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
         is_known = isinstance(error, InputError | RunFailed | KeyboardInterrupt) or is_out_of_memory(error)
-        if not (is_known or _is_disk_full(error) or _has_no_reader(error)):
+        if not (is_known or is_disk_full(error) or _has_no_reader(error)):
             raise
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_MAIN)
@@ -98,7 +98,7 @@ def report(error: BaseException) -> int:
         return _NO_READER
     if is_out_of_memory(error):
         error = RunFailed("out of memory; end other programs, or choose a smaller batch or model")
-    if _is_disk_full(error):
+    if is_disk_full(error):
         _silence()
         error = RunFailed("the disk is full, or your quota on it; free some space and start again")
     if isinstance(error, InputError | RunFailed):
@@ -138,7 +138,7 @@ def _has_no_reader(error: BaseException) -> bool:
     return isinstance(error, BrokenPipeError) and any(map(_is_broken, (sys.stdout, sys.stderr)))
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Tell whether a disk is full. It may be the one that standard output goes to."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 

@@ -6,9 +6,7 @@ everything lies in `.partial`, with a record of the progress: a killed preparati
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
 import shutil
 import time
 from collections import deque
@@ -24,17 +22,16 @@ from tqdm import tqdm
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.preparation.options import PrepareConfig
-from gpt2xla.data.preparation.record import RECORD, SPLITS, Record, is_prepared, manifests_of
+from gpt2xla.data.preparation.output_folder import being_prepared, publish, refuse_other_splits
+from gpt2xla.data.preparation.record import SPLITS, Record, is_prepared, manifests_of
 from gpt2xla.data.preparation.spelled_tokens import SpelledInCorpus
 from gpt2xla.data.preparation.splitting import Assigned, Splitter
 from gpt2xla.data.preparation.tokenizer_quality import first_loss
 from gpt2xla.data.preparation.writer import ShardWriter, Written
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
-from gpt2xla.errors import InputError, RunFailed, counted, user_error
-from gpt2xla.processes.locks import locked
+from gpt2xla.errors import InputError, counted
 
-_PARTIAL = ".partial"
 _SECONDS_BETWEEN_RECORDS = 2.0
 # Shards per corpus, for text of 6.7 bytes per token; English has 4.5 with GPT-2's tokenizer.
 _LEAST_BYTES_PER_BYTE = 0.3
@@ -77,27 +74,11 @@ def prepare(
     settings |= {name: getattr(config, name) for name in decisive}
     if is_prepared(output_dir, settings, parts, say):
         return manifests_of(output_dir)
-    partial, is_new = output_dir / _PARTIAL, not output_dir.exists()
-    what = f"--output-dir {output_dir}"
-    with user_error(what):
-        partial.mkdir(parents=True, exist_ok=True)
-    with user_error(what), locked(partial / "lock", what):
-        try:
-            preparation = _Preparation(parts, tokenizer, config, say, settings)
-            if preparation.record.position.part < len(parts):
-                preparation.run()
-            return preparation.finish()
-        except InputError:
-            if not (partial / RECORD).exists():  # nothing is lost with it
-                shutil.rmtree(partial, ignore_errors=True)
-                if is_new:
-                    output_dir.rmdir()
-            raise
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            fix = "free some and give the same command again, which resumes"
-            raise RunFailed(f"{what}: no space left on the disk; {fix}") from None
+    with being_prepared(output_dir, ", which resumes") as partial:
+        preparation = _Preparation(parts, tokenizer, config, say, partial, settings)
+        if preparation.record.position.part < len(parts):
+            preparation.run()
+        return preparation.finish()
 
 
 @dataclass
@@ -108,11 +89,11 @@ class _Preparation:
     tokenizer: Tokenizer
     config: PrepareConfig
     say: Callable[[str], None]
+    folder: Path
     settings: InitVar[dict[str, Any]]
 
     def __post_init__(self, settings: dict[str, Any]) -> None:
         self.output_dir = Path(self.config.output_dir)
-        self.folder = self.output_dir / _PARTIAL
         if record := Record.load(self.folder):
             record.check(settings, self.parts, self.folder, complete=False)
             part = min(record.position.part + 1, len(self.parts))
@@ -124,11 +105,7 @@ class _Preparation:
 
     def _check_new(self) -> None:
         """Raise InputError if a new preparation would fail, for all that can be seen before it begins."""
-        for split in SPLITS:
-            if (self.output_dir / split).exists():
-                raise InputError(
-                    f"--output-dir {self.output_dir}: {split}/ exists already; remove it or choose another"
-                )
+        refuse_other_splits(self.output_dir)
         if self.config.test_fraction == 0 and not any(part.split == "test" for part in self.parts):
             raise InputError("--test-fraction 0 leaves nothing for test/; choose a share above 0")
         if self.config.test_fraction is not None and [part.how for part in self.parts] == ["split by file"]:
@@ -228,10 +205,7 @@ class _Preparation:
         for split in SPLITS:
             if not (self.output_dir / split).exists():
                 self._writer(split).finish(self.tokenizer)
-                os.rename(self.folder / split, self.output_dir / split)
-        os.rename(self.folder / RECORD, self.output_dir / RECORD)
-        shutil.rmtree(self.folder)
-        return manifests_of(self.output_dir)
+        return publish(self.folder, self.output_dir)
 
     def _writer(self, split: Split) -> ShardWriter:
         return ShardWriter(self.folder / split, self.tokenizer.dtype, self.config.shard_size, self.record.splits[split])
