@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2xla.chat.conversations import Conversation, Message
+from gpt2xla.chat.conversations import Conversation, Message, with_system
 from gpt2xla.chat.formats import messages_of
 from gpt2xla.chat.template import ChatTemplate
 from gpt2xla.config import ModelConfig
@@ -50,14 +50,14 @@ class ChatReader:
 
     Attributes:
         stop_ids: ids that end an answer.
-        system: the message that conversations without a system message begin with, if any."""
+        system: the message that conversations without a system message begin with; "" for none."""
 
     template: ChatTemplate
     tokenizer: Tokenizer
     seq_length: int
     max_new_tokens: int
     stop_ids: frozenset[int]
-    system: tuple[Message, ...] = ()
+    system: str = ""
 
     @classmethod
     def of(
@@ -86,9 +86,8 @@ class ChatReader:
             )
         stop_ids = frozenset(template.stop_ids(tokenizer)) | settings.stop_ids(tokenizer.eot_id)
         longest = max(1, model.seq_length // 4) if max_new_tokens is None else max_new_tokens
-        first = (Message("system", system),) if system else ()
-        reader = cls(template, tokenizer, model.seq_length, longest, stop_ids, first)
-        reader.window([*first, Message("user", "?")])
+        reader = cls(template, tokenizer, model.seq_length, longest, stop_ids, system)
+        reader.prompt("?")
         return reader
 
     @property
@@ -115,7 +114,7 @@ class ChatReader:
 
     def prompt(self, question: str) -> Prompt:
         """Return the prompt of a conversation's first message. Raises InputError if it does not fit."""
-        return self.window([*self.system, Message("user", question)]).prompt
+        return self.window(with_system((Message("user", question),), self.system)).prompt
 
     def entries(self, file: Path) -> list[Entry]:
         """Return the conversations of a file, each a line of JSON: a list of messages, {role, content}, or an object that
@@ -126,7 +125,7 @@ class ChatReader:
     def _entry(self, line: str, where: str) -> Entry:
         try:
             messages = _messages(line)
-            window = self.window(messages if messages[0].role == "system" else [*self.system, *messages])
+            window = self.window(with_system(messages, self.system))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if window.note:
@@ -154,7 +153,7 @@ class Dialogue:
 
     def reset(self) -> None:
         """Forget all but the system message."""
-        self.messages = list(self._reader.system)
+        self.messages = list(with_system((), self._reader.system))
 
     def asked(self, question: str) -> Window:
         """Add a message of the user. Turns that no longer fit are forgotten. Raises InputError if it cannot be added; the
