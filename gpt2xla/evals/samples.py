@@ -7,7 +7,7 @@ from functools import partial
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError
-from gpt2xla.generation.continuation import continue_texts, prompt_ids
+from gpt2xla.generation.continuation import continue_texts, text_prompt
 from gpt2xla.generation.devices import for_generation
 from gpt2xla.generation.prompt_file import PromptReader
 from gpt2xla.generation.sampling import USUAL
@@ -48,9 +48,9 @@ class Sampler:
             raise InputError(
                 "--sample-interval: the tokenizer has no end-of-text token to begin after; add --sample-prompt"
             )
-        prompt = prompt_ids(self.tokenizer, self.prompt, settings, vocab_size)
+        prompt = text_prompt(self.tokenizer, self.prompt, _NEW_TOKENS, settings, vocab_size)
         # A text that outgrows the context is read again, which on XLA would be another program.
-        self.new_tokens = min(_NEW_TOKENS, config.model.seq_length - len(prompt))
+        self.new_tokens = min(_NEW_TOKENS, config.model.seq_length - len(prompt.ids))
         if self.new_tokens < 1:
             raise InputError(
                 f"--sample-prompt has at least as many tokens as --seq-length {config.model.seq_length}; shorten it"

@@ -95,28 +95,25 @@ def _beginning_of(stop: Sequence[str], text: str) -> int:
     return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stop)), 0)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str, settings: GenerationSettings, vocab_size: int) -> list[int]:
-    """Return the ids of a prompt for a model with `vocab_size` real ids. An empty prompt is the token that begins or ends a
-    text. Raises InputError if there is no such token, or the prompt has a token that the model lacks."""
-    ids = tokenizer.encode(prompt)
-    if not ids and (start := settings.start_id(tokenizer, vocab_size)) is not None:
-        return [start]
+def text_prompt(
+    tokenizer: Tokenizer, text: str, max_new_tokens: int, settings: GenerationSettings, vocab_size: int
+) -> Prompt:
+    """Return the prompt that a text is for a model with `vocab_size` real ids. That of an empty one is the token that begins
+    or ends a text, which is not shown. Raises InputError if there is no such token, or the text has a token that the model
+    lacks."""
+    ids = tokenizer.encode(text)
     if not ids:
-        raise InputError("--prompt is empty, and the tokenizer has no end-of-text token to start from; give some text")
+        if (start := settings.start_id(tokenizer, vocab_size)) is None:
+            raise InputError(
+                "--prompt is empty, and the tokenizer has no end-of-text token to start from; give some text"
+            )
+        return Prompt([start], max_new_tokens, hidden_ids=1)
     if (largest := max(ids)) >= vocab_size:
         raise InputError(
             f"--prompt: {tokenizer.decode([largest])!r} has the id {largest}, and the model has only {vocab_size} ids; "
             "remove it"
         )
-    return ids
-
-
-def text_prompt(
-    tokenizer: Tokenizer, text: str, max_new_tokens: int, settings: GenerationSettings, vocab_size: int
-) -> Prompt:
-    """Return the prompt that a text is. Raises as `prompt_ids` does."""
-    ids = prompt_ids(tokenizer, text, settings, vocab_size)
-    return Prompt(ids, max_new_tokens, hidden_ids=0 if tokenizer.encode(text) else 1)
+    return Prompt(ids, max_new_tokens)
 
 
 def continue_texts(
@@ -138,7 +135,7 @@ def continue_texts(
     Args:
         settings: which ids begin and end a text; by default, the tokenizer's.
 
-    Raises as `prompt_ids` and `generate` do."""
+    Raises as `text_prompt` and `generate` do."""
     settings = settings or GenerationSettings.of(tokenizer)
     prompts = [text_prompt(tokenizer, t, max_new_tokens, settings, model.config.real_vocab_size) for t in texts]
     return continue_prompts(

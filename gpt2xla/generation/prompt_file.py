@@ -88,7 +88,7 @@ class TextReader:
         self._model, self._settings, self._max_new_tokens = model, settings, max_new_tokens or _MAX_NEW_TOKENS
 
     def prompt(self, text: str) -> Prompt:
-        """Return the prompt. Raises InputError if its special tokens are refused, or as `prompt_ids` does."""
+        """Return the prompt. Raises InputError if its special tokens are refused, or as `text_prompt` does."""
         known = self._model.real_vocab_size
         return text_prompt(self.tokenizer, self._reader.checked(text), self._max_new_tokens, self._settings, known)
 

@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError
-from gpt2xla.generation.continuation import Continuation, continue_texts, prompt_ids
+from gpt2xla.generation.continuation import Continuation, continue_texts, text_prompt
 from gpt2xla.generation.sampling import SamplingConfig
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
@@ -109,14 +109,14 @@ def test_what_is_shown_is_prompt_and_text(model: GPT2) -> None:
 
 def test_an_empty_prompt_begins_after_an_end_of_text_which_is_not_shown(model: GPT2) -> None:
     ends = GenerationSettings.of(BYTES)
-    assert prompt_ids(BYTES, "", ends, 320) == [256]
-    assert prompt_ids(BYTES, "", GenerationSettings({}, {"bos_token_id": 7}), 320) == [7]
+    assert text_prompt(BYTES, "", 1, ends, 320).ids == [256]
+    assert text_prompt(BYTES, "", 1, GenerationSettings({}, {"bos_token_id": 7}), 320).ids == [7]
     (text,) = continue_texts(model, BYTES, [""], 1, SamplingConfig())
     assert text.prompt == ""
     without_one = copy.copy(BYTES)
     without_one.eot_id, without_one.special_tokens = None, {}
     with pytest.raises(InputError, match="--prompt is empty"):
-        prompt_ids(without_one, "", GenerationSettings.of(without_one), 320)
+        text_prompt(without_one, "", 1, GenerationSettings.of(without_one), 320)
 
 
 @pytest.fixture(scope="module")
