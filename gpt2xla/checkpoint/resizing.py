@@ -8,7 +8,7 @@ from pathlib import Path
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights
 from gpt2xla.config import ModelConfig, RunConfig
 from gpt2xla.config.paths import parse_weights
-from gpt2xla.data.opening import ALIGNMENT, ids_of, tokenizer_of_data
+from gpt2xla.data.opening import aligned_size, ids_of, tokenizer_of_data
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError, counted
@@ -85,11 +85,6 @@ def _with_new_ids(
         f"padded to {size:,}"
     )
     return model, weights.with_mean_rows(known, ids), note
-
-
-def aligned_size(ids: int) -> int:
-    """Return the number of rows for so many ids: rounded up, as matrix products are fast with it."""
-    return -(-ids // ALIGNMENT) * ALIGNMENT
 
 
 def _check_extends(old: Tokenizer, new: Tokenizer, known: int, source: Path) -> None:

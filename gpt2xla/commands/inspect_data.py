@@ -67,17 +67,17 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
     for note in stream.notes:
         print(note)
     if manifest:
-        what = "conversation" if manifest.row_length else "document"
+        what = "conversation" if stream.is_masked else "document"
         print(f"{counted(manifest.documents, what)}, {manifest.bytes / manifest.tokens:.2f} bytes per token")
     if known:
         of = manifest.tokenizer if manifest else options.tokenizer or stream.folder
         print(f"tokenizer {of}, {known.vocab_size:,} ids, end of text {eot_id}")
-    if manifest and manifest.row_length:
+    if stream.is_masked:
         show_rows(stream, tokenizer, options)
     else:
         show_documents(stream, tokenizer, eot_id, options.documents)
     found = contents(stream, known.vocab_size if known else None, eot_id)
-    if found.documents and not (manifest and manifest.row_length):
+    if found.documents and not stream.is_masked:
         print(
             f"{counted(found.documents, 'document')} counted, tokens in each: mean {found.mean_length:.1f}, median "
             f"{found.length_quantile(0.5):,}, 90% at most {found.length_quantile(0.9):,}, longest {max(found.lengths):,}"

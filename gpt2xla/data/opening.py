@@ -21,7 +21,7 @@ from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.data.windows import TrainingOrder, Windows, validation_windows
 from gpt2xla.errors import InputError
 
-ALIGNMENT = 128  # of vocabularies: with a multiple of it matrix products are fast
+_ALIGNMENT = 128  # of vocabularies: with a multiple of it matrix products are fast
 MEASURE = "validation"  # the key in a checkpoint
 
 
@@ -132,11 +132,16 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, str]:
             f"vocabulary: {size:,} ids, the default, as the data do not say how many they need (--vocab-size)",
         )
     most = max(ids)
-    size = -(-most // ALIGNMENT) * ALIGNMENT
+    size = aligned_size(most)
     note = f"vocabulary: {size:,} ids, the data's {most:,}" + (
         " rounded up to a multiple of 128" if size > most else ""
     )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size)), note
+
+
+def aligned_size(ids: int) -> int:
+    """Return the number of rows for so many ids: rounded up, as matrix products are fast with it."""
+    return -(-ids // _ALIGNMENT) * _ALIGNMENT
 
 
 def with_row_length(config: RunConfig) -> tuple[RunConfig, str]:
@@ -274,8 +279,8 @@ def _open(config: RunConfig, folder: str, option: str) -> Windows:
 
 def _windows(config: RunConfig, folder: str, option: str) -> Windows:
     stream, length = TokenStream(folder, option, _cache(config)), config.model.seq_length
-    if option == "--valid-dir" and stream.manifest:
-        length = min(length, stream.manifest.row_length or length)
+    if option == "--valid-dir":
+        length = min(length, stream.row_length or length)
     return Windows(stream, length, config.model.real_vocab_size)
 
 

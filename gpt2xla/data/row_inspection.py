@@ -68,7 +68,7 @@ class RowCounts:
 
 def count_rows(stream: TokenStream) -> RowCounts:
     """Count all rows of a split in one pass, some rows in memory at a time."""
-    length, total = _row_length(stream), stream.length // _row_length(stream)
+    length, total = _shape(stream)
     found = RowCounts(length)
     for first in range(0, total, _ROWS_AT_ONCE):
         count = min(_ROWS_AT_ONCE, total - first)
@@ -83,7 +83,7 @@ def count_rows(stream: TokenStream) -> RowCounts:
 
 def sample_rows(stream: TokenStream, number: int) -> Iterator[Row]:
     """Yield `number` rows, evenly spread from the first to the last, or all if there are fewer."""
-    length, total = _row_length(stream), stream.length // _row_length(stream)
+    length, total = _shape(stream)
     for row in np.unique(np.linspace(0, total - 1, number, dtype=np.int64)).tolist():
         trained = stream.trained(row * length, length)
         starts, ends = _layout(stream, row, 1, trained[None])
@@ -92,7 +92,7 @@ def sample_rows(stream: TokenStream, number: int) -> Iterator[Row]:
 
 def _layout(stream: TokenStream, first: int, count: int, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return where conversations begin, booleans of shape (rows, row_length), and the end of each row's last one."""
-    length = _row_length(stream)
+    length, _ = _shape(stream)
     ids = stream.read(first * length, count * length).reshape(count, length)
     assert stream.manifest is not None
     opening = (ids == stream.manifest.eot_id) & ~trained
@@ -100,7 +100,7 @@ def _layout(stream: TokenStream, first: int, count: int, trained: np.ndarray) ->
     return opening & is_last, length - np.argmin(opening[:, ::-1], axis=1)
 
 
-def _row_length(stream: TokenStream) -> int:
-    assert stream.manifest is not None
-    assert stream.manifest.row_length
-    return stream.manifest.row_length
+def _shape(stream: TokenStream) -> tuple[int, int]:
+    """Return the tokens in a row, and the number of rows."""
+    assert stream.row_length
+    return stream.row_length, stream.length // stream.row_length

@@ -183,9 +183,13 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     @property
+    def row_length(self) -> int | None:
+        """Tokens in each row of masked rows, of which only some tokens are trained on; None for plain text."""
+        return self.manifest.row_length if self.manifest else None
+
+    @property
     def is_masked(self) -> bool:
-        """Whether the split is masked rows, of which only some tokens are trained on."""
-        return self.manifest is not None and self.manifest.row_length is not None
+        return self.row_length is not None
 
     @property
     def is_remote(self) -> bool:

@@ -47,8 +47,7 @@ class Windows:
     vocab_size: int
 
     def __post_init__(self) -> None:
-        rows = self.stream.manifest.row_length if self.stream.manifest else None
-        if rows not in (None, self.seq_length):
+        if (rows := self.stream.row_length) not in (None, self.seq_length):
             made = f"{self.stream.option} {self.stream.name} was prepared in rows of {rows} tokens"
             fix = f"use --seq-length {rows}, or prepare it again with --seq-length {self.seq_length}"
             raise InputError(f"--seq-length {self.seq_length}: {made}; {fix}")
