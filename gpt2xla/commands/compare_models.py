@@ -3,21 +3,23 @@ writes one table and one picture, each model beside the first.
 """
 
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Literal
 
 from gpt2xla.cli import parse_options
-from gpt2xla.commands.plot_loss import check_picture, importing_matplotlib
+from gpt2xla.commands.plot_loss import checked_plot
 from gpt2xla.config import TOKENIZER_HELP, option, paths, require_at_least
 from gpt2xla.config.options import flag
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.evals.options import (
     MMLU_DATA_HELP,
+    MODELS_HELP,
     OUTPUT_HELP,
     SHOTS_HELP,
     SUBJECTS_HELP,
+    VALID_STEPS_HELP,
     EvalConfig,
     TableFiles,
+    machine,
     open_runtime,
 )
 from gpt2xla.files import write_whole
@@ -29,8 +31,7 @@ class CompareConfig(EvalConfig):
 
     model: tuple[str, ...] = option(
         MISSING,
-        "checkpoint folders, FOLDER@best, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files; the first is what "
-        "the others are compared with",
+        f"{MODELS_HELP}; the first is what the others are compared with",
         is_path=True,
         check=paths.check_models,
         other_names=("models",),
@@ -44,9 +45,7 @@ class CompareConfig(EvalConfig):
         is_path=True,
         check=paths.check_all_shards,
     )
-    valid_steps: int | Literal["all"] = option(
-        "all", "number of batches of --batch-size, or all: each token of the split once"
-    )
+    valid_steps: int | Literal["all"] = option("all", VALID_STEPS_HELP)
     shots: int = option(0, SHOTS_HELP)
     subjects: tuple[str, ...] = option((), SUBJECTS_HELP)
     mmlu_data: str | None = option(None, MMLU_DATA_HELP, is_path=True, check=paths.check_file)
@@ -79,17 +78,12 @@ def main() -> None:
             if getattr(options, name) and not getattr(options, needed):
                 raise InputError(f"{flag(name)} needs {flag(needed)}; add it")
     tables = TableFiles(options.output)
-    picture = Path(options.plot) if options.plot is not None else None
-    if picture:
-        check_picture("--plot", picture)
-        with importing_matplotlib():
-            import gpt2xla.logs.comparison_picture  # noqa: F401  before hours of measuring
+    picture = checked_plot(options.plot)
     from gpt2xla.checkpoint.loading import locate
     from gpt2xla.data.split_folders import split_folder
     from gpt2xla.evals import hellaswag, mmlu
     from gpt2xla.evals.comparison import Comparison, Tasks
     from gpt2xla.runtime.leaving import leaving_together
-    from gpt2xla.runtime.precision import label
 
     subjects = mmlu.chosen_subjects(options.subjects)
     tasks = Tasks(
@@ -105,9 +99,8 @@ def main() -> None:
         comparison.measure(sources, options.tokenizer, train, runtime)
         if not runtime.is_main:
             return
-        machine = {"devices": runtime.description, "precision": label(runtime.precision.name)}
         print(comparison.markdown())
-        tables.write(comparison.markdown(), machine | comparison.as_dict())
+        tables.write(comparison.markdown(), machine(runtime) | comparison.as_dict())
         if picture:
             from gpt2xla.logs.comparison_picture import draw
 

@@ -1,25 +1,21 @@
 """A model's accuracy on HellaSwag: `python scripts/eval_hellaswag.py --model checkpoints`."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import MODEL_HELP, TOKENIZER_HELP, option, paths
-from gpt2xla.evals.options import EvalConfig, open_runtime
+from gpt2xla.config import option
+from gpt2xla.evals.options import OneModelConfig, open_runtime
 
 
 @dataclass(frozen=True, kw_only=True)
-class HellaSwagConfig(EvalConfig):
+class HellaSwagConfig(OneModelConfig):
     """HellaSwag"""
 
-    model: str = option(MISSING, MODEL_HELP, is_path=True, check=paths.check_model)
     data: str | None = option(
         None,
         "items as JSON lines (default: the validation set on the hub)",
         is_path=True,
         other_names=("hellaswag_data",),
-    )
-    tokenizer: str | None = option(
-        None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True, check=paths.check_tokenizer
     )
 
 

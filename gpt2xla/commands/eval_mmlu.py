@@ -1,31 +1,28 @@
 """A model's accuracy on MMLU: `python scripts/eval_mmlu.py --model checkpoints --shots 5`."""
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import MODEL_HELP, TOKENIZER_HELP, option, paths, require_at_least
+from gpt2xla.config import option, paths, require_at_least
 from gpt2xla.evals.options import (
     MMLU_DATA_HELP,
     OUTPUT_HELP,
     SHOTS_HELP,
     SUBJECTS_HELP,
-    EvalConfig,
+    OneModelConfig,
     TableFiles,
+    machine,
     open_runtime,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MmluConfig(EvalConfig):
+class MmluConfig(OneModelConfig):
     """MMLU"""
 
-    model: str = option(MISSING, MODEL_HELP, is_path=True, check=paths.check_model)
     shots: int = option(0, SHOTS_HELP)
     subjects: tuple[str, ...] = option((), SUBJECTS_HELP)
     data: str | None = option(None, MMLU_DATA_HELP, is_path=True, check=paths.check_file, other_names=("mmlu_data",))
-    tokenizer: str | None = option(
-        None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True, check=paths.check_tokenizer
-    )
     output: str | None = option(None, OUTPUT_HELP, is_path=True)
 
 
@@ -38,7 +35,6 @@ def main() -> None:
     from gpt2xla.evals.mmlu import chosen_subjects, markdown, questions, read_items, result
     from gpt2xla.evals.multiple_choice import ask
     from gpt2xla.runtime.leaving import leaving_together
-    from gpt2xla.runtime.precision import label
 
     subjects = chosen_subjects(options.subjects)
     runtime = open_runtime(options.device, train)
@@ -51,6 +47,5 @@ def main() -> None:
             found = result(items, log_probabilities)
             print(f"{source}: MMLU, {options.shots}-shot, {found}\n\n{markdown(found)}")
             about = {"model": options.model, "shots": options.shots, "data": options.data}
-            machine = {"devices": runtime.description, "precision": label(runtime.precision.name)}
-            tables.write(markdown(found), about | machine | found.as_dict())
+            tables.write(markdown(found), about | machine(runtime) | found.as_dict())
             print(*tables.files, sep="\n")

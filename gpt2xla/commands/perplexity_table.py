@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gpt2xla.cli import parse_options
-from gpt2xla.commands.plot_loss import check_picture, importing_matplotlib
+from gpt2xla.commands.plot_loss import checked_plot
 from gpt2xla.config import option, paths
 from gpt2xla.errors import InputError, user_error
-from gpt2xla.evals.options import OUTPUT_HELP, EvalConfig, TableFiles, open_runtime
+from gpt2xla.evals.options import (
+    MODELS_HELP,
+    OUTPUT_HELP,
+    VALID_STEPS_HELP,
+    EvalConfig,
+    TableFiles,
+    machine,
+    open_runtime,
+)
 from gpt2xla.files import write_whole
 
 if TYPE_CHECKING:
@@ -27,11 +35,7 @@ class TableConfig(EvalConfig):
     """Perplexity table"""
 
     model: tuple[str, ...] = option(
-        MISSING,
-        "checkpoint folders, FOLDER@best, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files",
-        is_path=True,
-        check=paths.check_models,
-        other_names=("models",),
+        MISSING, MODELS_HELP, is_path=True, check=paths.check_models, other_names=("models",)
     )
     valid_dir: str = option(
         MISSING,
@@ -39,9 +43,7 @@ class TableConfig(EvalConfig):
         is_path=True,
         check=paths.check_shards,
     )
-    valid_steps: int | Literal["all"] = option(
-        "all", "number of batches of --batch-size, or all: each token of the split once"
-    )
+    valid_steps: int | Literal["all"] = option("all", VALID_STEPS_HELP)
     output: str | None = option(None, OUTPUT_HELP, is_path=True)
     plot: str | None = option(
         None, "also draw the loss of checkpoints against their step into this .png, .svg or .pdf", is_path=True
@@ -52,15 +54,10 @@ def main() -> None:
     options = parse_options(TableConfig, "Measure loss and perplexity of several models on one split.")
     train = options.train_config(options.valid_steps)
     tables = TableFiles(options.output)
-    picture = Path(options.plot) if options.plot is not None else None
-    if picture:
-        check_picture("--plot", picture)
-        with importing_matplotlib():
-            import gpt2xla.logs.checkpoint_picture  # noqa: F401  before hours of measuring
+    picture = checked_plot(options.plot)
     from gpt2xla.data.split_folders import split_folder
     from gpt2xla.evals.perplexity_table import best_of, markdown, measure, run_of, sources_of
     from gpt2xla.runtime.leaving import leaving_together
-    from gpt2xla.runtime.precision import label
 
     valid_dir = split_folder(options.valid_dir, "test", "--valid-dir")
     sources = sources_of(options.model)  # a missing model shows before hours of measuring
@@ -70,7 +67,7 @@ def main() -> None:
         )
     runtime = open_runtime(options.device, train)
     with leaving_together(runtime):
-        about = {"valid_dir": valid_dir, "devices": runtime.description, "precision": label(runtime.precision.name)}
+        about = {"valid_dir": valid_dir} | machine(runtime)
         rows: list[Row] = []
         for row in measure(sources, valid_dir, train, runtime):
             rows.append(row)

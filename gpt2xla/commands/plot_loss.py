@@ -54,6 +54,16 @@ def check_picture(flag: str, file: Path) -> None:
         raise InputError(f"{flag} {file}: there is no folder {file.parent}; make it, or choose another")
 
 
+def checked_plot(plot: str | None) -> Path | None:
+    """Return the file of --plot, None without it. Raises InputError, before hours of measuring, if it could not be drawn."""
+    if plot is None:
+        return None
+    check_picture("--plot", Path(plot))
+    with importing_matplotlib():
+        import matplotlib  # noqa: F401
+    return Path(plot)
+
+
 @contextlib.contextmanager
 def importing_matplotlib() -> Iterator[None]:
     """Turn the lack of matplotlib into an InputError with the fix."""

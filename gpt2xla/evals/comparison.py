@@ -14,6 +14,7 @@ from gpt2xla.checkpoint.run_folder import stays_in_documents
 from gpt2xla.config import TrainConfig
 from gpt2xla.evals import hellaswag, mmlu
 from gpt2xla.evals.multiple_choice import Question, ask
+from gpt2xla.evals.options import markdown_table
 from gpt2xla.evals.perplexity_table import Row, measure_one
 from gpt2xla.evals.validation import standard_error
 from gpt2xla.logs.sinks import with_error
@@ -121,13 +122,13 @@ class Comparison:
         """Return the table in Markdown, with the notes below it."""
         first, *others = self.models
         head = ["", *self.models, *(f"{other} − {first}" for other in others)]  # noqa: RUF001  a minus sign
-        lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+        rows = []
         for name in self.names():
             values = [with_error(*figures[name][:2]) for figures in self.figures]
             differences = [with_error(*one) for one in self.differences(name)] or [""] * len(others)
             signed = [text if text.startswith("-") or not text else f"+{text}" for text in differences]
-            lines.append(_line([name, *values, *signed]))
-        return "\n".join([*lines, "", *self.notes]) + "\n"
+            rows.append([name, *values, *signed])
+        return "\n".join([markdown_table(head, rows), *self.notes]) + "\n"
 
     def as_dict(self) -> dict[str, Any]:
         def both(value: float, error: float | None) -> dict[str, float | None]:
@@ -170,7 +171,3 @@ def _of_right(right: np.ndarray, error: float | None = None) -> Figure:
     each = np.ones(len(right))
     error = standard_error(right, each) if error is None else error
     return Figure(float(right.mean()), error, (right.astype(float), each, 1.0), "items")
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -18,6 +18,7 @@ from pyarrow import parquet
 from gpt2xla import hub
 from gpt2xla.errors import InputError, counted
 from gpt2xla.evals.multiple_choice import Question
+from gpt2xla.evals.options import markdown_table
 from gpt2xla.logs.sinks import with_error
 
 GROUPS = {
@@ -123,9 +124,8 @@ def markdown(found: Result) -> str:
     rows = [("**MMLU**", found.score())]
     for group, scores in found.scores().items():
         rows += [(f"**{name}**" if name == group else name, score) for name, score in scores.items()]
-    lines = ["| Subject | Items | Accuracy | Standard error |", "|---|---:|---:|---:|"]
-    lines += [f"| {name} | {score.items:,} | {score.acc:.4f} | {score.standard_error:.4f} |" for name, score in rows]
-    return "\n".join(lines) + "\n"
+    cells = [(name, f"{score.items:,}", f"{score.acc:.4f}", f"{score.standard_error:.4f}") for name, score in rows]
+    return markdown_table(("Subject", "Items", "Accuracy", "Standard error"), cells)
 
 
 def chosen_subjects(names: Sequence[str]) -> list[str]:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gpt2xla.config import PRECISION_ALIASES, Precision, TorchConfig, TrainConfig, XlaConfig, option, require_at_least
+from gpt2xla.config import (
+    MODEL_HELP,
+    PRECISION_ALIASES,
+    TOKENIZER_HELP,
+    Precision,
+    TorchConfig,
+    TrainConfig,
+    XlaConfig,
+    option,
+    paths,
+    require_at_least,
+)
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.files import write_whole
 
@@ -16,6 +28,8 @@ if TYPE_CHECKING:
     from gpt2xla.runtime.base import Runtime
 
 
+MODELS_HELP = "checkpoint folders, FOLDER@best, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files"
+VALID_STEPS_HELP = "number of batches of --batch-size, or all: each token of the split once"
 MMLU_DATA_HELP = (
     "folder of MMLU: a download of cais/mmlu, or the authors' data.tar unpacked (default: fetched from the hub)"
 )
@@ -48,6 +62,16 @@ class EvalConfig:
         return train
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneModelConfig(EvalConfig):
+    """Evaluation of one model"""
+
+    model: str = option(MISSING, MODEL_HELP, is_path=True, check=paths.check_model)
+    tokenizer: str | None = option(
+        None, f"{TOKENIZER_HELP} (default: the model's own)", is_path=True, check=paths.check_tokenizer
+    )
+
+
 def open_runtime(device: str, train: TrainConfig) -> Runtime:
     """Open the runtime of the --device. Raises InputError if there is no such device."""
     if device != "xla":
@@ -60,6 +84,19 @@ def open_runtime(device: str, train: TrainConfig) -> Runtime:
     with importing_torch_xla():
         from gpt2xla.runtime.xla.spmd import SpmdRuntime
     return SpmdRuntime(XlaConfig(spmd=True), train)
+
+
+def machine(runtime: Runtime) -> dict[str, str]:
+    """Return what a table says about the devices that measured."""
+    from gpt2xla.runtime.precision import label
+
+    return {"devices": runtime.description, "precision": label(runtime.precision.name)}
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown: text in the first column, numbers in the others."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 class TableFiles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.errors import InputError
+from gpt2xla.evals.options import markdown_table
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import perplexity, with_error
@@ -82,12 +83,12 @@ def run_of(source: Path) -> tuple[str | None, int]:
 
 def markdown(rows: list[Row]) -> str:
     """Return the rows as a table in Markdown."""
-    lines = [_line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
+    lines = []
     for row in rows:
         loss, error, tokens, _, bits = row.validation
         shown = (f"{loss:.4f}", f"{perplexity(loss):.2f}", f"{tokens:,}", _decimals(error), _decimals(bits))
-        lines.append(_line([row.model, f"{row.parameters:,}", *shown]))
-    return "\n".join(lines) + "\n"
+        lines.append([row.model, f"{row.parameters:,}", *shown])
+    return markdown_table(_COLUMNS, lines)
 
 
 def measure_one(
@@ -137,10 +138,6 @@ def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None
             f"--model {name}: its tokenizer is not the one that made --valid-dir ({manifest.tokenizer}), so its loss there "
             f"means nothing; prepare the text again with --tokenizer {folder}"
         )
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _decimals(number: float | None) -> str:

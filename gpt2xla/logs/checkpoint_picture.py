@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gpt2xla.logs.loss_picture import RC, Look, shortened
+from gpt2xla.logs.loss_picture import RC, Look, content_of, shortened
 from gpt2xla.logs.sinks import with_error
 
 
@@ -64,6 +63,4 @@ def draw(points: Sequence[Point], split: str, kind: str, *, names_best: bool = T
             for text in axes.legend(loc="best", fontsize=9, handlelength=4).get_texts():
                 text.set_parse_math(False)  # a name may hold dollars
         figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color="#555555")
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=120)
-    return content.getvalue()
+        return content_of(figure, kind)

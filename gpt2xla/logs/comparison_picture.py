@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from gpt2xla.logs.loss_picture import RC, Look, shortened
+from gpt2xla.logs.loss_picture import RC, Look, content_of, shortened
 
 CHANCE = 0.25  # what guessing gives where there are four answers
 _MOST_LABELLED = 4  # models: the numbers of more would overlap
@@ -35,9 +34,7 @@ def draw(
             text.set_parse_math(False)  # a name may hold dollars
         note = "Whiskers: the standard error." + (" Dashed line: guessing." if "Accuracy" in panels else "")
         figure.supxlabel(note, x=0.012, ha="left", fontsize=8, color="#555555")
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=120)
-    return content.getvalue()
+        return content_of(figure, kind)
 
 
 def _draw_panel(

@@ -69,8 +69,13 @@ def draw(runs: Sequence[Curves], kind: str, *, log_x: bool = False, more: bool =
             figure.supxlabel(_caption(runs), x=0.012, ha="left", fontsize=8, color="#555555")
         figure.draw_without_rendering()  # settles where the points are
         _label_last_validations(loss, runs, looks)
-        content = io.BytesIO()
-        figure.savefig(content, format=kind, dpi=120)
+        return content_of(figure, kind)
+
+
+def content_of(figure: Figure, kind: str) -> bytes:
+    """Return the picture as the content of a file of `kind` png, svg or pdf."""
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=120)
     return content.getvalue()
 
 
