@@ -128,8 +128,8 @@ def show_rows(stream: TokenStream, tokenizer: Tokenizer | None, options: argpars
             print("    " + "".join(f"{before}{t}{after}" if run[1] else t for t, run in zip(texts, runs, strict=True)))
     found = count_rows(stream)
     print(
-        f"{counted(found.rows, 'row')} of {found.length:,} tokens, conversations in each: mean {found.mean:.1f}, least "
-        f"{min(found.conversations):,}, most {max(found.conversations):,}"
+        f"{counted(len(found.conversations), 'row')} of {found.length:,} tokens, conversations in each: mean "
+        f"{found.conversations.mean():.1f}, least {found.conversations.min():,}, most {found.conversations.max():,}"
     )
     print(
         f"trained: {counted(found.trained, 'token')}, {found.trained / found.tokens:.1%} of the rows; "

@@ -6,9 +6,7 @@ In a row each conversation begins with an end-of-text token that is not trained,
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -36,49 +34,31 @@ class Row(NamedTuple):
             yield [(self.ids[a:b].tolist(), bool(self.trained[a])) for a, b in runs]
 
 
-@dataclass
-class RowCounts:
-    """What was counted in the rows of a split.
+class RowCounts(NamedTuple):
+    """What was counted in the rows of a split."""
 
-    Attributes:
-        length: tokens in each row.
-        conversations: how many rows hold each number of conversations.
-        trained: number of tokens whose prediction counts.
-        fill: number of tokens after the last conversation of their row.
-    """
-
-    length: int
-    conversations: Counter[int] = field(default_factory=Counter)
-    trained: int = 0
-    fill: int = 0
-
-    @property
-    def rows(self) -> int:
-        return self.conversations.total()
+    length: int  # tokens in each row
+    conversations: np.ndarray  # (rows,): how many each row holds
+    trained: int  # tokens whose prediction counts
+    fill: int  # tokens after the last conversation of their row
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.length
-
-    @property
-    def mean(self) -> float:
-        """Conversations per row."""
-        return sum(number * rows for number, rows in self.conversations.items()) / self.rows
+        return len(self.conversations) * self.length
 
 
 def count_rows(stream: TokenStream) -> RowCounts:
-    """Count all rows of a split in one pass, some rows in memory at a time."""
+    """Count all rows of a split in one pass, with the tokens of some rows in memory at a time."""
     length, total = _shape(stream)
-    found = RowCounts(length)
+    conversations, selected, fill = np.zeros(total, dtype=np.int64), 0, 0
     for first in range(0, total, _ROWS_AT_ONCE):
         count = min(_ROWS_AT_ONCE, total - first)
         trained = stream.trained(first * length, count * length).reshape(count, length)
         starts, ends = _layout(stream, first, count, trained)
-        values, rows = np.unique(starts.sum(axis=1), return_counts=True)
-        found.conversations.update(dict(zip(values.tolist(), rows.tolist(), strict=True)))
-        found.trained += int(trained.sum())
-        found.fill += int((length - ends).sum())
-    return found
+        conversations[first : first + count] = starts.sum(axis=1)
+        selected += int(trained.sum())
+        fill += int((length - ends).sum())
+    return RowCounts(length, conversations, selected, fill)
 
 
 def sample_rows(stream: TokenStream, number: int) -> Iterator[Row]:

@@ -105,12 +105,10 @@ def test_rows_are_counted_as_they_were_packed(tmp_path: Path, monkeypatch: pytes
     write_rows(tmp_path, samples, load_tokenizer("bytes"), row_length=32, shard_size=100)
     stream, packed = TokenStream(tmp_path), list(pack(samples, 32, 256))
     found = count_rows(stream)
-    assert (found.rows, found.length) == (len(packed), 32)
-    assert found.conversations.total() == len(packed)
-    assert sorted(found.conversations.elements()) == sorted(row.samples for row in packed)
+    assert found.length == 32
+    assert found.conversations.tolist() == [row.samples for row in packed]
     assert found.trained == sum(int(s.trained.sum()) for s in samples)
     assert found.fill == 32 * len(packed) - sum(len(s.ids) + 1 for s in samples)
-    assert found.mean == pytest.approx(200 / len(packed))
     rows = list(sample_rows(stream, 10**6))
     shown = [
         ([i for ids, _ in runs for i in ids], [t for ids, t in runs for _ in ids])
