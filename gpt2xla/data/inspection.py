@@ -100,12 +100,12 @@ def check(stream: TokenStream, found: Contents, verify: bool) -> None:
 
 
 def tokenizer_of(stream: TokenStream, asked: str | None) -> Tokenizer | None:
-    """Return the requested tokenizer, otherwise the one beside the shards, or None. Raises InputError if by the manifest the
-    shards were made with another one."""
+    """Return the requested tokenizer, otherwise the one beside the shards, or None. Raises InputError if by the manifest it
+    did not make the shards."""
     if not asked and not has_tokenizer(stream.folder):
         return None
     tokenizer = load_tokenizer(asked or str(stream.folder))
-    if stream.manifest and stream.manifest.tokenizer_sha256 != tokenizer.sha256:
+    if stream.manifest and not tokenizer.made(stream.manifest):
         other = f"--tokenizer {asked}" if asked else stream.folder / "tokenizer.json"
         right = f"the tokenizer that the manifest names ({stream.manifest.tokenizer})"
         raise InputError(f"{other} is not {right}; give that one, or prepare the data again")
