@@ -118,20 +118,18 @@ class ChatTemplate:
     def named(cls, name: str) -> ChatTemplate:
         """Return the template "chatml" or "alpaca", or that of a file. Raises InputError if there is no such template, or
         nothing in it can be trained on."""
+        what = f"--chat-template {name}"
         if name in TEMPLATES:
-            return cls(TEMPLATES[name], f"--chat-template {name}")
+            return cls(TEMPLATES[name], what)
         try:
             source = Path(name).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "not UTF-8"
-            raise InputError(
-                f"--chat-template {name}: neither {', '.join(TEMPLATES)} nor a file of text ({why})"
-            ) from None
-        template = cls(source, f"--chat-template {name}")
+            raise InputError(f"{what}: neither {', '.join(TEMPLATES)} nor a file of text ({why})") from None
         if not _GENERATION.search(source):
             fix = "write {% generation %} before and {% endgeneration %} after what the assistant says and its end"
-            raise InputError(f"--chat-template {name}: it does not mark the answers, which are trained on; {fix}")
-        return template
+            raise InputError(f"{what}: it does not mark the answers, which are trained on; {fix}")
+        return cls(source, what)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import MODEL_HELP, PRECISION_ALIASES, TOKENIZER_HELP, Precision, option, paths
+from gpt2xla.config import MODEL_HELP, PRECISION_ALIASES, TOKENIZER_HELP, Precision, option, paths, require_at_least
 from gpt2xla.errors import InputError
 
 
@@ -74,10 +74,7 @@ class GenerateConfig:
     )
 
     def check(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value}: choose a number of at least 1")
+        require_at_least(1, self, "max_new_tokens", "num_samples", "batch_size")
         if self.temperature == 0 and self.num_samples > 1:
             raise InputError(
                 f"--num-samples {self.num_samples}: all would be the same with --temperature 0; leave one of the two out"

@@ -212,10 +212,11 @@ def test_a_file_of_conversations_becomes_json_lines(model: Path, tmp_path: Path)
 
 def test_the_system_message_is_for_conversations_without_one(tmp_path: Path) -> None:
     system, user = {"role": "system", "content": "be brief"}, {"role": "user", "content": "red"}
-    (tmp_path / "in.jsonl").write_text(f"{json.dumps([system, user])}\n{json.dumps([user])}\n")
+    lines = [json.dumps(messages) for messages in ([system, user], [user], [user, system, user])]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
     kind = reader(system="be kind")
     read = [kind.tokenizer.decode(prompt.ids) for _, prompt in kind.entries(tmp_path / "in.jsonl")]
-    assert [("be brief" in text, "be kind" in text) for text in read] == [(True, False), (False, True)]
+    assert [("be brief" in text, "be kind" in text) for text in read] == [(True, False), (False, True), (True, False)]
 
 
 @pytest.mark.parametrize(
