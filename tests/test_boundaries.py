@@ -58,6 +58,12 @@ def test_rooms_import_downwards_only() -> None:
     assert not upwards
 
 
+def test_the_page_names_all_rooms() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    below = [room for room in ROOMS if room != "__main__"]
+    assert [room for room in below if f"`{room}/`" not in page and f"`{room}.py`" not in page] == []
+
+
 def test_no_circles_between_files_or_folders() -> None:
     graph = project_imports()
     assert tuple(graphlib.TopologicalSorter(graph).static_order())

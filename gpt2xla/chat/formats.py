@@ -1,6 +1,6 @@
 """The formats in which conversations are published: a record of any of them -> a conversation.
 
-Which one a record has is told by its keys. Values that are null count as absent, as tables need them to.
+Its keys tell which one a record has. Values that are null count as absent: tables fill missing ones with null.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gpt2xla.errors import InputError
 
 ChatFormat = Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt-completion"]
 
-# The names that data sets have for who speaks.
+# The names that data sets use for who speaks.
 _ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | dict(
     human="user", gpt="assistant", chatgpt="assistant", bing="assistant", bard="assistant", model="assistant"
 )
@@ -22,7 +22,7 @@ _SHOWN_KEYS = 12
 
 
 class _Kind(NamedTuple):
-    """A format: the keys by which it is told, those that it may have besides, and its reading."""
+    """A format: the keys that tell it, others that it may have, and how it is read."""
 
     keys: tuple[str, ...]
     optional: tuple[str, ...]

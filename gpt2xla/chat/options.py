@@ -48,7 +48,9 @@ class ChatConfig:
     system: str | None = option(None, "system message for conversations that have none")
     loss_on: LossOn = option("all-answers", "which of the assistant's messages are trained on")
     seq_length: int = option(1024, "tokens per row: the --seq-length of the training")
-    too_long: Literal["drop", "raise"] = option("drop", "what to do with a conversation that is longer than a row")
+    too_long: Literal["drop", "raise"] = option(
+        "drop", "a conversation that is longer than a row is left out and counted, or stops the preparation"
+    )
     test_fraction: float = option(0.1, "share of the conversations that goes to test/, at least one")
     seed: int = option(1061109567, "seed that decides which conversations go to test/, and their order")
     shard_size: int = option(100_000_000, "tokens per shard")

@@ -96,12 +96,12 @@ class TrainConfig:
         500, "updates between validations, or their share of the run, such as 10%; 0 means only at the end"
     )
     hellaswag_interval: int | Share = option(
-        0, "the same between HellaSwag evaluations, with one more at the end; 0 means none"
+        0, "the same for HellaSwag evaluations, with one more at the end; 0 means none"
     )
     hellaswag_data: str | None = option(
         None, "HellaSwag's items, JSON lines (default: the hub's 10,042)", is_path=True, check=paths.check_file
     )
-    sample_interval: int | Share = option(0, "the same between sample texts that the model writes; 0 means none")
+    sample_interval: int | Share = option(0, "the same for sample texts that the model writes; 0 means none")
     sample_prompt: str = option("", "text that the samples continue (default: they begin after an end-of-text token)")
     special_tokens_in_text: Literal["as-text", "as-ids", "refuse"] = option(
         "as-text",
@@ -120,7 +120,9 @@ class TrainConfig:
         0.0,
         "nats by which the loss must fall, or more, since it last improved; less is no improvement for the patience",
     )
-    save_interval: int | Share = option(1000, "the same between checkpoints; 0 means only at the end")
+    save_interval: int | Share = option(
+        1000, "updates between checkpoints, or their share of the run; 0 means only at the end"
+    )
     saved_checkpoint_limit: int = option(6, "how many of the newest checkpoints to keep, beside the best; 0 keeps all")
     on_save_error: Literal["stop", "go-on"] = option(
         "stop", "if a checkpoint cannot be written: stop: try once more, then end the run; go-on: continue training"

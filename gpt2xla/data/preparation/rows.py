@@ -117,7 +117,7 @@ def write_rows(
     if eot_id is None:
         raise InputError(
             f"--tokenizer {tokenizer.name} has no end-of-text token, which separates the samples of a row; choose one that "
-            "has, or give it one: --special-tokens"
+            "has an eos_token"
         )
     writer = ShardWriter(folder, tokenizer.dtype, shard_size, Written([]), masks=True)
     for ids, trained, count, size in pack(samples, row_length, eot_id):
