@@ -96,21 +96,26 @@ def _beginning_of(stop: Sequence[str], text: str) -> int:
 
 
 def text_prompt(
-    tokenizer: Tokenizer, text: str, max_new_tokens: int, settings: GenerationSettings, vocab_size: int
+    tokenizer: Tokenizer,
+    text: str,
+    max_new_tokens: int,
+    settings: GenerationSettings,
+    vocab_size: int,
+    option: str = "--prompt",
 ) -> Prompt:
     """Return the prompt that a text is for a model with `vocab_size` real ids. That of an empty one is the token that begins
-    or ends a text, which is not shown. Raises InputError if there is no such token, or the text has a token that the model
-    lacks."""
+    or ends a text, which is not shown. Raises InputError, which names `option`, if there is no such token, or the text has a
+    token that the model lacks."""
     ids = tokenizer.encode(text)
     if not ids:
         if (start := settings.start_id(tokenizer, vocab_size)) is None:
             raise InputError(
-                "--prompt is empty, and the tokenizer has no end-of-text token to start from; give some text"
+                f"{option} is empty, and the tokenizer has no end-of-text token to start from; give some text"
             )
         return Prompt([start], max_new_tokens, hidden_ids=1)
     if (largest := max(ids)) >= vocab_size:
         raise InputError(
-            f"--prompt: {tokenizer.decode([largest])!r} has the id {largest}, and the model has only {vocab_size} ids; "
+            f"{option}: {tokenizer.decode([largest])!r} has the id {largest}, and the model has only {vocab_size} ids; "
             "remove it"
         )
     return Prompt(ids, max_new_tokens)

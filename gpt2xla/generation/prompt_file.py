@@ -37,39 +37,9 @@ def read_lines(file: Path) -> list[tuple[int, str]]:
     return prompts
 
 
-class PromptReader:
-    """Handles special tokens that prompts spell: lets `tokenizer` read them as text, with one warning, or as tokens, or
-    refuses the prompt."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        special_tokens: SpecialTokensInText,
-        option: str = "--prompt",
-        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
-    ) -> None:
-        self._spelled = SpelledTokens(token for token, is_special in tokenizer.added.items() if is_special)
-        self._special_tokens, self._option, self._say = special_tokens, option, say
-        self._has_warned = False
-        self.tokenizer = tokenizer.reading_special_tokens() if special_tokens == "as-ids" else tokenizer
-
-    def checked(self, prompt: str) -> str:
-        """Return the prompt unchanged. Raises InputError if it is refused."""
-        if self._special_tokens == "as-ids" or not (counts := self._spelled.count(prompt)):
-            return prompt
-        if self._special_tokens == "refuse":
-            raise InputError(
-                f"{self._option} {shortened(prompt)!r} spells the special token {next(iter(counts))}; remove it, or choose "
-                "--special-tokens-in-text as-text or as-ids"
-            )
-        if not self._has_warned:
-            self._say(warning(counts, f"{self._option} {shortened(prompt)!r}"))
-            self._has_warned = True
-        return prompt
-
-
 class TextReader:
-    """Makes prompts of texts that are to be continued.
+    """Makes prompts of texts that are to be continued. Special tokens that they spell are read as text, with one warning, or
+    as tokens, or the text is refused.
 
     Attributes:
         tokenizer: reads their special tokens as `special_tokens` says.
@@ -82,15 +52,33 @@ class TextReader:
         settings: GenerationSettings,
         max_new_tokens: int | None,
         special_tokens: SpecialTokensInText,
+        option: str = "--prompt",
+        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     ) -> None:
-        self._reader = PromptReader(tokenizer, special_tokens)
-        self.tokenizer, self.stop_ids = self._reader.tokenizer, settings.stop_ids(tokenizer.eot_id)
+        self._spelled = SpelledTokens(token for token, is_special in tokenizer.added.items() if is_special)
+        self._special_tokens, self._option, self._say = special_tokens, option, say
+        self._has_warned = False
+        self.tokenizer = tokenizer.reading_special_tokens() if special_tokens == "as-ids" else tokenizer
+        self.stop_ids = settings.stop_ids(tokenizer.eot_id)
         self._model, self._settings, self._max_new_tokens = model, settings, max_new_tokens or _MAX_NEW_TOKENS
 
     def prompt(self, text: str) -> Prompt:
         """Return the prompt. Raises InputError if its special tokens are refused, or as `text_prompt` does."""
-        known = self._model.real_vocab_size
-        return text_prompt(self.tokenizer, self._reader.checked(text), self._max_new_tokens, self._settings, known)
+        self._check(text)
+        vocab_size = self._model.real_vocab_size
+        return text_prompt(self.tokenizer, text, self._max_new_tokens, self._settings, vocab_size, self._option)
+
+    def _check(self, text: str) -> None:
+        if self._special_tokens == "as-ids" or not (counts := self._spelled.count(text)):
+            return
+        if self._special_tokens == "refuse":
+            raise InputError(
+                f"{self._option} {shortened(text)!r} spells the special token {next(iter(counts))}; remove it, or choose "
+                "--special-tokens-in-text as-text or as-ids"
+            )
+        if not self._has_warned:
+            self._say(warning(counts, f"{self._option} {shortened(text)!r}"))
+            self._has_warned = True
 
     def entries(self, file: Path) -> list[Entry]:
         """Return the prompts of a file, one a line. Raises InputError as `prompt` and `read_lines` do."""

@@ -12,6 +12,7 @@ from conftest import run_here, succeed
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from gpt2xla.config import ModelConfig
 from gpt2xla.data.documents.corpus import local_parts
 from gpt2xla.data.preparation.encoder import Encoder
 from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare
@@ -19,7 +20,8 @@ from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.special_tokens import SpecialTokensInText, SpelledTokens
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from gpt2xla.errors import InputError
-from gpt2xla.generation.prompt_file import PromptReader
+from gpt2xla.generation.prompt_file import TextReader
+from gpt2xla.generation.settings import GenerationSettings
 
 DOCUMENTS = [
     "the cat <|user|>sat<|bot|> on",
@@ -121,14 +123,18 @@ def test_only_documents_that_are_taken_are_counted(folder: Path, tmp_path: Path)
 
 def test_prompts(folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
+    model = ModelConfig(vocab_size=tokenizer.vocab_size), GenerationSettings.of(tokenizer), None
     said: list[str] = []
     for mode in ("as-text", "as-ids"):
-        reader = PromptReader(tokenizer, mode, say=said.append)  # type: ignore[arg-type]
-        assert [reader.checked(prompt) for prompt in ("a<|user|>", "<|bot|>")] == ["a<|user|>", "<|bot|>"]
-        assert reader.tokenizer.encode("a<|user|>") == truth(folder, mode, "a<|user|>")  # type: ignore[arg-type]
+        reader = TextReader(tokenizer, *model, mode, say=said.append)  # type: ignore[arg-type]
+        for prompt in ("a<|user|>", "<|bot|>"):
+            assert reader.prompt(prompt).ids == truth(folder, mode, prompt)  # type: ignore[arg-type]
     assert len(said) == 1, "once"
     with pytest.raises(InputError, match=r"--prompt 'a<\|user\|>' spells the special token <\|user\|>"):
-        PromptReader(tokenizer, "refuse").checked("a<|user|>")
+        TextReader(tokenizer, *model, "refuse").prompt("a<|user|>")
+    small = TextReader(tokenizer, ModelConfig(vocab_size=9), *model[1:], "as-ids", "--sample-prompt")
+    with pytest.raises(InputError, match=r"--sample-prompt: '<\|user\|>' has the id .* only 9 ids"):
+        small.prompt("<|user|>")
 
 
 def test_generate_follows_special_tokens_in_text(tmp_path: Path) -> None:
