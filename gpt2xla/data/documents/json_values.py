@@ -44,13 +44,13 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[str | None]:
 class Values:
     """Iterates over the values of a text, called `name` in messages. `buffer` from `at` on is read but not yet used.
 
-    Numbers come as the length of their digits. Raises InputError if the text is not JSON."""
+    Whole numbers come as floats. Raises InputError if the text is not JSON."""
 
     def __init__(self, text: io.TextIOWrapper, name: str) -> None:
         self.text, self.name = text, name
         self.buffer, self.at, self.number = "", 0, 0
-        # Numbers are not needed, and some have more digits than Python converts.
-        self.decoder = json.JSONDecoder(parse_int=len, parse_float=len)
+        # Some whole numbers have more digits than Python converts to int.
+        self.decoder = json.JSONDecoder(parse_int=float)
 
     def __iter__(self) -> Iterator[Any]:
         if self._next() != "[":
