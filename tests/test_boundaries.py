@@ -131,3 +131,9 @@ for module in pkgutil.walk_packages(gpt2xla.__path__, "gpt2xla."):
 assert "torch_xla" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone, and would collect none of the tests."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in set(names) if names.count(name) > 1] == []
