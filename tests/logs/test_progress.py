@@ -13,8 +13,8 @@ from conftest import wait_for, write_split
 
 from gpt2xla.config import DataConfig, ModelConfig, RunConfig, TorchConfig, TrainConfig
 from gpt2xla.data.opening import open_validation
-from gpt2xla.evals import hellaswag, validation
-from gpt2xla.evals.hellaswag import HellaSwag, Questions
+from gpt2xla.evals import multiple_choice, validation
+from gpt2xla.evals.multiple_choice import MultipleChoice, Rows
 from gpt2xla.evals.validation import Validator
 from gpt2xla.logs import progress
 from gpt2xla.logs.progress import Progress
@@ -91,7 +91,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Progress]]:
             made.append(self)
             return super().__enter__()
 
-    for module in (validation, hellaswag):
+    for module in (validation, multiple_choice):
         monkeypatch.setattr(module, "Progress", Recorded)
     return made
 
@@ -109,12 +109,12 @@ def test_validation_ends_at_its_total(steps: int, batches: int, counted: list[Pr
     assert [(shown._done, shown._batches) for shown in counted] == [(batches, batches)]
 
 
-def test_hellaswag_ends_at_its_total(counted: list[Progress]) -> None:
+def test_multiple_choice_ends_at_its_total(counted: list[Progress]) -> None:
     """Rows have two lengths, and the shorter come in larger batches: 28 in sixes, 12 in threes."""
     model_config = ModelConfig(vocab_size=97, seq_length=256, d_model=32, num_layers=1, num_heads=2)
     lengths = [100] * 28 + [200] * 12
-    questions = Questions([[1] * n for n in lengths], [3] * 40, np.ones((10, 4)), np.zeros(10, int), 256)
+    rows = Rows([np.ones(n, dtype=np.uint16) for n in lengths], [3] * 40, answers=4, alternatives=1, seq_length=256)
     runtime, model = TorchRuntime(TorchConfig(), TrainConfig(compile=False)), GPT2(model_config)
     runtime.setup_model(model)
-    HellaSwag(questions, model, runtime, batch_size=3).run()
+    MultipleChoice("HellaSwag", rows, model, runtime, batch_size=3).run()
     assert [(shown._done, shown._batches) for shown in counted] == [(5 + 4, 9)]
