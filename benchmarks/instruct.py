@@ -195,20 +195,11 @@ def report(
     if (greedy := answers.get(("greedy", 1.0, "xla"))) is not None:
         same = sum(a["texts"] == b["texts"] for a, b in zip(greedy[0], answers["greedy", 1.0, "cpu"][0], strict=True))
         lines += ["", f"On XLA {same} of {len(greedy[0])} greedy answers are the same text as on torch."]
-    lines += [
-        "",
-        "Preparation printed:",
-        "",
-        "```",
-        prepared.strip(),
-        "```",
-        "",
-        "Commands, and how long each took:",
-        "",
-    ]
-    home = str(args.folder)
-    commands = [line.replace(str(ROOT), ".").replace(home, "instruct") for line in account.lines]
-    return "\n".join([*lines, "```bash", *commands, "```", ""])
+    lines += ["", "Preparation printed:", "", "```", prepared.strip(), "```", "", "Commands, and how long each took:"]
+    page = "\n".join([*lines, "", "```bash", *account.lines, "```", ""])
+    for path, name in {str(ROOT): ".", str(args.folder): "instruct", str(args.records): args.records.name}.items():
+        page = page.replace(path, name)
+    return page
 
 
 def main() -> None:
