@@ -95,22 +95,16 @@ def packed(job: Job) -> Rows:
     return Rows(ids, _labels(ids, trained), per_update, 1)
 
 
-def padded(job: Job) -> Rows:
-    """One conversation per row of T tokens, which is what static shapes are without packing. Micro-steps have as many rows
-    as a packed update, or the next power of two."""
+def padded(job: Job, micro_batch: int | None = None) -> Rows:
+    """One conversation per row of T tokens, which is what static shapes are without packing. Micro-steps have by default as
+    many rows as a packed update, or the next power of two."""
     samples, eot_id = job.samples()
     ids = np.full((len(samples), job.seq_length), eot_id, dtype=np.uint32)
     trained = np.zeros(ids.shape, dtype=np.bool_)
     for row, sample in enumerate(samples):
         ids[row, : len(sample.ids)], trained[row, : len(sample.ids)] = sample.ids, sample.trained
-    micro_batch = 1 << (packed(job).micro_batch - 1).bit_length()
+    micro_batch = micro_batch or 1 << (packed(job).micro_batch - 1).bit_length()
     return Rows(ids, _labels(ids, trained), micro_batch, CONVERSATIONS // micro_batch)
-
-
-def longest(job: Job) -> Rows:
-    """As `padded`, in one micro-step, which is then cut to its longest conversation."""
-    rows = padded(job)
-    return rows._replace(micro_batch=CONVERSATIONS, accum=1)
 
 
 def _labels(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -207,10 +201,10 @@ def trl(job: Job, wanted: Iterator[list[int]], **options: Any) -> None:
 CONTENDERS: dict[str, Callable[[Job, Iterator[list[int]]], None]] = {
     "packed, torch": lambda job, wanted: ours(job, wanted, packed(job)),
     "padded to the row, torch": lambda job, wanted: ours(job, wanted, padded(job)),
-    "padded to the longest, torch": lambda job, wanted: ours(job, wanted, longest(job), cut=True),
+    "padded to the longest, torch": lambda job, wanted: ours(job, wanted, padded(job, CONVERSATIONS), cut=True),
     "packed, XLA": lambda job, wanted: ours(job, wanted, packed(job), xla=True),
-    "padded to the row, XLA": lambda job, wanted: ours(job, wanted, padded(job), xla=True),
-    "padded to the longest, XLA": lambda job, wanted: ours(job, wanted, longest(job), xla=True, cut=True),
+    # Several micro-steps are one long program, which a CPU compiles for minutes.
+    "padded to the row, XLA": lambda job, wanted: ours(job, wanted, padded(job, CONVERSATIONS), xla=True),
     "SFTTrainer": trl,
     "SFTTrainer, no checkpointing": lambda job, wanted: trl(job, wanted, gradient_checkpointing=False),
     "SFTTrainer, packing": lambda job, wanted: trl(job, wanted, packing=True),
