@@ -19,14 +19,14 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
-from gpt2xla.chat.conversations import Conversation
-from gpt2xla.chat.template import ChatTemplate
-from gpt2xla.data.preparation.rows import Sample, pack
 from torch import Tensor
 
+from gpt2xla.chat.conversations import Conversation
+from gpt2xla.chat.template import ChatTemplate
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.config import RunConfig, TorchConfig, XlaConfig
 from gpt2xla.data.batch_plan import Phase
+from gpt2xla.data.preparation.rows import Sample, pack
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.data.windows import Batch
 from gpt2xla.model.loss import IGNORED_LABEL
