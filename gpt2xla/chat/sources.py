@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gpt2xla.chat.conversations import Conversation, Message, trained_answers
-from gpt2xla.chat.formats import conversation_of
+from gpt2xla.chat.conversations import trained_answers
+from gpt2xla.chat.formats import conversation_of, with_system
 from gpt2xla.chat.options import ChatConfig
 from gpt2xla.chat.template import ChatTemplate
 from gpt2xla.config.paths import split_weight
@@ -138,12 +138,6 @@ def samples_of(
         tally.dropped[f"beyond its share of {source.share:g}"] = len(kept) - len(chosen)
         kept = [kept[number] for number in chosen]
     return kept, tally
-
-
-def with_system(messages: Conversation, system: str | None) -> Conversation:
-    """Return the conversation with this system message at its start, unless it has one or `system` is None."""
-    has_one = any(message.role == "system" for message in messages)
-    return messages if system is None or has_one else (Message("system", system), *messages)
 
 
 def _records(source: Source) -> Iterator[tuple[str, object]]:
