@@ -88,7 +88,10 @@ class ChatReader:
         longest = max(1, model.seq_length // 4) if max_new_tokens is None else max_new_tokens
         first = (Message("system", system),) if system else ()
         reader = cls(template, tokenizer, model.seq_length, longest, stop_ids, first)
-        reader.window([*first, Message("user", "?")])
+        try:
+            reader.window([*first, Message("user", "?")])
+        except InputError as error:
+            raise InputError(f"--system: {error}" if system else f"--chat: {error}") from None
         return reader
 
     @property
