@@ -61,9 +61,14 @@ class RowCounts:
         return self.rows * self.length
 
     @property
+    def samples(self) -> int:
+        """Conversations in all rows."""
+        return sum(number * rows for number, rows in self.conversations.items())
+
+    @property
     def mean(self) -> float:
         """Conversations per row."""
-        return sum(number * rows for number, rows in self.conversations.items()) / self.rows
+        return self.samples / self.rows
 
 
 def count_rows(stream: TokenStream) -> RowCounts:
