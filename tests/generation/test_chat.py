@@ -180,7 +180,8 @@ def test_an_answer_is_kept_as_the_template_can_write_it() -> None:
         dialogue.asked("red")
         dialogue.answered(" an apple\n")
         assert dialogue.messages[-1].content == kept
-        dialogue.asked("blue")
+        dialogue.asked("blue ")
+        assert dialogue.messages[-1].content == ("blue " if kept == " an apple\n" else "blue")
 
 
 def test_special_tokens_that_a_user_types_are_letters() -> None:
