@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from gpt2xla.chat.conversations import Conversation, Message, Role, trained_answers
+from gpt2xla.chat.conversations import Conversation, Message, Role, trained_answers, with_system
 from gpt2xla.errors import InputError
 
 ChatFormat = Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt-completion"]
@@ -18,15 +18,18 @@ _ROLES: dict[str, Role] = {role: role for role in get_args(Role)} | dict(
     human="user", gpt="assistant", chatgpt="assistant", bing="assistant", bard="assistant", model="assistant"
 )
 _ITEM_KEYS = (("role", "content"), ("from", "value"))
+_SYSTEM_KEYS = ("system", "system_prompt")  # beside the keys of any format
 _SHOWN_KEYS = 12
 
 
 class _Kind(NamedTuple):
-    """A format: the keys that tell it, others that it may have, and how it is read."""
+    """A format: the keys that tell it, others that it may have, how it is read, and keys of other formats whose text it would
+    lose."""
 
     keys: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Conversation]
+    foreign: tuple[str, ...] = ()
 
     def described(self) -> str:
         return ", ".join([*self.keys, *(f"[{key}]" for key in self.optional)])
@@ -34,7 +37,8 @@ class _Kind(NamedTuple):
 
 def conversation_of(record: Any, format: ChatFormat = "auto") -> Conversation:
     """Return the conversation in a record. Raises InputError, without the record's place, if its keys are those of no format
-    or of several, a role is unknown, something else stands where text should, or the assistant never answers."""
+    or of several, or hold text that its format does not read, a role is unknown, something else stands where text should, or
+    no answer is trained on."""
     if not isinstance(record, dict):
         raise InputError(f"it is {_kind_of(record)}, not a record with keys; fix or remove it")
     fields = {key: value for key, value in record.items() if value is not None}
@@ -51,10 +55,14 @@ def conversation_of(record: Any, format: ChatFormat = "auto") -> Conversation:
         if missing := set(_KINDS[name].keys) - fields.keys():
             held = f"it has {_keys(fields)}"
             raise InputError(f"--format {name} needs {', '.join(sorted(missing))}, but {held}; choose another")
-    messages = _KINDS[name].read(fields)
+    kind = _KINDS[name]
+    if lost := [key for key in kind.foreign if fields.get(key)]:
+        raise InputError(f"its {lost[0]} would be lost: {name} has {kind.described()}; rename or remove it")
+    messages = kind.read(fields)
     if not trained_answers(messages, "all-answers"):
-        raise InputError("no message is the assistant's, so there is nothing to train on; remove it")
-    return messages
+        raise InputError("no message is the assistant's and trained on; remove it")
+    system = next((text for key in _SYSTEM_KEYS if (text := _text(fields.get(key, ""), key)).strip()), None)
+    return with_system(messages, system)
 
 
 def messages_of(value: Any) -> Conversation:
@@ -85,9 +93,11 @@ def _message(item: Any, where: str, trained: bool) -> Message:
     role = _ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise InputError(f"{where}: {keys[0]} {speaker!r} is unknown; known are {', '.join(_ROLES)}")
-    if item.get("tool_calls"):
+    if item.get("tool_calls") or item.get("function_call"):
         raise InputError(f"{where} calls tools, which no chat template here writes; remove it")
-    return Message(role, _text(content, f"{where}: {keys[1]}"), trained)
+    if (weight := item.get("weight", 1)) not in (0, 1):
+        raise InputError(f"{where}: weight {weight!r}; choose 1, to train on it, or 0")
+    return Message(role, _text(content, f"{where}: {keys[1]}"), trained and weight == 1)
 
 
 def _text(value: Any, where: str) -> str:
@@ -146,7 +156,7 @@ def _kind_of(value: Any) -> str:
 _KINDS = {
     "messages": _Kind(("messages",), (), lambda fields: _read_list("messages", fields)),
     "sharegpt": _Kind(("conversations",), (), lambda fields: _read_list("conversations", fields)),
-    "alpaca": _Kind(("instruction", "output"), ("input",), _read_alpaca),
-    "dolly": _Kind(("instruction", "response"), ("context",), _read_dolly),
+    "alpaca": _Kind(("instruction", "output"), ("input",), _read_alpaca, ("context", "history")),
+    "dolly": _Kind(("instruction", "response"), ("context",), _read_dolly, ("input", "history")),
     "prompt-completion": _Kind(("prompt", "completion"), (), _read_prompt_completion),
 }

@@ -160,6 +160,10 @@ class ChatTemplate:
         prompt = self.prompt_ids(tokenizer, _TURNS[:-1])
         if not np.array_equal(prompt, ids[: len(prompt)]):
             fix = "write with add_generation_prompt what comes before the assistant's words"
+            written = self.render(tokenizer, _TURNS[:-1], add_generation_prompt=True).text
+            if written == rendering.text[: rendering.places[-1].start]:
+                end = written[len(written.rstrip()) :]
+                fix = f"the tokenizer merges its end, {end!r}, with the answer; end it before that, or with a special token"
             raise InputError(f"{self.name} prompts for an answer in another way than answers begin; {fix}")
         if ids[0] == tokenizer.eot_id:
             return self

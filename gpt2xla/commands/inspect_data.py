@@ -67,8 +67,10 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
     for note in stream.notes:
         print(note)
     if manifest:
-        what = "conversation" if stream.is_masked else "document"
-        print(f"{counted(manifest.documents, what)}, {manifest.bytes / manifest.tokens:.2f} bytes per token")
+        if stream.is_masked:  # many of its tokens, such as the fill, are no text
+            print(counted(manifest.documents, "conversation"))
+        else:
+            print(f"{counted(manifest.documents, 'document')}, {manifest.bytes / manifest.tokens:.2f} bytes per token")
     if known:
         of = manifest.tokenizer if manifest else options.tokenizer or stream.folder
         print(f"tokenizer {of}, {known.vocab_size:,} ids, end of text {eot_id}")
@@ -77,15 +79,16 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
     else:
         show_documents(stream, tokenizer, eot_id, options.documents)
     found = contents(stream, known.vocab_size if known else None, eot_id)
-    if found.documents and not stream.is_masked:
+    if not stream.is_masked:  # there the loss is that of some tokens
+        if found.documents:
+            print(
+                f"{counted(found.documents, 'document')} counted, tokens in each: mean {found.mean_length:.1f}, median "
+                f"{found.length_quantile(0.5):,}, 90% at most {found.length_quantile(0.9):,}, longest {max(found.lengths):,}"
+            )
         print(
-            f"{counted(found.documents, 'document')} counted, tokens in each: mean {found.mean_length:.1f}, median "
-            f"{found.length_quantile(0.5):,}, 90% at most {found.length_quantile(0.9):,}, longest {max(found.lengths):,}"
-        )
-    print(
-        f"unigram entropy {found.unigram_entropy:.4f} nats per token: the loss of a model that ignores context"
-        if found.tokens.any() else "none of the tokens is in the vocabulary"
-    )  # fmt: skip
+            f"unigram entropy {found.unigram_entropy:.4f} nats per token: the loss of a model that ignores context"
+            if found.tokens.any() else "none of the tokens is in the vocabulary"
+        )  # fmt: skip
     if known:
         print(f"tokens that are not in the vocabulary: {found.foreign:,} ({found.foreign / stream.length:.2%})")
     else:
@@ -135,6 +138,10 @@ def show_rows(stream: TokenStream, tokenizer: Tokenizer | None, options: argpars
         f"trained: {counted(found.trained, 'token')}, {found.trained / found.tokens:.1%} of the rows; "
         f"fill at the end of rows: {counted(found.fill, 'token')}, {found.fill / found.tokens:.1%}"
     )
+    assert stream.manifest is not None
+    if (more := int(found.conversations.sum()) - stream.manifest.documents) > 0:
+        held = f"conversations hold {counted(more, 'end-of-text token')} that are not trained on"
+        print(f"note: {held}; what follows each is counted as another conversation")
 
 
 def shown(ids: list[int], tokenizer: Tokenizer | None, in_color: bool) -> str:

@@ -87,7 +87,10 @@ class ChatReader:
         stop_ids = frozenset(template.stop_ids(tokenizer)) | settings.stop_ids(tokenizer.eot_id)
         longest = max(1, model.seq_length // 4) if max_new_tokens is None else max_new_tokens
         reader = cls(template, tokenizer, model.seq_length, longest, stop_ids, system)
-        reader.prompt("?")
+        try:
+            reader.prompt("?")
+        except InputError as error:
+            raise InputError(f"--system: {error}" if system else f"--chat: {error}") from None
         return reader
 
     @property
@@ -114,7 +117,17 @@ class ChatReader:
 
     def prompt(self, question: str) -> Prompt:
         """Return the prompt of a conversation's first message. Raises InputError if it does not fit."""
-        return self.window(with_system((Message("user", question),), self.system)).prompt
+        return self.asked(with_system((), self.system), question).prompt
+
+    def asked(self, messages: Sequence[Message], question: str) -> Window:
+        """Return what the model reads to answer a question after `messages`, without the blanks around it where the template
+        cannot write these. Raises InputError as `window`."""
+        try:
+            return self.window([*messages, Message("user", question)])
+        except InputError:
+            if question == question.strip():
+                raise
+            return self.window([*messages, Message("user", question.strip())])
 
     def entries(self, file: Path) -> list[Entry]:
         """Return the conversations of a file, each a line of JSON: a list of messages, {role, content}, or an object that
@@ -158,7 +171,7 @@ class Dialogue:
     def asked(self, question: str) -> Window:
         """Add a message of the user. Turns that no longer fit are forgotten. Raises InputError if it cannot be added; the
         conversation is unchanged then."""
-        window = self._reader.window([*self.messages, Message("user", question)])
+        window = self._reader.asked(self.messages, question)
         self.messages = window.messages
         return window
 

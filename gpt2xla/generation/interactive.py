@@ -17,6 +17,7 @@ def ask(respond: Callable[[str], None]) -> None:
     while True:
         try:
             line = input(">> ")
+            line.encode()  # some locales let stray bytes through
             if line.strip():
                 respond(line)
         except InputError as error:

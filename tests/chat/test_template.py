@@ -151,7 +151,8 @@ def test_a_template_that_does_not_begin_with_the_end_of_text_gets_it(small: Toke
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("prompt -%}Bot:", "prompt -%}Bot:{{ ' ' }}", "prompts for an answer in another way"),
+        ("prompt -%}Bot:", "prompt -%}Bot:{{ ' ' }}", "answers begin; the tokenizer merges its end, ' ', with"),
+        ("prompt -%}Bot:", "prompt -%}Robot:", "write with add_generation_prompt what comes before"),
         ("{{ eos_token }}", "", "no special token after an answer"),
         ("{{ eos_token }}\n", "{% endgeneration %}{{ eos_token }}{% generation %}", "the token that ends it"),
         ("message.content }}{{ eos", "message.content | trim }}{{ eos", None),

@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,17 @@ def test_rows_are_shown_with_their_trained_tokens_marked(told: Path) -> None:
     assert shown[6] == (
         f"trained: 18 tokens, {18 / 640:.1%} of the rows; fill at the end of rows: {fill} tokens, {fill / 640:.1%}"
     )
-    assert "3 conversations, " in lines[1]
+    assert lines[1] == "3 conversations"
+    assert not any("bytes per token" in line or "unigram" in line for line in lines), "of all tokens, even of the fill"
+
+
+def test_an_answer_whose_end_of_text_is_not_trained_on_is_noted(tmp_path: Path) -> None:
+    divided = sample(("Q\nA", False), ("\nQ\n", False), ("B", True))
+    ids = divided.ids.copy()
+    ids[4] = load_tokenizer("bytes").eot_id
+    write_rows(tmp_path, [replace(divided, ids=ids)], load_tokenizer("bytes"), row_length=20, shard_size=100)
+    found = succeed(run_here("scripts/inspect_data.py", tmp_path))
+    assert "note: conversations hold 1 end-of-text token that" in found
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,17 @@ def test_drops_are_said_once_and_a_message_that_is_too_long_leaves_the_conversat
     assert dialogue.messages == first[:1]
 
 
+def test_a_line_that_is_not_utf8_leaves_the_conversation_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With LC_ALL=C, Python gives stray bytes as half characters."""
+    dialogue = Dialogue(reader())
+    type_lines(monkeypatch, "red", "bl\udcffue", EOFError)
+    converse(dialogue, lambda prompt, show: show("an apple"))
+    assert dialogue.messages == [Message("user", "red"), Message("assistant", "an apple")]
+    assert "that line is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("pieces", "kept"), [(("an ", "ap"), "an ap"), ((), None)])
 def test_an_answer_that_ctrl_c_stops_stays_as_far_as_it_came(
     pieces: tuple[str, ...], kept: str | None, monkeypatch: pytest.MonkeyPatch
@@ -169,7 +180,8 @@ def test_an_answer_is_kept_as_the_template_can_write_it() -> None:
         dialogue.asked("red")
         dialogue.answered(" an apple\n")
         assert dialogue.messages[-1].content == kept
-        dialogue.asked("blue")
+        dialogue.asked("blue ")
+        assert dialogue.messages[-1].content == ("blue " if kept == " an apple\n" else "blue")
 
 
 def test_special_tokens_that_a_user_types_are_letters() -> None:
