@@ -23,8 +23,8 @@ _SHOWN_KEYS = 12
 
 
 class _Kind(NamedTuple):
-    """A format: the keys that tell it, others that it may have, how it is read, and keys of other formats whose text it would
-    lose."""
+    """A format: the keys that tell it, others that it may have, how it is read, and keys of other formats, whose text would
+    be lost."""
 
     keys: tuple[str, ...]
     optional: tuple[str, ...]

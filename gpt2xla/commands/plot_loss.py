@@ -52,6 +52,9 @@ def check_picture(flag: str, file: Path) -> None:
         raise InputError(f"{flag} {file}: give a name that ends in .png, .svg or .pdf")
     if not file.parent.is_dir():
         raise InputError(f"{flag} {file}: there is no folder {file.parent}; make it, or choose another")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        what = "it is a folder" if file.is_dir() else f"files cannot be written in {file.parent}"
+        raise InputError(f"{flag} {file}: {what}; choose another")
 
 
 def checked_plot(plot: str | None) -> Path | None:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt2xla.checkpoint.loading import load_weights
 from gpt2xla.checkpoint.run_folder import stays_in_documents
-from gpt2xla.config import TrainConfig
+from gpt2xla.config import DataConfig, RunConfig, TrainConfig
+from gpt2xla.data.tokenizer import find_tokenizer
 from gpt2xla.evals import hellaswag, mmlu
 from gpt2xla.evals.multiple_choice import Question, ask
 from gpt2xla.evals.options import markdown_table
-from gpt2xla.evals.perplexity_table import Row, measure_one
+from gpt2xla.evals.perplexity_table import Row, measure_one, open_split
 from gpt2xla.evals.validation import standard_error
 from gpt2xla.logs.sinks import with_error
 from gpt2xla.runtime.base import Runtime
@@ -73,6 +75,8 @@ class Comparison:
     def measure(self, sources: Sequence[Path], tokenizer: str | None, train: TrainConfig, runtime: Runtime) -> None:
         """Measure the models. Collective. Raises InputError if a model does not know the tokens of its split, or has no
         tokenizer."""
+        for number, (model, source) in enumerate(zip(self.models, sources, strict=True)):
+            self._check(number, model, source, tokenizer)
         within = [stays_in_documents(source) for source in sources]
         for number, (model, source) in enumerate(zip(self.models, sources, strict=True)):
             figures: dict[str, Figure] = {}
@@ -83,6 +87,14 @@ class Comparison:
                     self.notes += [] if _WITHIN_DOCUMENTS in self.notes else [_WITHIN_DOCUMENTS]
             figures |= self._of_choices(source, tokenizer, train, runtime)
             self.figures.append(figures)
+
+    def _check(self, number: int, model: str, source: Path, tokenizer: str | None) -> None:
+        """Raise what `measure` would only raise after hours, when the models before this one are measured."""
+        config, _ = load_weights(source)
+        if valid_dir := self.tasks.valid_dir(number):
+            open_split(model, source, RunConfig(data=DataConfig(valid_dir=valid_dir), model=config))
+        if self.tasks.hellaswag is not None or self.tasks.mmlu is not None:
+            find_tokenizer(tokenizer, source, config.real_vocab_size)
 
     def _of_choices(
         self, source: Path, tokenizer: str | None, train: TrainConfig, runtime: Runtime

@@ -109,6 +109,8 @@ class TableFiles:
             return
         if not Path(output).name or not self.files[0].parent.is_dir() or any(file.is_dir() for file in self.files):
             raise InputError(f"--output {output!r}: name files in an existing folder, without .md and .json")
+        if not os.access(folder := self.files[0].parent, os.W_OK):
+            raise InputError(f"--output {output!r}: files cannot be written in {folder}; choose another folder")
 
     def write(self, markdown: str, values: dict[str, Any]) -> None:
         if self.files:

@@ -15,10 +15,12 @@ from gpt2xla.checkpoint.loading import build_model, load_weights, locate
 from gpt2xla.checkpoint.run_folder import stays_in_documents
 from gpt2xla.checkpoint.seal import step_of
 from gpt2xla.config import DataConfig, RunConfig, TrainConfig
+from gpt2xla.config.paths import is_url
 from gpt2xla.data.opening import end_of_text_of, open_validation, tokenizer_of, with_document_mask
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
+from gpt2xla.data.windows import Windows
 from gpt2xla.errors import InputError
 from gpt2xla.evals.options import markdown_table
 from gpt2xla.evals.validation import Validation, Validator
@@ -99,15 +101,11 @@ def measure_one(
     model_config, weights = load_weights(source)
     train = dataclasses.replace(train, document_mask=within_documents or None)
     config = RunConfig(data=DataConfig(valid_dir=valid_dir), model=model_config, train=train)
-    try:
-        windows = open_validation(config)
-    except InputError as error:
-        raise InputError(f"--model {name}: {error}") from None
+    windows = open_split(name, source, config)
     config = with_document_mask(config, [windows])
     if runtime.is_main:
         for note in windows.stream.notes:
             say(note, error=True)
-    _check_tokenizer(name, source, windows.stream.manifest)
     for note in weights.notes if runtime.is_main else ():
         print(f"{name}: {note}", file=sys.stderr)
     model = build_model(model_config, weights, source)
@@ -127,6 +125,24 @@ def measure_one(
         name, source, model.num_parameters() - padding, windows.seq_length, bool(config.train.document_mask),
         validator.result(*losses), losses,
     )  # fmt: skip
+
+
+def open_split(name: str, source: Path, config: RunConfig) -> Windows:
+    """Open --valid-dir for the model of `source`. Raises InputError if there is no such split, or the model does not know
+    its tokens."""
+    valid_dir, ids = config.data.valid_dir, config.model.real_vocab_size
+    manifest = None if is_url(valid_dir) else Manifest.load(Path(valid_dir))
+    if manifest and manifest.vocab_size > ids:
+        raise InputError(
+            f"--model {name}: it has {ids} ids, and --valid-dir {valid_dir} was made with a tokenizer of "
+            f"{manifest.vocab_size} ({manifest.tokenizer}); measure it on a split that its own tokenizer made"
+        )
+    try:
+        windows = open_validation(config)
+    except InputError as error:
+        raise InputError(f"--model {name}: {error}") from None
+    _check_tokenizer(name, source, windows.stream.manifest)
+    return windows
 
 
 def _check_tokenizer(name: str, source: Path, manifest: Manifest | None) -> None:

@@ -101,6 +101,12 @@ def test_a_tokenizer_with_tokens_added_fits_and_another_has_its_own_split(
     text = succeed(run_here("scripts/compare_models.py", *flags, split))
     assert "| Loss (nats per token) |" in text
     assert "MMLU" not in text
+    (tmp_path / "text.txt").write_text("Some words. " * 10_000)
+    own, made_with = tmp_path / "own", ["--tokenizer", tmp_path / "chat"]
+    succeed(run_here("scripts/prepare_text.py", "--input", tmp_path / "text.txt", "--output-dir", own, *made_with))
+    refused = run_here("scripts/compare_models.py", chat, models[0], "--valid-dir", own / "test")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1), "before any model is measured"
+    assert f"--model {models[0]}: it has 257 ids, and --valid-dir {own / 'test'} was made with a " in refused.stderr
     two = succeed(run_here("scripts/compare_models.py", *flags, split, split.parent / "train"))
     (loss,) = re.findall(r"\| Loss \(nats per token\) \|.*", two)
     assert loss.endswith("|  |"), "no difference"
@@ -116,11 +122,15 @@ def test_a_tokenizer_with_tokens_added_fits_and_another_has_its_own_split(
         (["{a}", "{b}", "--hellaswag", "--shots", "5"], "--shots needs --mmlu"),
         (["{a}", "{b}", "--mmlu", "--shots", "-1"], "--shots -1"),
         (["{a}", "{b}", "--valid-dir", "{s}", "--plot", "x.jpg"], "--plot x.jpg: give a name that ends in .png"),
+        (["{a}", "{b}", "--valid-dir", "{s}", "--plot", "{p}"], "p.png: it is a folder; choose another"),
         (["--mmlu"], "add MODEL: it has no default"),
     ],
 )
-def test_wrong_options_are_one_line(flags: list[str], says: str, models: list[Path], split: Path) -> None:
-    words = [flag.format(a=models[0], b=models[1], s=split) for flag in flags]
+def test_wrong_options_are_one_line(
+    flags: list[str], says: str, models: list[Path], split: Path, tmp_path: Path
+) -> None:
+    (folder := tmp_path / "p.png").mkdir()
+    words = [flag.format(a=models[0], b=models[1], s=split, p=folder) for flag in flags]
     result = run_here("scripts/compare_models.py", *words)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert says in result.stderr
