@@ -229,6 +229,8 @@ def add_group(parser: OneLineParser, group: type) -> None:
             reading: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
             reading = {"nargs": found.count or "+", "metavar": ("B1", "B2") if found.count == 2 else found.metavar}
+            if not found.count:  # of a list given in parts, none is lost
+                reading["action"] = "extend"
         if found.is_positional:
             parser.other_names |= {flag(other): "" for other in (name, *found.other_names)}
             target.add_argument(name, help=found.help, **reading | {"metavar": name.upper()})

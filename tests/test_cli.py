@@ -32,8 +32,10 @@ from conftest import (
     write_split,
 )
 
+from gpt2xla.chat.options import ChatConfig
 from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.loading import load_weights
+from gpt2xla.cli import parse_options
 
 
 def refused(result: subprocess.CompletedProcess[str], *culprits: str) -> None:
@@ -48,7 +50,7 @@ def refused(result: subprocess.CompletedProcess[str], *culprits: str) -> None:
 # Flags added to a run that works -> what the one line must name.
 WRONG_FLAGS = {
     "unknown flag": (["--learning-rat", "0.1"], ["--learning-rat is unknown; did you mean --learning-rate?"]),
-    "underscores, which are fine": (["--train_dir", "/no/such/folder"], ["--train-dir /no/such/folder"]),
+    "underscores, which are fine": (["--valid_dir", "/no/such/folder"], ["--valid-dir /no/such/folder"]),
     "underscores in a wrong flag": (["--train_dirs", "x"], ["--train_dirs", "did you mean --train-dir?"]),
     "another trainer's flag": (["--lr", "0.1"], ["--lr", "did you mean --learning-rate?"]),
     "one dash": (["-lr", "0.1"], ["-lr", "did you mean --learning-rate?"]),
@@ -68,7 +70,7 @@ WRONG_FLAGS = {
     "learning rate not a number": (["--learning-rate", "nan"], ["--learning-rate"]),
     "warm-up outlasts the run": (["--warmup-steps", "20"], ["--warmup-steps 20", "--train-steps 20", "such as 1"]),
     "decay ends in warm-up": (["--warmup-steps", "9", "--decay-steps", "9"], ["--decay-steps 9", "--warmup-steps 9"]),
-    "missing shard folder": (["--train-dir", "/no/such/folder"], ["--train-dir /no/such/folder", "prepare_text.py"]),
+    "missing shard folder": (["--valid-dir", "/no/such/folder"], ["--valid-dir /no/such/folder", "prepare_text.py"]),
     "folder without shards": (["--valid-dir", "gpt2xla"], ["--valid-dir gpt2xla", ".npy"]),
     "vocabulary too small": (["--vocab-size", "90"], ["--vocab-size 90", "use at least 97"]),
     "sequence longer than the data": (
@@ -95,6 +97,11 @@ def test_a_wrong_flag_is_one_line(
     output = tmp_path / "checkpoints"
     refused(run_here("run_pretrain.py", *data_flags, *SMALL_RUN, "--checkpoints-dir", output, *flags), *culprits)
     assert not output.exists(), "nothing is written before the first step"
+
+
+def test_a_list_in_parts_is_whole() -> None:
+    options = parse_options(ChatConfig, "", ["--input", "a", "b", "--seed", "1", "--input", "c", "--seed", "2"])
+    assert (options.input, options.seed) == (("a", "b", "c"), 2)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,11 @@ def show_rows(stream: TokenStream, tokenizer: Tokenizer | None, options: argpars
         f"fill at the end of rows: {counted(found.fill, 'token')}, {found.fill / found.tokens:.1%}"
     )
     assert stream.manifest is not None
+    if found.trained != (promised := stream.manifest.trained_tokens):
+        raise InputError(
+            f"{stream.folder}: the manifest promises {promised} trained tokens, but the masks have {found.trained}; copy or "
+            "prepare the data again"
+        )
     if (more := int(found.conversations.sum()) - stream.manifest.documents) > 0:
         held = f"conversations hold {counted(more, 'end-of-text token')} that are not trained on"
         print(f"note: {held}; what follows each is counted as another conversation")

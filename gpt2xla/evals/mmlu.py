@@ -181,10 +181,10 @@ def _rows(file: Path, split: str) -> Iterator[dict[str, Any]]:
     if file.suffix == ".parquet":
         yield from parquet.read_table(file).to_pylist()
         return
-    with file.open(encoding="utf-8", newline="") as lines:
-        for row in csv.reader(lines):
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        for row in filter(None, csv.reader(lines, strict=True)):  # strict: a file that is cut within quotes is an error
             subject = file.stem.removesuffix(f"_{split}")
-            yield {"subject": subject, "question": row[0], "choices": row[1:-1], "answer": row[-1]} if row else {}
+            yield {"subject": subject, "question": row[0], "choices": row[1:-1], "answer": row[-1]}
 
 
 def _item(values: dict[str, Any], where: str) -> Item:

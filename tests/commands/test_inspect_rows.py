@@ -1,6 +1,7 @@
 """What inspect_data.py shows of masked rows, against the samples that they were packed from."""
 
 import io
+import json
 import re
 import sys
 from dataclasses import replace
@@ -138,3 +139,12 @@ def test_rows_without_a_tokenizer_are_shown_as_ids(told: Path) -> None:
     text = succeed(run_here("scripts/inspect_data.py", told, "--rows", 1))
     assert re.search(r"    256 81 58 32 51 .* \[\[ 55 \]\]", text)
     assert "row 1" not in text
+
+
+def test_a_manifest_that_promises_other_tokens_is_refused(told: Path) -> None:
+    file = told / "manifest.json"
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"trained_tokens": manifest["trained_tokens"] + 1}))
+    result = run_here("scripts/inspect_data.py", told)
+    assert result.returncode == 2
+    assert f"promises {manifest['trained_tokens'] + 1} trained tokens" in result.stderr
