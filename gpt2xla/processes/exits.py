@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -22,6 +23,8 @@ from gpt2xla.errors import InputError, RunFailed, is_out_of_memory
 from gpt2xla.processes.quiet import hide_remarks
 
 _NO_READER = 128 + signal.SIGPIPE
+
+_BREAKS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # of lines, and what else a terminal obeys
 
 # If all processes fail alike, the main one reports. The launcher ends the others before they report too.
 SECONDS_FOR_MAIN = 3
@@ -103,7 +106,7 @@ def report(error: BaseException) -> int:
         error = RunFailed("the disk is full, or your quota on it; free some space and start again")
     if isinstance(error, InputError | RunFailed):
         if is_first("error"):
-            line = str(error).replace("\n", "\\n")  # a file name in it may hold a line break
+            line = _BREAKS.sub(lambda found: ascii(found[0])[1:-1], str(error))  # which a file's name may hold
             text = f"{Path(sys.argv[0]).name}: error: {line}"
             try:
                 print(text, file=sys.stderr, flush=True)

@@ -120,10 +120,11 @@ def test_the_same_input_gives_the_same_bytes_and_a_prepared_folder_stays(tmp_pat
     assert not list(tmp_path.glob("*/.partial"))
     flags = ["--input", given]
     assert prepare(*flags, folder=tmp_path / "one")[-1].endswith("is prepared already: nothing to do")
-    common = [*BYTES, "--output-dir", tmp_path / "one", *flags]
+    output = [*BYTES, "--output-dir", tmp_path / "one"]
+    common = [*output, *flags]
     assert "was prepared with --seed 1061109567, now 5" in refusal(*common, "--seed", 5)
     assert "was prepared with --chat-template chatml, now alpaca" in refusal(*common, "--chat-template", "alpaca")
-    assert "a share of 1, but now there is" in refusal(*common, "--input", f"{given}=0.5")
+    assert "a share of 1, but now there is" in refusal(*output, "--input", f"{given}=0.5")
     orders = []
     for seed in (1, 2):
         prepare(*flags, "--seed", seed, folder=tmp_path / str(seed))

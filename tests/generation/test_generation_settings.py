@@ -1,6 +1,7 @@
 """Which tokens begin and end a text: as the model's folder says, beside transformers, and kept through conversion and
 training."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -191,10 +192,14 @@ def test_data_of_another_tokenizer_than_the_models_is_refused_until_it_is_named(
     manifest = Manifest.load(data / "train")
     assert manifest
     folders = [source, data / "train"]
+    another = dataclasses.replace(manifest, tokenizer_sha256="0" * 64)
     with pytest.raises(
         InputError, match=f"of {source} is not the one that all shards .* name the shards' with --tokenizer"
     ):
-        match_tokenizer(None, folders, [manifest], 260)
+        match_tokenizer(None, folders, [another], 260)
+    extended = match_tokenizer(None, folders, [manifest], 260)
+    assert extended
+    assert extended.eot_id == TURN
     named = match_tokenizer("bytes", folders, [manifest], 260)
     assert named
     assert named.eot_id == END

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from gpt2xla.config import TorchConfig
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.logs.console import say
-from gpt2xla.processes.exits import exit_code
+from gpt2xla.processes.exits import exit_code, report
 from gpt2xla.processes.quiet import silent
 from gpt2xla.runtime.torch import process_group
 from gpt2xla.runtime.torch.process_group import Place, find_place, join
@@ -89,6 +89,11 @@ def test_standard_output_on_a_full_disk_is_one_line(
     error = capfd.readouterr().err
     assert "the disk is full, or your quota on it" in error
     assert error.count("\n") == 1
+
+
+def test_an_error_is_one_line_whatever_a_files_name_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(InputError("a\n\r\x85\u2028\x1b[2J.npy: not ünïcode")) == 2
+    assert capsys.readouterr().err.endswith(": error: a\\n\\r\\x85\\u2028\\x1b[2J.npy: not ünïcode\n")
 
 
 def test_standard_streams_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
