@@ -84,18 +84,20 @@ def _expand(given: dict[str, Any]) -> dict[str, Any]:
 
 def parse_options(group: type[Options], description: str, argv: Sequence[str] | None = None) -> Options:
     """Return the options of a program whose options are one dataclass. Raises InputError for a wrong flag or path."""
-    given = _parse((group,), description, argv)
+    given = _parse((group,), description, argv, joins_lists=True)  # --input a --input b: neither is lost
     options = group(**given)
     check_paths(options, given)
     return options
 
 
-def _parse(groups: Sequence[type], description: str, argv: Sequence[str] | None) -> dict[str, Any]:
+def _parse(
+    groups: Sequence[type], description: str, argv: Sequence[str] | None, *, joins_lists: bool = False
+) -> dict[str, Any]:
     """Return the values of the options that `argv` gives."""
     parser = OneLineParser(description=description)
     options: dict[str, Option] = {}
     for group in groups:
-        add_group(parser, group)
+        add_group(parser, group, joins_lists=joins_lists)
         options |= Option.all_of(group)
     values = {}
     given, mistake = parser.parse(argv)
@@ -220,16 +222,16 @@ def path(word: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_group(parser: OneLineParser, group: type) -> None:
+def add_group(parser: OneLineParser, group: type, *, joins_lists: bool = False) -> None:
     """Add one dataclass as one titled group of flags, whose values are words for `Option.read`. Flags not given stay out of
-    the namespace; a field without a default is a required flag."""
+    the namespace; a field without a default is a required flag. The last of a repeated flag counts, or `joins_lists`."""
     target = parser.add_argument_group((group.__doc__ or "").strip())
     for name, found in Option.all_of(group).items():
         if found.is_switch:
             reading: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
             reading = {"nargs": found.count or "+", "metavar": ("B1", "B2") if found.count == 2 else found.metavar}
-            if not found.count:  # of a list given in parts, none is lost
+            if not found.count and joins_lists:
                 reading["action"] = "extend"
         if found.is_positional:
             parser.other_names |= {flag(other): "" for other in (name, *found.other_names)}

@@ -145,6 +145,7 @@ def assert_scored(output: str, file: Path, right: dict[str, list[bool]]) -> None
                     "abstract_algebra", "astronomy"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_are_equal(
     model: Path, data: Path, expected: tuple[np.ndarray, dict[str, list[bool]]], tmp_path: Path
 ) -> None:

@@ -91,11 +91,11 @@ def test_checkpoints_are_drawn_against_their_steps_and_the_best_is_named(tmp_pat
         folder.parent.mkdir(exist_ok=True)
         seal(make_model(folder, seed=seed), step_of_name(folder))
     other = make_model(tmp_path / "other", seed=9)
-    flags = ["--models", *models, "--valid-dir", split, "--batch-size", 16, "--valid-steps", 2]
+    flags = ["--valid-dir", split, "--batch-size", 16, "--valid-steps", 2, "--models"]
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
         text = succeed(
             run_here(
-                "scripts/perplexity_table.py", *flags, "--models", *models, other, "--plot", tmp_path / "losses.svg",
+                "scripts/perplexity_table.py", *flags, *models, other, "--plot", tmp_path / "losses.svg",
                 "--output", tmp_path / "table",
             )
         )  # fmt: skip
@@ -109,14 +109,14 @@ def test_checkpoints_are_drawn_against_their_steps_and_the_best_is_named(tmp_pat
     at = f", step {step}" if run else ""
     assert f"{Path(run or best['model']).name}{at}, {shown}" in texts
     assert [line for line in texts.splitlines() if line.endswith(("/a$b$", "/c", "/other"))]
-    refused = run_here("scripts/perplexity_table.py", *flags, "--models", other, "--plot", tmp_path / "losses.svg")
+    refused = run_here("scripts/perplexity_table.py", *flags, other, "--plot", tmp_path / "losses.svg")
     assert "none of the models is a checkpoint of a run" in refused.stderr
     for name in ("losses.jpg", "none/losses.png"):
-        assert run_here("scripts/perplexity_table.py", *flags, "--plot", tmp_path / name).returncode == 2
+        assert run_here("scripts/perplexity_table.py", *flags, *models, "--plot", tmp_path / name).returncode == 2
     with pytest.MonkeyPatch.context() as patch:
         for name in ("gpt2xla.logs.checkpoint_picture", "gpt2xla.logs.loss_picture", "matplotlib"):
             patch.setitem(sys.modules, name, None)
-        without = run_here("scripts/perplexity_table.py", *flags, "--plot", tmp_path / "losses.png")
+        without = run_here("scripts/perplexity_table.py", *flags, *models, "--plot", tmp_path / "losses.png")
     assert "plotting needs matplotlib; pip install 'gpt2xla[plot]'" in without.stderr
 
 
