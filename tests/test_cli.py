@@ -124,7 +124,9 @@ def test_a_wrong_environment_is_one_line(
 @pytest.mark.parametrize(
     ("devices", "flags", "culprits"),
     [
-        ("2", ["--train-batch-size", "3"], ["--train-batch-size 3", "2 devices", "4"]),
+        pytest.param(
+            "2", ["--train-batch-size", "3"], ["--train-batch-size 3", "2 devices", "4"], marks=pytest.mark.slow
+        ),
         pytest.param("1", ["--vocab-size", "90"], ["--vocab-size 90"], marks=pytest.mark.slow),
         pytest.param("2", ["--ddp"], ["--ddp"], marks=pytest.mark.slow),
     ],

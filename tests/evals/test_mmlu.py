@@ -173,6 +173,7 @@ def test_on_xla_each_length_is_compiled_once(
     assert sorted(map(int, compiled)) == sorted({128 if len(t) - 1 <= 128 else 192 for t in lengths.tokens})
 
 
+@pytest.mark.slow
 def test_items_from_the_hub(
     model: Path, data: Path, expected: tuple[np.ndarray, dict[str, list[bool]]], tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_wrong_options_are_one_line_at_the_start(
     assert culprit in result.stderr
 
 
+@pytest.mark.slow
 def test_spmd_is_refused(documents: list[object], tmp_path: Path) -> None:
     result = run_xla(*documents, *SAMPLES, "--spmd", "--checkpoints-dir", tmp_path, CPU_NUM_DEVICES="2")
     assert result.returncode == 2

@@ -76,7 +76,7 @@ def test_xla_equals_torch_in_two_graphs(torch_run: Path, xla_run: Path) -> None:
 @pytest.mark.parametrize(
     ("devices", "layout"),
     [
-        (4, ["--spmd", "--fsdp"]),
+        pytest.param(4, ["--spmd", "--fsdp"], marks=pytest.mark.slow),
         pytest.param(1, ["--use-syncfree-optim"], marks=pytest.mark.slow),
         pytest.param(1, [], marks=pytest.mark.slow),
         pytest.param(2, [], marks=pytest.mark.slow),
