@@ -132,7 +132,7 @@ def test_the_same_command_resumes_with_and_without_the_flag(tuned: Path, theirs:
 
 
 def test_our_own_checkpoint_begins_a_new_run(tuned: Path, tmp_path: Path) -> None:
-    """The flag makes the difference: otherwise a checkpoint of ours is resumed."""
+    """The flag makes the difference: otherwise our own checkpoint is resumed."""
     data = data_of(tmp_path, with_tokens(tmp_path / "more", [*ROLES, "<|tool|>"]))
     start = begin(max(tuned.glob("step-*")), data, "--resize-vocab")
     assert (start.step, start.training) == (0, None)
