@@ -31,7 +31,7 @@ SEQ_LENGTH = 512
 ENDS = ("<|im_start|>", "<|im_end|>")
 # For a model and data this small; an update of 4 rows sees about 38 conversations.
 TUNING = shlex.split("--sequences-per-update 4 --learning-rate 1e-3 --epochs 8 --valid-interval 14 --save-interval 0")
-# Runs a program of ours in its own process and prints how many programs XLA compiled.
+# Runs one of our programs in its own process and prints how many programs XLA compiled.
 COUNTED = (
     "from gpt2xla.commands.generate import main; main(); import torch_xla.debug.metrics as met; print('programs:', \
 (met.metric_data('CompileTime') or [0])[0])"

@@ -26,6 +26,7 @@ from gpt2xla.data.preparation.rows import Sample
 from gpt2xla.data.preparation.splitting import uniform
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError, counted, user_error
+from gpt2xla.files import file_sha256
 
 _SHARE_DRAWS = 1 << 40  # numbers of these draws begin beyond those of conversations, which decide on splits
 
@@ -73,14 +74,17 @@ def find_sources(config: ChatConfig, say: Callable[[str], None]) -> list[Source]
         path, share = _share_of("--input", entry)
         with user_error(f"--input {path}"):
             found = [
-                InputFile(str(file), file.stat().st_size, partial(here, file), _how(share))
+                InputFile(str(file), file.stat().st_size, partial(here, file), _how(file, share))
                 for file in find([path], RECORD_SUFFIXES, config.exclude, "--input", say)
             ]
         sources.append(Source(path, found, share))
     for entry in config.dataset:
         name, share = _share_of("--dataset", entry)
         hub = HubConfig(dataset=name, config=config.config, split=config.split, cache_dir=config.cache_dir)
-        parts = [InputFile(part.name, part.size, part.opened, _how(share)) for part in dataset_parts(hub, say)]
+        parts = [
+            InputFile(part.name, part.size, part.opened, _how(Path(part.name), share))
+            for part in dataset_parts(hub, say)
+        ]
         sources.append(Source(name, parts, share))
     places = Counter(os.path.realpath(file.name) for source in sources for file in source.files)
     for place, times in places.items():
@@ -89,8 +93,10 @@ def find_sources(config: ChatConfig, say: Callable[[str], None]) -> list[Source]
     return sources
 
 
-def _how(share: float) -> str:
-    return f"a share of {share:g}"
+def _how(file: Path, share: float) -> str:
+    """Return what, beside name and size, tells whether a later preparation is of the same. The name of a file on the hub ends
+    in its content's hash."""
+    return (f"sha256 {file_sha256(file)[:12]}, " if file.is_file() else "") + f"a share of {share:g}"
 
 
 def _share_of(flag: str, entry: str) -> tuple[str, float]:

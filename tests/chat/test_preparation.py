@@ -125,6 +125,10 @@ def test_the_same_input_gives_the_same_bytes_and_a_prepared_folder_stays(tmp_pat
     assert "was prepared with --seed 1061109567, now 5" in refusal(*common, "--seed", 5)
     assert "was prepared with --chat-template chatml, now alpaca" in refusal(*common, "--chat-template", "alpaca")
     assert "a share of 1, but now there is" in refusal(*output, "--input", f"{given}=0.5")
+    unchanged = given.read_text()
+    given.write_text(unchanged.replace("a", "b"))
+    assert "sha256" in refusal(*common), "edited, with the same size"
+    given.write_text(unchanged)
     orders = []
     for seed in (1, 2):
         prepare(*flags, "--seed", seed, folder=tmp_path / str(seed))
