@@ -94,8 +94,8 @@ def find_sources(config: ChatConfig, say: Callable[[str], None]) -> list[Source]
 
 
 def _how(file: Path, share: float) -> str:
-    """Return what, beside name and size, tells whether a later preparation is of the same. The name of a file on the hub ends
-    in its content's hash."""
+    """Return what, beside name and size, tells whether a later preparation is of the same. The name of a file on the hub
+    ends in its content's hash."""
     return (f"sha256 {file_sha256(file)[:12]}, " if file.is_file() else "") + f"a share of {share:g}"
 
 
