@@ -46,6 +46,7 @@ class Tokenizer:
         added: tokens that are matched in a text before it is split into words, and whether each is a special one.
         adds_special_tokens: whether transformers by default adds tokens before or after a text.
         chat_template: how it writes a conversation, as Jinja text; None if it has no such template.
+        sketches: which sketches its ids write, as `SketchFormat` reads it; None if it is not made for any.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Tokenizer:
         self.name, self.backend = name, backend
         self._encoding, self._files, self._reads_special_tokens = encoding, dict(files or {}), reads_special_tokens
         self.chat_template = tokenizer_folder.chat_template(self._files)
+        self.sketches: dict[str, Any] | None = tokenizer_folder.sketches(self._files)
         vocab = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         self.text_vocab_size = max((i for text, i in vocab.items() if not self.added.get(text)), default=-1) + 1
@@ -99,11 +101,13 @@ class Tokenizer:
         twin.backend.encode_special_tokens = not self._reads_special_tokens
         return twin
 
-    def with_special_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+    def with_special_tokens(self, tokens: Sequence[str], *, take_white_space: bool = False) -> Tokenizer:
         """Return the tokenizer with further special tokens, whose ids follow its last one in this order. Its name says so.
-        Raises InputError if it has them already, or gaps among its ids."""
+        With `take_white_space`, white space beside them in a text is part of them. Raises InputError if it has them already,
+        or gaps among its ids."""
         backend = HFTokenizer.from_str(self.backend.to_str())
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+        takes = {"lstrip": take_white_space, "rstrip": take_white_space}
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False, **takes) for token in tokens])
         if [backend.token_to_id(token) for token in tokens] != [*range(self.vocab_size, self.vocab_size + len(tokens))]:
             why = "it has them already, or gaps among its ids; choose another tokenizer"
             raise InputError(f"tokenizer {self.name} cannot take {', '.join(tokens)} after its last id: {why}")
@@ -111,13 +115,19 @@ class Tokenizer:
         roles = self.special_tokens | {"additional_special_tokens": [*known, *tokens]}
         files = tokenizer_folder.with_definition(self._files, backend.to_str(), roles | {"name_or_path": name})
         twin = Tokenizer(name, backend, roles, files=files, reads_special_tokens=self._reads_special_tokens)
-        twin.chat_template = self.chat_template
+        twin.chat_template, twin.sketches = self.chat_template, self.sketches
         return twin
 
     def with_chat_template(self, text: str) -> Tokenizer:
         """Return the same tokenizer with a chat template, which `save` writes where transformers finds it."""
         twin = copy.copy(self)
         twin.chat_template, twin._files = text, tokenizer_folder.with_chat_template(self._files, text)
+        return twin
+
+    def with_sketches(self, sketches: dict[str, Any]) -> Tokenizer:
+        """Return the same tokenizer with what `sketches` is, which `save` writes into its configuration."""
+        twin = copy.copy(self)
+        twin.sketches, twin._files = sketches, tokenizer_folder.with_sketches(self._files, sketches)
         return twin
 
     def encode(self, text: str) -> list[int]:
@@ -142,6 +152,7 @@ class Tokenizer:
             "name_or_path": self.name,
             **self.special_tokens,
             **({} if self.chat_template is None else {"chat_template": self.chat_template}),
+            **({} if self.sketches is None else {"sketches": self.sketches}),
         }
         files = {
             "tokenizer.json": self.backend.to_str().encode(),

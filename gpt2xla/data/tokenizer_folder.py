@@ -112,6 +112,20 @@ def with_chat_template(files: Mapping[str, bytes], text: str) -> dict[str, bytes
     return _with_entries(others, {"chat_template": text}) if others else {}
 
 
+def sketches(files: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """Return what a tokenizer's configuration says about sketches, or None."""
+    try:
+        found = json.loads(files.get(_CONFIG, b"{}").decode("utf-8-sig")).get("sketches")
+    except (ValueError, RecursionError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def with_sketches(files: Mapping[str, bytes], entry: dict[str, Any]) -> dict[str, bytes]:
+    """Return a tokenizer's files with this about sketches."""
+    return _with_entries(files, {"sketches": entry}) if files else {}
+
+
 def with_definition(files: Mapping[str, bytes], definition: str, entries: Mapping[str, Any]) -> dict[str, bytes]:
     """Return a tokenizer's files for another `tokenizer.json` and entries of its configuration, such as eos_token: what else
     that and the chat templates say is kept."""

@@ -46,6 +46,7 @@ def generate(
     vocab_size: int | None = None,
     stop_ids: Collection[int] = (),
     ends: Callable[[int, int], bool] = lambda row, token: False,
+    allowed: Callable[[int, Sequence[int]], Tensor | None] = lambda row, new_ids: None,
     rows: int = 0,
     width: int = 0,
     device: Device | None = None,
@@ -62,6 +63,8 @@ def generate(
         vocab_size: ids of at least this number only pad the model's vocabulary and are never drawn.
         stop_ids: each of them ends a text and is not yielded.
         ends: called as `ends(row, id)` with each id that is yielded; true ends that text after the id.
+        allowed: called as `allowed(row, new_ids)` before each draw with all ids that were drawn for the text so far; returns
+            which ids may be drawn, (V,) of bool on the host, at least one, or None for all. It costs no program.
         rows: compute at least this many texts, so that smaller calls do not compile another program.
         width: likewise, read prompts as if they had at least this many tokens.
         device: by default, plain torch on the model's device.
@@ -87,7 +90,10 @@ def generate(
         for number, row in enumerate(texts):
             if row.ended:
                 continue
-            token = pick(logits_BV[number, :vocab_size], row.used, sampling, row.generator)
+            logits_V = logits_BV[number, :vocab_size]
+            if (allowed_V := allowed(number, row.text[len(prompts[number]) :])) is not None:
+                logits_V = logits_V.masked_fill(~allowed_V, -torch.inf)
+            token = pick(logits_V, row.used, sampling, row.generator)
             row.start += len(row.unread)
             row.text.append(token)
             row.unread = [token]

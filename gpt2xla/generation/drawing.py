@@ -1,0 +1,71 @@
+"""Drawing with a model that was trained on sketches, picture by picture or row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from gpt2xla.errors import InputError
+from gpt2xla.generation.decoding import generate
+from gpt2xla.generation.sampling import SamplingConfig
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.base import Device
+from gpt2xla.sketches.format import Picture, SketchFormat
+from gpt2xla.sketches.grammar import PictureGrammar
+
+
+def draw(
+    model: GPT2,
+    format: SketchFormat,
+    words: Sequence[str],
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    *,
+    device: Device | None = None,
+    rows: int = 0,
+) -> list[Picture]:
+    """Return a picture of each word, drawn with the seed at its place, as `draw_rows` does."""
+    *_, pictures = draw_rows(model, format, words, sampling, seeds, device=device, rows=rows)
+    return pictures
+
+
+def draw_rows(
+    model: GPT2,
+    format: SketchFormat,
+    words: Sequence[str],
+    sampling: SamplingConfig,
+    seeds: Sequence[int],
+    *,
+    device: Device | None = None,
+    rows: int = 0,
+) -> Iterator[list[Picture]]:
+    """Yield the pictures so far, (rows, size) of bool each, whenever one of them has another row. All are drawn side by
+    side, and each has in the end exactly as many rows as it should.
+
+    Args:
+        words: what to draw; a word that the model did not learn is drawn too.
+        seeds: seed of each picture's draws: a picture depends on its word and seed, not on those beside it.
+        device, rows: see `generate`.
+
+    Raises InputError if a word cannot be written or the model's context is too short, and as `generate` does."""
+    prompts = [format.drawing_prompt(word).tolist() for word in words]
+    longest = max(len(prompt) for prompt in prompts)
+    if format.has_pieces and longest + format.picture_tokens > model.config.seq_length:
+        needed = f"a picture has {format.picture_tokens} tokens after the {longest} that ask for it"
+        raise InputError(
+            f"the model reads only {model.config.seq_length} tokens, and {needed}; take one trained on sketches"
+        )
+    grammar = PictureGrammar(format)
+    drawn: list[list[int]] = [[] for _ in words]
+    pictures = [format.rows([]) for _ in words]
+    steps = generate(
+        model, prompts, format.picture_tokens + 1, sampling, seeds=seeds, vocab_size=format.tokenizer.vocab_size,
+        stop_ids=[format.img_end], allowed=lambda row, new_ids: grammar.allowed(new_ids), device=device, rows=rows,
+    )  # fmt: skip
+    for step in steps:
+        for ids, token in zip(drawn, step, strict=True):
+            if token is not None:
+                ids.append(token)
+        now = [format.rows(ids) for ids in drawn]
+        if any(len(new) > len(old) for new, old in zip(now, pictures, strict=True)):
+            pictures = now
+            yield pictures
