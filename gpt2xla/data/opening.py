@@ -12,6 +12,7 @@ from typing import Any
 
 from gpt2xla.config import RunConfig
 from gpt2xla.config.paths import is_url, parse_weights
+from gpt2xla.data import tokenizer_folder
 from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.mixture import PATTERN, Mixture
 from gpt2xla.data.remote import Cache, RemoteFolder
@@ -64,6 +65,8 @@ class TrainingData:
         if config.general.resize_vocab:
             folders = [*folders[1:], *folders[:1]]
         tokenizer = tokenizer_of(config, folders, [*sets, validation])
+        if tokenizer and (sketches := tokenizer_folder.sketches_of([windows.stream.folder for windows in sets])):
+            tokenizer = tokenizer.with_sketches(sketches)
         return cls(config, order, validation, tokenizer, end_of_text_of(config, tokenizer, [*sets, validation]))
 
     def in_batches(self, config: RunConfig, plan: BatchPlan) -> TrainingData:

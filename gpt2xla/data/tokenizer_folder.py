@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,6 +119,17 @@ def sketches(files: Mapping[str, bytes]) -> dict[str, Any] | None:
     except (ValueError, RecursionError, AttributeError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def sketches_of(folders: Sequence[Path]) -> dict[str, Any] | None:
+    """Return what the tokenizers in these folders of data say about sketches, with the words of all; None if none does.
+    Raises InputError if they are of several sizes."""
+    stated = [sketches({_CONFIG: file.read_bytes()}) for folder in folders if (file := folder / _CONFIG).is_file()]
+    found = [entry for entry in stated if entry]
+    if len({entry.get("size") for entry in found}) > 1:
+        raise InputError("--train-dir holds sketches of different sizes; prepare all with one --size")
+    words = dict.fromkeys(word for entry in found for word in entry.get("words", ()))
+    return {**found[0], "words": list(words)} if found else None
 
 
 def with_sketches(files: Mapping[str, bytes], entry: dict[str, Any]) -> dict[str, bytes]:

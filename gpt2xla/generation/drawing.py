@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
+from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.sampling import SamplingConfig
@@ -46,15 +48,10 @@ def draw_rows(
         seeds: seed of each picture's draws: a picture depends on its word and seed, not on those beside it.
         device, rows: see `generate`.
 
-    Raises InputError if a word cannot be written or the model's context is too short, and as `generate` does."""
+    Raises InputError if a word cannot be written or the model is too small, and as `generate` does."""
     prompts = [format.drawing_prompt(word).tolist() for word in words]
-    longest = max(len(prompt) for prompt in prompts)
-    if format.has_pieces and longest + format.picture_tokens > model.config.seq_length:
-        needed = f"a picture has {format.picture_tokens} tokens after the {longest} that ask for it"
-        raise InputError(
-            f"the model reads only {model.config.seq_length} tokens, and {needed}; take one trained on sketches"
-        )
-    grammar = PictureGrammar(format)
+    check_model(model.config, format, max(map(len, prompts)))
+    grammar = _grammar(format)
     drawn: list[list[int]] = [[] for _ in words]
     pictures = [format.rows([]) for _ in words]
     steps = generate(
@@ -69,3 +66,23 @@ def draw_rows(
         if any(len(new) > len(old) for new, old in zip(now, pictures, strict=True)):
             pictures = now
             yield pictures
+
+
+def check_model(model: ModelConfig, format: SketchFormat, prompt_tokens: int) -> None:
+    """Raise InputError if a model lacks some of the format's ids, or its context is too short for a picture."""
+    ids, known = format.tokenizer.vocab_size, model.real_vocab_size
+    if ids > known:
+        raise InputError(
+            f"its tokenizer's sketches need {ids} ids, and the model has only {known}; train it on sketches"
+        )
+    needed = prompt_tokens + format.picture_tokens
+    if format.has_pieces and needed > model.seq_length:
+        raise InputError(
+            f"a picture and what asks for it are {needed} tokens, and the model reads only {model.seq_length}; take a model "
+            "with a longer context"
+        )
+
+
+@lru_cache(maxsize=1)  # a large vocabulary takes half a second
+def _grammar(format: SketchFormat) -> PictureGrammar:
+    return PictureGrammar(format)

@@ -161,12 +161,12 @@ class SketchFormat:
         """Return the pictures that stand in these ids, such as a row of the data's, and the words after them. Raises
         ValueError if there is something else where a picture should be."""
         row = np.asarray(ids)
+        marks = [self._img_start, self.img_end, self._msg_end]
+        places = np.flatnonzero(np.isin(row, [self._msg_start, *marks]))
         found = []
-        for start in np.flatnonzero(row == self._img_start):
-            ends, stops = (np.flatnonzero(row[start:] == end) + start for end in (self.img_end, self._msg_end))
-            if len(ends) and len(stops):
-                word = self.tokenizer.decode(row[ends[0] + 1 : stops[0]].tolist())
-                found.append((self.picture(row[start + 1 : ends[0]]), word))
+        for start, end, last in zip(places, places[1:], places[2:], strict=False):
+            if [row[start], row[end], row[last]] == marks:
+                found.append((self.picture(row[start + 1 : end]), self.tokenizer.decode(row[end + 1 : last].tolist())))
         return found
 
     def check_word(self, word: str, option: str) -> None:
@@ -180,7 +180,7 @@ class SketchFormat:
         if self.has_pieces:
             lines = [text[start : start + self.size] for start in range(0, len(text), self.size)]
         fits = len(lines) <= self.size and len(lines[-1] if lines else "") <= self.size
-        if not fits or set(text) - set("01\n") or any(len(line) != self.size for line in lines[:-1]):
+        if not fits or set("".join(lines)) - set("01") or any(len(line) != self.size for line in lines[:-1]):
             raise ValueError(f"these ids are not the beginning of {self.size} rows of {self.size} pixels")
         return lines
 

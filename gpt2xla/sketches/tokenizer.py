@@ -32,9 +32,9 @@ def train_tokenizer(words: Mapping[str, int], size: int, vocab_size: int) -> Tok
         words: how many drawings each has.
 
     Raises InputError if not even the pieces have room, or a word cannot be written (see `check_word`)."""
-    for word in words:
-        check_word(word, SPECIAL_TOKENS)
     special = (END_OF_TEXT, *SPECIAL_TOKENS)
+    for word in words:
+        check_word(word, special)
     # As many merges as there could be room for; further ones make words that are tokens anyway.
     learned = train_bpe(sorted(words), "words", max(vocab_size, 512) + len(words), min_frequency=2).backend
     definition = json.loads(learned.to_str())["model"]
