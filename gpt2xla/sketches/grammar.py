@@ -19,22 +19,20 @@ class PictureGrammar:
     """Knows which ids may follow in a picture of a `SketchFormat`."""
 
     def __init__(self, format: SketchFormat) -> None:
-        self._format = format
-        self._texts = _texts_of_pixels(format)
-        size = format.size
-        self._row = size if format.has_pieces else size + 1
-        self._whole = ("0" * size if format.has_pieces else "0" * size + "\n") * size
-        self._whole = self._whole.rstrip("\n")
-        # Whether a picture can be completed from each of its places, found from its end.
-        self._completable = [False] * len(self._whole) + [True]
-        self._masks: dict[int, Tensor] = {}
-        lengths = np.zeros(format.tokenizer.vocab_size, dtype=np.int64)
-        for text, ids in self._texts.items():
-            lengths[ids] = len(text)
-        self._lengths = lengths
-        shapes = {text.replace("1", "0") for text in self._texts}
-        for place in reversed(range(len(self._whole))):
-            self._completable[place] = any(self._fits(shape, place) for shape in shapes)
+        self._tokenizer, self._img_end = format.tokenizer, format.img_end
+        self._row = format.size if format.has_pieces else format.size + 1
+        self._widest = PIECE if format.has_pieces else 0
+        row = "0" * format.size if format.has_pieces else "0" * format.size + "\n"
+        self._picture = (row * format.size).rstrip("\n")  # its shape: where ink may be, and where newlines must be
+        self._ids = _ids_by_shape(format)
+        self._lengths = dict.fromkeys(range(format.tokenizer.vocab_size), 0)
+        for shape, ids in self._ids.items():
+            self._lengths |= dict.fromkeys(ids, len(shape))
+        # Whether a picture can be completed from each place in its text, found from the end.
+        self._completable = [False] * len(self._picture) + [True]
+        for place in reversed(range(len(self._picture))):
+            self._completable[place] = bool(self._fitting(place))
+        self._masks: dict[tuple[str, ...], Tensor] = {}
 
     def allowed(self, new_ids: Sequence[int]) -> Tensor:
         """Return which ids may follow, (V,) of bool, on the host: those after which the picture can be completed, and after
@@ -42,36 +40,36 @@ class PictureGrammar:
 
         Args:
             new_ids: ids of the picture so far, all of them allowed where they stand."""
-        place = int(self._lengths[list(new_ids)].sum())
-        assert place <= len(self._whole)
-        if place not in self._masks:
-            mask_V = torch.zeros(self._format.tokenizer.vocab_size, dtype=torch.bool)
-            if place == len(self._whole):
-                mask_V[self._format.img_end] = True
-            for text, ids in self._texts.items():
-                if self._fits(text.replace("1", "0"), place):
-                    mask_V[ids] = True
-            self._masks[place] = mask_V
-        return self._masks[place]
+        place = sum(map(self._lengths.__getitem__, new_ids))
+        assert place <= len(self._picture)
+        shapes = self._fitting(place)
+        if shapes not in self._masks:
+            mask_V = torch.zeros(self._tokenizer.vocab_size, dtype=torch.bool)
+            for ids in [self._ids[shape] for shape in shapes] or [[self._img_end]]:
+                mask_V[ids] = True
+            self._masks[shapes] = mask_V
+        return self._masks[shapes]
 
-    def _fits(self, shape: str, place: int) -> bool:
-        """Tell whether text with ink wherever may stand at a place, so that the picture can be completed after it."""
-        end = place + len(shape)
-        if self._format.has_pieces and len(shape) != min(PIECE, self._row - place % self._row):
-            return False
-        return self._whole[place:end] == shape and self._completable[end]
+    def _fitting(self, place: int) -> tuple[str, ...]:
+        """Return the shapes of tokens that may stand at a place of the picture's text, so that it can be completed."""
+        width = min(self._widest, self._row - place % self._row)  # of the piece that stands here; 0 if there are none
+        return tuple(
+            shape
+            for shape in self._ids
+            if len(shape) == (width or len(shape))
+            and self._picture.startswith(shape, place)
+            and self._completable[place + len(shape)]
+        )
 
 
-def _texts_of_pixels(format: SketchFormat) -> dict[str, list[int]]:
-    """Return the ids of all tokens of nothing but pixels and newlines, by their text after other pixels."""
+def _ids_by_shape(format: SketchFormat) -> dict[str, list[int]]:
+    """Return the ids of all tokens of nothing but pixels and newlines, by their text after other pixels, without the ink."""
     tokenizer = format.tokenizer
     first = int(format.picture_ids(np.zeros((1, format.size, format.size), dtype=bool))[0][0])
     before = tokenizer.decode([first])
-    decoded = tokenizer.backend.decode_batch(
-        [[first, number] for number in range(tokenizer.vocab_size)], skip_special_tokens=False
-    )
+    pairs = [[first, number] for number in range(tokenizer.vocab_size)]
     found: dict[str, list[int]] = {}
-    for number, text in enumerate(decoded):
+    for number, text in enumerate(tokenizer.backend.decode_batch(pairs, skip_special_tokens=False)):
         if (new := text.removeprefix(before)) and not set(new) - set("01\n"):
-            found.setdefault(new, []).append(number)
+            found.setdefault(new.replace("1", "0"), []).append(number)
     return found

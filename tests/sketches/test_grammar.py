@@ -70,11 +70,8 @@ def test_an_id_may_follow_if_and_only_if_the_text_stays_that_of_a_picture(kind: 
 @pytest.mark.slow
 def test_so_it_is_for_gpt2s_tokenizer(gpt2_encoding: str) -> None:
     format = format_for(gpt2_encoding, 24)
-    for seed in range(3):
-        drawn_at_random(format, begins_picture, seed, {0, 1, 5, 10, 11, 12, 50})
-    small = SketchFormat(format.tokenizer, 4, format.words)
-    for seed in range(3):
-        drawn_at_random(small, begins_picture, seed, None)
+    drawn_at_random(format, begins_picture, 0, {0, 1, 5, 11, 12, 50})
+    drawn_at_random(SketchFormat(format.tokenizer, 4, format.words), begins_picture, 1, None)
 
 
 @pytest.mark.parametrize("size", [4, 9, 12])

@@ -1,4 +1,4 @@
-"""Run by test_generation.py in its own process: greedy texts on XLA and on plain torch, and programs compiled.
+"""Run by test_generation.py in its own process: greedy texts and a picture on XLA and on plain torch, and programs compiled.
 
 Prints one JSON object.
 """
@@ -9,9 +9,13 @@ import torch
 
 from gpt2xla.config import ModelConfig
 from gpt2xla.generation.decoding import generate
+from gpt2xla.generation.drawing import draw
+from gpt2xla.generation.sampling import GREEDY
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.xla.compiles import count_compiles
 from gpt2xla.runtime.xla.device import XlaDevice
+from gpt2xla.sketches.format import SketchFormat
+from gpt2xla.sketches.tokenizer import train_tokenizer
 
 CASES = {
     "20 tokens": ([3, 1, 4], 20, 0),
@@ -24,7 +28,8 @@ CASES = {
 
 
 def main() -> None:
-    config = ModelConfig(vocab_size=61, seq_length=256, d_model=32, num_layers=2, num_heads=4)
+    format = SketchFormat(train_tokenizer({"cat": 1}, 24, 520), 24, ["cat"])
+    config = ModelConfig(vocab_size=520, seq_length=256, d_model=32, num_layers=2, num_heads=4)
     torch.manual_seed(3)
     plain, on_xla = GPT2(config), GPT2(config)
     with torch.no_grad():
@@ -38,7 +43,12 @@ def main() -> None:
         texts["torch"][name] = [token for (token,) in generate(plain, [prompt], count)]
         texts["xla"][name] = [token for (token,) in generate(on_xla, [prompt], count, width=width, device=device)]
         compiles[name] = count_compiles()
-    print(json.dumps(texts | {"compiles": compiles}))
+    drawn = {
+        name: [picture.tolist() for picture in draw(model, format, ["cat"], GREEDY, [0], device=where)]
+        for name, model, where in (("torch", plain, None), ("xla", on_xla, device))
+    }
+    compiles["a drawing"] = count_compiles()
+    print(json.dumps(texts | {"drawn": drawn, "compiles": compiles}))
 
 
 if __name__ == "__main__":
