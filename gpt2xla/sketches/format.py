@@ -39,17 +39,18 @@ class SketchFormat:
         tokenizer: it has the special tokens.
         size: rows of a picture, and pixels of a row.
         words: what the drawings of the data are of.
+        stroke_width: of the data's pen, in pixels.
         img_end: id of the token that ends a picture.
         picture_tokens: the most ids that a picture may have.
         has_pieces: whether each picture has exactly so many, which are pieces of rows, without newlines.
     """
 
-    def __init__(self, tokenizer: Tokenizer, size: int, words: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, size: int, words: Sequence[str], stroke_width: int = 1) -> None:
         if tokenizer.eot_id is None:
             raise InputError(f"--tokenizer {tokenizer.name} has no end-of-text token; choose one that has an eos_token")
         found: Any = [tokenizer.backend.token_to_id(token) for token in SPECIAL_TOKENS]
         assert None not in found, f"{tokenizer.name} lacks the tokens of sketches"
-        self.tokenizer, self.size, self.words = tokenizer, size, tuple(words)
+        self.tokenizer, self.size, self.words, self.stroke_width = tokenizer, size, tuple(words), stroke_width
         self._msg_start, self._img_start, self._msg_end = found[0], found[1], found[3]
         self.img_end: int = found[2]
         self._pieces = piece_ids(tokenizer, size)
@@ -62,21 +63,23 @@ class SketchFormat:
         """Return the format that a tokenizer says its sketches have, or None. Raises InputError if they cannot be read."""
         if (stated := tokenizer.sketches) is None:
             return None
-        match stated:
-            case {"size": int(size), "words": [*words]} if size > 0 and all(isinstance(word, str) for word in words):
+        match {"stroke_width": 1} | stated:
+            case {"size": int(size), "words": [*words], "stroke_width": int(width)} if min(size, width) > 0 and all(
+                isinstance(word, str) for word in words
+            ):
                 missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.added]
                 if not missing:
-                    return cls(tokenizer, size, words)
+                    return cls(tokenizer, size, words, width)
         fix = "copy tokenizer.json and tokenizer_config.json again"
         raise InputError(f"tokenizer {tokenizer.name}: its sketches are damaged (size, words or special tokens); {fix}")
 
     @classmethod
-    def fitted(cls, tokenizer: Tokenizer, size: int, words: Sequence[str]) -> SketchFormat:
+    def fitted(cls, tokenizer: Tokenizer, size: int, words: Sequence[str], stroke_width: int = 1) -> SketchFormat:
         """Return the format of new data with any tokenizer, which gets the special tokens. Raises InputError if it has no
         end of text, cannot take the tokens or a word, or does not encode the text of a sketch as its parts."""
         for word in words:
             check_word(word, [*tokenizer.added, *SPECIAL_TOKENS])
-        format = cls(with_sketch_tokens(tokenizer, size, words), size, words)
+        format = cls(with_sketch_tokens(tokenizer, size, words, stroke_width), size, words, stroke_width)
         reader = format.tokenizer.reading_special_tokens()
         picture = np.arange(size**2).reshape(size, size) % 3 == 0
         for word in words:

@@ -66,12 +66,12 @@ def train_tokenizer(words: Mapping[str, int], size: int, vocab_size: int) -> Tok
     return with_sketch_tokens(Tokenizer(name, backend, roles), size, sorted(words))
 
 
-def with_sketch_tokens(tokenizer: Tokenizer, size: int, words: Sequence[str]) -> Tokenizer:
+def with_sketch_tokens(tokenizer: Tokenizer, size: int, words: Sequence[str], stroke_width: int = 1) -> Tokenizer:
     """Return a tokenizer with the four special tokens, if it lacks them, that says which sketches it is for. Raises
     InputError as `Tokenizer.with_special_tokens` does."""
     if missing := [token for token in SPECIAL_TOKENS if token not in tokenizer.added]:
         tokenizer = tokenizer.with_special_tokens(missing, take_white_space=True)
-    return tokenizer.with_sketches({"size": size, "words": list(words)})
+    return tokenizer.with_sketches({"size": size, "words": list(words), "stroke_width": stroke_width})
 
 
 def piece_ids(tokenizer: Tokenizer, size: int) -> dict[int, np.ndarray] | None:

@@ -167,7 +167,9 @@ def test_a_tokenizer_says_what_its_sketches_are_wherever_it_goes(tmp_path: Path)
     assert SketchFormat.of(load_tokenizer("bytes")) is None
     with pytest.raises(InputError, match="its sketches are damaged"):
         SketchFormat.of(load_tokenizer("bytes").with_sketches({"size": 8, "words": ["dog"]}))
-    for damaged in ({"size": 0, "words": []}, {"size": "8", "words": []}, {"size": 8, "words": [1]}, {}):
+    assert SketchFormat.of(format.tokenizer.with_sketches({"size": 8, "words": ["dog"]})).stroke_width == 1
+    wide = {"size": 8, "words": ["dog"], "stroke_width": "2"}
+    for damaged in (wide, {"size": 0, "words": []}, {"size": "8", "words": []}, {"size": 8, "words": [1]}, {}):
         with pytest.raises(InputError, match="its sketches are damaged"):
             SketchFormat.of(format.tokenizer.with_sketches(damaged))
 
