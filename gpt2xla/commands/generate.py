@@ -223,7 +223,7 @@ def _drawing(
     """Return what draws a word with a model on a device, row by row, as many samples side by side as the terminal is wide.
     Raises InputError if the model was not trained on sketches, or no sketch can be of the word."""
     from gpt2xla.generation.block_characters import characters_for, fitting, lines_of
-    from gpt2xla.generation.drawing import check_model, draw_rows
+    from gpt2xla.generation.drawing import check_can_draw, draw_rows
     from gpt2xla.sketches.format import SketchFormat
 
     format = SketchFormat.of(tokenizer)
@@ -231,7 +231,7 @@ def _drawing(
         fix = "train one on what scripts/prepare_sketches.py writes"
         raise InputError(f"--draw: {options.model} was not trained on sketches; {fix}")
     format.check_word(word, "--draw")
-    check_model(config, format, len(format.drawing_prompt(word)))
+    check_can_draw(config, format, word)
 
     def draw(model: GPT2, device: Device) -> None:
         if word not in format.words:

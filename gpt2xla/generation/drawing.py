@@ -49,37 +49,41 @@ def draw_rows(
         device, rows: see `generate`.
 
     Raises InputError if a word cannot be written or the model is too small, and as `generate` does."""
-    prompts = [format.drawing_prompt(word).tolist() for word in words]
-    check_model(model.config, format, max(map(len, prompts)))
+    for word in words:
+        check_can_draw(model.config, format, word)
     grammar = _grammar(format)
     drawn: list[list[int]] = [[] for _ in words]
-    pictures = [format.rows([]) for _ in words]
+
+    def add(row: int, token: int) -> bool:
+        drawn[row].append(token)
+        return grammar.is_complete(drawn[row])
+
     steps = generate(
-        model, prompts, format.picture_tokens + 1, sampling, seeds=seeds, vocab_size=format.tokenizer.vocab_size,
-        stop_ids=[format.img_end], allowed=lambda row, new_ids: grammar.allowed(new_ids), device=device, rows=rows,
+        model, [format.drawing_prompt(word).tolist() for word in words], format.picture_tokens, sampling, seeds=seeds,
+        vocab_size=format.tokenizer.vocab_size, ends=add, allowed=lambda row, new_ids: grammar.allowed(new_ids),
+        device=device, rows=rows,
     )  # fmt: skip
-    for step in steps:
-        for ids, token in zip(drawn, step, strict=True):
-            if token is not None:
-                ids.append(token)
+    pictures = [format.rows([]) for _ in words]
+    for _ in steps:
         now = [format.rows(ids) for ids in drawn]
         if any(len(new) > len(old) for new, old in zip(now, pictures, strict=True)):
             pictures = now
             yield pictures
 
 
-def check_model(model: ModelConfig, format: SketchFormat, prompt_tokens: int) -> None:
-    """Raise InputError if a model lacks some of the format's ids, or its context is too short for a picture."""
+def check_can_draw(model: ModelConfig, format: SketchFormat, word: str) -> None:
+    """Raise InputError if no sketch can be of a word, or a model lacks some of the format's ids, or its context is too short
+    for a picture of the word."""
     ids, known = format.tokenizer.vocab_size, model.real_vocab_size
     if ids > known:
         raise InputError(
             f"its tokenizer's sketches need {ids} ids, and the model has only {known}; train it on sketches"
         )
-    needed = prompt_tokens + format.picture_tokens
+    needed = len(format.drawing_prompt(word)) + format.picture_tokens - 1  # nothing follows the last token
     if format.has_pieces and needed > model.seq_length:
         raise InputError(
-            f"a picture and what asks for it are {needed} tokens, and the model reads only {model.seq_length}; take a model "
-            "with a longer context"
+            f"to draw {word!r} takes {needed} tokens, and the model reads only {model.seq_length}; choose a shorter "
+            "word, or a model with a longer context"
         )
 
 

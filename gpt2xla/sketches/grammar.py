@@ -40,15 +40,22 @@ class PictureGrammar:
 
         Args:
             new_ids: ids of the picture so far, all of them allowed where they stand."""
-        place = sum(map(self._lengths.__getitem__, new_ids))
-        assert place <= len(self._picture)
-        shapes = self._fitting(place)
+        shapes = self._fitting(self._place(new_ids))
         if shapes not in self._masks:
             mask_V = torch.zeros(self._tokenizer.vocab_size, dtype=torch.bool)
             for ids in [self._ids[shape] for shape in shapes] or [[self._img_end]]:
                 mask_V[ids] = True
             self._masks[shapes] = mask_V
         return self._masks[shapes]
+
+    def is_complete(self, new_ids: Sequence[int]) -> bool:
+        """Tell whether the picture has all its pixels."""
+        return self._place(new_ids) == len(self._picture)
+
+    def _place(self, new_ids: Sequence[int]) -> int:
+        place = sum(map(self._lengths.__getitem__, new_ids))
+        assert place <= len(self._picture)
+        return place
 
     def _fitting(self, place: int) -> tuple[str, ...]:
         """Return the shapes of tokens that may stand at a place of the picture's text, so that it can be completed."""

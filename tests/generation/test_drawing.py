@@ -86,8 +86,10 @@ def test_transformers_draws_the_same_picture_from_the_folder_as_it_is(folder: Pa
 def test_a_model_too_small_for_a_picture_is_refused() -> None:
     format = sketch_format(11)
     model = untrained(format, 64)
-    with pytest.raises(InputError, match="are 26 tokens, and the model reads only 25"):
-        draw(untrained(format, 25), format, ["cat"], USUAL, [0])
+    with pytest.raises(InputError, match="to draw 'cat' takes 25 tokens, and the model reads only 24"):
+        draw(untrained(format, 24), format, ["cat"], USUAL, [0])
+    exact = draw(untrained(format, 25), format, ["cat"], USUAL, [0])
+    assert exact[0].shape == (11, 11)
     smaller = GPT2(dataclasses.replace(model.config, vocab_size=400))
     with pytest.raises(InputError, match="ids, and the model has only 400"):
         draw(smaller, format, ["cat"], USUAL, [0])

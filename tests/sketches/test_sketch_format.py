@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_split
 from sketch_tokenizers import SIZES, WORDS, format_for, pictures, tokenizer_for
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from gpt2xla.data.batch_plan import BatchPlan
+from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError
 from gpt2xla.sketches.format import SketchFormat
@@ -179,3 +184,28 @@ def test_sketches_of_several_sizes_have_a_tokenizer_each(tmp_path: Path) -> None
     assert not SketchFormat(tokenizer_for("trained", 24), 28, WORDS).has_pieces
     with pytest.raises(InputError, match="does not keep a sketch"):
         SketchFormat.fitted(tokenizer_for("trained", 24), 28, WORDS)
+
+
+def test_a_run_knows_the_sketches_of_its_data_not_those_that_its_model_learned_before(tmp_path: Path) -> None:
+    base = format_for("bytes", 8).tokenizer
+    sketches = {"model": ["cat", "dog"], "a": ["apple", "bee"], "b": ["bee", "ant"]}
+    for name, words in sketches.items():
+        write_split(tmp_path / name, np.zeros(400), shards=1)
+        base.with_sketches({"size": 8, "words": words, "stroke_width": 2}).save(tmp_path / name)
+    write_split(tmp_path / "text", np.zeros(400), shards=1)
+    model = ModelConfig(vocab_size=300, seq_length=16)
+    train = dataclasses.replace(TrainConfig(), train_batch_size=1, gradient_accum_step=1)
+
+    def words_of(*names: str) -> list[str]:
+        folders = tuple(f"{tmp_path / name}=1" if len(names) > 1 else str(tmp_path / name) for name in names)
+        data = DataConfig(folders, str(tmp_path / "text"))
+        config = RunConfig(data=data, model=model, train=train)
+        opened = TrainingData.open(config, BatchPlan.of(train, 1), tmp_path / "model", 0, 1)
+        return list(SketchFormat.of(opened.tokenizer).words)
+
+    assert words_of("a") == ["apple", "bee"]
+    assert words_of("text", "a", "b") == ["apple", "bee", "ant"]
+    assert words_of("text") == ["cat", "dog"]
+    base.with_sketches({"size": 9, "words": ["ant"]}).save(tmp_path / "b")
+    with pytest.raises(InputError, match="--train-dir holds sketches of different sizes"):
+        words_of("a", "b")

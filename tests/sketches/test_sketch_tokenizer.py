@@ -30,7 +30,7 @@ def test_the_order_of_the_words_changes_nothing() -> None:
     turned = dict(reversed(COUNTS.items()))
     one, two = (train_tokenizer(counts, 20, 600) for counts in (COUNTS, turned))
     assert one.backend.to_str() == two.backend.to_str()
-    assert one.sketches == two.sketches == {"size": 20, "words": sorted(COUNTS)}
+    assert one.sketches == two.sketches == {"size": 20, "words": sorted(COUNTS), "stroke_width": 1}
 
 
 def test_pieces_have_room_or_the_least_is_named() -> None:
