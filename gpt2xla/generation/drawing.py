@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+import torch
+from torch import Tensor
+
 from gpt2xla.config import ModelConfig
 from gpt2xla.errors import InputError
 from gpt2xla.generation.decoding import generate
@@ -52,20 +55,31 @@ def draw_rows(
     for word in words:
         check_can_draw(model.config, format, word)
     grammar = _grammar(format)
-    drawn: list[list[int]] = [[] for _ in words]
+    prompts = [format.drawing_prompt(word).tolist() for word in words]
+    # All but the first token of a prompt are dictated one by one. That takes as long as a row of pixels; to read them at
+    # once would be another program on XLA.
+    dictated = [prompt[1:] for prompt in prompts]
+    following: list[list[int]] = [[] for _ in words]
 
-    def add(row: int, token: int) -> bool:
-        drawn[row].append(token)
-        return grammar.is_complete(drawn[row])
+    def picture_of(row: int) -> list[int]:
+        return following[row][len(dictated[row]) :]
+
+    def allowed(row: int, new_ids: Sequence[int]) -> Tensor:
+        if len(new_ids) < len(dictated[row]):
+            return torch.arange(format.tokenizer.vocab_size) == dictated[row][len(new_ids)]
+        return grammar.allowed(picture_of(row))
+
+    def ends(row: int, token: int) -> bool:
+        following[row].append(token)
+        return grammar.is_complete(picture_of(row))
 
     steps = generate(
-        model, [format.drawing_prompt(word).tolist() for word in words], format.picture_tokens, sampling, seeds=seeds,
-        vocab_size=format.tokenizer.vocab_size, ends=add, allowed=lambda row, new_ids: grammar.allowed(new_ids),
-        device=device, rows=rows,
+        model, [prompt[:1] for prompt in prompts], max(map(len, dictated)) + format.picture_tokens, sampling, seeds=seeds,
+        vocab_size=format.tokenizer.vocab_size, ends=ends, allowed=allowed, device=device, rows=rows,
     )  # fmt: skip
     pictures = [format.rows([]) for _ in words]
     for _ in steps:
-        now = [format.rows(ids) for ids in drawn]
+        now = [format.rows(picture_of(row)) for row in range(len(words))]
         if any(len(new) > len(old) for new, old in zip(now, pictures, strict=True)):
             pictures = now
             yield pictures
