@@ -50,12 +50,12 @@ DEFAULT_CACHE = Cache(Path("~/.cache/gpt2xla/data"))
 
 def exists(url: str, option: str) -> bool:
     """Tell whether there is something at the URL, as far as its storage says. Raises InputError if it cannot be opened."""
-    files, path = _opened(url, option)
+    files, path = opened(url, option)
     return files.exists(path)
 
 
-def _opened(url: str, option: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and its path there."""
+def opened(url: str, option: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and its path there. Raises InputError if it cannot be opened."""
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -74,7 +74,7 @@ class RemoteFolder:
 
     def __init__(self, url: str, option: str, cache: Cache, manifest: str) -> None:
         self.url, self.option, self.cache = url.rstrip("/"), option, cache
-        self._files, self._path = _opened(self.url, option)
+        self._files, self._path = opened(self.url, option)
         text = self._read_small(manifest)
         if text is None:
             fix = f"make it with {PREPARE}, or copy the shards here"
@@ -119,7 +119,7 @@ class RemoteFolder:
     def _read_small(self, file: str) -> bytes | None:
         """Return the file's bytes, or None if there is no such file."""
         try:
-            return _with_retries(lambda: self._files.cat_file(f"{self._path}/{file}"))
+            return with_retries(lambda: self._files.cat_file(f"{self._path}/{file}"))
         except FileNotFoundError:
             return None
         except Exception as error:  # as above
@@ -131,7 +131,7 @@ class RemoteFolder:
     def _fetch(self, file: str, sha256: str) -> None:
         partial = self.folder / f".{file}.partial"
         try:
-            found = _with_retries(lambda: self._download(f"{self._path}/{file}", partial))
+            found = with_retries(lambda: download(self._files, f"{self._path}/{file}", partial))
         except FileNotFoundError:
             raise InputError(f"{self.url}/{file} is missing although its manifest names it; upload it again") from None
         except OSError as error:
@@ -143,20 +143,6 @@ class RemoteFolder:
             partial.unlink()
             raise InputError(f"{self.url}/{file} is not what its manifest says (sha256 differs); upload it again")
         os.rename(partial, self.folder / file)
-
-    def _download(self, source: str, target: Path) -> str:
-        """Write the file to `target` and return its SHA-256. Raises OSError, also if it ends early."""
-        digest, size, promised = hashlib.sha256(), 0, self._files.size(source)
-        with self._files.open(source, "rb", cache_type="none") as stream, target.open("wb") as out:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
-                size += len(block)
-                out.write(block)
-            out.flush()
-            os.fsync(out.fileno())
-        if promised is not None and size != promised:
-            raise OSError(f"{size} of {promised} bytes arrived")
-        return digest.hexdigest()
 
     def _make_room(self, keep: Path) -> None:
         """Remove the shards longest unread, except `keep`, until the rest fits the limit."""
@@ -181,7 +167,22 @@ def _lock_file(shard: Path) -> Path:
     return shard.with_name(f".{shard.name}.lock")
 
 
-def _with_retries(fetch: Callable[[], T]) -> T:
+def download(files: Any, source: str, target: Path) -> str:
+    """Write the file to `target` and return its SHA-256. Raises OSError, also if it ends early."""
+    digest, size, promised = hashlib.sha256(), 0, files.size(source)
+    with files.open(source, "rb", cache_type="none") as stream, target.open("wb") as out:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+    if promised is not None and size != promised:
+        raise OSError(f"{size} of {promised} bytes arrived")
+    return digest.hexdigest()
+
+
+def with_retries(fetch: Callable[[], T]) -> T:
     """Return what `fetch` returns, tried again after errors of the network."""
     for wait in RETRY_WAITS:
         try:

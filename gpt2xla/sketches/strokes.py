@@ -16,7 +16,7 @@ class Drawings(NamedTuple):
     """N drawings of S strokes with P points in all. Each drawing has a stroke, and each stroke a point.
 
     Attributes:
-        points: (P, 2), float64: x to the right, y downwards. They are finite, at most MOST_COORDINATE from 0.
+        points: (2, P), float64: x to the right, then y downwards. They are finite, at most MOST_COORDINATE from 0.
         strokes: (S,), the number of points of each stroke.
         drawings: (N,), the number of strokes of each drawing.
     """
@@ -29,6 +29,11 @@ class Drawings(NamedTuple):
     def point_counts(self) -> np.ndarray:
         """The number of points of each drawing, (N,)."""
         return np.add.reduceat(self.strokes, starts_of(self.drawings))
+
+    def only(self, chosen: np.ndarray) -> Drawings:
+        """Return the drawings that are `chosen`, (N,) of bool."""
+        strokes = np.repeat(chosen, self.drawings)
+        return Drawings(self.points[:, np.repeat(strokes, self.strokes)], self.strokes[strokes], self.drawings[chosen])
 
 
 def rasterise(strokes: Sequence[np.ndarray], size: int = 24, stroke_width: int = 1) -> np.ndarray:
@@ -45,7 +50,7 @@ def rasterise(strokes: Sequence[np.ndarray], size: int = 24, stroke_width: int =
     points = np.concatenate(held)
     if not (np.abs(points) <= MOST_COORDINATE).all():
         raise ValueError(f"coordinates must be numbers, at most {MOST_COORDINATE:,.0f} from 0")
-    drawings = Drawings(points, np.array([len(stroke) for stroke in held]), np.array([len(held)]))
+    drawings = Drawings(points.T, np.array([len(stroke) for stroke in held]), np.array([len(held)]))
     return rasterise_all(drawings, size, stroke_width)[0]
 
 
@@ -65,21 +70,19 @@ def rasterise_all(
     points, strokes, _ = drawings
     counts = drawings.point_counts
     starts, of = starts_of(counts), np.repeat(np.arange(len(counts)), counts)
-    least = np.minimum.reduceat(points, starts)
-    extent = np.maximum.reduceat(points, starts) - least
-    longest, steps = extent.max(axis=1), size - stroke_width
-    pixels = np.where(longest < LEAST_EXTENT, 0.0, steps * scale / np.maximum(longest, LEAST_EXTENT))[:, None]
+    least = np.minimum.reduceat(points, starts, axis=1)
+    extent = np.maximum.reduceat(points, starts, axis=1) - least
+    longest, steps = extent.max(axis=0), size - stroke_width
+    pixels = np.where(longest < LEAST_EXTENT, 0.0, steps * scale / np.maximum(longest, LEAST_EXTENT))
     room = (steps - extent * pixels) / 2
-    offset = room + np.clip(shift, -room, room) + 0.5
-    at = ((points - least[of]) * pixels[of] + offset[of]).astype(np.int64)
-
-    first = np.zeros(len(at), dtype=np.bool_)
-    first[starts_of(strokes)] = True
-    moves = first  # or a point lies in the pixel of the one before
-    moves[1:] |= (at[1:] != at[:-1]).any(axis=1)
-    at[:, 1] += of * size  # one below the other: drawn on one canvas
+    offset = room + np.clip(np.transpose(shift), -room, room) + 0.5
+    x, y = ((points - least[:, of]) * pixels[of] + offset[:, of]).astype(np.int32)
+    y += (of * size).astype(np.int32)  # one below the other: drawn on one canvas
+    moves = np.ones(len(x), dtype=np.bool_)  # or a point lies in the pixel of the one before
+    moves[1:] = (x[1:] != x[:-1]) | (y[1:] != y[:-1])
+    moves[starts_of(strokes)] = True
     ends = np.cumsum(moves)[np.cumsum(strokes) - 1]
-    pictures = _drawn(at[moves], ends, size, len(counts))
+    pictures = _drawn(x[moves], y[moves], ends, size, len(counts))
     for _ in range(stroke_width - 1):
         pictures[:, 1:] |= pictures[:, :-1].copy()
         pictures[:, :, 1:] |= pictures[:, :, :-1].copy()
@@ -91,13 +94,13 @@ def starts_of(counts: np.ndarray) -> np.ndarray:
     return np.cumsum(counts) - counts
 
 
-def _drawn(at: np.ndarray, ends: np.ndarray, size: int, count: int) -> np.ndarray:
-    """Return `count` pictures with lines through the pixels `at`, (P, 2), of strokes that end before each of `ends`."""
+def _drawn(x: np.ndarray, y: np.ndarray, ends: np.ndarray, size: int, count: int) -> np.ndarray:
+    """Return `count` pictures with lines through pixels, (P,) each, of strokes that end before each of `ends`."""
     canvas = Image.new("L", (size, size * count))
-    line, flat, start = ImageDraw.Draw(canvas).line, at.ravel().tolist(), 0
+    line, flat, start = ImageDraw.Draw(canvas).line, np.stack([x, y], axis=1).ravel().tolist(), 0
     for end in (2 * ends).tolist():
         line(flat[start:end], fill=1)
         start = end
     ink = np.array(canvas, dtype=np.bool_)
-    ink[at[:, 1], at[:, 0]] = True  # Pillow leaves out strokes of one point
+    ink[y, x] = True  # Pillow leaves out strokes of one point
     return ink.reshape(count, size, size)

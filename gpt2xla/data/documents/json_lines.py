@@ -22,7 +22,7 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
     first: dict[str, Any] | None = None  # the fields of the first record, until a text is found
     has_text, size = False, 0
     # Block by block: Arrow's own reading ahead hangs if a stream is damaged.
-    for number, block in _blocks(source, name):
+    for number, block in blocks(source, name):
         try:
             whole = pyarrow.json.ReadOptions(block_size=len(block) + 1)
             texts = pyarrow.json.read_json(pa.BufferReader(block), whole, parse).column(0)
@@ -43,10 +43,10 @@ def read(source: pa.NativeFile, name: str, column: str) -> Iterator[pa.Array]:
 
 def read_values(source: pa.NativeFile, name: str) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each line that is not blank. Raises InputError if one cannot be read."""
-    for first, block in _blocks(source, name):
+    for first, block in blocks(source, name):
         for number, line in enumerate(block.split(b"\n"), first):
             if line.strip():
-                yield number, _value(line, f"{name}, line {number}")
+                yield number, value_of(line, f"{name}, line {number}")
 
 
 def without_field(name: str, column: str, fields: dict[str, Any]) -> str:
@@ -80,10 +80,11 @@ def has_half_character(value: Any) -> bool:
     return False
 
 
-def _blocks(source: pa.NativeFile, name: str) -> Iterator[tuple[int, bytes]]:
-    """Yield whole lines, not all of them blank, with the number of the first."""
+def blocks(source: pa.NativeFile, name: str, size: int = LONGEST) -> Iterator[tuple[int, bytes]]:
+    """Yield whole lines, not all of them blank, with the number of the first. They are about `size` bytes, or one line.
+    Raises InputError if a line is too long."""
     number, held = 1, b""
-    while chunk := source.read(LONGEST):
+    while chunk := source.read(size):
         if not held and number == 1:
             chunk = chunk.removeprefix(codecs.BOM_UTF8)
         lines, end, rest = chunk.rpartition(b"\n")
@@ -118,7 +119,8 @@ def _first_fields(block: bytes) -> dict[str, Any]:
     return {}
 
 
-def _value(line: bytes, where: str) -> Any:
+def value_of(line: bytes, where: str) -> Any:
+    """Return what a line holds. Raises InputError, which begins with `where`, if it cannot be read."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -133,7 +135,7 @@ def _first_bad_line(block: bytes, first: int, name: str, column: str) -> str | N
     for number, line in enumerate(block.split(b"\n"), first):
         if not line.strip():
             continue
-        values = _value(line, f"{name}, line {number}")
+        values = value_of(line, f"{name}, line {number}")
         if values is None:
             continue
         if not isinstance(values, dict):

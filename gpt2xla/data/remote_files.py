@@ -1,0 +1,79 @@
+"""Single files behind URLs (`gs://`, `https://`, whatever fsspec knows): found by name or pattern, fetched for the time that
+they are read."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gpt2xla.data.remote import RETRY_WAITS, download, opened, with_retries
+from gpt2xla.errors import InputError, RunFailed, in_one_line
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind a URL.
+
+    Attributes:
+        size: in bytes; 0 if its storage does not tell.
+        version: changes with its content, as far as its storage tells.
+    """
+
+    url: str
+    size: int
+    version: str
+
+
+def find_remote(url: str, option: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
+    """Return the file at a URL, those that a pattern such as gs://bucket/*.ndjson matches, or those of a folder that end in one
+    of `suffixes`, by name. Raises InputError, which names `option`, if there are none, or they cannot be listed."""
+    files, path = opened(url, option)
+
+    def listed() -> dict[str, Any]:
+        if any(character in path for character in "*?["):
+            return files.glob(path, detail=True)
+        info = files.info(path)
+        if info.get("type") != "directory":
+            return {path: info}
+        found = files.find(path, maxdepth=1, detail=True)
+        return {name: info for name, info in found.items() if name.lower().endswith(suffixes)}
+
+    try:
+        found = with_retries(listed)
+    except FileNotFoundError:
+        found = {}
+    except Exception as error:  # each storage has its own errors, also for credentials
+        fix = "check address and credentials"
+        raise InputError(f"{option} {url} cannot be read: {type(error).__name__}: {in_one_line(error)}; {fix}") from None
+    found = {name: info for name, info in found.items() if info.get("type") != "directory"}
+    if not found:
+        raise InputError(f"{option} {url}: no such file there; check the address")
+    return [
+        RemoteFile(files.unstrip_protocol(name), info.get("size") or 0, _version(files, name, info))
+        for name, info in sorted(found.items())
+    ]
+
+
+def _version(files: Any, name: str, info: dict[str, Any]) -> str:
+    stated = next((info[key] for key in ("md5Hash", "etag", "ETag", "sha256", "generation") if info.get(key)), None)
+    return str(stated or files.ukey(name))
+
+
+@contextlib.contextmanager
+def fetched(file: RemoteFile, option: str, folder: Path) -> Iterator[Path]:
+    """Have the file in `folder`, which is made; it is removed at the end. Raises InputError if it is not there any more, and
+    RunFailed if it could not be fetched."""
+    files, path = opened(file.url, option)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "file"
+    try:
+        with_retries(partial(download, files, path, target))
+        yield target
+    except FileNotFoundError:
+        raise InputError(f"{option} {file.url}: no such file there any more; check the address") from None
+    finally:
+        target.unlink(missing_ok=True)
