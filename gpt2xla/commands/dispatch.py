@@ -28,6 +28,7 @@ COMMANDS = {
     "prepare fineweb": Command("commands.prepare_fineweb", "FineWeb or FineWeb-Edu -> token shards"),
     "prepare dataset": Command("commands.prepare_dataset", "a data set from the hub -> token shards"),
     "prepare chat": Command("commands.prepare_chat", "conversations -> rows to train on the answers"),
+    "prepare sketches": Command("commands.prepare_sketches", "drawings -> rows of tokens to draw and recognise by"),
     "tokenizer": Command("commands.train_tokenizer", "train a tokenizer on your text"),
     "train": Command("commands.train", "pre-train, resume or validate on GPUs or a CPU"),
     "train-xla": Command("commands.train_xla", "the same on TPUs, through PyTorch/XLA"),

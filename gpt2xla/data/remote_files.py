@@ -1,5 +1,4 @@
-"""Single files behind URLs (`gs://`, `https://`, whatever fsspec knows): found by name or pattern, fetched for the time that
-they are read."""
+"""Single files behind URLs (`gs://`, `https://`, whatever fsspec knows), which are fetched while they are read."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from typing import Any
 
 from gpt2xla.data.remote import RETRY_WAITS, download, opened, with_retries
 from gpt2xla.errors import InputError, RunFailed, in_one_line
+from gpt2xla.processes.exits import is_disk_full
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class RemoteFile:
 
 
 def find_remote(url: str, option: str, suffixes: tuple[str, ...]) -> list[RemoteFile]:
-    """Return the file at a URL, those that a pattern such as gs://bucket/*.ndjson matches, or those of a folder that end in one
-    of `suffixes`, by name. Raises InputError, which names `option`, if there are none, or they cannot be listed."""
+    """Return the file at a URL, those that a pattern such as gs://bucket/*.ndjson matches, or those of a folder that end in
+    one of `suffixes`, by name. Raises InputError, which names `option`, if there are none, or they cannot be listed."""
     files, path = opened(url, option)
 
     def listed() -> dict[str, Any]:
@@ -48,7 +48,9 @@ def find_remote(url: str, option: str, suffixes: tuple[str, ...]) -> list[Remote
         found = {}
     except Exception as error:  # each storage has its own errors, also for credentials
         fix = "check address and credentials"
-        raise InputError(f"{option} {url} cannot be read: {type(error).__name__}: {in_one_line(error)}; {fix}") from None
+        raise InputError(
+            f"{option} {url} cannot be read: {type(error).__name__}: {in_one_line(error)}; {fix}"
+        ) from None
     found = {name: info for name, info in found.items() if info.get("type") != "directory"}
     if not found:
         raise InputError(f"{option} {url}: no such file there; check the address")
@@ -65,15 +67,19 @@ def _version(files: Any, name: str, info: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def fetched(file: RemoteFile, option: str, folder: Path) -> Iterator[Path]:
-    """Have the file in `folder`, which is made; it is removed at the end. Raises InputError if it is not there any more, and
-    RunFailed if it could not be fetched."""
+    """Have the file in `folder`, which is made. It is removed after it was read. Raises InputError if it is not there any
+    more, and RunFailed if it could not be fetched."""
     files, path = opened(file.url, option)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "file"
     try:
         with_retries(partial(download, files, path, target))
-        yield target
     except FileNotFoundError:
         raise InputError(f"{option} {file.url}: no such file there any more; check the address") from None
-    finally:
-        target.unlink(missing_ok=True)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        tries = len(RETRY_WAITS) + 1
+        raise RunFailed(f"{file.url} could not be fetched in {tries} tries: {in_one_line(error)}") from None
+    yield target
+    target.unlink()

@@ -67,7 +67,7 @@ def read(lines: Lines, seed: int) -> Records:
     if not all(keys):
         drawn = zip(keys, table["word"].to_pylist(), table["drawing"], strict=True)
         keys = [key or f"{word} {drawing.as_py()}" for key, word, drawing in drawn]
-    salt = seed.to_bytes(16, "little", signed=True)
+    salt = hashlib.blake2b(str(seed).encode()).digest()
     hashes = [hashlib.blake2b(key.encode(), digest_size=8, key=salt).digest() for key in keys]
     return Records(
         words.dictionary.to_pylist(),

@@ -14,7 +14,6 @@ from gpt2xla.sketches.augmentation import altered
 from gpt2xla.sketches.chance import drawn, uniform
 from gpt2xla.sketches.strokes import LEAST_EXTENT, MOST_COORDINATE, Drawings, rasterise_all, starts_of
 
-MOST_COPIES = 255
 _SPLIT_DRAW = 1 << 20  # beyond the numbers of copies
 
 
@@ -108,7 +107,9 @@ class Rasteriser:
             return packed.ravel()
         for copy in range(1 + copies):
             order = drawn(records.keys, copy)
-            drawings, scale, shift = records.drawings, 1.0, 0.0
+            drawings = records.drawings
+            scale: np.ndarray | float = 1.0
+            shift: np.ndarray | float = 0.0
             if copy:
                 drawings, scale, shift = altered(drawings, order, self.size)
             pictures = rasterise_all(drawings, self.size, self.stroke_width, scale=scale, shift=shift)

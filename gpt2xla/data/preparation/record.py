@@ -88,16 +88,27 @@ class Record:
                 raise InputError(f"{was} from {then}, but now there is {there}; give the same input, {fix}")
 
 
-def is_prepared(folder: Path, settings: dict[str, Any], parts: Sequence[InputFile], say: Callable[[str], None]) -> bool:
+def check_shards(split: Path) -> None:
+    """Raise InputError if a split is not there, or damaged."""
+    TokenStream(split, "--output-dir")
+
+
+def is_prepared(
+    folder: Path,
+    settings: dict[str, Any],
+    parts: Sequence[InputFile],
+    say: Callable[[str], None],
+    check: Callable[[Path], None] = check_shards,
+) -> bool:
     """Tell whether `folder` holds this preparation already, and say so. Raises InputError if it holds another one, or lacks
-    a part of it."""
+    a part of it, as far as `check` tells of a split."""
     finished = Record.load(folder)
     if finished is None:
         return False
     finished.check(settings, parts, folder, complete=True)
     for split in SPLITS:
         try:
-            TokenStream(folder / split, "--output-dir")
+            check(folder / split)
         except InputError as error:
             fix = f"to prepare it again, remove what is left, including {folder / RECORD}"
             raise InputError(f"{error}; {fix}") from None
