@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 _BITS = 8
+_FEW_BITS = 2  # where memory holds all records
 _HELD_BYTES = 64 << 20
 
 
@@ -16,13 +17,13 @@ class Buckets:
     Memory holds some of the records, until `close`.
 
     Attributes:
-        files: one for each part of the order. Those without a record are missing.
         records: how many were added."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
-        self.files = [folder / f"{number:03d}" for number in range(1 << _BITS)]
         self.records = 0
+        self._folder, self._bits = folder, _BITS
+        self._is_written = False
         self._held: list[np.ndarray] = []
         self._size = 0
 
@@ -36,19 +37,26 @@ class Buckets:
 
     def close(self) -> None:
         """Write what is held."""
+        if not self._is_written:
+            self._bits = _FEW_BITS
         if self._held:
             self._write()
 
+    @property
+    def files(self) -> list[Path]:
+        """One file for each part of the order. Those without a record are missing."""
+        return [self._folder / f"{number:03d}" for number in range(1 << self._bits)]
+
     def _write(self) -> None:
         records = np.concatenate(self._held)
-        number = records["order"] >> np.uint64(64 - _BITS)
+        number = records["order"] >> np.uint64(64 - self._bits)
         by_file = np.argsort(number, kind="stable")
         ends = np.searchsorted(number[by_file], np.arange(1, len(self.files)))
         for file, chosen in zip(self.files, np.split(by_file, ends), strict=True):
             if len(chosen):
                 with file.open("ab") as stream:
                     stream.write(records[chosen].tobytes())
-        self._held, self._size = [], 0
+        self._held, self._size, self._is_written = [], 0, True
 
 
 def in_order(file: Path, record_type: np.dtype) -> np.ndarray:

@@ -54,6 +54,8 @@ class Collected:
 
     def limits_by_word(self) -> dict[str, int]:
         """The limits of the words that have any."""
+        if self._per_word is None:
+            return {}
         limits = zip(self.words, self.limits.tolist(), strict=True)
         return {word: limit for word, limit in limits if limit < _NO_LIMIT}
 

@@ -5,36 +5,52 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from gpt2xla.data.preparation.rows import Sample
+from gpt2xla.errors import InputError
 from gpt2xla.sketches.buckets import in_order
 from gpt2xla.sketches.chance import uniform
 from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.options import LossOn
 from gpt2xla.sketches.rasterising import record_type, unpacked
 
+_PIECE = 4096
 
-class Chosen(NamedTuple):
-    """The N sketches of a bucket.
+
+class Sketches(NamedTuple):
+    """N sketches: their words, pictures (N, size, size) of bool, and whether each also begins with its word."""
+
+    words: list[str]
+    pictures: np.ndarray
+    before: list[bool]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The sketches of a bucket that are taken.
 
     Attributes:
-        words: the word of each.
-        before: whether each also begins with its word.
-        pictures: (N, size, size), bool.
-        is_copy: (N,), bool: whether each is an altered copy of a drawing.
+        drawings: how many are no altered copies.
         left_out: how many drawings are not among them, by the reason.
     """
 
-    words: list[str]
-    before: list[bool]
-    pictures: np.ndarray
-    is_copy: np.ndarray
+    choice: Choice
+    records: np.ndarray
+    drawings: int
     left_out: Counter[str]
+
+    def __iter__(self) -> Iterator[Sketches]:
+        """Yield them in pieces."""
+        size, words = self.choice.size, self.choice.words
+        for start in range(0, len(self.records), _PIECE):
+            records = self.records[start : start + _PIECE]
+            before = uniform(records["order"], 0) < self.choice.word_before
+            yield Sketches([words[n] for n in records["word"].tolist()], unpacked(records, size), before.tolist())
 
 
 @dataclass(frozen=True)
@@ -57,22 +73,22 @@ class Choice:
         records = in_order(file, record_type(self.size))
         is_first = np.ones(len(records), dtype=np.bool_)
         is_first[1:] = records["order"][1:] != records["order"][:-1]
-        is_within, is_copy = records["key"] <= self.limits[records["word"]], records["copy"] > 0
-        left_out = {"there twice": ~is_first & ~is_copy, "beyond --per-word": is_first & ~is_within & ~is_copy}
-        kept = records[is_first & is_within]
-        return Chosen(
-            [self.words[number] for number in kept["word"].tolist()],
-            (uniform(kept["order"], 0) < self.word_before).tolist(),
-            unpacked(kept, self.size),
-            kept["copy"] > 0,
-            Counter({why: int(which.sum()) for why, which in left_out.items() if which.any()}),
-        )
+        is_within, is_drawing = records["key"] <= self.limits[records["word"]], records["copy"] == 0
+        left_out = {"there twice": ~is_first, "beyond --per-word": is_first & ~is_within}
+        counts = {why: int((which & is_drawing).sum()) for why, which in left_out.items()}
+        kept = is_first & is_within
+        return Chosen(self, records[kept], int((kept & is_drawing).sum()), +Counter(counts))
 
 
-class Encoded(NamedTuple):
-    """Sketches as tokens: `ids` and `trained`, (T,), of all, the `ends` of each, (N,), and the bytes of its text.
+class Tokens(NamedTuple):
+    """The sketches of a bucket as tokens.
 
-    `drawings`: how many are no copies. `left_out`: how many drawings are not among them, by the reason."""
+    Attributes:
+        ids, trained: (T,), of all of them.
+        ends: (N,), where each ends.
+        sizes: the bytes of the text of each.
+        drawings, left_out: as in `Chosen`.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
@@ -90,40 +106,48 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenEncoder:
-    """Makes tokens of a bucket. Sketches that are longer than a row are left out."""
+    """Makes tokens of a bucket. Raises InputError if a sketch is longer than a row."""
 
     choose: Choice
     format: SketchFormat
     loss_on: LossOn
     row_length: int
 
-    def __call__(self, file: Path) -> Encoded:
-        words, before, pictures, is_copy, left_out = self.choose(file)
-        sketches = self.format.batch_ids(words, pictures, before) if words else []
-        fits = np.array([len(ids) <= self.row_length for ids in sketches], dtype=np.bool_)
-        if too_long := int((~fits & ~is_copy).sum()):
-            left_out[f"longer than {self.row_length:,} tokens"] += too_long
-        kept = np.flatnonzero(fits).tolist()
-        ids = np.concatenate([np.empty(0, dtype=self.format.tokenizer.dtype), *(sketches[number] for number in kept)])
-        ends = np.cumsum([len(sketches[number]) for number in kept], dtype=np.int64)
+    def __call__(self, file: Path) -> Tokens:
+        chosen = self.choose(file)
+        lengths: list[int] = []
+        sizes: list[int] = []
+        pieces = [np.empty(0, dtype=self.format.tokenizer.dtype)]
+        for words, pictures, before in chosen:
+            sketches = self.format.batch_ids(words, pictures, before)
+            lengths += map(len, sketches)
+            sizes += map(self._text_size, words, before)
+            pieces.append(np.concatenate(sketches))
+        if lengths and max(lengths) > self.row_length:
+            what = f"a sketch of {max(lengths):,} tokens does not fit into a row"
+            raise InputError(f"--seq-length {self.row_length}: {what}; raise it, or choose a smaller --size")
+        ids, ends = np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
         trained = np.ones(len(ids), dtype=np.bool_)
         trained[ends[:-1]] = trained[:1] = False  # nothing predicts a first token
         if self.loss_on == "word":
-            starts, marks = [0, *ends[:-1].tolist()], np.flatnonzero(ids == self.format.img_end).tolist()
-            for start, mark in zip(starts[: len(kept)], marks, strict=True):
+            marks = np.flatnonzero(ids == self.format.img_end)
+            for start, mark in zip((ends - lengths).tolist(), marks.tolist(), strict=True):
                 trained[start : mark + 1] = False
-        blank = np.zeros((self.format.size, self.format.size), dtype=np.bool_)
+        return Tokens(ids, trained, ends, sizes, chosen.drawings, chosen.left_out)
 
-        @cache
-        def size_of(word: str, word_before: bool) -> int:
-            return len(self.format.text(word, blank, word_before).encode())
+    @cached_property
+    def _blank(self) -> int:
+        picture = np.zeros((self.format.size, self.format.size), dtype=np.bool_)
+        return len(self.format.text("", picture, False))
 
-        sizes = [size_of(words[number], before[number]) for number in kept]
-        return Encoded(ids, trained, ends, sizes, int((fits & ~is_copy).sum()), left_out)
+    def _text_size(self, word: str, word_before: bool) -> int:
+        """Return the bytes of a sketch's text."""
+        size = len(word.encode())
+        return self._blank + size + word_before * (1 + size)
 
 
-class TextPiece(NamedTuple):
-    """Sketches as text. `drawings` and `left_out` as in `Encoded`."""
+class Text(NamedTuple):
+    """The sketches of a bucket as text. `drawings` and `left_out` as in `Chosen`."""
 
     text: str
     drawings: int
@@ -137,7 +161,7 @@ class TextEncoder:
     choose: Choice
     format: SketchFormat
 
-    def __call__(self, file: Path) -> TextPiece:
-        words, before, pictures, is_copy, left_out = self.choose(file)
-        texts = map(self.format.text, words, pictures, before)
-        return TextPiece("".join(f"{text}\n\n" for text in texts), int((~is_copy).sum()), left_out)
+    def __call__(self, file: Path) -> Text:
+        chosen = self.choose(file)
+        texts = (text for sketches in chosen for text in map(self.format.text, *sketches))
+        return Text("".join(f"{text}\n\n" for text in texts), chosen.drawings, chosen.left_out)

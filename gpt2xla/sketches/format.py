@@ -206,4 +206,6 @@ def _pixels(lines: Sequence[str], size: int) -> np.ndarray:
 
 def picture_text(picture: Picture) -> str:
     """Return the rows of a picture as lines of 0 and 1."""
-    return "\n".join("".join("01"[pixel] for pixel in row) for row in np.asarray(picture).astype(int).tolist())
+    lines = np.full((len(picture), len(picture) + 1), ord("\n"), dtype=np.uint8)
+    lines[:, :-1] = np.where(picture, ord("1"), ord("0"))
+    return lines.tobytes()[:-1].decode()

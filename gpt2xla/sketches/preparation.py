@@ -29,14 +29,14 @@ from gpt2xla.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, counted
 from gpt2xla.processes.workers import in_order
 from gpt2xla.sketches.collecting import Collected, collect
-from gpt2xla.sketches.encoding import Choice, Encoded, TextEncoder, TextPiece, TokenEncoder
+from gpt2xla.sketches.encoding import Choice, Text, TextEncoder, TokenEncoder, Tokens
 from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.options import VOCAB_SIZE, SketchesConfig
 from gpt2xla.sketches.rasterising import Rasteriser
 from gpt2xla.sketches.sources import find_files
 from gpt2xla.sketches.tokenizer import SPECIAL_TOKENS, check_word, train_tokenizer
 
-E = TypeVar("E", Encoded, TextPiece)
+E = TypeVar("E", Tokens, Text)
 
 TEXT_FILE = "sketches.txt"
 _AROUND = 6  # tokens of a sketch beside its picture: end-of-text, the four special ones, and a word
