@@ -34,7 +34,7 @@ from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.options import VOCAB_SIZE, SketchesConfig
 from gpt2xla.sketches.rasterising import Rasteriser
 from gpt2xla.sketches.sources import find_files
-from gpt2xla.sketches.tokenizer import SPECIAL_TOKENS, check_word, train_tokenizer
+from gpt2xla.sketches.tokenizer import SPECIAL_TOKENS, check_word, train_tokenizer, with_sketch_tokens
 
 E = TypeVar("E", Tokens, Text)
 
@@ -110,10 +110,11 @@ def _vocab_size(config: SketchesConfig) -> int | None:
 
 def _format(config: SketchesConfig, given: Tokenizer | None, counts: Mapping[str, int]) -> SketchFormat:
     """Return the format of sketches of these words, with the given tokenizer, or one that is made for them."""
-    words = sorted(counts)
+    words, size, width = sorted(counts), config.size, config.stroke_width
     if given is not None:
-        return SketchFormat.fitted(given, config.size, words)
-    return SketchFormat(train_tokenizer(counts, config.size, config.vocab_size or VOCAB_SIZE), config.size, words)
+        return SketchFormat.fitted(given, size, words, width)
+    tokenizer = train_tokenizer(counts, size, config.vocab_size or VOCAB_SIZE)
+    return SketchFormat(with_sketch_tokens(tokenizer, size, words, width), size, words, width)
 
 
 def _check_room(format: SketchFormat, config: SketchesConfig) -> None:
