@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2xla.data.preparation.rows import Sample
-from gpt2xla.errors import InputError
 from gpt2xla.sketches.buckets import in_order
 from gpt2xla.sketches.chance import uniform
 from gpt2xla.sketches.format import SketchFormat
@@ -23,11 +22,13 @@ _PIECE = 4096
 
 
 class Sketches(NamedTuple):
-    """N sketches: their words, pictures (N, size, size) of bool, and whether each also begins with its word."""
+    """N sketches: their words, pictures (N, size, size) of bool, whether each also begins with its word, and whether it is
+    of an altered copy."""
 
     words: list[str]
     pictures: np.ndarray
     before: list[bool]
+    are_copies: list[bool]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Chosen:
         for start in range(0, len(self.records), _PIECE):
             records = self.records[start : start + _PIECE]
             before = uniform(records["order"], 0) < self.choice.word_before
-            yield Sketches([words[n] for n in records["word"].tolist()], unpacked(records, size), before.tolist())
+            names, are_copies = [words[number] for number in records["word"].tolist()], records["copy"] > 0
+            yield Sketches(names, unpacked(records, size), before.tolist(), are_copies.tolist())
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenEncoder:
-    """Makes tokens of a bucket. Raises InputError if a sketch is longer than a row."""
+    """Makes tokens of a bucket. Sketches that are longer than a row are left out."""
 
     choose: Choice
     format: SketchFormat
@@ -118,14 +120,17 @@ class TokenEncoder:
         lengths: list[int] = []
         sizes: list[int] = []
         pieces = [np.empty(0, dtype=self.format.tokenizer.dtype)]
-        for words, pictures, before in chosen:
+        too_long = 0
+        for words, pictures, before, are_copies in chosen:
             sketches = self.format.batch_ids(words, pictures, before)
-            lengths += map(len, sketches)
-            sizes += map(self._text_size, words, before)
-            pieces.append(np.concatenate(sketches))
-        if lengths and max(lengths) > self.row_length:
-            what = f"a sketch of {max(lengths):,} tokens does not fit into a row"
-            raise InputError(f"--seq-length {self.row_length}: {what}; raise it, or choose a smaller --size")
+            for word, ids, has_before, is_copy in zip(words, sketches, before, are_copies, strict=True):
+                if len(ids) <= self.row_length:
+                    pieces.append(ids)
+                    lengths.append(len(ids))
+                    sizes.append(self._text_size(word, has_before))
+                elif not is_copy:
+                    too_long += 1
+        left_out = chosen.left_out + Counter({f"longer than {self.row_length:,} tokens": too_long})
         ids, ends = np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
         trained = np.ones(len(ids), dtype=np.bool_)
         trained[ends[:-1]] = trained[:1] = False  # nothing predicts a first token
@@ -133,7 +138,7 @@ class TokenEncoder:
             marks = np.flatnonzero(ids == self.format.img_end)
             for start, mark in zip((ends - lengths).tolist(), marks.tolist(), strict=True):
                 trained[start : mark + 1] = False
-        return Tokens(ids, trained, ends, sizes, chosen.drawings, chosen.left_out)
+        return Tokens(ids, trained, ends, sizes, chosen.drawings - too_long, left_out)
 
     @cached_property
     def _blank(self) -> int:
@@ -163,5 +168,5 @@ class TextEncoder:
 
     def __call__(self, file: Path) -> Text:
         chosen = self.choose(file)
-        texts = (text for sketches in chosen for text in map(self.format.text, *sketches))
+        texts = (text for sketches in chosen for text in map(self.format.text, *sketches[:3]))
         return Text("".join(f"{text}\n\n" for text in texts), chosen.drawings, chosen.left_out)

@@ -192,7 +192,7 @@ class _Writing:
             stream.flush()
             os.fsync(stream.fileno())
         self.format.tokenizer.save(folder)
-        return f"{TEXT_FILE} of {size / 1e6:,.1f} MB, with {counted(self.drawings - before, 'drawing')}"
+        return f"{TEXT_FILE} of {size:,} bytes, with {counted(self.drawings - before, 'drawing')}"
 
     def _write_tokens(self, folder: Path, files: Sequence[Path]) -> str:
         config, before, tokens = self.config, self.drawings, 0
