@@ -18,10 +18,10 @@ from gpt2xla.chat.options import ChatConfig
 from gpt2xla.chat.sources import Source, find_sources, samples_of
 from gpt2xla.chat.template import ChatTemplate
 from gpt2xla.data.documents.corpus import Position, Split
+from gpt2xla.data.preparation.chance import uniform
 from gpt2xla.data.preparation.output_folder import being_prepared, publish, refuse_other_splits
 from gpt2xla.data.preparation.record import SPLITS, Record, is_prepared, manifests_of
 from gpt2xla.data.preparation.rows import Sample, write_rows
-from gpt2xla.data.preparation.splitting import uniform
 from gpt2xla.data.preparation.writer import Written
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer

@@ -20,10 +20,10 @@ from gpt2xla.config.paths import split_weight
 from gpt2xla.data.documents.corpus import InputFile, here
 from gpt2xla.data.documents.input_files import find
 from gpt2xla.data.documents.records import RECORD_SUFFIXES, read_records
+from gpt2xla.data.preparation.chance import uniform
 from gpt2xla.data.preparation.hub import dataset_parts
 from gpt2xla.data.preparation.options import HubConfig
 from gpt2xla.data.preparation.rows import Sample
-from gpt2xla.data.preparation.splitting import uniform
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.errors import InputError, counted, user_error
 from gpt2xla.files import file_sha256

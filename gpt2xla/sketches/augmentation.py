@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt2xla.sketches.chance import uniform
+from gpt2xla.data.preparation.chance import uniform_for
 from gpt2xla.sketches.strokes import Drawings
 
 # The most of each, in either direction; a copy's are drawn uniformly.
@@ -27,7 +27,7 @@ class Altered(NamedTuple):
 
 def altered(drawings: Drawings, numbers: np.ndarray, size: int) -> Altered:
     """Return a copy of each drawing for pictures of `size`. `numbers`, (N,) of uint64, decide how it differs."""
-    turn, shear, stretch, smaller, right, down = (uniform(numbers, draw) for draw in range(1, 7))
+    turn, shear, stretch, smaller, right, down = (uniform_for(numbers, draw) for draw in range(1, 7))
     angle, skew, wider = (
         (2 * drawn - 1) * most for drawn, most in ((turn, _TURN), (shear, _SHEAR), (stretch, _STRETCH))
     )

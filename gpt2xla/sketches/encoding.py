@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2xla.data.preparation.chance import uniform_for
 from gpt2xla.data.preparation.rows import Sample
 from gpt2xla.sketches.buckets import in_order
-from gpt2xla.sketches.chance import uniform
 from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.options import LossOn
 from gpt2xla.sketches.rasterising import record_type, unpacked
@@ -50,7 +50,7 @@ class Chosen:
         size, words = self.choice.size, self.choice.words
         for start in range(0, len(self.records), _PIECE):
             records = self.records[start : start + _PIECE]
-            before = uniform(records["order"], 0) < self.choice.word_before
+            before = uniform_for(records["order"], 0) < self.choice.word_before
             names, are_copies = [words[number] for number in records["word"].tolist()], records["copy"] > 0
             yield Sketches(names, unpacked(records, size), before.tolist(), are_copies.tolist())
 

@@ -66,8 +66,8 @@ def prepare(config: SketchesConfig, say: Callable[[str], None] = print) -> dict[
     _check_room(_format(config, given, dict.fromkeys(config.words or ("apple",), 1)), config)
     files = find_files(config.input, config.exclude, output_dir / ".partial" / "fetched", say)
     settings: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
-    settings |= {"words": sorted(set(config.words)), "vocab_size": _vocab_size(config)}
     settings |= {"tokenizer": given and given.name, "tokenizer_sha256": given and given.sha256}
+    settings |= {"words": sorted(set(config.words)), "vocab_size": None if given else config.vocab_size or VOCAB_SIZE}
     if is_prepared(output_dir, settings, files, say, _check_text if config.as_text else check_shards):
         return manifests_of(output_dir)
     with being_prepared(output_dir) as partial:
@@ -102,10 +102,6 @@ def prepare(config: SketchesConfig, say: Callable[[str], None] = print) -> dict[
         described = [(file.name, file.size, file.how) for file in files]
         Record(settings, described, Position(len(files), 0), {split: Written([]) for split in SPLITS}).save(partial)
         return publish(partial, output_dir)
-
-
-def _vocab_size(config: SketchesConfig) -> int | None:
-    return None if config.tokenizer is not None else config.vocab_size or VOCAB_SIZE
 
 
 def _format(config: SketchesConfig, given: Tokenizer | None, counts: Mapping[str, int]) -> SketchFormat:

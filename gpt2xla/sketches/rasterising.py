@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt2xla.data.preparation.chance import drawn, uniform_for
 from gpt2xla.sketches import quickdraw
 from gpt2xla.sketches.augmentation import altered
-from gpt2xla.sketches.chance import drawn, uniform
 from gpt2xla.sketches.strokes import LEAST_EXTENT, MOST_COORDINATE, Drawings, rasterise_all, starts_of
 
 _SPLIT_DRAW = 1 << 20  # beyond the numbers of copies
@@ -95,7 +95,7 @@ class Rasteriser:
         ):
             if len(records.word):
                 records = keep(records, is_right(records.drawings), why)
-        is_test = uniform(records.keys, _SPLIT_DRAW) < self.test_fraction
+        is_test = uniform_for(records.keys, _SPLIT_DRAW) < self.test_fraction
         train, test = (
             self._pictures(records.only(chosen), copies) for chosen, copies in ((~is_test, self.copies), (is_test, 0))
         )

@@ -24,9 +24,9 @@ from data.documents import documents, hashes
 from gpt2xla.data.documents import corpus
 from gpt2xla.data.documents.corpus import Position, blocks, documents_of, local_parts
 from gpt2xla.data.preparation import splitting
+from gpt2xla.data.preparation.chance import uniform
 from gpt2xla.data.preparation.encoder import Encoder
 from gpt2xla.data.preparation.pipeline import PrepareConfig, prepare
-from gpt2xla.data.preparation.splitting import uniform
 from gpt2xla.data.preparation.tokenizer_quality import first_loss
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.tokenizer import load_tokenizer, train_bpe

@@ -6,7 +6,6 @@ nothing. What is missing is known only at the end of the corpus, so the newest b
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from gpt2xla.data.documents.corpus import Block
+from gpt2xla.data.preparation.chance import uniform
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.validation_size import USEFUL_TOKENS, noise_of
 from gpt2xla.errors import counted
@@ -24,7 +24,6 @@ DRAWN_SHARE = 0.01  # of the documents, unless --test-fraction says otherwise
 _AMPLE_TOKENS = 1_000_000  # no test split needs more, however large the corpus
 _LEAST_SHARE, _MOST_SHARE = 0.01, 0.1  # of the corpus's tokens
 _NOT_CUT = 1_000  # tokens: shorter documents stay whole
-STEP = 0x9E3779B97F4A7C15  # between the states of SplitMix64
 
 
 @dataclass
@@ -212,17 +211,3 @@ def _border(text: str, start: int) -> int:
         if (found := text.rfind(mark, earliest, max(0, start))) >= 0:
             return found + 1
     return start
-
-
-def uniform(seed: int, first: int, count: int) -> np.ndarray:
-    """Return numbers in [0, 1) for the documents `first` .. `first + count - 1`, functions of the seed and each document's
-    number: SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators")."""
-    start = np.frombuffer(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), dtype="<u8")
-    return mixed(start + np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(STEP)) / 2.0**64
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """Return numbers of 64 bits that seem drawn at random, one for each in `x`: the last part of SplitMix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
