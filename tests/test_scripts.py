@@ -300,6 +300,7 @@ def test_an_output_that_cannot_be_is_one_line(texts: Path, trained: Path, tmp_pa
         "prepare_text.py --output-dir x --tokenizer bytes --input",
         "prepare_dataset.py --tokenizer bytes --output-dir x --dataset",
         "prepare_chat.py --input README.md --output-dir",
+        "prepare_sketches.py --input README.md --output-dir",
         "prepare_chat.py --tokenizer bytes --output-dir x --chat-template alpaca --input",
         "prepare_chat.py --tokenizer bytes --output-dir x --chat-template alpaca --dataset",
         "inspect_data.py",

@@ -43,6 +43,7 @@ WRONG_PATHS = [
     "inspect . --tokenizer ./no/such/place",
     "prepare text --input . --output-dir x --tokenizer ./no/such/place",
     "prepare chat --input . --output-dir x --tokenizer ./no/such/place",
+    "prepare sketches --input . --output-dir x --tokenizer ./no/such/place",
 ]
 
 PROGRAM = """
