@@ -255,13 +255,14 @@ SLOW_READER = """
 import sys, time
 from pathlib import Path
 from gpt2xla.data.preparation.rows import write_rows
-from gpt2xla.data.remote import Cache, RemoteFolder
+from gpt2xla.data import remote
+from gpt2xla.data.remote import Cache
 from gpt2xla.data.shards import TokenStream
-def download(self, source, target):
+def download(files, source, target):
     target.write_bytes(b"half")
     print("began", flush=True)
     time.sleep(60)
-RemoteFolder._download = download
+remote.download = download
 TokenStream(sys.argv[1], cache=Cache(Path(sys.argv[2]))).read(0, 1)
 """
 
