@@ -35,13 +35,14 @@ class Question(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Questions as tokens: a row for each answer, one question's after the other's."""
+    """Questions as tokens: a row for each answer, one question's after the other's; or, of questions whose answers differ in
+    their last token only, a row for each question, which the model reads once."""
 
     tokens: list[np.ndarray]  # of context and answer, at most seq_length + 1: the last one is only predicted
     answer_tokens: list[int]  # how many tokens at the end of each row belong to the answer
     answers: int  # of each question
-    alternatives: int  # how many rows after each other have one input, which the model reads once: `answers` or 1
     seq_length: int  # of the model
+    last_tokens: np.ndarray | None = None  # of each answer (questions, answers); the rows are those of the first answers
 
 
 class MultipleChoice:
@@ -56,7 +57,7 @@ class MultipleChoice:
         self, name: str, rows: Rows, model: GPT2, runtime: Runtime, batch_size: int, stop: Stop | None = None
     ) -> None:
         self.name, self.rows, self.runtime, self.batch_size = name, rows, runtime, batch_size
-        lengths = np.array([len(tokens) - 1 for tokens in rows.tokens[:: rows.alternatives]])
+        lengths = np.array([len(tokens) - 1 for tokens in rows.tokens])
         bounds = bucket_lengths(rows.seq_length)
         bucket_of = np.searchsorted(bounds, lengths)
         self._buckets = [
@@ -73,12 +74,12 @@ class MultipleChoice:
     def run(self) -> np.ndarray:
         """Return the log-probability of each answer (questions, answers) in nats, on every process: each is scored once,
         whatever the number of processes. Collective. Raises as `RowLosses.of` does."""
-        alternatives = self.rows.alternatives
-        found = np.empty((len(self.rows.tokens) // alternatives, alternatives))
+        last = self.rows.last_tokens
+        found = np.empty((len(self.rows.tokens), 1 if last is None else self.rows.answers))
         count = sum(-(-len(inputs) // self._inputs_at_once(length)) for length, inputs, _ in self._buckets)
         with Progress(self.name, count, shown=self.runtime.is_main) as progress:
             for length, inputs, losses in self._buckets:
-                sums = losses.of(self._batches(length, inputs), progress)[:, 0].reshape(-1, alternatives)
+                sums = losses.of(self._batches(length, inputs), progress)[:, 0].reshape(-1, found.shape[1])
                 found[inputs] = -sums[: len(inputs)]
         return found.reshape(-1, self.rows.answers)
 
@@ -95,16 +96,18 @@ class MultipleChoice:
         return padded_share(batch_size, world_size, self.runtime.devices) * world_size
 
     def _batch(self, length: int, inputs: np.ndarray, share: int) -> Batch:
-        alternatives = self.rows.alternatives
+        rows = self.rows
         ids = np.zeros((share, length), dtype=np.int64)
-        labels = np.full((share, alternatives, length), IGNORED_LABEL, dtype=np.int64)
+        labels = np.full((share, length), IGNORED_LABEL, dtype=np.int64)
         for place, number in enumerate(inputs.tolist()):
-            for alternative in range(alternatives):
-                row = number * alternatives + alternative
-                tokens, count = self.rows.tokens[row], self.rows.answer_tokens[row]
-                ids[place, : len(tokens) - 1] = tokens[:-1]
-                labels[place, alternative, len(tokens) - 1 - count : len(tokens) - 1] = tokens[-count:]
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels.reshape(share, -1)))
+            tokens, count = rows.tokens[number], rows.answer_tokens[number]
+            ids[place, : len(tokens) - 1] = tokens[:-1]
+            labels[place, len(tokens) - 1 - count : len(tokens) - 1] = tokens[-count:]
+        if rows.last_tokens is not None:
+            last = np.full((share, rows.answers), IGNORED_LABEL, dtype=np.int64)
+            last[: len(inputs)] = rows.last_tokens[inputs]
+            labels = np.concatenate([labels, last], axis=1)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels))
 
 
 def ask(
@@ -128,7 +131,7 @@ def encode(name: str, questions: Sequence[Question], tokenizer: Tokenizer, seq_l
     """Encode each context together with each of its answers, joined by a blank. What follows the context's own tokens is the
     answer; blanks at the end of a context belong to it. A context that is too long loses its beginning. Raises InputError if
     an answer has no token, or more tokens than a model of `seq_length` can predict."""
-    rows = Rows([], [], len(questions[0].answers), 1, seq_length)
+    rows = Rows([], [], len(questions[0].answers), seq_length)
     has_one_input = True  # of each question, whatever the answer: these differ in their last token only
     for first in range(0, len(questions), _ENCODED_AT_ONCE):
         part = questions[first : first + _ENCODED_AT_ONCE]
@@ -148,7 +151,10 @@ def encode(name: str, questions: Sequence[Question], tokenizer: Tokenizer, seq_l
                 rows.answer_tokens.append(count)
             own = rows.tokens[-rows.answers :]
             has_one_input &= all(np.array_equal(tokens[:-1], own[0][:-1]) for tokens in own)
-    return rows._replace(alternatives=rows.answers if has_one_input else 1)
+    if not has_one_input:
+        return rows
+    last = np.array([tokens[-1] for tokens in rows.tokens]).reshape(-1, rows.answers)
+    return Rows(rows.tokens[:: rows.answers], rows.answer_tokens[:: rows.answers], rows.answers, seq_length, last)
 
 
 def bucket_lengths(seq_length: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Token losses summed row by row, from which perplexity, its standard error and multiple choice are computed.
 
-Shape suffixes: B sequences, T tokens, A alternative labels of a sequence, C tokens of a chunk, D d_model, V vocabulary.
+Shape suffixes: B sequences, T tokens, A alternative last labels of a sequence, C tokens of a chunk, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _LOGITS_AT_ONCE = LOGITS_AT_ONCE["xla"] // 4  # numbers in fp32
 class RowLosses:
     """Runs the model, without training it, over batches of one shape: the first one compiles the step, later ones reuse it.
 
-    A batch may hold A labels for each token, as the labels of A rows with the same input: its `labels` are (B, A * T), one
-    row's after the other's, and the model reads the input once.
+    A batch may hold A alternatives of each sequence's last label, as A rows would that differ in nothing else: its `labels`
+    are (B, T + A), the labels of the first of these rows, then the alternatives. The model reads the input once.
 
     Args:
         name: of the step, for runtimes that compile; batches of another shape need another RowLosses.
@@ -40,8 +40,8 @@ class RowLosses:
         self._step = runtime.compile_step(self._score, name)
 
     def of(self, batches: Iterable[Batch], progress: Progress) -> np.ndarray:
-        """Return (rows, 2) in float64: the summed loss of each row in nats, and how many tokens it sums over; with A labels
-        for each token, (rows * A, 2). Collective.
+        """Return (rows, 2) in float64: the summed loss of each row in nats, and how many tokens it sums over; with A
+        alternatives, (rows * A, 2). Collective.
 
         The rows are those of all processes' `batches`; within a batch they come in the order of processes. `progress` counts
         the batches that the device has finished.
@@ -74,9 +74,9 @@ class RowLosses:
         with self.runtime.autocast():
             x_BTD, padding = self.model.hidden(batch.input_ids), self.model.config.vocab_padding
             head_VD, log_sums = self.model.head_weight, self.model.kernels.log_sums
-            labels_BAT = batch.labels.unflatten(1, (-1, batch.input_ids.shape[1]))
-            losses_BA = row_losses(x_BTD, head_VD, labels_BAT, padding, log_sums)
-        counts_BA = (labels_BAT != IGNORED_LABEL).sum(2)
+            labels_BT, last_BA = batch.labels.tensor_split([batch.input_ids.shape[1]], dim=1)
+            losses_BA = row_losses(x_BTD, head_VD, labels_BT, last_BA, padding, log_sums)
+        counts_BA = (labels_BT != IGNORED_LABEL).sum(1, keepdim=True).expand_as(losses_BA)
         values = torch.stack([losses_BA, counts_BA], dim=2).flatten()
         if self.stop:
             values, receive_stop = torch.cat([values, self.stop.requested()[None]]), self.stop.receiver()
@@ -94,17 +94,31 @@ class RowLosses:
 
 
 def row_losses(
-    x_BTD: Tensor, weight_VD: Tensor, labels_BAT: Tensor, padding: int = 0, log_sums: LogSums | None = None
+    x_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    last_BA: Tensor | None = None,
+    padding: int = 0,
+    log_sums: LogSums | None = None,
 ) -> Tensor:
-    """Return the summed cross-entropy of each sequence with each of its labels (B, A), in nats and fp32; the last `padding`
-    ids have no probability.
+    """Return the summed cross-entropy of each sequence, in nats and fp32: with each alternative of its last label (B, A), or
+    (B, 1) if there are none. The last `padding` ids have no probability.
 
     A label's logit comes from the label's own row of the head. `log_sums`: see `Kernels`."""
     x_BTD = x_BTD.to(compute_dtype(x_BTD))
     weight_VD = weight_VD.to(x_BTD.dtype)
-    label_logits_BAT = torch.stack([logits_of_labels(x_BTD, weight_VD, labels) for labels in labels_BAT.unbind(1)], 1)
-    log_sums_B1T = (log_sums or _log_sums)(x_BTD, weight_VD, padding).unsqueeze(1)
-    return torch.where(labels_BAT != IGNORED_LABEL, log_sums_B1T - label_logits_BAT, 0.0).sum(2)
+    label_logits_BT = logits_of_labels(x_BTD, weight_VD, labels_BT)
+    counted_BT = labels_BT != IGNORED_LABEL
+    losses_BT = (log_sums or _log_sums)(x_BTD, weight_VD, padding) - label_logits_BT
+    losses_B1 = torch.where(counted_BT, losses_BT, 0.0).sum(1, keepdim=True)
+    if last_BA is None or last_BA.shape[1] == 0:
+        return losses_B1
+    places_T = torch.arange(labels_BT.shape[1], device=labels_BT.device)
+    is_last_BT = counted_BT & (places_T == (counted_BT * places_T).amax(1, keepdim=True))
+    # A sum of zeros and one number, which is exact, and which each device can make of its own sequences.
+    x_B1D = torch.where(is_last_BT.unsqueeze(2), x_BTD, 0.0).sum(1, keepdim=True)
+    last_logit_B1 = torch.where(is_last_BT, label_logits_BT, 0.0).sum(1, keepdim=True)
+    return losses_B1 + last_logit_B1 - logits_of_labels(x_B1D, weight_VD, last_BA)
 
 
 def _log_sums(x_BTD: Tensor, weight_VD: Tensor, padding: int) -> Tensor:

@@ -160,8 +160,23 @@ def test_row_losses_in_pieces_equal_cross_entropy_in_float64(
     labels[2] = IGNORED_LABEL
     logits = (x.double() @ weight.double().T).transpose(1, 2)
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL).sum(1)
-    found = row_losses.row_losses(x, weight, labels[:, None])[:, 0]
+    found = row_losses.row_losses(x, weight, labels)[:, 0]
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-9)
+
+
+def test_alternatives_of_the_last_label_are_rows_of_their_own() -> None:
+    """Of sequences with labels at the end, in the middle, in one place, and nowhere."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(4, 6, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    labels = torch.randint(0, 11, (4, 6), generator=generator)
+    labels[1, :2], labels[1, 4:], labels[2, 1:], labels[3] = (IGNORED_LABEL,) * 4
+    last = torch.randint(0, 11, (4, 3), generator=generator)
+    found = row_losses.row_losses(x, weight, labels, last)
+    logits = (x.double() @ weight.double().T).transpose(1, 2)
+    for number in range(3):
+        labels[0, 5], labels[1, 3], labels[2, 0] = last[:3, number]
+        expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none").sum(1)
+        assert found[:, number].tolist() == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-6)
 
 
 def test_padding_of_the_vocabulary_has_no_probability() -> None:
@@ -170,7 +185,7 @@ def test_padding_of_the_vocabulary_has_no_probability() -> None:
     labels = torch.randint(17, (2, 5), generator=generator)
     logits = x.double() @ weight[:17].double().T
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
-    found = row_losses.row_losses(x, weight, labels[:, None], padding=3)[:, 0]
+    found = row_losses.row_losses(x, weight, labels, padding=3)[:, 0]
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
 

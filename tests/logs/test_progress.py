@@ -113,7 +113,7 @@ def test_multiple_choice_ends_at_its_total(counted: list[Progress]) -> None:
     """Rows have two lengths, and the shorter come in larger batches: 28 in sixes, 12 in threes."""
     model_config = ModelConfig(vocab_size=97, seq_length=256, d_model=32, num_layers=1, num_heads=2)
     lengths = [100] * 28 + [200] * 12
-    rows = Rows([np.ones(n, dtype=np.uint16) for n in lengths], [3] * 40, answers=4, alternatives=1, seq_length=256)
+    rows = Rows([np.ones(n, dtype=np.uint16) for n in lengths], [3] * 40, answers=4, seq_length=256)
     runtime, model = TorchRuntime(TorchConfig(), TrainConfig(compile=False)), GPT2(model_config)
     runtime.setup_model(model)
     MultipleChoice("HellaSwag", rows, model, runtime, batch_size=3).run()
