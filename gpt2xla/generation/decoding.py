@@ -78,14 +78,12 @@ def generate(
         _Row(list(prompt), list(prompt)[-seq_length:], torch.Generator().manual_seed(seed), {*prompt} - {*stop_ids})
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    reader = _Reader(model, max(rows, len(texts)), width, device)
+    reader = Reader(model, max(rows, len(texts)), width, device)
     for _ in range(max_new_tokens):
         for row in texts:
             if row.start + len(row.unread) > seq_length:
                 row.start, row.unread = 0, row.text[-max(1, seq_length // 2) :]
-        logits_BV = reader.read(texts)
-        if logits_BV.amax().isnan():  # no token can be drawn from NaN
-            raise RunFailed("the model's logits are NaN: its weights are damaged, or --dtype is too small for them")
+        logits_BV = reader.read([row.start for row in texts], [row.unread for row in texts])
         step: list[int | None] = [None] * len(texts)
         for number, row in enumerate(texts):
             if row.ended:
@@ -108,8 +106,8 @@ def generate(
             return
 
 
-class _Reader:
-    """Runs the model with a cache, on its device.
+class Reader:
+    """Runs the model with a cache of `rows` texts, on its device.
 
     If each shape costs a compile, it uses few shapes: one token per text, or one of the buckets for prompts, always over the
     whole cache. If each number of slots costs time, it uses few of these."""
@@ -137,22 +135,26 @@ class _Reader:
         self._read_prompts = device.compile_step(read, "reading of prompts")
         self._read_token = device.compile_step(read, READING_OF_A_TOKEN)
 
-    def read(self, texts: Sequence[_Row]) -> Tensor:
-        """Read the unread end of each text and return the logits (B, V) that follow it, in fp32 on the host."""
-        new = max(len(row.unread) for row in texts)
+    def read(self, starts: Sequence[int], unread: Sequence[Sequence[int]]) -> Tensor:
+        """Read the unread end of each text, and return the logits (rows, V) that follow it, in fp32 on the host. Text b has
+        starts[b] tokens in the cache; what the cache holds after them is forgotten. Raises RunFailed if a logit is NaN."""
+        new = max(map(len, unread))
         if self.static:
             new = _bucket(new if new <= 1 else max(new, self.width), self.seq_length)
-        needed = max(row.start for row in texts) + new
+        needed = max(starts) + new
         span = min(-(-needed // self.slots_at_once) * self.slots_at_once, self.seq_length)
         # All that the device needs, in one copy: per text its start, its count and its ids, padded as `GPT2.next_logits`
         # expects it.
         rows = [
-            [row.start, len(row.unread), *row.unread, *(row.unread[-1:] or [0]) * (new - len(row.unread))]
-            for row in texts
+            [start, len(ids), *ids, *(ids[-1:] or [0]) * (new - len(ids))]
+            for start, ids in zip(starts, unread, strict=True)
         ]
-        rows += [[0] * (2 + new)] * (self.rows - len(texts))
+        rows += [[0] * (2 + new)] * (self.rows - len(rows))
         read = self._read_token if new == 1 else self._read_prompts
-        return read(self.device.to_device(torch.tensor(rows, dtype=torch.int64)), span).cpu()
+        logits_BV = read(self.device.to_device(torch.tensor(rows, dtype=torch.int64)), span).cpu()
+        if logits_BV.amax().isnan():  # nothing can be drawn from NaN, nor compared
+            raise RunFailed("the model's logits are NaN: its weights are damaged, or --dtype is too small for them")
+        return logits_BV
 
 
 def _bucket(new: int, seq_length: int) -> int:
