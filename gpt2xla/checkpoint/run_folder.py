@@ -106,7 +106,7 @@ def prepare_folder(root: Path, step: int) -> list[str]:
     for partial in (*root.glob(".step-*.partial"), *root.glob(".abandoned-*.partial")):
         shutil.rmtree(partial)
     names = (f".{name}.*.partial" for name in (RUN_CONFIG, METRICS_FILE, LATEST, BEST_FILE, "best"))
-    for pattern in (*names, "step-*/.*.partial"):
+    for pattern in (*names, "step-*/.*.partial", "sketches/.*.partial"):
         for partial in root.glob(pattern):
             partial.unlink(missing_ok=True)
     later = [folder for folder in list_folders(root) if folder > step_folder(root, step)]

@@ -15,7 +15,7 @@ from gpt2xla.config.options import OFF, Share, flag, option, require, require_at
 
 _MOST_SEQUENCES = 2**20  # a larger number is a slip, too
 _MOST_EPOCHS = 1_000_000
-INTERVALS = ("valid_interval", "hellaswag_interval", "sample_interval", "save_interval")
+INTERVALS = ("valid_interval", "hellaswag_interval", "sample_interval", "sketches_interval", "save_interval")
 
 Precision = Literal["auto", "none", "bf16", "fp16"]
 PRECISION_ALIASES = dict.fromkeys(("fp32", *OFF), "none")
@@ -107,6 +107,11 @@ class TrainConfig:
         "as-text",
         "how to read special tokens spelled in --sample-prompt: as-text takes the letters, as-ids takes the tokens, refuse "
         "stops the run",
+    )
+    sketches_interval: int | Share = option(
+        0,
+        "the same for models of sketches: how many held-out drawings are recognised, and a picture of some that are drawn, "
+        "sketches/step-*.png; 0 means none",
     )
     keep_best: bool | None = option(
         None,

@@ -1,4 +1,4 @@
-"""What is evaluated between training steps: validation, HellaSwag and samples, each at its own interval."""
+"""What is evaluated between training steps: validation, HellaSwag, samples and sketches, each at its own interval."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gpt2xla.errors import InputError
 from gpt2xla.evals.hellaswag import accuracy, questions, read_items
 from gpt2xla.evals.multiple_choice import MultipleChoice, encode
 from gpt2xla.evals.samples import Sampler
+from gpt2xla.evals.sketches import SketchEvaluation
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
@@ -24,7 +25,7 @@ from gpt2xla.runtime.stop import Stop, Stopped
 
 class Evaluations:
     """The evaluations of a run. They are opened before it writes anything, so that wrong input shows at once:
-    InputError is raised if HellaSwag's items or the sample prompt cannot be used."""
+    InputError is raised if HellaSwag's items, the sample prompt or the data's sketches cannot be used."""
 
     def __init__(
         self,
@@ -41,19 +42,21 @@ class Evaluations:
         self.best = best  # of the steps whose evaluations are all done
         validator = Validator(config, data.validation, model, runtime, stop=stop)
 
-        def validate() -> dict[str, Any]:
+        def validate(step: int) -> dict[str, Any]:
             self.validation = validator.run()
             return self.validation.line()
 
-        # The name of each evaluation, its interval in steps, and what makes it.
-        self._all: list[tuple[str, int | Share, Callable[[], dict[str, Any]]]]
+        # The name of each evaluation, its interval in steps, and what makes it after a step.
+        self._all: list[tuple[str, int | Share, Callable[[int], dict[str, Any]]]]
         self._all = [("validation", config.train.valid_interval, validate)]
         if interval := config.train.hellaswag_interval:
             hellaswag = _open_hellaswag(config, runtime, model, data, stop)
             self._all.append(("HellaSwag", interval, hellaswag))
         if interval := config.train.sample_interval:
             sampler = Sampler(config, model, data.tokenizer, settings, runtime)
-            self._all.append(("sampling", interval, lambda: {"sample": sampler.run()}))
+            self._all.append(("sampling", interval, lambda step: {"sample": sampler.run()}))
+        if interval := config.train.sketches_interval:
+            self._all.append(("sketches", interval, SketchEvaluation(config, model, data, runtime, stop).run))
 
     def are_due(self, step: int) -> bool:
         """Whether any evaluation is due after `step`."""
@@ -68,7 +71,7 @@ class Evaluations:
                 self.runtime.wait()
                 try:
                     with self.runtime.watch.part(name), explain_evaluation(self.runtime, self.config, name):
-                        log(step, evaluate())
+                        log(step, evaluate(step))
                 except Stopped:
                     return False
         if self.validation and is_due(self.config.valid_interval, step, self.config.train_steps):
@@ -100,7 +103,7 @@ def explain_evaluation(runtime: Runtime, train: TrainConfig, name: str) -> conte
 
 def _open_hellaswag(
     config: RunConfig, runtime: Runtime, model: GPT2, data: TrainingData, stop: Stop
-) -> Callable[[], dict[str, Any]]:
+) -> Callable[[int], dict[str, Any]]:
     train = config.train
     if data.tokenizer is None:
         raise InputError(
@@ -110,4 +113,4 @@ def _open_hellaswag(
     items = read_items(train.hellaswag_data, "--hellaswag-data")
     rows = encode("HellaSwag", questions(items), data.tokenizer, config.model.seq_length)
     choice = MultipleChoice("HellaSwag", rows, model, runtime, train.eval_batch_size, stop)
-    return lambda: accuracy(items, choice.run()).line()
+    return lambda step: accuracy(items, choice.run()).line()

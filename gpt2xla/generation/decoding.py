@@ -146,7 +146,7 @@ class Reader:
         # All that the device needs, in one copy: per text its start, its count and its ids, padded as `GPT2.next_logits`
         # expects it.
         rows = [
-            [start, len(ids), *ids, *(ids[-1:] or [0]) * (new - len(ids))]
+            [start, len(ids), *ids, *[ids[-1] if ids else 0] * (new - len(ids))]
             for start, ids in zip(starts, unread, strict=True)
         ]
         rows += [[0] * (2 + new)] * (self.rows - len(rows))

@@ -24,7 +24,8 @@ _NUMBERS_BESIDE_A_BAR = 3
 
 class Sink(Protocol):
     """Receives lines. Every line has "step", counted from 1. Training lines have "loss", validation lines "valid_loss",
-    HellaSwag's lines "hellaswag_acc", and samples "sample"."""
+    HellaSwag's lines "hellaswag_acc", samples "sample", and lines of sketches "sketch_top1" and perhaps "sketches", the path
+    of a PNG in the run's folder."""
 
     def write(self, line: dict[str, Any]) -> None: ...
 
@@ -155,6 +156,10 @@ def _evaluation_text(line: dict[str, Any]) -> str:
         return f"HellaSwag acc {acc:.4f}, acc_norm {acc_norm:.4f} of {counted(items, 'item')}"
     if "sample" in line:
         return f"sample: {line['sample']}"
+    if "sketch_top1" in line:
+        drawn = f"; drawn in {line['sketches']}" if "sketches" in line else ""
+        top1, top5, drawings = (line[f"sketch_{name}"] for name in ("top1", "top5", "drawings"))
+        return f"sketches: top-1 {top1:.4f}, top-5 {top5:.4f} of {counted(drawings, 'held-out drawing')}{drawn}"
     return ", ".join(f"{name} {value}" for name, value in line.items() if name not in ("step", "tokens"))
 
 

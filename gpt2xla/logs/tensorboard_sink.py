@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -23,7 +24,7 @@ from gpt2xla.logs.sinks import METRICS_FILE
 
 TENSORBOARD_FOLDER = "tensorboard"
 _EVENTS = "events.out.tfevents."  # TensorBoard reads files with this in their names, in the order of these
-_GROUPS = {"valid_": "valid/", "hellaswag_": "hellaswag/"}
+_GROUPS = {"valid_": "valid/", "hellaswag_": "hellaswag/", "sketch_": "sketches/"}
 _LEFT_OUT = ("step", "time")  # which every event has
 
 
@@ -39,7 +40,7 @@ class TensorBoardSink(BackgroundSink):
 
     def __init__(self, folder: Path) -> None:
         super().__init__("TensorBoard")
-        self._metrics, self._folder = folder / METRICS_FILE, folder / TENSORBOARD_FOLDER
+        self._run, self._metrics, self._folder = folder, folder / METRICS_FILE, folder / TENSORBOARD_FOLDER
         self._kept = self._metrics.stat().st_size  # bytes
         self._time = time.time()  # of the newest event; evaluations have none of their own
         self._start()
@@ -66,8 +67,13 @@ class TensorBoardSink(BackgroundSink):
 
     def _write(self, file: IO[bytes], line: dict[str, Any]) -> None:
         self._time = line.get("time") or self._time
-        values = [_text(value) if name == "sample" else _scalar(line, name, value) for name, value in line.items()]
+        values = [self._value(line, name, value) for name, value in line.items()]
         self._add(file, step=line["step"], summary=Summary(value=[value for value in values if value]))
+
+    def _value(self, line: dict[str, Any], name: str, value: Any) -> Any:
+        if name == "sample":
+            return _text(value)
+        return _picture(self._run / value) if name == "sketches" else _scalar(line, name, value)
 
     def _add(self, file: IO[bytes], **event: Any) -> None:
         RecordWriter(file).write(Event(wall_time=self._time, **event).SerializeToString())
@@ -96,3 +102,15 @@ def _text(sample: str) -> Any:
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
     tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape=shape)
     return Summary.Value(tag="sample", metadata=SummaryMetadata(plugin_data=plugin), tensor=tensor)
+
+
+def _picture(file: Path) -> Any:
+    """Return a PNG as a protocol buffer; None if it is no longer there."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    with Image.open(file) as picture:
+        width, height = picture.size
+    image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=content)
+    return Summary.Value(tag="sketches/drawn", image=image)

@@ -28,6 +28,7 @@ class WandbSink(BackgroundSink):
     def __init__(self, config: RunConfig, folder: Path, run_id: str | None) -> None:
         super().__init__("wandb")
         options = config.wandb
+        self._folder = folder
         # Testing a checkpoint is a separate run, although it logs to the same folder.
         self._file = None if config.general.do_test else folder / WANDB_FILE
         kept_id, self._sent = _read(self._file) if config.general.resume != "never" else (None, 0)
@@ -85,6 +86,10 @@ class WandbSink(BackgroundSink):
             if self._has_trained or step < first - 1:
                 return
             step = first
+        if (file := self._folder / values.get("sketches", "")).is_file():
+            import wandb
+
+            values["sketches"] = wandb.Image(str(file))
         run.log(values, step=step)
         self._sent = max(self._sent, line["step"])
 

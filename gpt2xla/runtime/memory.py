@@ -92,6 +92,8 @@ def eval_advice(train: TrainConfig, devices: int, name: str) -> str:
     """Return what to do about an evaluation that does not fit. How many rows it takes at once does not change results."""
     if name == "sampling":
         return "leave --sample-interval out, or choose a smaller model"
+    if name == "sketches":
+        return "leave --sketches-interval out, or choose a smaller --eval-batch-size or model"
     if train.eval_batch_size <= devices:
         return f"not even one sequence per device fits; {SMALLER_MODEL}"
     half = max(1, train.eval_batch_size // 2 // devices) * devices

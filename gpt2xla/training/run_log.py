@@ -138,7 +138,7 @@ class RunLog:
 def _time_left(start: Start, data: TrainingData, throughput: Throughput) -> TimeLeft:
     train = start.config.train
     intervals: dict[str, Any] = {"valid_loss": train.valid_interval, "hellaswag_acc": train.hellaswag_interval}
-    intervals["sample"] = train.sample_interval
+    intervals |= {"sample": train.sample_interval, "sketch_top1": train.sketches_interval}
     # A forward pass is a third of the arithmetic of an update.
     windows = validation_windows(data.validation, train.eval_batch_size, train.valid_steps)
     validation = windows * data.validation.seq_length / 3

@@ -25,8 +25,8 @@ _IS_FULL = ("RESOURCE_EXHAUSTED", "Out of memory allocating", "Out of memory whi
 _NOTES = "micro-batches"  # the folder of what compilers said, in --compile-cache
 # Options that change no compiled training step.
 _BESIDE = (
-    "train_steps", "epochs", "eval", "valid", "hellaswag", "sample", "special", "save", "on_save", "skip", "max_", "keep",
-    "early",
+    "train_steps", "epochs", "eval", "valid", "hellaswag", "sample", "sketches", "special", "save", "on_save", "skip",
+    "max_", "keep", "early",
 )  # fmt: skip
 
 
