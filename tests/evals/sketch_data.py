@@ -37,7 +37,7 @@ def pictures(count: int, size: int, seed: int = 0) -> list[tuple[np.ndarray, str
 
 
 def make_data(folder: Path, format: SketchFormat, row_length: int, count: int = 60) -> Path:
-    """train/ and test/, in which every other sketch begins with its word, and only the word after is trained on otherwise."""
+    """train/ and test/. Every other sketch begins with its word; of the others only the word after is trained on."""
     for number, split in enumerate(("train", "test")):
         (folder / split).mkdir(parents=True)
         samples = []

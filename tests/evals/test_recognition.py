@@ -96,7 +96,7 @@ def test_equally_likely_words_are_not_all_recognised() -> None:
 def test_words_of_several_tokens_mean_fewer_drawings(
     asked: tuple[Path, SketchFormat, GPT2], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, format, model = asked
+    _, format, model = asked
     windows = windows_of(make_data(tmp_path, format, 96, count=14), 96)
     monkeypatch.setattr("gpt2xla.evals.recognition._MOST_ROWS", 16)
     recogniser = Recogniser(format, windows, model, TorchRuntime(TorchConfig(), TrainConfig()), 4)

@@ -6,8 +6,8 @@ Prints one JSON object.
 import json
 
 import torch
-
 from evals.sketch_data import WORDS, format_of, pictures
+
 from gpt2xla.config import ModelConfig
 from gpt2xla.evals.recognition import word_log_probabilities
 from gpt2xla.generation.decoding import generate
