@@ -163,13 +163,14 @@ def word_log_probabilities(
 
     Args:
         pictures: (size, size) bool each, True where there is ink.
-        rows, width, device: see `generate`. With the same ones, it needs no other programs.
+        rows: of the cache, of which each reads the beginning of a word; by default as many as are useful.
+        width, device: see `generate`. With the same three, it needs no other programs.
 
     Raises InputError if a picture has more tokens than the model can read, RunFailed if the model computes NaN."""
     model.eval()
     answers = [tuple(sketches.answer(word).tolist()) for word in sketches.words]
     beginnings = sorted({answer[:n] for answer in answers for n in range(1, len(answer))}, key=lambda b: (len(b), b))
-    rows = max(rows, min(len(beginnings), _ROWS), 1)
+    rows = rows or min(len(beginnings), _ROWS) or 1
     reader = Reader(model, rows, width, device or OneDevice(model.wte.weight.device))
     longest = max(map(len, answers))
     found = np.empty((len(pictures), len(answers)))

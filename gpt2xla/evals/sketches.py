@@ -16,7 +16,7 @@ from gpt2xla.errors import InputError
 from gpt2xla.evals.recognition import Recogniser
 from gpt2xla.files import write_whole
 from gpt2xla.generation.devices import for_generation
-from gpt2xla.generation.drawing import draw
+from gpt2xla.generation.drawing import check_can_draw, draw
 from gpt2xla.generation.sampling import USUAL
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sketch_picture import sketch_picture
@@ -57,6 +57,8 @@ class SketchEvaluation:
         mixed = np.random.default_rng(abs(seed)).permutation(len(sketches.words))
         self.words = [sketches.words[mixed[number % len(mixed)]] for number in range(_DRAWINGS)]
         self.seeds = range(seed, seed + _DRAWINGS)
+        for word in self.words:
+            check_can_draw(config.model, sketches, word)
 
     def run(self, step: int) -> dict[str, Any]:
         """Return what a run logs after `step`. Collective. The random numbers of training stay as they are. Raises as

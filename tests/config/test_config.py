@@ -109,6 +109,13 @@ def test_the_instruct_config_is_the_recipe_and_what_a_run_needs_beside_it() -> N
     assert (shorter.train.epochs, shorter.schedule.warmup_steps, shorter.to_flat()["valid_interval"]) == (None, 1, 4)
 
 
+def test_the_sketches_config_is_a_run_with_the_fast_recipe() -> None:
+    config, _ = parse_run(TorchConfig, ["--config", str(ROOT / "configs" / "sketches.yaml")])
+    own = {"learning_rate", "min_lr"}
+    assert {name for name, value in RECIPES["fast"].items() if config.to_flat()[name] != value} == own
+    assert (config.train.keeps_best, config.to_flat()["sketches_interval"]) == (True, 600)
+
+
 def test_intervals_may_be_shares_of_the_run() -> None:
     """Of one update at least, and counted once the run's length is known."""
     shares = ["--valid-interval", "10%", "--save-interval", "0.01%", "--sample-interval", "7", "--train-steps", "300"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from evals.sketch_data import WORDS, format_of, make_data, pictures, reference
 from evals.small import make_model
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_on_xla_recognition_needs_no_program_beside_those_of_drawing() -> None:
-    result = run("tests/workers/recognition_worker.py", PJRT_DEVICE="CPU")
+    result = run("tests/workers/recognition_worker.py", PJRT_DEVICE="CPU", PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     for kind in ("pieces", "bytes"):

@@ -12,18 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL_RUN, metrics, run_here, succeed, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt2xla.logs.sinks import METRICS_FILE, JsonlSink
+from gpt2xla.logs.sketch_picture import sketch_picture
 from gpt2xla.logs.tensorboard_sink import TENSORBOARD_FOLDER, TensorBoardSink
 
 # What its users know these numbers as, independent of the code.
 TAGS = {
     "loss": "train/loss", "lr": "train/lr", "grad_norm": "train/grad_norm", "tokens": "train/tokens", "mfu": "train/mfu",
     "tokens_per_second": "train/tokens_per_second", "valid_loss": "valid/loss", "hellaswag_acc": "hellaswag/acc",
-    "valid_bits_per_byte": "valid/bits_per_byte",
+    "valid_bits_per_byte": "valid/bits_per_byte", "sketch_top1": "sketches/top1", "sketch_top5": "sketches/top5",
 }  # fmt: skip
 
 
@@ -61,6 +63,10 @@ LINES = [
 ]
 LINES += [{"step": 3, "tokens": 30, "valid_loss": 4.5, "valid_bits_per_byte": 1.5}]
 LINES += [{"step": 3, "tokens": 30, "hellaswag_acc": 0.25, "hellaswag_acc_norm": 0.5}]
+LINES += [{"step": 3, "tokens": 30, "sketch_top1": 0.25, "sketch_top5": 0.5, "sketch_drawings": 8, "sketches": "a.png"}]
+LINES += [
+    {"step": 4, "tokens": 40, "sketch_top1": 0.5, "sketch_top5": 1.0, "sketch_drawings": 8, "sketches": "gone.png"}
+]
 
 
 def write(folder: Path, resumed_step: int | None, *lines: dict[str, Any]) -> None:
@@ -72,8 +78,12 @@ def write(folder: Path, resumed_step: int | None, *lines: dict[str, Any]) -> Non
 
 
 def test_every_kind_of_line_is_shown(tmp_path: Path) -> None:
+    png = sketch_picture([np.eye(24, dtype=bool)], ["line"])
+    (tmp_path / "a.png").write_bytes(png)
     write(tmp_path, None, *LINES)
     is_view_of_metrics(tmp_path)
+    (drawn,) = shown(tmp_path).Images("sketches/drawn")
+    assert (drawn.step, drawn.encoded_image_string, drawn.width, drawn.height) == (3, png, 144, 166)
     assert [e.wall_time for e in shown(tmp_path).Scalars("train/loss")] == [1e9 + 1, 1e9 + 3]
     assert [e.wall_time for e in shown(tmp_path).Scalars("valid/loss")] == [1e9 + 3], "of the newest step"
 
