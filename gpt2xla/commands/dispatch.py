@@ -33,6 +33,7 @@ COMMANDS = {
     "train": Command("commands.train", "pre-train, resume or validate on GPUs or a CPU"),
     "train-xla": Command("commands.train_xla", "the same on TPUs, through PyTorch/XLA"),
     "generate": Command("commands.generate", "continue text with a model"),
+    "recognise": Command("commands.recognise", "name drawings with a model of sketches"),
     "evaluate perplexity": Command("commands.perplexity_table", "loss and perplexity of models on one split"),
     "evaluate hellaswag": Command("commands.eval_hellaswag", "a model's accuracy on HellaSwag"),
     "evaluate mmlu": Command("commands.eval_mmlu", "a model's accuracy on MMLU"),

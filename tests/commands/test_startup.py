@@ -31,6 +31,9 @@ WRONG_PATHS = [
     "train",  # its default folder is not there either
     "generate --model ./no/such/place",
     "generate --model gpt2 --tokenizer ./no/such/place",
+    "recognise ./no/such/place --model gpt2",
+    "recognise . --model ./no/such/place",
+    "recognise . --model gpt2 --tokenizer ./no/such/place",
     "evaluate perplexity --valid-dir . --model gpt2 ./no/such/place",
     "evaluate perplexity --model gpt2 --valid-dir ./no/such/place",
     "evaluate hellaswag --model ./no/such/place",
