@@ -4,6 +4,7 @@ training in the kernel itself."""
 import ast
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -22,8 +23,8 @@ from gpt2xla.checkpoint.run_folder import list_checkpoints
 from gpt2xla.data.tokenizer import load_tokenizer
 
 NOTEBOOKS = ["kaggle_tpu.ipynb", "colab.ipynb"]
-INSTRUCT = "instruct.ipynb"
-COMMANDS = dict.fromkeys(NOTEBOOKS, 12) | {INSTRUCT: 9}
+INSTRUCT, SKETCHES = "instruct.ipynb", "sketches.ipynb"
+COMMANDS = dict.fromkeys(NOTEBOOKS, 12) | {INSTRUCT: 9, SKETCHES: 9}
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -131,6 +132,27 @@ def test_gpt2_learns_to_answer(device: str, small: dict[str, object], tmp_path: 
     losses = [line["valid_loss"] for line in metrics(tmp_path / "chat") if "valid_loss" in line]
     assert min(losses) < losses[0]
     assert text.count('"prompt') >= 2, "both questions were answered"
+    assert sum("image/png" in o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", [])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["CPU", "GPU"])
+def test_gpt2_learns_to_draw(device: str, small: dict[str, object], tmp_path: Path) -> None:
+    """On XLA, and on the torch runtime as on a GPU."""
+    values = dict(
+        INPUT=[str(ROOT / "tests" / "sketches" / "quickdraw" / f"{form}.ndjson") for form in ("raw", "simplified")],
+        AUGMENT=7, TEST_FRACTION=0.2, D_MODEL=32, LAYERS=1, HEADS=2, STEPS=4, WARMUP=1, LOOK_INTERVAL=2, DEVICE=device,
+    )  # fmt: skip
+    notebook = execute(SKETCHES, values | {name: small[name] for name in ("FOLDER", "WORK")}, "install")
+    text = printed(notebook.cells)
+    assert "error:" not in text, text
+    assert "[[" in printed(cells_tagged(notebook, "data"))
+    measured = [line for line in metrics(tmp_path / "sketch-model") if "sketch_top1" in line]
+    assert [line["step"] for line in measured] == [2, 4]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "sketch-model" / "latest")
+    assert {"<MSGSTART>", "<IMGSTART>", "<IMGEND>", "<MSGEND>"} <= {*tokenizer.all_special_tokens}
+    assert len([line for line in text.splitlines() if re.search(r"[▀▄█]", line) and "%" not in line]) >= 12
+    assert len(re.findall(r"^[a-zA-Z ]+ +\d+\.\d% ", text, re.MULTILINE)) == 5, "the five likeliest words"
     assert sum("image/png" in o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", [])) == 1
 
 

@@ -35,6 +35,7 @@ PAGES = {
     "docs/generation.md": (4, 2),
     "docs/evaluation.md": (1, 5),
     "docs/instruct.md": (0, 9),
+    "docs/sketches.md": (0, 3),
     "docs/checkpoints.md": (0, 5),
     "docs/architecture.md": (0, 1),
     "docs/glossary.md": (0, 1),
