@@ -121,6 +121,12 @@ def text_prompt(
     return Prompt(ids, max_new_tokens)
 
 
+def drawn_ids(tokenizer: Tokenizer, vocab_size: int, stop_ids: Collection[int]) -> int:
+    """Return how many of a model's `vocab_size` real ids, from 0, may be drawn: those that the tokenizer has or that end a
+    text."""
+    return min(vocab_size, max([tokenizer.vocab_size, *(i + 1 for i in stop_ids if i < vocab_size)]))
+
+
 def continue_texts(
     model: GPT2,
     tokenizer: Tokenizer,
@@ -174,7 +180,6 @@ def continue_prompts(
         stop_ids, rows, width, device: see `generate`.
 
     Raises as `generate` does."""
-    known = model.config.real_vocab_size
     each = [prompt for prompt in prompts for _ in range(samples)]
     texts = [Continuation(tokenizer, p.ids, stop, p.hidden_ids, p.max_new_tokens) for p in each]
     show(texts[0].prompt)
@@ -188,8 +193,8 @@ def continue_prompts(
     steps = generate(
         model, [prompt.ids for prompt in each], max(prompt.max_new_tokens for prompt in each), sampling,
         seeds=[seed + number for _ in prompts for number in range(samples)],
-        vocab_size=min(known, max([tokenizer.vocab_size, *(i + 1 for i in stop_ids if i < known)])), stop_ids=stop_ids,
-        ends=add, rows=rows, width=width, device=device,
+        vocab_size=drawn_ids(tokenizer, model.config.real_vocab_size, stop_ids), stop_ids=stop_ids, ends=add,
+        rows=rows, width=width, device=device,
     )  # fmt: skip
     for _ in steps:
         pass

@@ -47,6 +47,7 @@ def generate(
     stop_ids: Collection[int] = (),
     ends: Callable[[int, int], bool] = lambda row, token: False,
     allowed: Callable[[int, Sequence[int]], Tensor | None] = lambda row, new_ids: None,
+    watch: Callable[[int, Tensor, int], None] = lambda row, logits_V, token: None,
     rows: int = 0,
     width: int = 0,
     device: Device | None = None,
@@ -65,6 +66,7 @@ def generate(
         ends: called as `ends(row, id)` with each id that is yielded; true ends that text after the id.
         allowed: called as `allowed(row, new_ids)` before each draw with all ids that were drawn for the text so far; returns
             which ids may be drawn, (V,) of bool on the host, at least one, or None for all. It costs no program.
+        watch: called as `watch(row, logits_V, id)` with each id that is drawn, a stop id too, and the model's logits.
         rows: compute at least this many texts, so that smaller calls do not compile another program.
         width: likewise, read prompts as if they had at least this many tokens.
         device: by default, plain torch on the model's device.
@@ -92,6 +94,7 @@ def generate(
             if (allowed_V := allowed(number, row.text[len(prompts[number]) :])) is not None:
                 logits_V = logits_V.masked_fill(~allowed_V, -torch.inf)
             token = pick(logits_V, row.used, sampling, row.generator)
+            watch(number, logits_BV[number, :vocab_size], token)
             row.start += len(row.unread)
             row.text.append(token)
             row.unread = [token]

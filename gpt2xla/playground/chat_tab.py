@@ -1,0 +1,89 @@
+"""Chat: a conversation with a model that was trained to answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from gpt2xla.chat.conversations import Message, with_system
+from gpt2xla.errors import InputError
+from gpt2xla.generation.continuation import Continuation
+from gpt2xla.playground.controls import LONGEST_TEXT, asked, check_length, controls
+from gpt2xla.playground.events import QUIET, on_turn
+from gpt2xla.playground.models import Models
+from gpt2xla.playground.writing import continued
+
+
+class Talk(NamedTuple):
+    """A conversation: the messages as they are shown, and those that the model reads, without a system message."""
+
+    shown: tuple[dict[str, str], ...] = ()
+    read: tuple[Message, ...] = ()
+
+    def with_turn(self, role: str, content: str, read: Sequence[Message]) -> Talk:
+        return Talk((*self.shown, {"role": role, "content": content}), tuple(read))
+
+
+def tab(models: Models, chosen: gr.Dropdown) -> None:
+    """Fill the tab; `chosen` holds the name of the model."""
+    said = gr.State(Talk())
+    shown = gr.Chatbot(
+        show_label=False, height="min(60vh, 560px)", buttons=["copy"], latex_delimiters=[], render_markdown=False,
+        feedback_options=None, placeholder="Say something to the model.", elem_id="conversation",
+    )  # fmt: skip
+    note = gr.HTML("", js_on_load=None)
+    question = gr.Textbox(
+        show_label=False, placeholder="Message", lines=1, max_lines=8, max_length=LONGEST_TEXT, elem_id="question"
+    )
+    with gr.Row(elem_classes="buttons"):
+        send = gr.Button("Send", variant="primary", min_width=80)
+        stop = gr.Button("Stop", min_width=80)
+        reset = gr.Button("Start again", min_width=80)
+    with gr.Accordion("System message", open=False):
+        system = gr.Textbox(show_label=False, placeholder="None", lines=2, max_length=LONGEST_TEXT)
+    settings = controls(max_new_tokens=256)
+
+    def answer(name: str, words: str, talk: Talk, system: str, *values: Any) -> Iterator[list[Any]]:
+        """Yield the emptied box, the messages as they are shown, the conversation, and a note."""
+        request = asked(*values)
+        if not check_length(words or "").strip():
+            raise InputError("the message is empty; write one")
+        with models.opened(name) as opened:
+            if opened.chat is None:
+                raise InputError(f"{name} was not trained to chat; choose another model, or the tab Write")
+            reader = dataclasses.replace(opened.chat, max_new_tokens=request.max_new_tokens)
+            window = reader.asked(with_system(talk.read, check_length(system or "").strip()), words)
+            asks = talk.with_turn("user", words, read=[m for m in window.messages if m.role != "system"])
+            text = Continuation(
+                opened.tokenizer,
+                window.prompt.ids,
+                request.stop,
+                window.prompt.hidden_ids,
+                window.prompt.max_new_tokens,
+            )
+            notes = [window.note.removeprefix("note: ")] if window.note else []
+            yield ["", [*asks.shown], talk, _note(notes)]
+            now = talk
+            for _ in continued(opened, text, window.prompt, request, reader.stop_ids):
+                if text.text.strip():
+                    turn = Message("assistant", reader.kept(window.messages, text.text))
+                    now = asks.with_turn("assistant", text.text, read=[*asks.read, turn])
+                    yield ["", [*now.shown], now, _note(notes)]
+            if text.is_cut:
+                notes.append("the answer was cut: it has all the tokens that it may have")
+            elif now is talk:  # which is then as if nothing had been asked
+                notes.append("the model ended its answer at once")
+            yield ["", [*now.shown], now, _note(notes)]
+
+    on_turn(
+        models, [send.click, question.submit], answer, [chosen, question, said, system, *settings],
+        [question, shown, said, note], stop=stop,
+    )  # fmt: skip
+    reset.click(lambda: ["", [], Talk(), ""], None, [question, shown, said, note], queue=False, **QUIET)
+
+
+def _note(notes: Sequence[str]) -> str:
+    return f'<p class="note">{". ".join(notes)}</p>' if notes else ""

@@ -1,0 +1,11 @@
+"""Look inside: what a model thinks at each place of a text."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from gpt2xla.playground.models import Models
+
+
+def tab(models: Models, chosen: gr.Dropdown) -> None:
+    """Fill the tab; `chosen` holds the name of the model."""
