@@ -1,0 +1,57 @@
+"""Small models for the page, made in moments."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from generation import chat_model
+
+from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.checkpoint.seal import seal
+from gpt2xla.config import ModelConfig
+from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
+from gpt2xla.generation.settings import GenerationSettings
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.sketches.tokenizer import train_tokenizer
+
+SEQ_LENGTH = 256
+WORDS = ("apple", "house", "cat", "tree")
+STEPS = (10, 20)  # of the run's checkpoints
+
+
+def untrained(folder: Path, tokenizer: Tokenizer, settings: GenerationSettings | None = None, seed: int = 0) -> Path:
+    """Write a model with random weights, 2 layers wide 32, and its tokenizer to `folder`."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, seq_length=SEQ_LENGTH, d_model=32, num_layers=2, num_heads=2
+    )
+    model = GPT2(config)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    hf.save_model(folder, config, model.state_dict(), settings or GenerationSettings.of(tokenizer))
+    hf.save_tokenizer(folder, tokenizer, SEQ_LENGTH)
+    return folder
+
+
+def run(root: Path) -> Path:
+    """Write the folder of a run: two checkpoints, whose texts never end by themselves, and its metrics."""
+    endless = GenerationSettings.ending_with(-1)
+    for step in STEPS:
+        seal(untrained(root / f"step-{step:08d}", load_tokenizer("bytes"), endless, seed=step), step)
+    (root / "latest").symlink_to(f"step-{STEPS[-1]:08d}")
+    lines = [{"step": step, "tokens": step * 512, "loss": 5 - step / 10, "lr": 1e-3} for step in range(1, 21)]
+    lines += [{"step": step, "tokens": step * 512, "valid_loss": 5.1 - step / 10} for step in STEPS]
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def sketcher(folder: Path) -> Path:
+    """Write a model with a tokenizer for sketches, which draws at random."""
+    return untrained(folder, train_tokenizer(Counter(WORDS), 24, 1024))
+
+
+def all_models(folder: Path) -> list[Path]:
+    """Write one of each kind: a run, a model that chats, and one that draws."""
+    return [run(folder / "run"), chat_model.train(folder / "chat"), sketcher(folder / "sketcher")]
