@@ -31,17 +31,18 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
     """Fill the tab; `chosen` holds the name of the model."""
     said = gr.State(Talk())
     shown = gr.Chatbot(
-        show_label=False, height="min(60vh, 560px)", buttons=["copy"], latex_delimiters=[], render_markdown=False,
+        show_label=False, height="max(280px, 100vh - 420px)", buttons=["copy"], latex_delimiters=[], render_markdown=False,
         feedback_options=None, placeholder="Say something to the model.", elem_id="conversation",
     )  # fmt: skip
-    note = gr.HTML("", js_on_load=None)
-    question = gr.Textbox(
-        show_label=False, placeholder="Message", lines=1, max_lines=8, max_length=LONGEST_TEXT, elem_id="question"
-    )
     with gr.Row(elem_classes="buttons"):
-        send = gr.Button("Send", variant="primary", min_width=80)
-        stop = gr.Button("Stop", min_width=80)
-        reset = gr.Button("Start again", min_width=80)
+        question = gr.Textbox(
+            placeholder="Message", lines=1, max_lines=8, max_length=LONGEST_TEXT, scale=1, min_width=200, container=False,
+            show_label=False, elem_id="question",
+        )  # fmt: skip
+        send = gr.Button("Send", variant="primary", size="md", scale=0, min_width=80)
+        stop = gr.Button("Stop", size="md", scale=0, min_width=80)
+        reset = gr.Button("Start again", size="md", scale=0, min_width=80)
+    note = gr.HTML("", js_on_load=None)
     with gr.Accordion("System message", open=False):
         system = gr.Textbox(show_label=False, placeholder="None", lines=2, max_length=LONGEST_TEXT)
     settings = controls(max_new_tokens=256)
@@ -82,7 +83,7 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
         models, [send.click, question.submit], answer, [chosen, question, said, system, *settings],
         [question, shown, said, note], stop=stop,
     )  # fmt: skip
-    reset.click(lambda: ["", [], Talk(), ""], None, [question, shown, said, note], queue=False, **QUIET)
+    gr.on([reset.click, shown.clear], lambda: [[], Talk(), ""], None, [shown, said, note], queue=False, **QUIET)
 
 
 def _note(notes: Sequence[str]) -> str:

@@ -100,7 +100,7 @@ def _newest(results: SimpleQueue[Any]) -> Generator[Any, None, _End]:
 
 
 def tell(error: Exception) -> None:
-    """Show a note about an error on the page. One that is not a visitor's is explained in the terminal."""
+    """Show a note about an error on the page, in a queued event. One that is no visitor's is explained in the terminal."""
     if is_out_of_memory(error):
         text = "memory has run out; end other programs, or choose a smaller model or a shorter text"
     elif isinstance(error, InputError | RunFailed):
@@ -108,4 +108,4 @@ def tell(error: Exception) -> None:
     else:
         traceback.print_exception(error)
         text = "this failed for a reason that the page does not know; the program's terminal shows it"
-    gr.Warning(html.escape(text), title="Note")
+    gr.Warning(html.escape(text))

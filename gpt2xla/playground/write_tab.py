@@ -29,8 +29,8 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
                 "Once upon a time", label="Prompt", lines=4, max_lines=12, max_length=LONGEST_TEXT, elem_id="prompt"
             )
             with gr.Row(elem_classes="buttons"):
-                start = gr.Button("Write", variant="primary", min_width=80)
-                stop = gr.Button("Stop", min_width=80)
+                start = gr.Button("Write", variant="primary", size="md", scale=0, min_width=80)
+                stop = gr.Button("Stop", size="md", scale=0, min_width=80)
             settings = controls()
         with gr.Column(scale=3, min_width=300):
             text = gr.HTML(_EMPTY, js_on_load=None, elem_id="written", show_label=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from gpt2xla.playground.controls import Asked
 from gpt2xla.playground.models import Opened
 
 _BAR = 12  # characters of a probability of 1
+_UNLIKELIEST = 0.001  # a token with this probability has the darkest shade
 
 
 def continued(
@@ -70,7 +72,8 @@ class ShadedText:
         self.html += f'</div><p class="note">{html.escape(note)}</p>'
 
     def _span(self, piece: str) -> None:
-        unlikely = 1 - min((choices[0].probability for choices in self._drawn), default=1.0)
+        likely = min((choices[0].probability for choices in self._drawn), default=1.0)
+        unlikely = min(1.0, -math.log10(max(likely, _UNLIKELIEST)) / -math.log10(_UNLIKELIEST))
         shown = html.escape("\n\n".join(map(_tip, self._drawn))).replace("\n", "&#10;")
         self.html += (
             f'<span class="token" tabindex="0" style="--unlikely:{unlikely:.2f}" data-tip="{shown}">'

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from conftest import ROOT
+
 from playground.small_models import all_models
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-SECONDS = 15  # in which what a test waits for must happen, on a busy machine
+SECONDS = 60  # in which what a test waits for must happen, on a busy machine
 _CHROMIUM = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -40,8 +41,10 @@ def served(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
             assert found, line + process.stderr.read()
             yield found[0], process
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+            process.wait(SECONDS)
+            said = process.stderr.read()
+    assert (process.returncode, said) == (130, "")  # as after any Ctrl-C, whatever the visitors did
 
 
 @pytest.fixture(scope="session")
@@ -72,8 +75,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser, address: str) -> Iterator[Visit]:
-    """A function that opens the page as another visitor, with what Playwright's `new_context` takes. At the end it is an error
-    if a visitor's browser asked for something elsewhere, or its console showed an error."""
+    """A function that opens the page as another visitor, with what Playwright's `new_context` takes. At the end it is an
+    error if a visitor's browser asked for something elsewhere, or its console showed an error."""
     visitors, mistakes = [], []
 
     def open_page(**options: object) -> Page:

@@ -24,9 +24,7 @@ STEPS = (10, 20)  # of the run's checkpoints
 
 def untrained(folder: Path, tokenizer: Tokenizer, settings: GenerationSettings | None = None, seed: int = 0) -> Path:
     """Write a model with random weights, 2 layers wide 32, and its tokenizer to `folder`."""
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, seq_length=SEQ_LENGTH, d_model=32, num_layers=2, num_heads=2
-    )
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, seq_length=SEQ_LENGTH, d_model=32, num_layers=2, num_heads=2)
     model = GPT2(config)
     model.init_weights(torch.Generator().manual_seed(seed))
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
+
 from playground.conftest import Visit, choose, notes
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 VISITORS = 8
+ODD_TEXT = "<b>{{7*7}} ${1+1} </span>"
 
 
 def write(page: Page, prompt: str) -> None:
@@ -27,26 +30,118 @@ def set_new_tokens(page: Page, count: int) -> None:
     page.get_by_label("number input for New tokens").fill(str(count))
 
 
-def test_the_page_loads_fast_and_asks_for_nothing_elsewhere(visit: Visit) -> None:
-    visit().get_by_role("button", name="Write", exact=True).wait_for()  # warms the server
+def test_the_page_loads_little(visit: Visit) -> None:
+    """Seconds depend on the machine and on what else it does; what is loaded does not."""
     page = visit()
     page.get_by_role("button", name="Write", exact=True).wait_for()
-    painted = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    assert painted < 1000, f"{painted:.0f} ms"
+    assert page.evaluate("performance.getEntriesByName('first-contentful-paint').length") == 1
+    loaded = page.evaluate("performance.getEntriesByType('resource').map(e => e.decodedBodySize)")
+    assert len(loaded) < 70
+    assert sum(loaded) < 2_500_000
     shown = [tab.inner_text() for tab in page.get_by_role("tab").all()]
     assert shown == ["Write", "Chat", "Draw", "Recognise", "Look inside", "Runs"]
 
 
-def test_a_text_streams_and_stops(visit: Visit) -> None:
+@pytest.mark.slow  # not longer, but in the fast suite other tests want the same cores
+def test_the_first_paint_is_within_a_second(visit: Visit) -> None:
+    times = []
+    for _ in range(5):
+        page = visit()
+        page.get_by_role("button", name="Write", exact=True).wait_for()
+        times.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+    assert sorted(times)[2] < 1000, times
+
+
+def test_a_text_streams_until_it_is_stopped(visit: Visit) -> None:
     page = visit()
     set_new_tokens(page, 1000)
-    write(page, "<b>{{7*7}} ${1+1}")
+    write(page, ODD_TEXT)
     tokens = page.locator(".token")
     tokens.nth(5).wait_for()
     page.get_by_role("button", name="Stop", exact=True).click()
-    page.wait_for_function("document.querySelectorAll('.token').length == window.before || ((window.before = document.querySelectorAll('.token').length), false)", polling=500)
-    assert 5 < tokens.count() < 1000
-    assert page.locator(".written .prompt").inner_text() == "<b>{{7*7}} ${1+1}"
+    write(page, "Another")  # begins when the first has stopped
+    page.locator(".prompt", has_text="Another").wait_for()
+    page.get_by_role("button", name="Stop", exact=True).click()
     page.reload()
-    write(page, "again")
-    tokens.nth(5).wait_for()
+    set_new_tokens(page, 8)
+    write(page, ODD_TEXT)
+    note = page.locator(".written + .note")
+    note.wait_for()
+    assert re.fullmatch(r"8 tokens, cut, seed \d+", note.inner_text())
+    assert page.locator(".written .prompt").inner_text() == ODD_TEXT
+    lines = tokens.first.get_attribute("data-tip").splitlines()
+    assert len(lines) in (5, 6)
+    assert sum(line.startswith("▸") for line in lines) == 1
+
+
+def test_settings_and_models_that_do_not_fit_are_notes(visit: Visit) -> None:
+    page = visit()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Seed").fill("7")
+    set_stop = page.get_by_label("Stop before")
+    set_stop.fill("\n".join("abcdefghijklmnopqrstuvwxyz"))
+    write(page, "x")
+    assert "at most 20" in notes(page)
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_placeholder("Message").fill("red")
+    page.get_by_placeholder("Message").press("Enter")
+    page.get_by_text("run@latest was not trained to chat").wait_for()
+
+
+def test_a_conversation(visit: Visit) -> None:
+    page = visit()
+    choose(page, "chat")
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("number input for Temperature").fill("0")
+    box, answers = page.get_by_placeholder("Message"), page.locator(".bot .message-content, .bot.message")
+    for question, answer in (("red", "an apple"), ("blue", "the sky")):
+        box.fill(question)
+        box.press("Enter")
+        answers.get_by_text(answer, exact=True).wait_for()
+        assert box.input_value() == ""
+    page.get_by_role("button", name="Start again").click()
+    page.get_by_text("Say something to the model.").wait_for()
+
+
+def test_eight_visitors_at_once(visit: Visit) -> None:
+    pages = [visit() for _ in range(VISITORS)]
+    for number, page in enumerate(pages):
+        write(page, f"I am visitor {number}")
+    for number, page in enumerate(pages):
+        note = page.locator(".written + .note")
+        note.wait_for()
+        assert note.inner_text().startswith("100 tokens, cut")
+        assert page.locator(".written .prompt").inner_text() == f"I am visitor {number}"
+        assert page.locator(".toast-body").count() == 0
+
+
+def request(address: str, path: str, body: object = None) -> tuple[int, str]:
+    """Status and body of an answer; the path is sent as it is."""
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    connection.request("GET" if body is None else "POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "before", ["/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"]
+)
+def test_files_are_not_given_away(before: str, address: str, models: list[Path]) -> None:
+    config = next(models[0].glob("step-*")) / "config.json"
+    for path in ("/etc/passwd", "../../../../../../../../etc/passwd", str(config), "gpt2xla/playground/page.py"):
+        status, body = request(address, before + path)
+        assert status in (403, 404), (before + path, status, body[:80])
+
+
+def test_only_the_named_models_are_opened(address: str, models: list[Path]) -> None:
+    """Whatever a visitor sends in place of the name."""
+    status, config = request(address, "/config")
+    assert status == 200
+    assert str(models[0]) not in config  # where the models are is nobody's business
+    works = [event["id"] for event in json.loads(config)["dependencies"] if event["queue"] is not False]
+    for name in ("/etc", str(models[1]), "../chat", "gpt2"):
+        for number in works:
+            body = {"fn_index": number, "data": [name, "x", *[1] * 20], "session_hash": "mine"}
+            status, _ = request(address, "/gradio_api/run/predict", body)
+            assert status >= 400
