@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -46,44 +47,45 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
     with gr.Accordion("System message", open=False):
         system = gr.Textbox(show_label=False, placeholder="None", lines=2, max_length=LONGEST_TEXT)
     settings = controls(max_new_tokens=256)
-
-    def answer(name: str, words: str, talk: Talk, system: str, *values: Any) -> Iterator[list[Any]]:
-        """Yield the emptied box, the messages as they are shown, the conversation, and a note."""
-        request = asked(*values)
-        if not check_length(words or "").strip():
-            raise InputError("the message is empty; write one")
-        with models.opened(name) as opened:
-            if opened.chat is None:
-                raise InputError(f"{name} was not trained to chat; choose another model, or the tab Write")
-            reader = dataclasses.replace(opened.chat, max_new_tokens=request.max_new_tokens)
-            window = reader.asked(with_system(talk.read, check_length(system or "").strip()), words)
-            asks = talk.with_turn("user", words, read=[m for m in window.messages if m.role != "system"])
-            text = Continuation(
-                opened.tokenizer,
-                window.prompt.ids,
-                request.stop,
-                window.prompt.hidden_ids,
-                window.prompt.max_new_tokens,
-            )
-            notes = [window.note.removeprefix("note: ")] if window.note else []
-            yield ["", [*asks.shown], talk, _note(notes)]
-            now = talk
-            for _ in continued(opened, text, window.prompt, request, reader.stop_ids):
-                if text.text.strip():
-                    turn = Message("assistant", reader.kept(window.messages, text.text))
-                    now = asks.with_turn("assistant", text.text, read=[*asks.read, turn])
-                    yield ["", [*now.shown], now, _note(notes)]
-            if text.is_cut:
-                notes.append("the answer was cut: it has all the tokens that it may have")
-            elif now is talk:  # which is then as if nothing had been asked
-                notes.append("the model ended its answer at once")
-            yield ["", [*now.shown], now, _note(notes)]
-
     on_turn(
-        models, [send.click, question.submit], answer, [chosen, question, said, system, *settings],
+        models, [send.click, question.submit], partial(answer, models), [chosen, question, said, system, *settings],
         [question, shown, said, note], stop=stop,
     )  # fmt: skip
     gr.on([reset.click, shown.clear], lambda: [[], Talk(), ""], None, [shown, said, note], queue=False, **QUIET)
+
+
+def answer(models: Models, name: str, words: str, talk: Talk, system: str, *values: Any) -> Iterator[list[Any]]:
+    """Yield, while the model `name` answers, the emptied box, the messages to show, the conversation and a note."""
+    request = asked(*values)
+    if not check_length(words or "").strip():
+        raise InputError("the message is empty; write one")
+    with models.opened(name) as opened:
+        if opened.chat is None:
+            raise InputError(f"{name} was not trained to chat; choose another model, or the tab Write")
+        reader = dataclasses.replace(opened.chat, max_new_tokens=request.max_new_tokens)
+        window = reader.asked(with_system(talk.read, check_length(system or "").strip()), words)
+        asks = talk.with_turn("user", words, read=[m for m in window.messages if m.role != "system"])
+        text = Continuation(
+            opened.tokenizer, window.prompt.ids, request.stop, window.prompt.hidden_ids, window.prompt.max_new_tokens
+        )
+        notes = [window.note.removeprefix("note: ")] if window.note else []
+        yield ["", [*asks.shown], talk, _note(notes)]
+        now = talk
+
+        def with_answer(words: str) -> Talk:
+            return asks.with_turn("assistant", text.text, read=[*asks.read, Message("assistant", words)])
+
+        for _ in continued(opened, text, window.prompt, request, reader.stop_ids):
+            if words_so_far := text.text.strip():  # which every template can write, if the answer is stopped here
+                now = with_answer(words_so_far)
+                yield ["", [*now.shown], now, _note(notes)]
+        if now is not talk:
+            now = with_answer(reader.kept(window.messages, text.text))
+        elif not text.is_cut:
+            notes.append("the model ended its answer at once")  # which is then as if nothing had been asked
+        if text.is_cut:
+            notes.append("the answer was cut: it has all the tokens that it may have")
+        yield ["", [*now.shown], now, _note(notes)]
 
 
 def _note(notes: Sequence[str]) -> str:

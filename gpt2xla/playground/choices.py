@@ -31,9 +31,9 @@ def likeliest(logits_V: Tensor, tokenizer: Tokenizer, count: int = 5, drawn: int
 
 
 def quoted(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token's text in quotes, with line breaks and part of a character visible."""
+    """Return a token's text in quotes on one line; what cannot be shown is written as Python does."""
     text = tokenizer.decode([token]) if token < tokenizer.vocab_size else f"id {token}"
-    return f"“{text}”".replace("\n", "⏎").replace("\t", "⇥")
+    return f"“{''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)}”"
 
 
 def percent(probability: float) -> str:

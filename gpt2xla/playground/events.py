@@ -107,5 +107,5 @@ def tell(error: Exception) -> None:
         text = str(error)
     else:
         traceback.print_exception(error)
-        text = "this failed for a reason that the page does not know; the program's terminal shows it"
+        text = "this failed for a reason that the page does not know; the terminal shows it"
     gr.Warning(html.escape(text))

@@ -148,7 +148,8 @@ def _has_template(tokenizer: Tokenizer) -> bool:
 
 def _labels(named: Sequence[str]) -> dict[str, str]:
     """Return how each name is shown: a path by its last part, unless two would look alike."""
-    once = list(dict.fromkeys(named))
-    short = {name: os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name for name in once}
-    shown = [*short.values()]
-    return {name: short[name] if shown.count(short[name]) == 1 else name for name in once}
+    places: dict[str, str] = {}  # a folder may be named twice
+    for name in named:
+        places.setdefault(os.path.abspath(name) if os.path.exists(name) else name, name)
+    short = {name: os.path.basename(place) if os.path.exists(place) else name for place, name in places.items()}
+    return {name: label if [*short.values()].count(label) == 1 else name for name, label in short.items()}

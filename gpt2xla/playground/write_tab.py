@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -34,32 +35,27 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
             settings = controls()
         with gr.Column(scale=3, min_width=300):
             text = gr.HTML(_EMPTY, js_on_load=None, elem_id="written", show_label=False)
+    on_turn(models, [start.click], partial(write, models), [chosen, prompt, *settings], [text], stop=stop)
 
-    def write(name: str, beginning: str, *values: Any) -> Iterator[str]:
-        """Yield the page of the text as it grows."""
-        request = asked(*values)
-        notes: list[str] = []
-        with models.opened(name) as opened:
-            reader = TextReader(
-                opened.tokenizer,
-                opened.config,
-                opened.settings,
-                request.max_new_tokens,
-                "as-text",
-                "the prompt",
-                notes.append,
-            )
-            begun = reader.prompt(check_length(beginning or ""))
-            new = Continuation(opened.tokenizer, begun.ids, request.stop, begun.hidden_ids, begun.max_new_tokens)
-            page = ShadedText(opened.tokenizer, new.prompt)
-            yield page.html
-            for piece in continued(opened, new, begun, request, reader.stop_ids, page.watch):
-                page.add(piece)
-                yield page.html
-            page.end(". ".join([_ending(new, request), *notes]), shows_end=not new.stopped)
-            yield page.html
 
-    on_turn(models, [start.click], write, [chosen, prompt, *settings], [text], stop=stop)
+def write(models: Models, name: str, beginning: str, *values: Any) -> Iterator[str]:
+    """Yield a text as HTML while the model `name` writes it. `values` are those of `controls`."""
+    request = asked(*values)
+    notes: list[str] = []
+    with models.opened(name) as opened:
+        reader = TextReader(
+            opened.tokenizer, opened.config, opened.settings, request.max_new_tokens, "as-text", "the prompt",
+            notes.append,
+        )  # fmt: skip
+        begun = reader.prompt(check_length(beginning or ""))
+        new = Continuation(opened.tokenizer, begun.ids, request.stop, begun.hidden_ids, begun.max_new_tokens)
+        page = ShadedText(opened.tokenizer, new.prompt)
+        yield page.html
+        for piece in continued(opened, new, begun, request, reader.stop_ids, page.watch):
+            page.add(piece)
+            yield page.html
+        page.end(". ".join([_ending(new, request), *notes]), shows_end=not new.stopped)
+        yield page.html
 
 
 def _ending(text: Continuation, request: Asked) -> str:
