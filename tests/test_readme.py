@@ -33,6 +33,7 @@ PAGES = {
     "docs/resuming.md": (0, 5),
     "docs/run-folder.md": (1, 4),
     "docs/generation.md": (4, 2),
+    "docs/playground.md": (0, 1),
     "docs/evaluation.md": (1, 5),
     "docs/instruct.md": (0, 9),
     "docs/sketches.md": (0, 3),

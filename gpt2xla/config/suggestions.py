@@ -43,7 +43,7 @@ _ELSEWHERE = {
     "max_tokens": "max_new_tokens", "max_length": "max_new_tokens", "length": "max_new_tokens", "n_tokens": "max_new_tokens",
     "n": "num_samples max_new_tokens", "num_return_sequences": "num_samples", "samples": "num_samples",
     "n_samples": "num_samples", "prompt_file": "prompts_file", "stop_sequence": "stop", "workers": "num_workers",
-    "threads": "num_workers",
+    "threads": "num_workers", "server_name": "host", "server_port": "port", "inbrowser": "open",
 }  # fmt: skip
 _RUNNERS = {"run_pretrain.py": TorchConfig, "run_pretrain_xla.py": XlaConfig}
 

@@ -82,6 +82,7 @@ MEANT = {
     "generate.py --train-batch-size 5": "--batch-size",
     "scripts/recognise.py --checkpoint x": "--model",
     "scripts/perplexity_table.py --checkpoint x": "--model",
+    "scripts/playground.py --server-port x": "--port",
     "scripts/eval_hellaswag.py --from-checkpoint x": "--model",
     "scripts/eval_mmlu.py --checkpoints x": "--model",
     "scripts/compare_models.py --val-dir x": "--valid-dir",

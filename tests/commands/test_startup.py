@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from gpt2xla.commands.dispatch import COMMANDS
 
-HEAVY = ["torch", "torch_xla", "pyarrow", "transformers", "datasets", "numpy"]
+HEAVY = ["torch", "torch_xla", "pyarrow", "transformers", "datasets", "numpy", "gradio"]
 
 # Each flag of a path that is not there; what else the program needs stands before it.
 WRONG_PATHS = [
@@ -34,6 +34,9 @@ WRONG_PATHS = [
     "recognise ./no/such/place --model gpt2",
     "recognise . --model ./no/such/place",
     "recognise . --model gpt2 --tokenizer ./no/such/place",
+    "playground --model ./no/such/place",
+    "playground --model gpt2 ./no/such/place",
+    "playground --model gpt2 --tokenizer ./no/such/place",
     "evaluate perplexity --valid-dir . --model gpt2 ./no/such/place",
     "evaluate perplexity --model gpt2 --valid-dir ./no/such/place",
     "evaluate hellaswag --model ./no/such/place",

@@ -225,6 +225,7 @@ def test_the_missing_library_is_named_with_its_fix(monkeypatch: pytest.MonkeyPat
     assert result.stderr == "playground.py: error: the playground needs Gradio; pip install 'gpt2xla[playground]'\n"
 
 
+@pytest.mark.slow
 def test_on_xla_all_texts_take_two_programs(models: list[Path], opened_from: Models) -> None:
     on_xla = json.loads(succeed(run_xla(models[1], "chat", program="tests/workers/playground_worker.py")))
     *_, here = write(opened_from, "chat", "red", *GREEDY)
