@@ -10,6 +10,7 @@ import functools
 import html
 import inspect
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from queue import SimpleQueue
@@ -22,6 +23,7 @@ from gpt2xla.playground.models import Models
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _TURNS: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+_PAUSE = 0.1  # seconds between two results that are shown: a browser draws slower than a model writes
 
 
 def on_turn(
@@ -45,7 +47,7 @@ def on_turn(
         _in_thread(models, work),
         list(inputs),
         list(outputs),
-        **(_TURNS | {"show_progress": "minimal"} | options),
+        **(_TURNS | {"show_progress": "full"} | options),
     )
     if stop is not None:
         stop.click(None, cancels=[event], queue=False, **QUIET)
@@ -95,6 +97,7 @@ def _newest(results: SimpleQueue[Any]) -> Generator[Any, None, _End]:
         following = None if results.empty() else results.get()
         if following is None or isinstance(following, _End):
             yield result
+            time.sleep(0 if following else _PAUSE)
         result = results.get() if following is None else following
     return result
 

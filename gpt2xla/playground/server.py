@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 import webbrowser
 from pathlib import Path
@@ -11,7 +13,6 @@ from gpt2xla.playground.address import Address
 from gpt2xla.playground.models import Models
 
 _UPLOAD = "8mb"  # the largest picture that may be pasted or dropped
-_SECONDS_TO_END = 1  # for requests under way when the program is stopped
 
 
 def serve(models: Models, address: Address, *, opens_browser: bool = False) -> None:
@@ -29,13 +30,12 @@ def serve(models: Models, address: Address, *, opens_browser: bool = False) -> N
             footer_links=[], run_history=False, allowed_paths=[], max_file_size=_UPLOAD, show_error=False,
             ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
         )  # fmt: skip
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_SECONDS_TO_END, access_log=False)
-        )
+        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=0, access_log=False)
         print(f"the playground is at {address.url} (Ctrl-C ends it)", flush=True)
         if opens_browser:
             webbrowser.open(address.url)
-        server.run([address.socket])
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which removes the folder
+        uvicorn.Server(config).run([address.socket])
 
 
 def _settle_gradio(uploads: str) -> None:

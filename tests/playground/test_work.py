@@ -34,7 +34,7 @@ from gpt2xla.playground.choices import percent
 from gpt2xla.playground.controls import asked
 from gpt2xla.playground.write_tab import write
 
-GREEDY = (0, 12, 0, 1, 1, 0, "")
+GREEDY = (0, 12, 0, 1, 1, "0", "")
 LAST, FIRST = (f"run/step-{step:08d}" for step in reversed(STEPS))
 
 
@@ -112,19 +112,19 @@ def test_probabilities_are_those_of_hugging_face(opened_from: Models, models: li
 
 def test_a_page_of_a_text_only_grows(opened_from: Models) -> None:
     """So that little is sent for each token."""
-    pages = [*write(opened_from, LAST, "x", 1, 30, 0, 1, 1, 5, "")]
+    pages = [*write(opened_from, LAST, "x", 1, 30, 0, 1, 1, "5", "")]
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(pages))
     assert pages[-1].endswith("30 tokens, cut, seed 5</p>")
 
 
 def test_where_a_text_ends(opened_from: Models) -> None:
-    *_, cut = write(opened_from, LAST, "x", 1, 40, 0, 1, 1, 5, "")
+    *_, cut = write(opened_from, LAST, "x", 1, 40, 0, 1, 1, "5", "")
     text = shown(cut).removesuffix("40 tokens, cut, seed 5")
     stop = next(text[i] for i in range(10, 30) if text[i].isprintable() and text[i] not in text[: i - 1] + " \ufffd")
-    *_, stopped = write(opened_from, LAST, "x", 1, 40, 0, 1, 1, 5, f"\n{stop}\n")
+    *_, stopped = write(opened_from, LAST, "x", 1, 40, 0, 1, 1, "5", f"\n{stop}\n")
     assert shown(stopped).startswith(text[: text.index(stop)])
     assert "ended before a stop text" in stopped
-    *_, by_itself = write(opened_from, "chat", "<|im_start|>", 0, 200, 0, 1, 1, 5, "")
+    *_, by_itself = write(opened_from, "chat", "<|im_start|>", 0, 200, 0, 1, 1, "5", "")
     assert "special token" in by_itself  # it was read as letters
 
 

@@ -14,7 +14,7 @@ from gpt2xla.playground.models import Models
 from gpt2xla.playground.write_tab import write
 from gpt2xla.runtime.xla.compiles import count_compiles
 
-SETTINGS = (0, 12, 0, 1, 1, 0, "")
+SETTINGS = (0, 12, 0, 1, 1, "0", "")
 
 
 def main(folder: str, name: str) -> None:
