@@ -55,6 +55,14 @@ def kept_attention(
     return _KeptAttention.apply(q_BTD, k_BTD, v_BTD, num_heads, starts_BT)
 
 
+def attention_weights(q_BTD: Tensor, k_BTD: Tensor, num_heads: int, starts_BT: Tensor | None = None) -> Tensor:
+    """Return the share with which each query's output takes each value, in fp32 (B, H, T, T). A query's shares sum to 1, and
+    are exactly 0 for keys that it does not see. The attentions above never hand them out; this is for looking at them."""
+    q_BTHK, k_BTHK = (x.unflatten(-1, (num_heads, -1)) for x in (q_BTD, k_BTD))
+    everything = slice(0, q_BTHK.shape[1])
+    return _scores(q_BTHK / math.sqrt(q_BTHK.shape[-1]), k_BTHK, everything, everything, starts_BT).softmax(-1)
+
+
 def kept_numbers(sequences: int, model: ModelConfig) -> int:
     """Return how many weights `kept_attention` keeps in all layers together, for sequences of full length."""
     scores = sum((q.stop - q.start) * keys.stop for q, keys in _chunks(model.seq_length))

@@ -212,9 +212,12 @@ def test_openais_sizes_give_hugging_faces_logits_and_greedy_text(name: str) -> N
 
 def test_on_xla_the_number_of_programs_does_not_depend_on_the_lengths() -> None:
     """The worker generates greedily: 20 tokens, 200 tokens, after another prompt of the same bucket, and after prompts of
-    two buckets that are read at one width. What may be drawn in a picture is another program nowhere."""
+    two buckets that are read at one width. What may be drawn in a picture is another program nowhere. Then it looks inside
+    texts of five lengths, in two buckets."""
     result = json.loads(succeed(run_xla(program="tests/workers/generation_worker.py")).splitlines()[-1])
     first = {"20 tokens": 2, "200 tokens": 2, "another prompt": 2, "past the context": 3}
     assert result["compiles"] == first | {"a conversation": 4, "which grows": 4, "a drawing": 4}
     assert result["xla"] == result["torch"]
     assert result["drawn"]["xla"] == result["drawn"]["torch"]
+    assert result["inside"]["programs"] == {"3": 1, "128": 1, "129": 2, "256": 2, "90": 2}
+    assert result["inside"]["difference"] < 1e-4

@@ -1,17 +1,21 @@
-"""Run by test_generation.py in its own process: greedy texts and a picture on XLA and on plain torch, and programs compiled.
+"""Run by test_generation.py in its own process: greedy texts, a picture and looks inside on XLA and on plain torch, and
+programs compiled.
 
 Prints one JSON object.
 """
 
 import json
 
+import numpy as np
 import torch
 
 from gpt2xla.config import ModelConfig
+from gpt2xla.evals.inside import look_inside
 from gpt2xla.generation.decoding import generate
 from gpt2xla.generation.drawing import draw
 from gpt2xla.generation.sampling import GREEDY
 from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.runtime.one_device import OneDevice
 from gpt2xla.runtime.xla.compiles import count_compiles
 from gpt2xla.runtime.xla.device import XlaDevice
 from gpt2xla.sketches.format import SketchFormat
@@ -48,7 +52,17 @@ def main() -> None:
         for name, model, where in (("torch", plain, None), ("xla", on_xla, device))
     }
     compiles["a drawing"] = count_compiles()
-    print(json.dumps(texts | {"drawn": drawn, "compiles": compiles}))
+    before, programs, difference = count_compiles(), {}, 0.0
+    on_host, plain.end_of_text, on_xla.end_of_text = OneDevice(torch.device("cpu")), 5, 5
+    for length in (3, 128, 129, 256, 90):
+        ids = [token * 7 % 61 for token in range(length)]
+        expected, seen = look_inside(plain, ids, on_host), look_inside(on_xla, ids, device)
+        programs[length] = count_compiles() - before
+        for name in ("log_probs", "candidate_log_probs", "attention"):
+            gaps = abs(getattr(expected, name) - getattr(seen, name))
+            difference = max(difference, float(np.nanmax(gaps)))
+    inside = {"programs": programs, "difference": difference}
+    print(json.dumps(texts | {"drawn": drawn, "compiles": compiles, "inside": inside}))
 
 
 if __name__ == "__main__":
