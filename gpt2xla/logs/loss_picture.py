@@ -17,13 +17,12 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from gpt2xla.logs.run_curves import Curves, names_of
+from gpt2xla.logs.run_curves import Curves, names_of, short, thinned
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES: tuple[Any, ...] = ("-", (0, (5, 2.5)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))
 _WIDTHS, _MARKERS, _SIZES = (2.3, 1.8, 1.6, 1.3), "osD^", (7, 5.5, 4.5, 4.5)
 _MOST_ROWS, _LONGEST_ROW = 6, 55  # of a legend inside the picture; a larger one is below it
-_COLUMNS = 1500  # of a picture: what lies closer cannot be seen
 _LABEL_HEIGHT = 12  # of a validation loss, in points
 RC = {"pdf.fonttype": 42, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
 
@@ -48,7 +47,7 @@ def draw(runs: Sequence[Curves], kind: str, *, log_x: bool = False, more: bool =
                 skipped, np.full(len(skipped), 0.015), "x", color=look.color, transform=loss.get_xaxis_transform()
             )
             if others:
-                others[0].plot(*_thinned(run.tokens, run.lr, log_x), **look.line())
+                others[0].plot(*thinned(run.tokens, run.lr, log_x), **look.line())
                 _draw_curve(others[1], run, run.grad_norm, look, log_x)
         _label_axes(loss, others, runs, log_x)
         title = (
@@ -100,8 +99,8 @@ def _draw_curve(axes: Any, run: Curves, values: np.ndarray, look: Look, log_x: b
     tokens = np.insert(run.tokens, gaps, run.tokens[gaps])
     if run.half_window:
         pale = np.insert(values, gaps, np.nan)
-        axes.plot(*_thinned(tokens, pale, log_x), color=look.color, alpha=0.35, lw=0.8, zorder=1)
-    axes.plot(*_thinned(tokens, np.insert(means, gaps, np.nan), log_x), zorder=3, **look.line())
+        axes.plot(*thinned(tokens, pale, log_x), color=look.color, alpha=0.35, lw=0.8, zorder=1)
+    axes.plot(*thinned(tokens, np.insert(means, gaps, np.nan), log_x), zorder=3, **look.line())
     known = np.concatenate([[False], np.isfinite(means), [False]])
     alone = known[1:-1] & ~known[:-2] & ~known[2:]  # no line goes through these
     axes.plot(run.tokens[alone], means[alone], ".", color=look.color, ms=6, zorder=3)
@@ -184,34 +183,10 @@ def _caption(runs: Sequence[Curves]) -> str:
     return " ".join(parts)
 
 
-def _thinned(x: np.ndarray, y: np.ndarray, log_x: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the points that can be seen: of each column of the picture the first, last, lowest and highest, and a gap."""
-    if len(x) <= 4 * _COLUMNS:
-        return x, y
-    place = np.log(np.maximum(x, 1)) if log_x else x
-    columns = ((place - place.min()) / max(np.ptp(place), 1e-9) * _COLUMNS).astype(int)
-    kept: list[int] = []
-    for part in np.split(np.arange(len(x)), np.flatnonzero(np.diff(columns)) + 1):
-        gaps = np.isnan(y[part])
-        chosen = {part[0], part[-1]} | ({part[gaps.argmax()]} if gaps.any() else set())
-        if not gaps.all():
-            chosen |= {part[np.nanargmin(y[part])], part[np.nanargmax(y[part])]}
-        kept += sorted(chosen)
-    return x[kept], y[kept]
-
-
 def _facts(run: Curves, steps: bool = False) -> str:
     facts = [] if run.parameters is None else [f"{short(run.parameters)} parameters"]
     facts += [f"{int(run.steps[-1]):,} step{'s' if run.steps[-1] != 1 else ''}"] if steps else []
     return ", ".join([*facts, f"{short(run.tokens[-1])} tokens"])
-
-
-def short(number: float) -> str:
-    """Return a number in three digits: 124M."""
-    for power, unit in ((12, "T"), (9, "B"), (6, "M"), (3, "K")):
-        if abs(number) >= 0.9995 * 10**power:
-            return f"{number / 10**power:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 def shortened(name: str, length: int) -> str:

@@ -107,6 +107,31 @@ def names_of(files: Sequence[Path]) -> list[str]:
         depths = longer
 
 
+def thinned(x: np.ndarray, y: np.ndarray, log_x: bool = False, columns: int = 1500) -> tuple[np.ndarray, np.ndarray]:
+    """Return the points that can be seen in a picture of so many columns: of each column the first, last, lowest and
+    highest, and a gap."""
+    if len(x) <= 4 * columns:
+        return x, y
+    place = np.log(np.maximum(x, 1)) if log_x else x
+    column = ((place - place.min()) / max(np.ptp(place), 1e-9) * columns).astype(int)
+    kept: list[int] = []
+    for part in np.split(np.arange(len(x)), np.flatnonzero(np.diff(column)) + 1):
+        gaps = np.isnan(y[part])
+        chosen = {part[0], part[-1]} | ({part[gaps.argmax()]} if gaps.any() else set())
+        if not gaps.all():
+            chosen |= {part[np.nanargmin(y[part])], part[np.nanargmax(y[part])]}
+        kept += sorted(chosen)
+    return x[kept], y[kept]
+
+
+def short(number: float) -> str:
+    """Return a number in three digits: 124M."""
+    for power, unit in ((12, "T"), (9, "B"), (6, "M"), (3, "K")):
+        if abs(number) >= 0.9995 * 10**power:
+            return f"{number / 10**power:.3g}{unit}"
+    return f"{number:.3g}"
+
+
 def _number(value: Any) -> float:
     number = float("nan") if value is None else float(value)
     return number if np.isfinite(number) else float("nan")
