@@ -5,11 +5,17 @@ Shape suffix: V vocabulary.
 
 from __future__ import annotations
 
+import html
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from gpt2xla.data.tokenizer import Tokenizer
+
+_BAR = 12  # characters of a probability of 1
+_UNLIKELIEST = 0.001  # a token with this probability has the darkest shade
 
 
 class Choice(NamedTuple):
@@ -41,3 +47,22 @@ def percent(probability: float) -> str:
     if probability < 0.001:
         return "<0.1%"
     return f"{probability:.0%}" if probability >= 0.0995 else f"{probability:.1%}"
+
+
+def tip(choices: Sequence[Choice], came: int | None = None) -> str:
+    """Return a line for each token, the likeliest first, with a mark at the one that came."""
+    return "\n".join(
+        f"{'▸' if choice.token == came else ' '} {percent(choice.probability):>5} {choice.text}  "
+        f"{'▇' * round(choice.probability * _BAR)}".rstrip()
+        for choice in sorted(choices, key=lambda choice: -choice.probability)
+    )
+
+
+def token_span(text: str, about: str, probability: float, kind: str = "") -> str:
+    """Return a token as HTML, shaded by how unlikely it was, with the lines that are shown while one points at it."""
+    unlikely = min(1.0, -math.log10(max(probability, _UNLIKELIEST)) / -math.log10(_UNLIKELIEST))
+    shown = html.escape(about).replace("\n", "&#10;")
+    return (
+        f'<span class="token {kind}" tabindex="0" style="--unlikely:{unlikely:.2f}" data-tip="{shown}">'
+        f"{html.escape(text)}</span>"
+    )

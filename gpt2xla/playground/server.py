@@ -26,7 +26,7 @@ def serve(models: Models, address: Address, *, opens_browser: bool = False) -> N
         from gpt2xla.playground.page import THEME, page
 
         app = gr.mount_gradio_app(
-            FastAPI(openapi_url=None), page(models), "/", theme=THEME, css_paths=Path(__file__).with_name("page.css"),
+            FastAPI(openapi_url=None), page(models), "/", theme=THEME, css_paths=sorted(Path(__file__).parent.glob("*.css")),
             footer_links=[], run_history=False, allowed_paths=[], max_file_size=_UPLOAD, show_error=False,
             ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
         )  # fmt: skip

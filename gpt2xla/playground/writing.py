@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import html
-import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 
 from torch import Tensor
 
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.generation.continuation import Continuation, Prompt, drawn_ids
 from gpt2xla.generation.decoding import generate
-from gpt2xla.playground.choices import Choice, likeliest, percent
+from gpt2xla.playground.choices import Choice, likeliest, tip, token_span
 from gpt2xla.playground.controls import Asked
 from gpt2xla.playground.models import Opened
-
-_BAR = 12  # characters of a probability of 1
-_UNLIKELIEST = 0.001  # a token with this probability has the darkest shade
 
 
 def continued(
@@ -73,21 +69,6 @@ class ShadedText:
 
     def _span(self, piece: str) -> None:
         likely = min((choices[0].probability for choices in self._drawn), default=1.0)
-        unlikely = min(1.0, -math.log10(max(likely, _UNLIKELIEST)) / -math.log10(_UNLIKELIEST))
-        shown = html.escape("\n\n".join(map(_tip, self._drawn))).replace("\n", "&#10;")
-        self.html += (
-            f'<span class="token" tabindex="0" style="--unlikely:{unlikely:.2f}" data-tip="{shown}">'
-            f"{html.escape(piece)}</span>"
-        )
+        about = "\n\n".join(tip(choices, choices[0].token) for choices in self._drawn)
+        self.html += token_span(piece, about, likely)
         self._drawn = []
-
-
-def _tip(choices: Sequence[Choice]) -> str:
-    """Return the lines about a token: itself, and what else was likely."""
-    drawn, *others = choices
-    rest = sorted([drawn, *others], key=lambda choice: -choice.probability)
-    return "\n".join(
-        f"{'▸' if choice is drawn else ' '} {percent(choice.probability):>5} {choice.text}  "
-        f"{'▇' * round(choice.probability * _BAR)}".rstrip()
-        for choice in rest
-    )

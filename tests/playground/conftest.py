@@ -101,9 +101,9 @@ def visit(browser: Browser, address: str) -> Iterator[Visit]:
     assert mistakes == []
 
 
-def choose(page: Page, name: str) -> None:
+def choose(page: Page, name: str, label: str = "Model") -> None:
     """Choose a model, as one does with the mouse."""
-    page.get_by_label("Model").click()
+    page.get_by_label(label).click()
     page.get_by_role("option", name=name, exact=True).click()
 
 

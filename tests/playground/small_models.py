@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from generation import chat_model
+from induction import induction_model
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
 from gpt2xla.checkpoint.seal import seal
@@ -50,6 +51,18 @@ def sketcher(folder: Path) -> Path:
     return untrained(folder, train_tokenizer(Counter(WORDS), 24, 1024))
 
 
+def copier(folder: Path) -> Path:
+    """Write a model that knows nothing but how to repeat what is in its text."""
+    tokenizer = load_tokenizer("bytes")
+    model = induction_model(tokenizer.vocab_size, 64)
+    folder.mkdir()
+    hf.save_model(folder, model.config, model.state_dict(), GenerationSettings.of(tokenizer))
+    hf.save_tokenizer(folder, tokenizer, model.config.seq_length)
+    return folder
+
+
 def all_models(folder: Path) -> list[Path]:
-    """Write one of each kind: a run, a model that chats, and one that draws."""
-    return [run(folder / "run"), chat_model.train(folder / "chat"), sketcher(folder / "sketcher")]
+    """Write one of each kind: a run, a model that chats, one that draws, and one that repeats."""
+    return [
+        run(folder / "run"), chat_model.train(folder / "chat"), sketcher(folder / "sketcher"), copier(folder / "copier"),
+    ]  # fmt: skip
