@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from playground import small_models
 
 pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[playground]'")
