@@ -36,10 +36,10 @@ def page(models: Models) -> gr.Blocks:
             with gr.Tab("Runs", id="runs", visible=bool(models.runs)):
                 runs_tab.tab(models, chosen)
 
-        def refresh() -> object:
-            """Offer the checkpoints that a run has saved since the start."""
+        def refresh(name: str) -> object:
+            """Offer the checkpoints that a run has saved since the start, and leave what the visitor may have chosen."""
             found = models.names()
-            return gr.Dropdown(found, value=found[0] if found else None)
+            return gr.Dropdown(found) if name in found else gr.Dropdown(found, value=found[0] if found else None)
 
-        blocks.load(refresh, None, chosen, queue=False, **QUIET)
+        blocks.load(refresh, chosen, chosen, queue=False, **QUIET)
     return blocks.queue(max_size=_WAITING, api_open=False)
