@@ -96,6 +96,13 @@ class Models:
         """Return the names of the models there are now: a run that is training adds checkpoints."""
         return [*self._all()]
 
+    def words(self, name: str) -> tuple[str, ...]:
+        """Return the words of the sketches that a model was trained on; none if there were no sketches, or no such model."""
+        with contextlib.suppress(InputError):
+            if (sketches := SketchFormat.of(self._tokenizer_of(self._find(name)))) is not None:
+                return sketches.words
+        return ()
+
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Opened]:
         """Load a model, unless it is in memory, and keep it there inside the block. Raises InputError if `name` is none of

@@ -16,6 +16,7 @@ from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.tokenizer import train_tokenizer
 
 SEQ_LENGTH = 256
@@ -23,11 +24,17 @@ WORDS = ("apple", "house", "cat", "tree")
 STEPS = (10, 20)  # of the run's checkpoints
 
 
-def untrained(folder: Path, tokenizer: Tokenizer, settings: GenerationSettings | None = None, seed: int = 0) -> Path:
-    """Write a model with random weights, 2 layers wide 32, and its tokenizer to `folder`."""
+def untrained(
+    folder: Path, tokenizer: Tokenizer, settings: GenerationSettings | None = None, seed: int = 0, scale: float = 1
+) -> Path:
+    """Write a model with random weights, 2 layers wide 32, and its tokenizer to `folder`. With a larger `scale` of the
+    weights, what it says depends more on what it has read."""
     config = ModelConfig(vocab_size=tokenizer.vocab_size, seq_length=SEQ_LENGTH, d_model=32, num_layers=2, num_heads=2)
     model = GPT2(config)
     model.init_weights(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for weights in model.h.parameters():
+            weights.mul_(scale)
     folder.mkdir(parents=True, exist_ok=True)
     hf.save_model(folder, config, model.state_dict(), settings or GenerationSettings.of(tokenizer))
     hf.save_tokenizer(folder, tokenizer, SEQ_LENGTH)
@@ -48,7 +55,12 @@ def run(root: Path) -> Path:
 
 def sketcher(folder: Path) -> Path:
     """Write a model with a tokenizer for sketches, which draws at random."""
-    return untrained(folder, train_tokenizer(Counter(WORDS), 24, 1024))
+    return untrained(folder, train_tokenizer(Counter(WORDS), 24, 1024), scale=10)
+
+
+def slow_sketcher(folder: Path) -> Path:
+    """Write one whose pictures have a token for each pixel."""
+    return untrained(folder, SketchFormat.fitted(load_tokenizer("bytes"), 24, WORDS).tokenizer)
 
 
 def copier(folder: Path) -> Path:
@@ -62,7 +74,11 @@ def copier(folder: Path) -> Path:
 
 
 def all_models(folder: Path) -> list[Path]:
-    """Write one of each kind: a run, a model that chats, one that draws, and one that repeats."""
+    """Write one of each kind: a run, a model that chats, two that draw, and one that repeats."""
     return [
-        run(folder / "run"), chat_model.train(folder / "chat"), sketcher(folder / "sketcher"), copier(folder / "copier"),
-    ]  # fmt: skip
+        run(folder / "run"),
+        chat_model.train(folder / "chat"),
+        sketcher(folder / "sketcher"),
+        slow_sketcher(folder / "slow"),
+        copier(folder / "copier"),
+    ]
