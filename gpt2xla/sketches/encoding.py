@@ -119,6 +119,7 @@ class TokenEncoder:
         chosen = self.choose(file)
         lengths: list[int] = []
         sizes: list[int] = []
+        asked: list[int] = []
         pieces = [np.empty(0, dtype=self.format.tokenizer.dtype)]
         too_long = 0
         for words, pictures, before, are_copies in chosen:
@@ -128,17 +129,23 @@ class TokenEncoder:
                     pieces.append(ids)
                     lengths.append(len(ids))
                     sizes.append(self._text_size(word, has_before))
+                    asked.append(self._asked(ids, word, has_before))
                 elif not is_copy:
                     too_long += 1
         left_out = chosen.left_out + Counter({f"longer than {self.row_length:,} tokens": too_long})
         ids, ends = np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
         trained = np.ones(len(ids), dtype=np.bool_)
-        trained[ends[:-1]] = trained[:1] = False  # nothing predicts a first token
-        if self.loss_on == "word":
-            marks = np.flatnonzero(ids == self.format.img_end)
-            for start, mark in zip((ends - lengths).tolist(), marks.tolist(), strict=True):
-                trained[start : mark + 1] = False
+        for start, count in zip((ends - lengths).tolist(), asked, strict=True):
+            trained[start : start + count] = False
         return Tokens(ids, trained, ends, sizes, chosen.drawings - too_long, left_out)
+
+    def _asked(self, ids: np.ndarray, word: str, word_before: bool) -> int:
+        """Return how many ids at the beginning of a sketch are given, and not trained on."""
+        if self.loss_on == "all":
+            return 1  # nothing predicts the first token
+        if self.loss_on == "answer" and word_before:
+            return len(self.format.drawing_prompt(word))
+        return int(np.flatnonzero(ids == self.format.img_end)[0]) + 1
 
     @cached_property
     def _blank(self) -> int:

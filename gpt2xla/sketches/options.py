@@ -10,7 +10,7 @@ from gpt2xla.config import TOKENIZER_HELP, option, paths, require_at_least
 from gpt2xla.data.documents.reading_options import EXCLUDE_HELP
 from gpt2xla.errors import InputError
 
-LossOn = Literal["all", "word"]
+LossOn = Literal["answer", "word", "all"]
 VOCAB_SIZE = 1024
 MOST_COPIES = 255
 _SIZES = 4, 128
@@ -45,7 +45,11 @@ class SketchesConfig:
         "share of the sketches that also begin with their word, for models that draw; 0 only recognises, and with 1 a model "
         "learns to copy the word instead of recognising the picture",
     )
-    loss_on: LossOn = option("all", "what is trained on: all of a sketch, or only the word after the picture")
+    loss_on: LossOn = option(
+        "answer",
+        "what is trained on: answer: the picture where the word is before it, and the word after it; word: only the word "
+        "after; all: all of a sketch, where the word is one token among many and is hardly learned",
+    )
     tokenizer: str | None = option(
         None, f"{TOKENIZER_HELP} (default: one made for these sketches)", is_path=True, check=_check_tokenizer
     )
@@ -80,7 +84,7 @@ class SketchesConfig:
             raise InputError(
                 "--vocab-size is of a tokenizer made here, but --tokenizer names one; leave one of them out"
             )
-        if self.as_text and self.loss_on != "all":
+        if self.as_text and self.loss_on == "word":
             raise InputError(f"--loss-on {self.loss_on} marks tokens, and --as-text writes none; leave one of them out")
         require_at_least(2, self, "seq_length")
         require_at_least(1, self, "per_word", "shard_size", "num_workers")
