@@ -26,6 +26,9 @@ SECONDS = 60  # in which what a test waits for must happen, on a busy machine
 _CHROMIUM = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
+# What Gradio's own program says in the page that a reload leaves while a text streams.
+_BROKEN_OFF = ("BodyStreamBuffer was aborted", "Connection errored out")
+
 Visit = Callable[..., "Page"]
 
 
@@ -98,7 +101,7 @@ def visit(browser: Browser, address: str) -> Iterator[Visit]:
     yield open_page
     for visitor in visitors:
         visitor.close()
-    assert mistakes == []
+    assert [mistake for mistake in mistakes if not any(words in mistake for words in _BROKEN_OFF)] == []
 
 
 def choose(page: Page, name: str, label: str = "Model") -> None:

@@ -61,8 +61,7 @@ def test_a_text_streams_until_it_is_stopped(visit: Visit) -> None:
     page.get_by_role("button", name="Stop", exact=True).click()
     write(page, "Another")  # begins when the first has stopped
     page.locator(".prompt", has_text="Another").wait_for()
-    with page.expect_response("**/reset"):  # the last that Stop asks for: a reload would break it off
-        page.get_by_role("button", name="Stop", exact=True).click()
+    page.get_by_role("button", name="Stop", exact=True).click()
     page.reload()
     set_new_tokens(page, 8)
     write(page, ODD_TEXT)
@@ -70,7 +69,7 @@ def test_a_text_streams_until_it_is_stopped(visit: Visit) -> None:
     note.wait_for()
     assert re.fullmatch(r"8 tokens, cut, seed \d+", note.inner_text())
     assert page.locator(".written .prompt").inner_text() == ODD_TEXT
-    lines = tokens.first.get_attribute("data-tip").splitlines()
+    lines = tokens.first.get_attribute("data-tip").split("\n\n")[0].splitlines()
     assert len(lines) in (5, 6)
     assert sum(line.startswith("▸") for line in lines) == 1
 
