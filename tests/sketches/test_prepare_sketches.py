@@ -120,8 +120,8 @@ def test_every_drawing_stands_once_and_whole_in_a_row(tmp_path: Path) -> None:
     texts = sketches(tmp_path / "out" / "train") + sketches(tmp_path / "out" / "test")
     assert len(texts) == 38
     for text, trained in texts:
-        assert trained == list(range(1, trained[-1] + 1))
-        assert len(trained) in (77, 78)  # with the word before or without it
+        # With the word before, the picture and what follows it is the answer; otherwise the word, and the end.
+        assert trained in ([*range(4, 79)], [76, 77])
         word = text.partition("<IMGEND>")[2].removesuffix("<MSGEND>")
         assert text.startswith((f"<MSGSTART>{word}<IMGSTART>", "<MSGSTART><IMGSTART>"))
     before = sum(not text.startswith("<MSGSTART><IMGSTART>") for text, _ in texts)
@@ -236,14 +236,16 @@ def test_words_recognition_and_number_per_word_choose(tmp_path: Path) -> None:
     assert hashes(tmp_path / "d") == hashes(tmp_path / "c")
 
 
+@pytest.mark.parametrize("loss_on", ["word", "all"])
 @pytest.mark.parametrize("share", [0, 1])
-def test_the_word_before_and_what_is_trained_on(tmp_path: Path, share: int) -> None:
-    prepare("--input", *FILES, "--word-before", share, "--loss-on", "word", folder=tmp_path / "out")
+def test_the_word_before_and_what_is_trained_on(tmp_path: Path, share: int, loss_on: str) -> None:
+    prepare("--input", *FILES, "--word-before", share, "--loss-on", loss_on, folder=tmp_path / "out")
     for text, trained in sketches(tmp_path / "out" / "train"):
         before, _, after = text.partition("<IMGSTART>")
         word = after.partition("<IMGEND>")[2].removesuffix("<MSGEND>")
         assert before == "<MSGSTART>" + word * share
-        assert trained == [76 + share, 77 + share]  # the word, which is one token, and the end
+        first = {"word": 76 + share, "all": 1}[loss_on]  # the word after is one token, and the end another
+        assert trained == list(range(first, 78 + share))
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "trained"])
