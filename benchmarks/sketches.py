@@ -223,10 +223,12 @@ def ablate(args: argparse.Namespace, account: Account) -> None:
 
 
 def row_tokenizer(account: Account, args: argparse.Namespace, words: Sequence[str]) -> Path:
-    """Train a byte-level BPE of 1,024 ids on the text of the drawings, and return its folder."""
+    """Train a byte-level BPE of about as many ids on the text of the drawings, and return its folder."""
     text, folder = args.folder / "text", args.folder / "rows"
     prepare(account, args.input, text, (*STROKES, "--as-text", "--words", *words))
-    account.run("scripts/train_tokenizer.py", *text.rglob("*.txt"), "--output-dir", folder, "--vocab-size", 1024)
+    account.run(
+        "scripts/train_tokenizer.py", "--input", text / "train/sketches.txt", "--output-dir", folder, "--vocab-size", 1000,
+    )  # fmt: skip
     return folder
 
 
@@ -297,7 +299,7 @@ def report(args: argparse.Namespace, account: Account) -> None:
     judge = Regression(**np.load(args.folder / "regression.npz"))
 
     drawn = [word for word in DRAWN for _ in range(PER_WORD)]
-    sampling = SamplingConfig(temperature=0.8)
+    sampling = SamplingConfig(top_p=0.9)
     pictures = draw(model, sketches, drawn, sampling, range(len(drawn)))
     well_formed = sum(picture.shape == (sketches.size, sketches.size) for picture in pictures)
     first = [number for number in range(len(drawn)) if number % PER_WORD == 0]

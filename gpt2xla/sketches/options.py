@@ -48,7 +48,7 @@ class SketchesConfig:
     loss_on: LossOn = option(
         "answer",
         "what is trained on: answer: the picture where the word is before it, and the word after it; word: only the word "
-        "after; all: all of a sketch, where the word is one token among many and is hardly learned",
+        "after; all: all of a sketch, in which the word is one token among many",
     )
     tokenizer: str | None = option(
         None, f"{TOKENIZER_HELP} (default: one made for these sketches)", is_path=True, check=_check_tokenizer
