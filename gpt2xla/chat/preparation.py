@@ -7,7 +7,6 @@ All of it depends on the conversations, the tokenizer, the template and the opti
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ import numpy as np
 from gpt2xla.chat.options import ChatConfig
 from gpt2xla.chat.sources import Source, find_sources, samples_of
 from gpt2xla.chat.template import ChatTemplate
-from gpt2xla.data.documents.corpus import Position, Split
+from gpt2xla.data.documents.corpus import Split
 from gpt2xla.data.preparation.chance import uniform
-from gpt2xla.data.preparation.output_folder import being_prepared, publish, refuse_other_splits
-from gpt2xla.data.preparation.record import SPLITS, Record, is_prepared, manifests_of
+from gpt2xla.data.preparation.output_folder import prepare_at_once
 from gpt2xla.data.preparation.rows import Sample, write_rows
-from gpt2xla.data.preparation.writer import Written
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, counted
@@ -45,27 +42,18 @@ def prepare(config: ChatConfig, say: Callable[[str], None] = print) -> dict[Spli
         RunFailed: the disk is full, or the hub does not answer.
     """
     config.check()
-    output_dir = Path(config.output_dir)
     tokenizer, template = _fitted(config, say)
     sources = find_sources(config, say)
     files = [file for source in sources for file in source.files]
     settings: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
     settings |= {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
     settings["chat_template_sha256"] = hashlib.sha256(template.source.encode()).hexdigest()
-    if is_prepared(output_dir, settings, files, say):
-        return manifests_of(output_dir)
-    with being_prepared(output_dir) as partial:
-        if written := Record.load(partial):  # only the last renames are missing
-            written.check(settings, files, partial, complete=True)
-            return publish(partial, output_dir)
-        refuse_other_splits(output_dir)
+
+    def write(partial: Path) -> None:
         for split, samples in _samples(sources, tokenizer, template, config, say).items():
-            shutil.rmtree(partial / split, ignore_errors=True)  # what a killed preparation left
             _write(partial / split, samples, tokenizer, template, config, say)
-        described = [(file.name, file.size, file.how) for file in files]
-        splits = {split: Written([]) for split in SPLITS}
-        Record(settings, described, Position(len(files), 0), splits).save(partial)
-        return publish(partial, output_dir)
+
+    return prepare_at_once(Path(config.output_dir), settings, files, write, say)
 
 
 def _fitted(config: ChatConfig, say: Callable[[str], None]) -> tuple[Tokenizer, ChatTemplate]:

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from gpt2xla.data.documents.corpus import Position, Split
-from gpt2xla.data.preparation.output_folder import being_prepared, publish, refuse_other_splits
-from gpt2xla.data.preparation.record import SPLITS, Record, check_shards, is_prepared, manifests_of
+from gpt2xla.data.documents.corpus import InputFile, Split
+from gpt2xla.data.preparation.output_folder import prepare_at_once
+from gpt2xla.data.preparation.record import check_shards
 from gpt2xla.data.preparation.rows import Sample, write_rows
-from gpt2xla.data.preparation.writer import Written
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, counted
@@ -60,48 +59,47 @@ def prepare(config: SketchesConfig, say: Callable[[str], None] = print) -> dict[
     config.check()
     output_dir = Path(config.output_dir)
     given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-    reserved = [END_OF_TEXT, *SPECIAL_TOKENS, *(given.added if given else ())]
     for word in config.words:
-        check_word(word, reserved, "--words")
+        check_word(word, _reserved(given), "--words")
     _check_room(_format(config, given, dict.fromkeys(config.words or ("apple",), 1)), config)
     files = find_files(config.input, config.exclude, output_dir / ".partial" / "fetched", say)
     settings: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
     settings |= {"tokenizer": given and given.name, "tokenizer_sha256": given and given.sha256}
     settings |= {"words": sorted(set(config.words)), "vocab_size": None if given else config.vocab_size or VOCAB_SIZE}
-    if is_prepared(output_dir, settings, files, say, _check_text if config.as_text else check_shards):
-        return manifests_of(output_dir)
-    with being_prepared(output_dir) as partial:
-        if written := Record.load(partial):  # only the last renames are missing
-            written.check(settings, files, partial, complete=True)
-            return publish(partial, output_dir)
-        refuse_other_splits(output_dir)
-        for left in ("buckets", "fetched", *SPLITS):  # by a killed preparation
-            shutil.rmtree(partial / left, ignore_errors=True)
-        rasteriser = Rasteriser(
-            config.size, config.stroke_width, config.augment, config.seed, config.test_fraction, frozenset(config.words),
-            config.recognized_only,
-        )  # fmt: skip
-        collected = collect(
-            files,
-            rasteriser,
-            partial / "buckets",
-            per_word=config.per_word,
-            reserved=reserved,
-            workers=config.num_workers,
-        )
-        _check_drawings(collected, config, say)
-        counts = dict(zip(collected.words, collected.counts, strict=True))
-        format = _format(config, given, counts)
-        say(_described(format, given))
-        choose = Choice(config.size, collected.words, collected.limits, config.word_before)
-        writing = _Writing(choose, format, config, left_out=collected.left_out)
-        reports = {split: writing.write(partial / split, held.files) for split, held in collected.buckets.items()}
-        say(f"{counted(collected.read, 'drawing')} read, {writing.drawings:,} kept{_listed(writing.left_out)}")
-        for split, report in reports.items():
-            say(f"{output_dir / split}: {report}")
-        described = [(file.name, file.size, file.how) for file in files]
-        Record(settings, described, Position(len(files), 0), {split: Written([]) for split in SPLITS}).save(partial)
-        return publish(partial, output_dir)
+    check = _check_text if config.as_text else check_shards
+    return prepare_at_once(output_dir, settings, files, partial(_write, config, given, files, say), say, check)
+
+
+def _write(
+    config: SketchesConfig,
+    given: Tokenizer | None,
+    files: Sequence[InputFile],
+    say: Callable[[str], None],
+    folder: Path,
+) -> None:
+    """Write both splits into `folder`, and say what they hold."""
+    rasteriser = Rasteriser(
+        config.size, config.stroke_width, config.augment, config.seed, config.test_fraction, frozenset(config.words),
+        config.recognized_only,
+    )  # fmt: skip
+    collected = collect(
+        files, rasteriser, folder / "buckets",
+        per_word=config.per_word, reserved=_reserved(given), workers=config.num_workers,
+    )  # fmt: skip
+    _check_drawings(collected, config, say)
+    format = _format(config, given, dict(zip(collected.words, collected.counts, strict=True)))
+    say(_described(format, given))
+    choose = Choice(config.size, collected.words, collected.limits, config.word_before)
+    writing = _Writing(choose, format, config, left_out=collected.left_out)
+    reports = {split: writing.write(folder / split, held.files) for split, held in collected.buckets.items()}
+    say(f"{counted(collected.read, 'drawing')} read, {writing.drawings:,} kept{_listed(writing.left_out)}")
+    for split, report in reports.items():
+        say(f"{Path(config.output_dir) / split}: {report}")
+
+
+def _reserved(given: Tokenizer | None) -> list[str]:
+    """Return the tokens that no word may spell."""
+    return [END_OF_TEXT, *SPECIAL_TOKENS, *(given.added if given else ())]
 
 
 def _format(config: SketchesConfig, given: Tokenizer | None, counts: Mapping[str, int]) -> SketchFormat:

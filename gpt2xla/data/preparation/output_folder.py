@@ -5,15 +5,49 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from gpt2xla.data.documents.corpus import Split
-from gpt2xla.data.preparation.record import RECORD, SPLITS, manifests_of
+from gpt2xla.data.documents.corpus import InputFile, Position, Split
+from gpt2xla.data.preparation.record import RECORD, SPLITS, Record, check_shards, is_prepared, manifests_of
+from gpt2xla.data.preparation.writer import Written
 from gpt2xla.data.shards import Manifest
 from gpt2xla.errors import InputError, RunFailed, user_error
 from gpt2xla.processes.exits import is_disk_full
 from gpt2xla.processes.locks import locked
+
+
+def prepare_at_once(
+    output_dir: Path,
+    settings: dict[str, Any],
+    files: Sequence[InputFile],
+    write: Callable[[Path], None],
+    say: Callable[[str], None],
+    check: Callable[[Path], None] = check_shards,
+) -> dict[Split, Manifest]:
+    """Prepare `output_dir`, unless that is done already. It is not resumed: an interrupted preparation starts again.
+
+    Args:
+        settings: the options that decide what is written.
+        write: writes a folder for each split into the one that it is given, and may leave others beside them.
+        check: see `is_prepared`.
+
+    Returns the manifests by split. Raises as `is_prepared`, `being_prepared` and `refuse_other_splits` do."""
+    if is_prepared(output_dir, settings, files, say, check):
+        return manifests_of(output_dir)
+    with being_prepared(output_dir) as partial:
+        if written := Record.load(partial):  # only the last renames are missing
+            written.check(settings, files, partial, complete=True)
+            return publish(partial, output_dir)
+        refuse_other_splits(output_dir)
+        for left in partial.iterdir():  # by a killed preparation
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+        write(partial)
+        described = [(file.name, file.size, file.how) for file in files]
+        Record(settings, described, Position(len(files), 0), {split: Written([]) for split in SPLITS}).save(partial)
+        return publish(partial, output_dir)
 
 
 @contextlib.contextmanager
