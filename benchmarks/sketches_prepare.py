@@ -27,8 +27,8 @@ from gpt2xla.sketches.buckets import Buckets
 from gpt2xla.sketches.encoding import Choice, TokenEncoder
 from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.options import SketchesConfig
+from gpt2xla.sketches.packed_pictures import Rasteriser
 from gpt2xla.sketches.preparation import prepare
-from gpt2xla.sketches.rasterising import Rasteriser
 from gpt2xla.sketches.sources import find_files, lines_of
 from gpt2xla.sketches.tokenizer import train_tokenizer
 

@@ -14,7 +14,7 @@ from gpt2xla.errors import InputError
 from gpt2xla.evals.hellaswag import accuracy, questions, read_items
 from gpt2xla.evals.multiple_choice import MultipleChoice, encode
 from gpt2xla.evals.samples import Sampler
-from gpt2xla.evals.sketches import SketchEvaluation
+from gpt2xla.evals.sketch_evaluation import SketchEvaluation
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.generation.settings import GenerationSettings
 from gpt2xla.model.gpt2 import GPT2

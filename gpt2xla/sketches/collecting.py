@@ -14,8 +14,8 @@ from gpt2xla.data.preparation.record import SPLITS
 from gpt2xla.errors import counted
 from gpt2xla.processes.workers import in_order
 from gpt2xla.sketches.buckets import Buckets
+from gpt2xla.sketches.packed_pictures import Rasterised, Rasteriser
 from gpt2xla.sketches.quickdraw import Lines
-from gpt2xla.sketches.rasterising import Rasterised, Rasteriser
 from gpt2xla.sketches.sources import lines_of
 from gpt2xla.sketches.tokenizer import check_word
 
@@ -60,6 +60,7 @@ class Collected:
         return {word: limit for word, limit in limits if limit < _NO_LIMIT}
 
     def add(self, part: Rasterised) -> None:
+        """Add what a worker made, in which words get their numbers here. Raises OSError if the disk is full."""
         self.read += part.read
         self.left_out += part.left_out
         self.seen.update(part.words)

@@ -1,4 +1,4 @@
-"""What a worker makes of a bucket of packed pictures: the tokens or the text of its sketches, in the bucket's order."""
+"""The second step of a worker: from a bucket of packed pictures to the tokens or the text of its sketches, in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt2xla.data.preparation.rows import Sample
 from gpt2xla.sketches.buckets import in_order
 from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.options import LossOn
-from gpt2xla.sketches.rasterising import record_type, unpacked
+from gpt2xla.sketches.packed_pictures import record_type, unpacked
 
 _PIECE = 4096
 

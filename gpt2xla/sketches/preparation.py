@@ -31,7 +31,7 @@ from gpt2xla.sketches.collecting import Collected, collect
 from gpt2xla.sketches.encoding import Choice, Text, TextEncoder, TokenEncoder, Tokens
 from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.options import VOCAB_SIZE, SketchesConfig
-from gpt2xla.sketches.rasterising import Rasteriser
+from gpt2xla.sketches.packed_pictures import Rasteriser
 from gpt2xla.sketches.sources import find_files
 from gpt2xla.sketches.tokenizer import SPECIAL_TOKENS, check_word, train_tokenizer, with_sketch_tokens
 

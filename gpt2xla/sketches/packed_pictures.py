@@ -1,4 +1,4 @@
-"""What a worker makes of some lines: the pictures of the drawings that are kept, and of their altered copies, packed."""
+"""The first step of a worker: from lines of ndjson to packed pictures of the drawings that are kept, and of their copies."""
 
 from __future__ import annotations
 
