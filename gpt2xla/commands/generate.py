@@ -202,7 +202,7 @@ def _writing(
         writer = Writer(
             model, device, reader.tokenizer, sampling, reader.stop_ids, options.stop, options.num_samples, options.chat
         )
-        seed = options.seed if options.seed is not None else draw_seed(options)
+        seed = options.seed if options.seed is not None else new_seed(options)
         seeds = itertools.count(seed, options.num_samples)  # the same prompt again gives another text
         if many:
             with json_lines(options.output) as write_line:
@@ -226,17 +226,14 @@ def _drawing(
     from gpt2xla.generation.drawing import check_can_draw, draw_rows
     from gpt2xla.sketches.format import SketchFormat
 
-    format = SketchFormat.of(tokenizer)
-    if format is None:
-        fix = "train one on what scripts/prepare_sketches.py writes"
-        raise InputError(f"--draw: {options.model} was not trained on sketches; {fix}")
+    format = SketchFormat.of_model(options.model, tokenizer)
     format.check_word(word, "--draw")
     check_can_draw(config, format, word)
 
     def draw(model: GPT2, device: Device) -> None:
         if word not in format.words:
             print(f"note: {word!r} is none of the {len(format.words)} words that the model learned", file=sys.stderr)
-        seed = options.seed if options.seed is not None else draw_seed(options)
+        seed = options.seed if options.seed is not None else new_seed(options)
         columns = min(options.num_samples, fitting(format.size, shutil.get_terminal_size().columns))
         for start in range(0, options.num_samples, columns):
             seeds = range(seed + start, seed + min(start + columns, options.num_samples))
@@ -250,7 +247,7 @@ def _drawing(
     return draw
 
 
-def draw_seed(options: GenerateConfig) -> int:
+def new_seed(options: GenerateConfig) -> int:
     """Return a new seed. It is printed, unless it changes nothing."""
     seed = secrets.randbelow(10**9)
     if options.temperature > 0:

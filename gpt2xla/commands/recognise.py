@@ -75,10 +75,7 @@ def main() -> None:
     source = locate(options.model)
     config, weights = load_weights(source)
     tokenizer = find_tokenizer(options.tokenizer, source, config.real_vocab_size)
-    known = SketchFormat.of(tokenizer)
-    if known is None:
-        fix = "train one on what scripts/prepare_sketches.py writes"
-        raise InputError(f"--model {options.model} was not trained on sketches; {fix}")
+    known = SketchFormat.of_model(options.model, tokenizer)
     sketches = SketchFormat(tokenizer, known.size, chosen(options.words, known)) if options.words else known
     # All drawings are checked before the model is built.
     pictures = [read_picture(file, known.size, known.stroke_width) for file in options.file]

@@ -42,9 +42,8 @@ class Rows(NamedTuple):
     answer_tokens: list[int]  # how many tokens at the end of each row belong to the answer
     answers: int  # of each question
     seq_length: int  # of the model
-    last_tokens: np.ndarray | None = (
-        None  # of each answer (questions, answers); the rows are those of the first answers
-    )
+    # Of each answer, (questions, answers), where the rows are those of the first answers.
+    last_tokens: np.ndarray | None = None
 
 
 class MultipleChoice:

@@ -74,6 +74,14 @@ class SketchFormat:
         raise InputError(f"tokenizer {tokenizer.name}: its sketches are damaged (size, words or special tokens); {fix}")
 
     @classmethod
+    def of_model(cls, name: str, tokenizer: Tokenizer) -> SketchFormat:
+        """Return the format of the sketches that the model `name` was trained on. Raises InputError if there is none."""
+        if (format := cls.of(tokenizer)) is None:
+            fix = "train one on what scripts/prepare_sketches.py writes"
+            raise InputError(f"--model {name} was not trained on sketches; {fix}")
+        return format
+
+    @classmethod
     def fitted(cls, tokenizer: Tokenizer, size: int, words: Sequence[str], stroke_width: int = 1) -> SketchFormat:
         """Return the format of new data with any tokenizer, which gets the special tokens. Raises InputError if it has no
         end of text, cannot take the tokens or a word, or does not encode the text of a sketch as its parts."""

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from gpt2xla.errors import InputError, counted, user_error
 from gpt2xla.sketches.strokes import rasterise
+from gpt2xla.sketches.tokenizer import IMGEND, IMGSTART
 from gpt2xla.sketches.tracing import trace
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -140,9 +141,9 @@ def _text(content: bytes, name: str) -> str:
 def picture_from_text(text: str, name: str, size: int) -> np.ndarray:
     """Return the picture of `size` rows of `size` characters 0 and 1. Blanks, commas and brackets between them are ignored,
     and what `prepare_sketches.py --as-text` writes around them. Raises InputError if it is no such text or blank."""
-    if text.count("<IMGSTART>") > 1:
-        raise InputError(f"{name} holds {text.count('<IMGSTART>')} drawings; give one")
-    text = text.partition("<IMGEND>")[0].rpartition("<IMGSTART>")[2]
+    if (count := text.count(IMGSTART)) > 1:
+        raise InputError(f"{name} holds {count} drawings; give one")
+    text = text.partition(IMGEND)[0].rpartition(IMGSTART)[2]
     rows = [(number, re.sub(r"[\s,;\[\]]", "", line)) for number, line in enumerate(text.splitlines(), 1)]
     rows = [(number, row) for number, row in rows if row]
     for number, row in rows:
