@@ -34,7 +34,7 @@ COMMANDS = {
     "train-xla": Command("commands.train_xla", "the same on TPUs, through PyTorch/XLA"),
     "generate": Command("commands.generate", "continue text with a model"),
     "recognise": Command("commands.recognise", "name drawings with a model of sketches"),
-    "playground": Command("commands.playground", "a page in the browser: write, chat, look inside"),
+    "playground": Command("commands.playground", "a page in the browser: write, chat, draw, look inside"),
     "evaluate perplexity": Command("commands.perplexity_table", "loss and perplexity of models on one split"),
     "evaluate hellaswag": Command("commands.eval_hellaswag", "a model's accuracy on HellaSwag"),
     "evaluate mmlu": Command("commands.eval_mmlu", "a model's accuracy on MMLU"),

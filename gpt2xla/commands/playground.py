@@ -44,7 +44,7 @@ class PlaygroundConfig:
 
 
 def main() -> None:
-    options = parse_options(PlaygroundConfig, "Open a page in the browser for models: write, chat, look inside.")
+    options = parse_options(PlaygroundConfig, "Open a page in the browser for models: write, chat, draw, look inside.")
     options.check()
     from gpt2xla.checkpoint.run_folder import refuse_unfinished
     from gpt2xla.playground.address import listen
