@@ -20,7 +20,7 @@ _MOST_CHARACTERS = 200_000  # of strokes as JSON: about 20,000 points
 _PENS = "".join(
     f'<label><input type="radio" name="pen" value="{width}" aria-label="{name} pen" {checked}>'
     f'<i style="--dot: {dot}px"></i></label>'
-    for name, width, dot, checked in [("Thin", 10, 4, ""), ("Middle", 25, 8, "checked"), ("Thick", 50, 14, "")]
+    for name, width, dot, checked in [("Thin", 10, 4, ""), ("Medium", 25, 8, "checked"), ("Thick", 50, 14, "")]
 )
 _HTML = f"""
 <div class="tools">

@@ -1,7 +1,7 @@
 """What the page does on a click. Work on models is done for one visitor after another, in one thread, and its results are
 shown as they come; those who wait see their place in the queue.
 
-Mistakes of a visitor become a note on the page. Nothing is part of a public API."""
+Mistakes of a visitor become a note on the page. None of the events is part of a public API."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _newest(results: SimpleQueue[Any]) -> Generator[Any, None, _End]:
 
 
 def tell(error: Exception) -> None:
-    """Show a note about an error on the page, in a queued event. One that is no visitor's is explained in the terminal."""
+    """Show visitors a note about an error, in a queued event. One that is not theirs is printed in the terminal."""
     if is_out_of_memory(error):
         text = "memory has run out; end other programs, or choose a smaller model or a shorter text"
     elif isinstance(error, InputError | RunFailed):
