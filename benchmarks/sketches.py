@@ -28,10 +28,20 @@ import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from gpt2xla.checkpoint.loading import build_model, load_weights, locate
+from gpt2xla.data.shards import TokenStream
+from gpt2xla.data.tokenizer import find_tokenizer, load_tokenizer
+from gpt2xla.evals.recognition import word_log_probabilities
+from gpt2xla.generation.drawing import draw
+from gpt2xla.generation.sampling import SamplingConfig
+from gpt2xla.logs.sketch_picture import sketch_picture
+from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.sketches.format import SketchFormat
 
 ROOT = Path(__file__).resolve().parent.parent
 # Words of things with a common shape, chosen before any was drawn.
@@ -111,10 +121,6 @@ class Drawings(NamedTuple):
 
 def drawings(split: Path) -> Drawings:
     """Return the drawings of a prepared split, from its ids."""
-    from gpt2xla.data.shards import TokenStream
-    from gpt2xla.data.tokenizer import load_tokenizer
-    from gpt2xla.sketches.format import SketchFormat
-
     stream, sketches = TokenStream(split), SketchFormat.of(load_tokenizer(str(split)))
     assert sketches is not None
     assert stream.row_length is not None
@@ -240,21 +246,15 @@ def prior(train: Drawings, words: int) -> np.ndarray:
 
 def model_scores(source: Path, test: Drawings) -> np.ndarray:
     """Return the log-probability (N, words) of each word after each picture, from a checkpoint."""
-    from gpt2xla.evals.recognition import word_log_probabilities
-
     model, sketches = load(source)
     return word_log_probabilities(model, sketches, list(as_pictures(test.pixels)))
 
 
-def load(source: Path) -> tuple[Any, Any]:
-    """Return a model and its SketchFormat."""
-    from gpt2xla.checkpoint.loading import build_model, load_weights, locate
-    from gpt2xla.data.tokenizer import find_tokenizer
-    from gpt2xla.sketches.format import SketchFormat
-
+def load(source: Path) -> tuple[GPT2, SketchFormat]:
+    """Return a model and the format of its sketches."""
     folder = locate(str(source))
     config, weights = load_weights(folder)
-    sketches = SketchFormat.of(find_tokenizer(None, folder, config.real_vocab_size))
+    sketches = SketchFormat.of_model(str(source), find_tokenizer(None, folder, config.real_vocab_size))
     return build_model(config, weights, folder).eval(), sketches
 
 
@@ -284,10 +284,6 @@ def baselines(args: argparse.Namespace, account: Account) -> None:
 
 def report(args: argparse.Namespace, account: Account) -> None:
     """Compare the model with the other classifiers, let it draw, and write the page."""
-    from gpt2xla.generation.drawing import draw
-    from gpt2xla.generation.sampling import SamplingConfig
-    from gpt2xla.logs.sketch_picture import sketch_picture
-
     source = args.model or args.folder / "model"
     train_set, test = drawings(args.folder / "plain/train"), drawings(args.folder / "plain/test")
     model, sketches = load(source)
