@@ -50,7 +50,7 @@ class SketchEvaluation:
         tell: Callable[[str], None] = partial(say, error=True) if runtime.is_main else lambda text: None
         self.draws = runtime.devices == runtime.world_size
         if not self.draws:
-            tell("note: --sketches-interval draws nothing with --spmd, and measures recognition")
+            tell("note: --sketches-interval draws nothing with --spmd; it only measures recognition")
             return
         self.device = for_generation(runtime, model, tell)
         seed = config.general.seed

@@ -91,7 +91,7 @@ def check_can_draw(model: ModelConfig, format: SketchFormat, word: str) -> None:
     ids, known = format.tokenizer.vocab_size, model.real_vocab_size
     if ids > known:
         raise InputError(
-            f"its tokenizer's sketches need {ids} ids, and the model has only {known}; train it on sketches"
+            f"the tokenizer's sketches need {ids} ids, and the model has only {known}; train it on sketches"
         )
     needed = len(format.drawing_prompt(word)) + format.picture_tokens - 1  # nothing follows the last token
     if format.has_pieces and needed > model.seq_length:

@@ -40,7 +40,7 @@ def in_order(work: Callable[..., T], pieces: Iterable[tuple[Any, ...]], workers:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            fix = "it may have needed too much memory; give fewer workers"
+            fix = "it may have needed too much memory; choose a smaller --num-workers"
             raise RunFailed(f"a worker process ended early: {fix}") from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

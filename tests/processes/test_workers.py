@@ -40,5 +40,5 @@ def test_results_come_in_order_and_few_pieces_are_held() -> None:
 def test_an_error_or_a_killed_worker_ends_all() -> None:
     with pytest.raises(InputError, match="50 is wrong"):
         [*in_order(work, [(1,), (50,), (2,)], 2)]
-    with pytest.raises(RunFailed, match="give fewer workers"):
+    with pytest.raises(RunFailed, match="choose a smaller --num-workers"):
         [*in_order(work, [(1,), (60,), (2,)], 1 + 1)]
