@@ -123,13 +123,17 @@ def sketches(files: Mapping[str, bytes]) -> dict[str, Any] | None:
 
 def sketches_of(folders: Sequence[Path]) -> dict[str, Any] | None:
     """Return what the tokenizers in these folders of data say about sketches, with the words of all; None if none does.
-    Raises InputError if they are of several sizes."""
+    Raises InputError if they are of several sizes or pens."""
     stated = [sketches({_CONFIG: file.read_bytes()}) for folder in folders if (file := folder / _CONFIG).is_file()]
     found = [entry for entry in stated if entry]
-    if len({entry.get("size") for entry in found}) > 1:
-        raise InputError("--train-dir holds sketches of different sizes; prepare all with one --size")
+    if len(found) < 2:
+        return found[0] if found else None
+    for key, default in (("size", None), ("stroke_width", 1)):
+        if len({entry.get(key, default) for entry in found}) > 1:
+            name = key.replace("_", "-")
+            raise InputError(f"--train-dir holds sketches of several {name}s; prepare all with one --{name}")
     words = dict.fromkeys(word for entry in found for word in entry.get("words", ()))
-    return {**found[0], "words": list(words)} if found else None
+    return {**found[0], "words": list(words)}
 
 
 def with_sketches(files: Mapping[str, bytes], entry: dict[str, Any]) -> dict[str, bytes]:

@@ -206,6 +206,7 @@ def test_a_run_knows_the_sketches_of_its_data_not_those_that_its_model_learned_b
     assert words_of("a") == ["apple", "bee"]
     assert words_of("text", "a", "b") == ["apple", "bee", "ant"]
     assert words_of("text") == ["cat", "dog"]
-    base.with_sketches({"size": 9, "words": ["ant"]}).save(tmp_path / "b")
-    with pytest.raises(InputError, match="--train-dir holds sketches of different sizes"):
-        words_of("a", "b")
+    for size, width, several in ((9, 2, "sizes"), (8, 1, "stroke-widths")):
+        base.with_sketches({"size": size, "words": ["ant"], "stroke_width": width}).save(tmp_path / "b")
+        with pytest.raises(InputError, match=f"--train-dir holds sketches of several {several}"):
+            words_of("a", "b")
