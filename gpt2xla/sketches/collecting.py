@@ -28,7 +28,8 @@ class Collected:
     Attributes:
         buckets: the packed pictures of each split.
         words: the words of the drawings that are kept, by their numbers in the buckets.
-        counts: how many drawings were read of each, by the same numbers.
+        counts: how many drawings were read of each, by the same numbers; with `per_word`, how many are taken: how many
+            more are read before they are left out depends on the workers and on the order of the files.
         read: drawings in the files, of any word.
         left_out: how many of them were, by the reason.
         seen: all words in the files.
@@ -72,10 +73,12 @@ class Collected:
             buckets.add(records)
             drawings = records[records["copy"] == 0]
             for number, count in enumerate(np.bincount(drawings["word"], minlength=len(self.words)).tolist()):
-                self.counts[number] += count
-                if count and self._per_word is not None:
+                if self._per_word is None:
+                    self.counts[number] += count
+                elif count:
                     keys = np.append(self._smallest[number], drawings["key"][drawings["word"] == number])
                     self._smallest[number] = np.unique(keys)[: self._per_word]
+                    self.counts[number] = len(self._smallest[number])
 
     def _number(self, word: str) -> int:
         if word not in self._numbers:

@@ -72,14 +72,27 @@ class Choice:
     word_before: float
 
     def __call__(self, file: Path) -> Chosen:
-        records = in_order(file, record_type(self.size))
-        is_first = np.ones(len(records), dtype=np.bool_)
-        is_first[1:] = records["order"][1:] != records["order"][:-1]
+        records = self._settled(in_order(file, record_type(self.size)))
         is_within, is_drawing = records["key"] <= self.limits[records["word"]], records["copy"] == 0
-        left_out = {"there twice": ~is_first, "beyond --per-word": is_first & ~is_within}
+        is_first = np.zeros(len(records), dtype=np.bool_)  # of those within
+        is_first[np.flatnonzero(is_within)[np.unique(records["order"][is_within], return_index=True)[1]]] = True
+        left_out = {"there twice": is_within & ~is_first, "beyond --per-word": ~is_within}
         counts = {why: int((which & is_drawing).sum()) for why, which in left_out.items()}
-        kept = is_first & is_within
-        return Chosen(self, records[kept], int((kept & is_drawing).sum()), +Counter(counts))
+        return Chosen(self, records[is_first], int((is_first & is_drawing).sum()), +Counter(counts))
+
+    def _settled(self, records: np.ndarray) -> np.ndarray:
+        """Return sorted records so that those of one order, such as the raw and the simplified form of a drawing, do not
+        stand as their files were read."""
+        same = np.flatnonzero(records["order"][1:] == records["order"][:-1])
+        tied = np.union1d(same, same + 1)
+
+        def held(place: int) -> tuple[int, str, bytes]:
+            record = records[place]
+            return int(record["order"]), self.words[int(record["word"])], record["picture"].tobytes()
+
+        places = sorted(tied.tolist(), key=held)
+        records[tied] = records[places]
+        return records
 
 
 class Tokens(NamedTuple):

@@ -194,6 +194,37 @@ def test_a_drawing_that_is_there_twice_stands_once(tmp_path: Path) -> None:
     assert held(tmp_path / "out") == pictures(records())
 
 
+def test_the_order_of_files_does_not_choose_among_drawings_of_one_key(tmp_path: Path) -> None:
+    """Such as the raw and the simplified form of one, or one under two words."""
+    other = tmp_path / "other.ndjson"
+    mirrored = [
+        value | {"word": ["sun", value["word"]][n % 2], "drawing": [[y, x] for x, y, *_ in value["drawing"]]}
+        for n, value in enumerate(records(FILES[:1]))
+    ]
+    other.write_text("".join(json.dumps(value) + "\n" for value in mirrored))
+    for name, files in (("one", [FILES[0], other]), ("two", [other, FILES[0]])):
+        said = prepare("--input", *files, "--augment", 1, folder=tmp_path / name)
+        count = len(mirrored)
+        assert said[-3] == f"{2 * count} drawings read, {count} kept; left out: {count} there twice"
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+def test_neither_files_nor_workers_decide_on_the_ids_of_words(tmp_path: Path) -> None:
+    """Of --per-word, how many drawings are read of a word before it has enough depends on both."""
+    strokes = [[[0, 200, 100], [0, 50, 255]]]
+    for file, counts in (("a", (60, 12)), ("b", (12, 60))):
+        values = [
+            {"word": word, "key_id": f"{file}{word}{n}", "drawing": strokes}
+            for word, count in zip(("apple", "sun"), counts, strict=True)
+            for n in range(count)
+        ]
+        (tmp_path / f"{file}.ndjson").write_text("".join(json.dumps(value) + "\n" for value in values))
+    files = [tmp_path / "a.ndjson", tmp_path / "b.ndjson"]
+    for name, given in (("one", files), ("two", files[::-1])):
+        prepare("--input", *given, "--per-word", 12, folder=tmp_path / name)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
 def test_copies_of_a_drawing_are_other_pictures_in_train_only(tmp_path: Path) -> None:
     prepare("--input", *FILES, "--stroke-width", 2, folder=tmp_path / "plain")
     said = prepare("--input", *FILES, "--augment", 3, "--stroke-width", 2, folder=tmp_path / "more")
