@@ -14,10 +14,12 @@ from gpt2xla.errors import InputError
 
 @dataclass(frozen=True)
 class Address:
-    """A socket that listens, and the page's URL."""
+    """A socket that listens on `host`, the page's URL, and whether only this machine can reach it."""
 
     socket: socket.socket
     url: str
+    host: str
+    is_local: bool
 
 
 @contextlib.contextmanager
@@ -41,4 +43,4 @@ def listen(host: str, port: int) -> Iterator[Address]:
         if not ip.is_loopback:
             print(f"warning: --host {host}: everyone on the network can use the page and its models", file=sys.stderr)
         name = "localhost" if ip.is_unspecified else f"[{ip}]" if ip.version == 6 else ip
-        yield Address(listening, f"http://{name}:{found[1]}/")
+        yield Address(listening, f"http://{name}:{found[1]}/", host, ip.is_loopback)

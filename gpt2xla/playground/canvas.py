@@ -12,7 +12,7 @@ import numpy as np
 from gpt2xla.errors import InputError
 
 UNITS = 1000  # coordinates go from 0 to this in steps of 1, as in canvas.js
-_MOST_BYTES = 8 * 2**20  # of a file
+MOST_BYTES = 8 * 2**20  # of a file
 _MOST_CHARACTERS = 200_000  # of strokes as JSON: about 20,000 points
 
 # Widths on the canvas, and the size of the dot that stands for them. The model sees lines as wide as in training, whatever
@@ -32,7 +32,7 @@ _HTML = f"""
   <button type="button" class="choose" title="Open an image, or a text of 0 and 1">Open</button>
   <input type="file" accept="image/*,.txt" hidden>
 </div>
-<canvas width="{UNITS}" height="{UNITS}" tabindex="0" aria-label="Draw here" data-most-bytes="{_MOST_BYTES}"></canvas>
+<canvas width="{UNITS}" height="{UNITS}" tabindex="0" aria-label="Draw here" data-most-bytes="{MOST_BYTES}"></canvas>
 """
 
 
@@ -58,9 +58,9 @@ def read(value: object) -> list[np.ndarray] | bytes:
 
 
 def _file(url: str) -> bytes:
-    data = base64.b64decode(url[: 2 * _MOST_BYTES].partition(",")[2])
-    if len(data) > _MOST_BYTES:
-        raise InputError(f"the file has more than {_MOST_BYTES >> 20} MB; take a smaller one")
+    data = base64.b64decode(url[: 2 * MOST_BYTES].partition(",")[2])
+    if len(data) > MOST_BYTES:
+        raise InputError(f"the file has more than {MOST_BYTES >> 20} MB; take a smaller one")
     return data
 
 

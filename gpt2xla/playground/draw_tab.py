@@ -17,6 +17,7 @@ from gpt2xla.playground.models import Models
 from gpt2xla.playground.sketching import image, opened_for_sketches, part_for_sketches
 
 _MOST = 16  # pictures at once
+_LONGEST_WORD = 100  # characters: each token of it takes as long as one of the picture
 
 
 def tab(models: Models, chosen: gr.Dropdown) -> None:
@@ -41,6 +42,8 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
         request = asked(*values)
         if not (word := str(word or "").strip()):
             raise InputError("there is no word; choose one, or write one")
+        if len(word) > _LONGEST_WORD:
+            raise InputError(f"the word has {len(word):,} characters; shorten it to {_LONGEST_WORD}")
         if not 1 <= count <= _MOST:
             raise InputError(f"{count} pictures: choose a number from 1 to {_MOST}")
         with opened_for_sketches(models, name) as (opened, sketches):

@@ -23,6 +23,7 @@ def serve(models: Models, address: Address, *, opens_browser: bool = False) -> N
         import uvicorn
         from fastapi import FastAPI
 
+        from gpt2xla.playground.guard import Guard
         from gpt2xla.playground.page import THEME, page
 
         app = gr.mount_gradio_app(
@@ -30,7 +31,9 @@ def serve(models: Models, address: Address, *, opens_browser: bool = False) -> N
             footer_links=[], run_history=False, allowed_paths=[], max_file_size=_UPLOAD, show_error=False,
             ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
         )  # fmt: skip
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=0, access_log=False)
+        config = uvicorn.Config(
+            Guard(app, address), log_level="critical", timeout_graceful_shutdown=0, access_log=False
+        )
         print(f"the playground is at {address.url} (Ctrl-C ends it)", flush=True)
         if opens_browser:
             webbrowser.open(address.url)

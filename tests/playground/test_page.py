@@ -124,6 +124,29 @@ def request(address: str, path: str, body: object = None) -> tuple[int, str]:
     return answer.status, answer.read().decode(errors="replace")
 
 
+def test_other_sites_and_endless_requests_are_refused(address: str) -> None:
+    """A site may give its name this machine's address, and may send files and texts to any address without asking."""
+    port = urlsplit(address).port
+    for host, expected in {
+        f"localhost:{port}": 200, f"127.0.0.1:{port}": 200, f"[::1]:{port}": 200, f"site.example:{port}": 403,
+        f"127.0.0.1.site.example:{port}": 403, "[": 403, "": 403,
+    }.items():  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/config", headers={"Host": host})
+        assert connection.getresponse().status == expected, host
+    for path, headers, expected in (
+        ("/gradio_api/upload", {"Content-Type": "multipart/form-data; boundary=a", "Content-Length": "0"}, 403),
+        ("/gradio_api/queue/join", {"Content-Type": "text/plain", "Content-Length": str(2**30)}, 413),
+        ("/gradio_api/queue/join", {"Transfer-Encoding": "chunked"}, 411),
+    ):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.putrequest("POST", path)
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        assert connection.getresponse().status == expected, path
+
+
 @pytest.mark.parametrize(
     "before", ["/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"]
 )
