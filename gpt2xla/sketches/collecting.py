@@ -28,8 +28,7 @@ class Collected:
     Attributes:
         buckets: the packed pictures of each split.
         words: the words of the drawings that are kept, by their numbers in the buckets.
-        counts: how many drawings were read of each, by the same numbers; with `per_word`, how many are taken: how many
-            more are read before they are left out depends on the workers and on the order of the files.
+        counts: how many drawings there are of each, by the same numbers: with `per_word`, those that are taken.
         read: drawings in the files, of any word.
         left_out: how many of them were, by the reason.
         seen: all words in the files.
@@ -78,6 +77,7 @@ class Collected:
                 elif count:
                     keys = np.append(self._smallest[number], drawings["key"][drawings["word"] == number])
                     self._smallest[number] = np.unique(keys)[: self._per_word]
+                    # Not those that were added: how many exceed the limit of that moment depends on the workers.
                     self.counts[number] = len(self._smallest[number])
 
     def _number(self, word: str) -> int:
@@ -117,7 +117,7 @@ def collect(
         for part in in_order(rasteriser, pieces(), workers):
             for word in part.words:
                 if word not in collected.seen:
-                    check_word(word, list(reserved), "--input: the word")
+                    check_word(word, list(reserved), f"{part.name}: the word")
             collected.add(part)
             bar.update(part.read)
     for buckets in collected.buckets.values():

@@ -43,6 +43,7 @@ class Rasterised(NamedTuple):
         train, test: of the type that `record_type` returns. Those of test/ are never copies.
         read: how many drawings the lines hold.
         left_out: how many of them were left out, by the reason.
+        name: of the file.
     """
 
     words: list[str]
@@ -50,6 +51,7 @@ class Rasterised(NamedTuple):
     test: np.ndarray
     read: int
     left_out: Counter[str]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Rasteriser:
         train, test = (
             self._pictures(records.only(chosen), copies) for chosen, copies in ((~is_test, self.copies), (is_test, 0))
         )
-        return Rasterised(records.words, train, test, read, left_out)
+        return Rasterised(records.words, train, test, read, left_out, lines.name)
 
     def _pictures(self, records: quickdraw.Records, copies: int) -> np.ndarray:
         packed = np.empty((1 + copies, len(records.word)), dtype=record_type(self.size))

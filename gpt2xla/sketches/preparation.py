@@ -180,7 +180,7 @@ class _Writing:
         before = self.drawings
         folder.mkdir()
         with (folder / TEXT_FILE).open("wb") as stream:
-            for piece in self._encoded(TextEncoder(self.choose, self.format), files):
+            for piece in self._encoded(TextEncoder(self.choose, self.format), folder, files):
                 stream.write(piece.text.encode())
             size = stream.tell()
             stream.flush()
@@ -194,7 +194,7 @@ class _Writing:
         def samples() -> Iterator[Sample]:
             nonlocal tokens
             encoder = TokenEncoder(self.choose, self.format, config.loss_on, config.seq_length)
-            for piece in self._encoded(encoder, files):
+            for piece in self._encoded(encoder, folder, files):
                 tokens += len(piece.ids)
                 yield from piece.samples()
 
@@ -208,12 +208,17 @@ class _Writing:
             f"{counted(manifest.trained_tokens or 0, 'token')} trained on"
         )
 
-    def _encoded(self, encoder: Callable[[Path], E], files: Sequence[Path]) -> Iterator[E]:
+    def _encoded(self, encoder: Callable[[Path], E], folder: Path, files: Sequence[Path]) -> Iterator[E]:
+        before = self.drawings
         pieces = in_order(encoder, ((file,) for file in files), self.config.num_workers)
         for piece in tqdm(pieces, "writing", len(files), unit=" buckets", disable=None):
             self.drawings += piece.drawings
             self.left_out += piece.left_out
             yield piece
+        if self.drawings == before:
+            too_long = any(why.startswith("longer") for why, number in self.left_out.items() if number)
+            fix = "raise --seq-length" if too_long else f"change --test-fraction {self.config.test_fraction:g}"
+            raise InputError(f"{folder.name}/ has no drawing{_listed(self.left_out)}; {fix}, or give more drawings")
 
 
 def _check_text(folder: Path) -> None:

@@ -27,7 +27,7 @@ from gpt2xla.data.preparation.pipeline import prepare as prepare_text
 from gpt2xla.data.shards import TokenStream
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.files import file_sha256
-from gpt2xla.sketches import buckets
+from gpt2xla.sketches import buckets, sources
 from gpt2xla.sketches.buckets import Buckets
 from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.strokes import rasterise
@@ -267,6 +267,17 @@ def test_words_recognition_and_number_per_word_choose(tmp_path: Path) -> None:
     assert hashes(tmp_path / "d") == hashes(tmp_path / "c")
 
 
+def test_which_words_are_tokens_does_not_depend_on_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where --per-word drops drawings while others are still being read."""
+    monkeypatch.setattr(sources, "_BLOCK_BYTES", 2000)
+    drawings = [[json.dumps({"word": w, "drawing": [[[0, n + 1], [0, 9]]]}) for n in range(60)] for w in ("one", "two")]
+    for name, (first, second) in {"a": drawings, "b": drawings[::-1]}.items():
+        (tmp_path / f"{name}.ndjson").write_text("\n".join(first + second))  # of the first word, then of the other
+        flags = ["--per-word", 9, "--vocab-size", 518]
+        prepare("--input", tmp_path / f"{name}.ndjson", *flags, folder=tmp_path / name)
+    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
+
+
 @pytest.mark.parametrize("loss_on", ["word", "all"])
 @pytest.mark.parametrize("share", [0, 1])
 def test_the_word_before_and_what_is_trained_on(tmp_path: Path, share: int, loss_on: str) -> None:
@@ -343,7 +354,7 @@ def test_a_storage_without_its_package_is_named(tmp_path: Path, monkeypatch: pyt
         (["--input", "right.ndjson", "empty.ndjson"], "empty.ndjson holds no drawings; "),
         (["--input", "nowhere.ndjson"], "--input nowhere.ndjson: no such file or folder"),
         (["--input", "odd.ndjson"], "2 without a stroke, 2 with coordinates beyond 1,000,000 or NaN, 1 of one dot; "),
-        (["--input", "special.ndjson"], "the word 'a <IMGSTART> b' spells the special token <IMGSTART>"),
+        (["--input", "special.ndjson"], "special.ndjson: the word 'a <IMGSTART> b' spells the special token <IMGSTART>"),
         (["--input", "right.ndjson", "--words", "aple"], "--words aple: no drawing is of it; did you mean 'apple'?"),
         (["--input", "right.ndjson", "--words", ""], "--words is empty"),
         (["--input", ""], "--input is empty"),
@@ -354,6 +365,9 @@ def test_a_storage_without_its_package_is_named(tmp_path: Path, monkeypatch: pyt
         (["--input", "right.ndjson", "--word-before", 1.5], "--word-before 1.5: choose a share from 0 to 1"),
         (["--input", "right.ndjson", "--test-fraction", 0], "--test-fraction 0.0: choose a share above 0 and below 1"),
         (["--input", "right.ndjson", "--test-fraction", 1e-9], "test/ has no drawing, with 38 drawings left of 38 read; "),
+        (["--input", "right.ndjson", "--words", "sun", "--per-word", 1], "/ has no drawing; left out: 35 of other words, "),
+        (["--input", "right.ndjson", "--words", "sun", "--per-word", 1, "--as-text"], "/ has no drawing; left out: 35"),
+        (["--input", "right.ndjson", "--tokenizer", "bytes", "--seq-length", 600], "tokens; raise --seq-length, or give"),
         (["--input", "right.ndjson", "--per-word", 0], "--per-word 0: choose a number of at least 1"),
         (["--input", "right.ndjson", "--seq-length", 77], "--seq-length 77: a sketch of 24x24 pixels takes at least 78"),
         (["--input", "right.ndjson", "--vocab-size", 500], "--vocab-size 500: "),
