@@ -92,6 +92,8 @@ def published(card: str, folder: str, name: str, branch: str | None, loss: str, 
     rest = rest.replace(f"# {folder}\n", f"# {name.split('/')[-1]}\n", 1)
     named = f'"{name}", revision="{branch}"' if branch else f'"{name}"'
     rest = rest.replace(f'"{folder}")  # the path of this folder', f"{named})")
+    if not branch:
+        rest = rest.replace(f"--model {folder}", f"--model {name}")
     return (_split_front(front)[0] or own) + f"{rest.rstrip()}\n\n## Loss\n\n{loss}\n"
 
 
@@ -136,6 +138,7 @@ def _card(
 
 
 def _use(name: str, tokenizer: Tokenizer | None) -> str:
+    language = "python"
     pipeline = f"""from transformers import pipeline
 
 generate = pipeline("text-generation", model="{name}")  # the path of this folder"""
@@ -143,6 +146,10 @@ generate = pipeline("text-generation", model="{name}")  # the path of this folde
         code = f"""from transformers import GPT2LMHeadModel
 
 model = GPT2LMHeadModel.from_pretrained("{name}")  # the path of this folder"""
+    elif tokenizer.sketches:
+        language = "bash"
+        code = f"""python generate.py --model {name} --draw WORD  # with gpt2xla
+python scripts/recognise.py my-drawing.png --model {name}"""
     elif tokenizer.chat_template:
         code = f"""{pipeline}
 messages = [{{"role": "user", "content": "What is a token?"}}]
@@ -150,7 +157,7 @@ print(generate(messages, max_new_tokens=100)[0]["generated_text"][-1]["content"]
     else:
         code = f"""{pipeline}
 print(generate("Once upon a time", max_new_tokens=50)[0]["generated_text"])"""
-    return f"```python\n{code}\n```\n\nNo license is stated here: add yours before you publish the model.\n"
+    return f"```{language}\n{code}\n```\n\nNo license is stated here: add yours before you publish the model.\n"
 
 
 def _name(place: str) -> str:

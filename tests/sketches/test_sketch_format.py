@@ -14,6 +14,7 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from gpt2xla.checkpoint.formats import hugging_face as hf
+from gpt2xla.checkpoint.model_card import card_of_model, published
 from gpt2xla.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import TrainingData
@@ -210,3 +211,11 @@ def test_a_run_knows_the_sketches_of_its_data_not_those_that_its_model_learned_b
         base.with_sketches({"size": size, "words": ["ant"], "stroke_width": width}).save(tmp_path / "b")
         with pytest.raises(InputError, match=f"--train-dir holds sketches of several {several}"):
             words_of("a", "b")
+
+
+def test_the_card_of_a_model_of_sketches_says_how_to_draw_and_recognise() -> None:
+    config = ModelConfig(vocab_size=8, seq_length=4, d_model=4, num_layers=1, num_heads=1)
+    card = card_of_model("name", "x", config, {}, format_for("bytes", 24).tokenizer)
+    assert "python generate.py --model name --draw WORD" in card
+    assert "Once upon" not in card
+    assert "recognise.py my-drawing.png --model you/it\n" in published(card, "name", "you/it", None, "", "", False)
