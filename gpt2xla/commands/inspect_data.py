@@ -68,7 +68,7 @@ def inspect(name: str, stream: TokenStream, options: argparse.Namespace) -> None
         print(note)
     if manifest:
         if stream.is_masked:  # many of its tokens, such as the fill, are no text
-            print(counted(manifest.documents, "conversation"))
+            print(counted(manifest.documents, sample_of(tokenizer)))
         else:
             print(f"{counted(manifest.documents, 'document')}, {manifest.bytes / manifest.tokens:.2f} bytes per token")
     if known:
@@ -121,7 +121,7 @@ def show_rows(stream: TokenStream, tokenizer: Tokenizer | None, options: argpars
     if options.documents:
         print(f"trained tokens are shown {before}{'green' if in_color else 'so'}{after}")
     for row in sample_rows(stream, options.documents):
-        held = counted(len(row.starts), "conversation")
+        held = counted(len(row.starts), sample_of(tokenizer))
         print(f"  row {row.number:,}: {held}, {row.trained.sum():,} of {len(row.ids):,} tokens trained")
         for number, runs in enumerate(row.conversations()):
             if number == SHOWN_CONVERSATIONS:
@@ -131,7 +131,7 @@ def show_rows(stream: TokenStream, tokenizer: Tokenizer | None, options: argpars
             print("    " + "".join(f"{before}{t}{after}" if run[1] else t for t, run in zip(texts, runs, strict=True)))
     found = count_rows(stream)
     print(
-        f"{counted(len(found.conversations), 'row')} of {found.length:,} tokens, conversations in each: mean "
+        f"{counted(len(found.conversations), 'row')} of {found.length:,} tokens, {sample_of(tokenizer)}s in each: mean "
         f"{found.conversations.mean():.1f}, least {found.conversations.min():,}, most {found.conversations.max():,}"
     )
     print(
@@ -147,6 +147,11 @@ def show_rows(stream: TokenStream, tokenizer: Tokenizer | None, options: argpars
     if (more := int(found.conversations.sum()) - stream.manifest.documents) > 0:
         held = f"conversations hold {counted(more, 'end-of-text token')} that are not trained on"
         print(f"note: {held}; what follows each is counted as another conversation")
+
+
+def sample_of(tokenizer: Tokenizer | None) -> str:
+    """Return what a sample of masked rows is."""
+    return "drawing" if tokenizer and tokenizer.sketches else "conversation"
 
 
 def shown(ids: list[int], tokenizer: Tokenizer | None, in_color: bool) -> str:

@@ -119,6 +119,8 @@ def test_every_drawing_stands_once_and_whole_in_a_row(tmp_path: Path) -> None:
     assert 0 < test.total() < expected.total() / 2
     texts = sketches(tmp_path / "out" / "train") + sketches(tmp_path / "out" / "test")
     assert len(texts) == 38
+    shown = succeed(run_here("scripts/inspect_data.py", tmp_path / "out" / "train"))
+    assert f"\n{len(sketches(tmp_path / 'out' / 'train'))} drawings\n" in shown
     for text, trained in texts:
         # With the word before, the picture and what follows it is the answer; otherwise the word, and the end.
         assert trained in ([*range(4, 79)], [76, 77])
