@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -78,6 +78,21 @@ def told(result: subprocess.CompletedProcess[str], text: str) -> int:
     """In how many lines of their own the processes report an error with `text`. torchrun repeats it in its report."""
     starts = ("run_pretrain", "gpt2xla")
     return sum(text in line for line in result.stderr.splitlines() if line.startswith(starts) and ": error: " in line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` not only a file's tests stay together: all of the playground share a server and a browser."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = "tests/playground/"
+            return folder if nodeid.startswith(folder) else super()._split_scope(nodeid)
+
+    return Together(config, log)
 
 
 def require_xla() -> None:

@@ -49,7 +49,7 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
     settings = controls(max_new_tokens=256)
     on_turn(
         models, [send.click, question.submit], partial(answer, models), [chosen, question, said, system, *settings],
-        [question, shown, said, note], stop=stop, show_progress_on=[shown],
+        [question, shown, said, note], start=send, stop=stop, show_progress_on=[shown],
     )  # fmt: skip
     gr.on([reset.click, shown.clear], lambda: [[], Talk(), ""], None, [shown, said, note], queue=False, **QUIET)
 

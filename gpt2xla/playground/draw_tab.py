@@ -68,7 +68,7 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
         words = models.words(name)
         return gr.Dropdown(words) if word or not words else gr.Dropdown(words, value=words[0])
 
-    on_turn(models, [start.click], draw, [chosen, word, count, *settings], [drawn], stop=stop)
+    on_turn(models, [start.click], draw, [chosen, word, count, *settings], [drawn], start=start, stop=stop)
     chosen.input(offer, [chosen, word], word, queue=False, **QUIET)
 
 

@@ -23,6 +23,8 @@ from gpt2xla.playground.models import Models
 
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 _TURNS: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+# Functions of the browser that turn a button off and on.
+_OFF, _ON = (f"() => ({{__type__: 'update', interactive: {is_on}}})" for is_on in ("false", "true"))
 _PAUSE = 0.1  # seconds between two results that are shown: a browser draws slower than a model writes
 
 
@@ -33,6 +35,7 @@ def on_turn(
     inputs: Sequence[Any],
     outputs: Sequence[Any],
     *,
+    start: gr.Button | None = None,
     stop: gr.Button | None = None,
     **options: Any,
 ) -> Any:
@@ -41,7 +44,10 @@ def on_turn(
     Args:
         work: gets the values of `inputs` and returns those of `outputs`, or yields them again and again. If it yields
             faster than the page can show, only the newest are shown. An InputError or RunFailed ends it with a note.
+        start: this button is off until the work has ended, also after a click on `stop`: Gradio would drop its clicks.
         stop: this button ends the work where it yields, also while it waits for its turn."""
+    if start is not None:  # before the event itself: what follows it in Gradio's list waits for its end
+        gr.on(list(triggers), None, None, start, js=_OFF, queue=False, **QUIET)
     event = gr.on(
         list(triggers),
         _in_thread(models, work),
@@ -49,6 +55,9 @@ def on_turn(
         list(outputs),
         **(_TURNS | {"show_progress": "full"} | options),
     )
+    if start is not None:
+        for ended in (event.then, event.failure):  # by Gradio's errors, such as a full queue, only the second
+            ended(None, None, start, js=_ON, queue=False, **QUIET)
     if stop is not None:
         stop.click(None, cancels=[event], queue=False, **QUIET)
     return event

@@ -75,8 +75,8 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
         yield from _in_each(models, [name, beside], words, number, known)
 
     places = [chosen, other, text, layer]
-    on_turn(models, [start.click], look_at, places, shown, stop=stop)
-    on_turn(models, [more.click], go_on, [*places, count, temperature], shown, stop=stop)
+    on_turn(models, [start.click], look_at, places, shown, start=start, stop=stop)
+    on_turn(models, [more.click], go_on, [*places, count, temperature], shown, start=more, stop=stop)
     layer.input(heat_maps, [looks, layer], maps, queue=False, trigger_mode="always_last", **QUIET)
     gr.on(None, lambda name: gr.Dropdown([_NONE, *models.names()]), chosen, other, queue=False, **QUIET)
 

@@ -35,7 +35,7 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
             settings = controls()
         with gr.Column(scale=3, min_width=300):
             text = gr.HTML(_EMPTY, js_on_load=None, elem_id="written", show_label=False)
-    on_turn(models, [start.click], partial(write, models), [chosen, prompt, *settings], [text], stop=stop)
+    on_turn(models, [start.click], partial(write, models), [chosen, prompt, *settings], [text], start=start, stop=stop)
 
 
 def write(models: Models, name: str, beginning: str, *values: Any) -> Iterator[str]:

@@ -53,15 +53,17 @@ def test_the_first_paint_is_within_a_second(visit: Visit) -> None:
 
 
 def test_a_text_streams_until_it_is_stopped(visit: Visit) -> None:
+    """And the next click is served, however soon it comes: after Stop, and after a reload that leaves a text."""
     page = visit()
     set_new_tokens(page, 1000)
     write(page, ODD_TEXT)
     tokens = page.locator(".token")
     tokens.nth(5).wait_for()
+    assert page.get_by_role("button", name="Write", exact=True).is_disabled()
     page.get_by_role("button", name="Stop", exact=True).click()
-    write(page, "Another")  # begins when the first has stopped
+    write(page, "Another")
     page.locator(".prompt", has_text="Another").wait_for()
-    page.get_by_role("button", name="Stop", exact=True).click()
+    tokens.nth(5).wait_for()
     page.reload()
     set_new_tokens(page, 8)
     write(page, ODD_TEXT)
@@ -72,6 +74,7 @@ def test_a_text_streams_until_it_is_stopped(visit: Visit) -> None:
     lines = tokens.first.get_attribute("data-tip").split("\n\n")[0].splitlines()
     assert len(lines) in (5, 6)
     assert sum(line.startswith("▸") for line in lines) == 1
+    assert page.get_by_role("button", name="Write", exact=True).is_enabled()
 
 
 def test_settings_and_models_that_do_not_fit_are_notes(visit: Visit) -> None:
@@ -104,6 +107,7 @@ def test_a_conversation(visit: Visit) -> None:
     page.get_by_text("Say something to the model.").wait_for()
 
 
+@pytest.mark.slow  # eight browsers
 def test_eight_visitors_at_once(visit: Visit) -> None:
     pages = [visit() for _ in range(VISITORS)]
     for number, page in enumerate(pages):
@@ -114,6 +118,25 @@ def test_eight_visitors_at_once(visit: Visit) -> None:
         assert note.inner_text().startswith("100 tokens, cut")
         assert page.locator(".written .prompt").inner_text() == f"I am visitor {number}"
         assert page.locator(".toast-body").count() == 0
+
+
+def test_eight_visitors_are_served_in_turn(address: str) -> None:
+    """What their browsers would ask for."""
+    config = json.loads(request(address, "/config")[1])
+    [written] = [part["id"] for part in config["components"] if part["props"].get("elem_id") == "written"]
+    [number] = [event["id"] for event in config["dependencies"] if event["outputs"] == [written]]
+    for visitor in range(VISITORS):
+        data = ["run@latest", f"I am visitor {visitor}", 1, 100, 0, 1, 1, "", ""]
+        body = {"fn_index": number, "data": data, "session_hash": f"visitor{visitor}"}
+        assert request(address, "/gradio_api/queue/join", body)[0] == 200
+    for visitor in range(VISITORS):
+        status, told = request(address, f"/gradio_api/queue/data?session_hash=visitor{visitor}")
+        *_, end = [
+            event for event in map(json.loads, re.findall("data: (.+)", told)) if event["msg"] == "process_completed"
+        ]
+        assert (status, end["success"]) == (200, True)
+        assert f"I am visitor {visitor}</span>" in told
+        assert "100 tokens, cut" in told
 
 
 def request(address: str, path: str, body: object = None) -> tuple[int, str]:
