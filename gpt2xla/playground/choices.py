@@ -51,8 +51,9 @@ def percent(probability: float) -> str:
 
 def tip(choices: Sequence[Choice], came: int | None = None) -> str:
     """Return a line for each token, the likeliest first, with a mark at the one that came."""
+    width = max(len(choice.text) for choice in choices)
     return "\n".join(
-        f"{'▸' if choice.token == came else ' '} {percent(choice.probability):>5} {choice.text}  "
+        f"{'▸' if choice.token == came else ' '} {percent(choice.probability):>5} {choice.text:<{width}}  "
         f"{'▇' * round(choice.probability * _BAR)}".rstrip()
         for choice in sorted(choices, key=lambda choice: -choice.probability)
     )

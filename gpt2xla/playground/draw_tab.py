@@ -31,8 +31,8 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
             )  # fmt: skip
             count = gr.Slider(1, _MOST, 4, step=1, label="Pictures", elem_id="pictures")
             with gr.Row(elem_classes="buttons"):
-                start = gr.Button("Draw", variant="primary", min_width=80)
-                stop = gr.Button("Stop", min_width=80)
+                start = gr.Button("Draw", variant="primary", size="md", scale=0, min_width=80)
+                stop = gr.Button("Stop", size="md", scale=0, min_width=80)
             settings = controls(of_text=False)
         with gr.Column(scale=3, min_width=300):
             drawn = gr.HTML(_shown([], "", ["The pictures appear here"]), js_on_load=None, elem_id="drawn")
