@@ -40,9 +40,8 @@ def tab(models: Models, chosen: gr.Dropdown) -> None:
                 stop = gr.Button("Stop", size="md", scale=0, min_width=80)
         with gr.Column(scale=2, min_width=300):
             other = gr.Dropdown([_NONE], value=_NONE, label="Compare with", elem_id="other")
-            with gr.Row():
-                count = gr.Slider(1, 256, 60, step=1, label="New tokens", min_width=180)
-                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", min_width=180)
+            count = gr.Slider(1, 256, 60, step=1, label="New tokens")
+            temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature")
     seen = gr.HTML(_EMPTY, js_on_load=None, elem_id="seen")
     layer = gr.Slider(1, 2, 1, step=1, label="Attention in layer", visible=False, elem_id="layer")
     maps = gr.HTML("", js_on_load=Path(__file__).with_name("heat_maps.js").read_text(), elem_id="attention")
