@@ -74,7 +74,7 @@ def test_a_text_streams_until_it_is_stopped(visit: Visit) -> None:
     lines = tokens.first.get_attribute("data-tip").split("\n\n")[0].splitlines()
     assert len(lines) in (5, 6)
     assert sum(line.startswith("▸") for line in lines) == 1
-    assert page.get_by_role("button", name="Write", exact=True).is_enabled()
+    page.get_by_role("button", name="Write", exact=True).click(trial=True)  # once it is on again
 
 
 def test_settings_and_models_that_do_not_fit_are_notes(visit: Visit) -> None:
