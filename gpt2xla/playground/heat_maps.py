@@ -14,7 +14,7 @@ from gpt2xla.playground.looking import Look, label
 
 _COLOR = (99, 102, 241)  # seen on light and on dark
 _SMALLEST_CELL, _LARGEST_CELL = 9, 22  # pixels of a cell's side
-_ROOM = 420  # pixels of the large picture's side, as far as cells allow
+_ROOM = 360  # pixels of the large picture's side, as far as cells allow
 
 
 def heat_maps(looks: Sequence[Look], layer: int) -> str:
