@@ -183,6 +183,7 @@ def test_folders_without_readable_weights_say_what_to_do(tmp_path: Path) -> None
         hf.load_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_loading_takes_the_memory_of_one_copy() -> None:
     """Loading gpt2's shape, in its own process, needs the parameters and one tensor at a time beside them."""
     shown = succeed(run("benchmarks/load_memory.py", "--size", "gpt2", PYTHONPATH=str(ROOT)))

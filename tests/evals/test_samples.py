@@ -49,13 +49,10 @@ def test_two_processes_show_one_sample(documents: list[object], without: Path, t
     assert training_losses(tmp_path) == pytest.approx(training_losses(without), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "environment"),
-    [
-        ([], {}),
-        pytest.param([], {"CPU_NUM_DEVICES": "2"}, marks=pytest.mark.slow),
-        pytest.param(["--mixed-precision", "bf16"], {}, marks=pytest.mark.slow),
-    ],
+    [([], {}), ([], {"CPU_NUM_DEVICES": "2"}), (["--mixed-precision", "bf16"], {})],
     ids=["one device", "replicas", "bf16"],
 )
 def test_on_xla_two_programs_come_with_the_first_sample_and_none_later(

@@ -181,7 +181,7 @@ def test_a_resumed_xla_run_is_bit_identical(xla_run: Path, data_flags: list[str]
     assert same_weights(tmp_path, xla_run)
 
 
-@pytest.mark.parametrize("first", ["torch", "xla"])
+@pytest.mark.parametrize("first", [pytest.param("torch", marks=pytest.mark.slow), "xla"])
 def test_a_run_moves_between_runtimes(
     first: str, trained: Path, xla_run: Path, data_flags: list[str], tmp_path: Path
 ) -> None:
