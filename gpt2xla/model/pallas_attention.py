@@ -93,9 +93,12 @@ def forward(shape: Shape, interpret: bool = False) -> Any:
 
 
 def backward(shape: Shape, interpret: bool = False) -> Any:
-    """Return the kernel (q, k, v, y, log_sums, dy) -> (dq, dk, dv). All are bf16 (B, T, D), except log_sums. With documents
-    it takes the same two arguments first as `forward`."""
-    return _call(shape, _backward, inputs="BBBBSB", outputs="BBB", scratch="hthtTTTx", products=5, interpret=interpret)
+    """Return the kernel (q, k, v, y, log_sums, dy) -> (gradients, sums). With documents it takes the same two arguments
+    first as `forward`.
+
+    gradients: dq, dk and dv in one array, bf16 (3, B, T, D). sums: fp32 (B, 3, D), these gradients before they are rounded,
+    summed over a sequence's tokens, as biases need them."""
+    return _call(shape, _backward, inputs="BBBBSB", outputs="GM", scratch="hthtTTTx", products=5, interpret=interpret)
 
 
 def lower(shape: Shape, kernel: Any) -> str:
@@ -126,6 +129,8 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, p
     specs = {
         "B": pl.BlockSpec((1, shape.T, COLUMNS), lambda sequence, block: (sequence, 0, block)),
         "S": pl.BlockSpec((1, 1, heads, shape.T), lambda sequence, block: (sequence, block, 0, 0)),
+        "G": pl.BlockSpec((3, 1, shape.T, COLUMNS), lambda sequence, block: (0, sequence, 0, block)),
+        "M": pl.BlockSpec((1, 3, COLUMNS), lambda sequence, block: (sequence, 0, block)),
         # The starts of documents: numbers that branches are taken by, and vectors. TPU v3 has room for few numbers.
         "N": pl.BlockSpec((1, 1, chunks), lambda sequence, block: (sequence, 0, 0), memory_space=pltpu.SMEM),
         "D": pl.BlockSpec((1, 1, shape.T), lambda sequence, block: (sequence, 0, 0)),
@@ -133,6 +138,8 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, p
     arrays = {
         "B": jax.ShapeDtypeStruct((shape.B, shape.T, shape.D), jnp.bfloat16),
         "S": jax.ShapeDtypeStruct((shape.B, blocks, heads, shape.T), jnp.float32),
+        "G": jax.ShapeDtypeStruct((3, shape.B, shape.T, shape.D), jnp.bfloat16),
+        "M": jax.ShapeDtypeStruct((shape.B, 3, shape.D), jnp.float32),
         "N": jax.ShapeDtypeStruct((shape.B, 1, chunks), jnp.int32),
         "D": jax.ShapeDtypeStruct((shape.B, 1, shape.T), jnp.int32),
     }
@@ -226,11 +233,15 @@ def _forward(shape: Shape, interpret: bool, *refs: Any) -> None:
 
 def _backward(shape: Shape, interpret: bool, *refs: Any) -> None:
     numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
-    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, dq_ref, dk_ref, dv_ref, q, k, dy, v, dq, dk, dv, k_LT = refs
+    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, gradients_ref, sums_ref, q, k, dy, v, dq, dk, dv, k_LT = refs
     heads = range(shape.heads_per_block)
+    # A bias of k adds the same to all scores of a query, which softmax does not see. Each query's weights sum to one, so
+    # the sum of dv is the sum of dy.
+    dq_sum, dk_sum, dv_sum = (jnp.zeros((1, COLUMNS), jnp.float32) for _ in range(3))
     for rows, (q_rows, k_rows, v_rows, y_rows, dy_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref, y_ref, dy_ref):
         k[rows], v[rows] = k_rows.astype(k.dtype), v_rows.astype(v.dtype)
         dq[rows] = dy_rows * y_rows  # kept where dq will be written
+        dv_sum += _sum_of_rows(dy_rows)
         for head in heads:
             q.at[head][rows] = _of_heads(shape, {head: q_rows * shape.q_scale}, 0.0).astype(q.dtype)
             dy.at[head][rows] = _of_heads(shape, {head: dy_rows}, 0.0).astype(dy.dtype)
@@ -276,8 +287,10 @@ def _backward(shape: Shape, interpret: bool, *refs: Any) -> None:
         queries, _ = chunk
         if shape.score_scale != 1:
             dk[queries] *= shape.score_scale
-        for ref, values in (dq_ref, dq), (dk_ref, dk), (dv_ref, dv):
-            _write(shape, ref, values, queries)
+        dq_sum += _sum_of_rows(dq[queries])
+        for number, values in enumerate((dq, dk, dv)):
+            _write(shape, gradients_ref.at[number], values, queries)
+    sums_ref[0] = jnp.concatenate([dq_sum, dk_sum, dv_sum])
 
 
 def _rows(shape: Shape, interpret: bool, *refs: Any) -> Any:
@@ -309,6 +322,12 @@ def _write(shape: Shape, ref: Any, values: Any, rows: slice) -> None:
     halves = [values[pl.ds(rows.start + odd, (rows.stop - rows.start) // 2, stride=2)] for odd in range(2)]
     even, odd = (jax.lax.bitcast_convert_type(half, jnp.int32) + 0x8000 for half in halves)
     ref[0, rows] = pltpu.bitcast(jax.lax.shift_right_logical(even, 16) | (odd & -65536), jnp.bfloat16)
+
+
+def _sum_of_rows(x: jax.Array) -> jax.Array:
+    while len(x) % 16 == 0:  # in halves, not one row after the other: each addition would wait for the last
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _of_heads(shape: Shape, values: dict[int, Any], other: Any = None) -> Any:

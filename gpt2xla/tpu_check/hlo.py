@@ -57,7 +57,8 @@ class Program:
     def kernel_calls(self) -> dict[str, int]:
         """Return how often flash attention's two kernels are called; the compiler estimates no cycles for them."""
         calls = Counter(
-            "forward" if "f32[" in rest[: rest.index("custom-call(")] else "backward"
+            # The backward kernel's first result holds three arrays like the forward kernel's.
+            "backward" if _ARRAY.findall(rest)[0][1].count(",") == 3 else "forward"
             for rest, times in self._executed(self.entry, 1)
             for _ in range(times)
             if 'custom_call_target="tpu_custom_call"' in rest

@@ -56,13 +56,22 @@ def test_values_and_gradients(shape: Shape) -> None:
     starts = starts_of(shape)[:, None].numpy()
     documents = [starts[..., :: shape.queries_per_chunk], starts] if shape.documents else []
     y, log_sums = forward(shape, interpret=True)(*documents, q, k, v)
-    results = [y, *backward(shape, interpret=True)(*documents, q, k, v, y, log_sums, dy)]
+    gradients, sums = backward(shape, interpret=True)(*documents, q, k, v, y, log_sums, dy)
+    results = [y, *gradients]
     exact, plain = by_torch(arrays, shape, torch.float64), by_torch(arrays, shape, torch.bfloat16)
     for name, ours, theirs, expected in zip(("y", "dq", "dk", "dv"), results, plain, exact, strict=True):
         error = np.linalg.norm(np.asarray(ours, np.float64) - expected) / np.linalg.norm(expected)
         bf16 = np.linalg.norm(theirs - expected) / np.linalg.norm(expected)
         print(f"{shape} {name}: {error:.2e}, torch in bf16 {bf16:.2e}")
         assert error <= 1.05 * bf16, "no less exact than torch's own in bf16"
+    dq_sum, dk_sum, dv_sum = np.moveaxis(np.asarray(sums, np.float64), 1, 0)
+    for name, ours, place in (("dq", dq_sum, 1), ("dv", dv_sum, 3)):
+        expected = exact[place].sum(1)
+        error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+        bf16 = np.linalg.norm(plain[place].sum(1) - expected) / np.linalg.norm(expected)
+        print(f"{shape} sum of {name}: {error:.2e}, torch in bf16 {bf16:.2e}")
+        assert error <= bf16
+    assert not dk_sum.any(), "softmax does not see a bias of k"
 
 
 def test_the_kernels_are_lowered_without_a_device() -> None:

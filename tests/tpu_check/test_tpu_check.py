@@ -59,6 +59,19 @@ def test_cycles_count_loops_and_memory_counts_what_is_alive() -> None:
     assert module_of("h.0.659/h.0.mlp.15/h.0.mlp.c_fc.1/aten__mm") == "h.0.mlp.c_fc"
 
 
+def test_kernels_are_told_apart_by_their_results() -> None:
+    call = 'custom-call(%x), custom_call_target="tpu_custom_call"'
+    kernels = f"""\
+ENTRY %main (x: bf16[2,256,128]) -> bf16[2,256,128] {{
+  %x = bf16[2,256,128]{{2,1,0:T(8,128)(2,1)}} parameter(0)
+  %y = (bf16[2,256,128]{{2,1,0:T(8,128)(2,1)}}, f32[2,1,2,256]{{3,2,1,0:T(2,128)}}) {call}
+  %z = (bf16[2,256,128]{{2,1,0:T(8,128)(2,1)}}, f32[2,1,2,256]{{3,2,1,0:T(2,128)}}) {call}
+  %d = (bf16[3,2,256,128]{{3,2,1,0:T(8,128)(2,1)}}, f32[2,3,128]{{2,1,0:T(4,128)}}) {call}
+}}
+"""
+    assert Program.parse(kernels).kernel_calls() == {"forward": 2, "backward": 1}
+
+
 def test_a_step_that_fits(tmp_path: Path) -> None:
     versions = installed(("torch", "jax"))
     if reason := why_no_kernels(release_for(versions), versions.get("jax")):

@@ -59,7 +59,8 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         starts_BT, *tensors = ctx.saved_tensors
-        return *_call("backward", starts_BT, [*tensors, grads[0]], *ctx.kernel), None, None, None, None
+        gradients_3BTD, _ = _call("backward", starts_BT, [*tensors, grads[0]], *ctx.kernel)
+        return *gradients_3BTD, None, None, None, None
 
 
 def _call(
@@ -72,25 +73,29 @@ def _call(
     if direction == "forward":
         shapes, dtypes = [parts[0].shape, torch.Size((sequences, *blocks, length))], [torch.bfloat16, torch.float32]
     else:
-        shapes, dtypes = [parts[0].shape] * 3, [torch.bfloat16] * 3
+        shapes = [torch.Size((3, *parts[0].shape)), torch.Size((sequences, 3, width))]
+        dtypes = [torch.bfloat16, torch.float32]
     if starts_BT is not None:
         starts = [starts_BT[:, None, ::chunk], starts_BT[:, None]]
         parts = [*(starts if mesh is None else [_part(tensor, mesh) for tensor in starts]), *parts]
     results = torch_xla._XLAC._xla_tpu_custom_call(parts, payload, shapes, dtypes)
-    return results if mesh is None else [_whole(result, len(tensors[0]), mesh) for result in results]
+    if mesh is None:
+        return results
+    axes = (0, 0) if direction == "forward" else (1, 0)  # of the sequences
+    return [_whole(result, len(tensors[0]), mesh, axis) for result, axis in zip(results, axes, strict=True)]
 
 
 def _part(tensor: Tensor, mesh: xs.Mesh) -> Tensor:
-    return xs.enable_manual_sharding(tensor, _by_sequence(tensor, mesh), mesh=mesh).global_tensor
+    return xs.enable_manual_sharding(tensor, _by_sequence(tensor, mesh, 0), mesh=mesh).global_tensor
 
 
-def _whole(part: Tensor, sequences: int, mesh: xs.Mesh) -> Tensor:
-    shape = torch.Size((sequences, *part.shape[1:]))
-    return xs.disable_manual_sharding(part, _by_sequence(part, mesh), shape, mesh=mesh).global_tensor
+def _whole(part: Tensor, sequences: int, mesh: xs.Mesh, axis: int) -> Tensor:
+    shape = torch.Size((*part.shape[:axis], sequences, *part.shape[axis + 1 :]))
+    return xs.disable_manual_sharding(part, _by_sequence(part, mesh, axis), shape, mesh=mesh).global_tensor
 
 
-def _by_sequence(tensor: Tensor, mesh: xs.Mesh) -> tuple[str | None, ...]:
-    return (mesh.axis_names[0], *[None] * (tensor.dim() - 1))
+def _by_sequence(tensor: Tensor, mesh: xs.Mesh, axis: int) -> tuple[str | None, ...]:
+    return tuple(mesh.axis_names[0] if place == axis else None for place in range(tensor.dim()))
 
 
 @functools.cache
