@@ -83,7 +83,7 @@ class GPT2(nn.Module):
         if noise_seed is not None:
             x_BTD = x_BTD + embedding_noise(ids_BT, noise_seed, self.neftune_alpha, self.config.d_model)
         x_BTD = self.drop(x_BTD + self.wpe(positions))
-        if documents is not None and not self.kernels.attention:
+        if documents is not None and not (self.kernels.attention or self.kernels.projected_attention):
             documents = document_mask(documents, compute_dtype(x_BTD))  # once, not in each layer
         for layer, block in enumerate(self.h):
             x_BTD = block(x_BTD, self.kernels, None, cache, layer) if cache else self._run(block, x_BTD, documents)
@@ -195,6 +195,9 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, kernels: Kernels, documents: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
+        if kernels.projected_attention and not cache:
+            weight, bias = self.c_attn.weight, self.c_attn.bias
+            return self._output(kernels.projected_attention(x_BTD, weight, bias, self.num_heads, documents))
         if kernels.separate_qkv:
             biases = [None] * 3 if self.c_attn.bias is None else self.c_attn.bias.chunk(3)
             parts = zip(self.c_attn.weight.chunk(3), biases, strict=True)
@@ -208,6 +211,9 @@ class Attention(nn.Module):
         else:
             dropout = self.dropout if self.training else 0.0
             y_BTD = sdpa_attention(q_BTD, k_BTD, v_BTD, self.num_heads, dropout, documents)
+        return self._output(y_BTD)
+
+    def _output(self, y_BTD: Tensor) -> Tensor:
         return F.dropout(self.c_proj(y_BTD), self.dropout, self.training)
 
 

@@ -16,6 +16,7 @@ from gpt2xla.model.loss import plain_cross_entropy
 from gpt2xla.model.norm import plain_layer_norm
 
 Attention = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Tensor]
+ProjectedAttention = Callable[[Tensor, Tensor, Tensor | None, int, Tensor | None], Tensor]
 LogSums = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -34,6 +35,9 @@ class Kernels:
     # (q, k, v, num_heads, documents) -> y, each (B, T, D). None means torch's own, the only one that supports dropout.
     # `documents` is None, or the starts of each token's document (B, T); for torch's own it is the mask made of them.
     attention: Attention | None = None
+    # (x, weight and bias of c_attn, num_heads, documents) -> y; x and y are (B, T, D). It is attention together with the
+    # projection before it, and takes the place of `attention`. None projects as `separate_qkv` says.
+    projected_attention: ProjectedAttention | None = None
     # (x, head weight, labels, padding of the vocabulary) -> summed loss, as in `loss.py`
     cross_entropy: Callable[[Tensor, Tensor, Tensor, int], Tensor] = plain_cross_entropy
     # (x, head weight in the same type, padding) -> for each token (B, T) the logarithm of the sum of its exponentiated
@@ -58,7 +62,9 @@ def choose_kernels(
     train: TrainConfig,
     model: ModelConfig,
     *,
-    attention: dict[str, Attention],  # what the device can compute beside `sdpa`, by the names of --attention
+    # What the device can compute beside `sdpa`, by the names of --attention: from queries, or from what is projected to them
+    attention: dict[str, Attention],
+    projected_attention: dict[str, ProjectedAttention] | None = None,
     preferred: str,  # the name of the attention that `auto` stands for, in models without dropout
     loss_chunks: int | None,  # into how many pieces --loss-chunks 0 cuts the loss; None computes it at once
     chunked_loss: Callable[..., Tensor],
@@ -73,9 +79,10 @@ def choose_kernels(
 
     Raises InputError if this device, or this model, cannot compute what --attention names."""
     name = train.attention if train.attention != "auto" else preferred if model.dropout == 0 else "sdpa"
-    if name != "sdpa" and name not in attention:
+    projected = projected_attention or {}
+    if name not in ("sdpa", *attention, *projected):
         raise InputError(
-            f"--attention {name} does not work on this device; use auto, sdpa{''.join(', ' + n for n in attention)}"
+            f"--attention {name} does not work on this device; use {', '.join(['auto', 'sdpa', *attention, *projected])}"
         )
     if name != "sdpa" and model.dropout > 0:
         raise InputError(f"--attention {name} does not support --dropout; use --attention sdpa, or --dropout 0")
@@ -85,6 +92,7 @@ def choose_kernels(
     kind = ", blocks compiled" if compiled else f", {fused.description}" if fused else ""
     return Kernels(
         attention=attention.get(name),
+        projected_attention=projected.get(name),
         cross_entropy=partial(chunked_loss, chunks=chunks) if chunks else plain_cross_entropy,
         log_sums=log_sums,
         layer_norm=fused.layer_norm if fused else layer_norm,

@@ -17,6 +17,10 @@ from gpt2xla.model.arithmetic import Fence, compute_dtype, no_fence
 
 IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
 
+# How far above its label's logit a logit counts in training on compiled devices. No loss comes near it in a training that is
+# alive: a token that the model takes for impossible costs 20 nats.
+MOST_ABOVE_LABEL = 64.0
+
 # Bytes of logits that a kind of device makes at a time, unless the user says otherwise. Larger pieces cost memory, smaller
 # ones keep matrix units less busy.
 LOGITS_AT_ONCE = {"cuda": 2**30, "cpu": 2**29, "xla": 2**30}
@@ -99,30 +103,37 @@ class _ChunkedCrossEntropy(_WithGradient):
         ids_V = torch.arange(len(weight_VD), device=x_BTD.device, dtype=torch.int32)
         counted_BT = labels_BT != IGNORED_LABEL
         label_logits_BT = logits_of_labels(x_BTD, head_VD, labels_BT)
-        loss = -torch.where(counted_BT, label_logits_BT, 0.0).sum()
+        losses: list[Tensor] = []
         dx: list[Tensor] = []
         dweight_VD: Tensor | None = None
-        parts = (t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT))
-        for x_BCD, labels_BC, counted_BC in zip(*parts, strict=True):
+        parts = (t.chunk(chunks, 1) for t in (x_BTD, labels_BT, counted_BT, label_logits_BT))
+        for x_BCD, labels_BC, counted_BC, label_logits_BC in zip(*parts, strict=True):
             if dweight_VD is not None:
                 # One chunk after the other: side by side, their logits would fill the memory after all.
                 x_BCD = x_BCD.clone()
                 fence([x_BCD, dweight_VD])
             logits_BCV = mask_padding(F.linear(x_BCD, head_VD).float(), padding)
-            max_BC1 = logits_BCV.amax(-1, keepdim=True)
-            log_sum_BC1 = max_BC1 + torch.exp(logits_BCV - max_BC1).sum(-1, keepdim=True).log()
-            counted_BC1 = counted_BC.unsqueeze(-1)
-            loss = loss + torch.where(counted_BC1, log_sum_BC1, 0.0).sum()
+            label_logits_BC1, counted_BC1 = label_logits_BC.unsqueeze(-1), counted_BC.unsqueeze(-1)
+            if wants_gradient:
+                shift_BC1 = label_logits_BC1
+                logits_BCV = torch.minimum(logits_BCV, shift_BC1 + MOST_ABOVE_LABEL)
+            else:
+                shift_BC1 = logits_BCV.amax(-1, keepdim=True)
+            sum_BC1 = torch.exp(logits_BCV - shift_BC1).sum(-1, keepdim=True)
+            # A label's logit and its product round differently: where both are tens of thousands, no summand may be left.
+            log_sum_BC1 = sum_BC1.clamp(min=torch.finfo(torch.float32).tiny).log()
+            losses_BC1 = log_sum_BC1 + (shift_BC1 - label_logits_BC1)
+            losses.append(torch.where(counted_BC1, losses_BC1, 0.0).sum())
             if wants_gradient:
                 is_label_BCV = ids_V == labels_BC.int().unsqueeze(-1)
-                dlogits_BCV = torch.exp(logits_BCV - log_sum_BC1) - is_label_BCV.float()
+                dlogits_BCV = torch.exp(logits_BCV - (shift_BC1 + log_sum_BC1)) - is_label_BCV.float()
                 dlogits_BCV = torch.where(counted_BC1, dlogits_BCV, 0.0).to(x_BTD.dtype)
                 dx.append(dlogits_BCV @ head_VD)
                 part_VD = torch.einsum("bcv,bcd->vd", dlogits_BCV, x_BCD).to(weight_VD.dtype)
                 dweight_VD = part_VD if dweight_VD is None else dweight_VD + part_VD
         if wants_gradient:
             ctx.save_for_backward(torch.cat(dx, dim=1), dweight_VD)
-        return loss
+        return torch.stack(losses).sum()
 
 
 class _InPlaceCrossEntropy(_WithGradient):

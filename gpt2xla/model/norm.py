@@ -28,9 +28,9 @@ class _LeanLayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype, fence: Fence
     ) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scale = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
-        normalised = (centred * scale).to(dtype)
+        mean = x.mean(-1, keepdim=True)
+        scale = torch.rsqrt(((x * x).mean(-1, keepdim=True) - mean * mean).clamp(min=0) + eps)
+        normalised = ((x - mean) * scale).to(dtype)
         # Behind the fence only `normalised` is left to compute from. Otherwise a compiler may keep x, to round less.
         fence([normalised])
         ctx.save_for_backward(normalised, scale, weight)

@@ -6,25 +6,29 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
-from gpt2xla.model.kernels import Attention
+from gpt2xla.model.arithmetic import compute_dtype
+from gpt2xla.model.kernels import ProjectedAttention
 from gpt2xla.runtime.xla.versions import installed, release_for, why_no_kernels
 
 
-def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Attention:
-    """Return causal attention in bf16, on tensors (B, T, D) of a shape that is `supported`, also within documents.
+def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> ProjectedAttention:
+    """Return causal attention in bf16, on tensors (B, T, D) of a shape that is `supported`, also within documents, together
+    with the projection before it.
 
     With a mesh of one axis, for SPMD, each device takes its part of the batch: the partitioner cannot look into the kernel
     to divide it."""
     bf16 = not device_kind.startswith("TPU v3")
 
     def flash_attention(
-        q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, num_heads: int, starts_BT: Tensor | None = None
+        x_BTD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, num_heads: int, starts_BT: Tensor | None = None
     ) -> Tensor:
-        return _FlashAttention.apply(q_BTD, k_BTD, v_BTD, starts_BT, num_heads, bf16, mesh)
+        x_BTD = x_BTD.to(compute_dtype(x_BTD))
+        return _ProjectedAttention.apply(x_BTD, weight_ED, bias_E, starts_BT, num_heads, bf16, mesh)
 
     return flash_attention
 
@@ -46,21 +50,32 @@ def why_no_flash_attention(device_kind: str, num_heads: int, head_size: int, len
     return None
 
 
-class _FlashAttention(torch.autograd.Function):
+class _ProjectedAttention(torch.autograd.Function):
+    """Three products forward, so that XLA writes queries, keys and values each in the layout that the kernel reads. Backward
+    their gradients are one array, so that x and the weight have theirs from one product each. The bias has its own from
+    the kernel's sums: XLA would read all gradients once more for them."""
+
     @staticmethod
     def forward(
-        ctx: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor, starts_BT: Tensor | None, *kernel: Any
+        ctx: Any, x_BTD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, starts_BT: Tensor | None, *kernel: Any
     ) -> Tensor:
-        ctx.kernel = kernel
-        y_BTD, log_sums = _call("forward", starts_BT, [q_BTD, k_BTD, v_BTD], *kernel)
-        ctx.save_for_backward(starts_BT, q_BTD, k_BTD, v_BTD, y_BTD, log_sums)
+        own_ED = weight_ED.to(x_BTD.dtype)
+        biases = [None] * 3 if bias_E is None else bias_E.to(x_BTD.dtype).chunk(3)
+        qkv = [F.linear(x_BTD, *parts) for parts in zip(own_ED.chunk(3), biases, strict=True)]
+        y_BTD, log_sums = _call("forward", starts_BT, qkv, *kernel)
+        ctx.kernel, ctx.bias_dtype = kernel, None if bias_E is None else bias_E.dtype
+        ctx.save_for_backward(starts_BT, x_BTD, weight_ED, *qkv, y_BTD, log_sums)
         return y_BTD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        starts_BT, *tensors = ctx.saved_tensors
-        gradients_3BTD, _ = _call("backward", starts_BT, [*tensors, grads[0]], *ctx.kernel)
-        return *gradients_3BTD, None, None, None, None
+        starts_BT, x_BTD, weight_ED, *tensors = ctx.saved_tensors
+        gradients_3BTD, sums_B3D = _call("backward", starts_BT, [*tensors, grads[0]], *ctx.kernel)
+        own_3DD = weight_ED.to(x_BTD.dtype).unflatten(0, (3, -1))
+        dx_BTD = torch.einsum("sbte,sed->btd", gradients_3BTD, own_3DD)
+        dweight_3DD = torch.einsum("sbte,btd->sed", gradients_3BTD, x_BTD)
+        dbias_E = None if ctx.bias_dtype is None else sums_B3D.sum(0).flatten().to(ctx.bias_dtype)
+        return dx_BTD, dweight_3DD.flatten(0, 1).to(weight_ED.dtype), dbias_E, None, None, None, None
 
 
 def _call(

@@ -30,7 +30,7 @@ from gpt2xla.logs.console import say
 from gpt2xla.logs.peak_flops import measured_cpu_flops, named_peak_flops
 from gpt2xla.model.attention import chunked_attention
 from gpt2xla.model.gpt2 import GPT2
-from gpt2xla.model.kernels import Attention, Kernels, choose_kernels
+from gpt2xla.model.kernels import Kernels, choose_kernels
 from gpt2xla.model.loss import LOGITS_AT_ONCE, chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
 from gpt2xla.optim.muon import Owners
@@ -137,14 +137,13 @@ class XlaRuntime(XlaDevice):
             flash_is_out = "it needs --mixed-precision bf16"
         if self.train.attention == "flash" and flash_is_out:
             raise InputError(f"--attention flash: {flash_is_out}; leave the flag out")
-        attention: dict[str, Attention] = {"chunked": partial(chunked_attention, fence=xm.optimization_barrier_)}
-        if not flash_is_out:
-            attention["flash"] = flash_attention_for(self.device_kind, self.mesh)
+        flash = {} if flash_is_out else {"flash": flash_attention_for(self.device_kind, self.mesh)}
         logits = self.train.micro_batch_size * model.seq_length // self.devices * model.vocab_size
         return choose_kernels(
             self.train,
             model,
-            attention=attention,
+            attention={"chunked": partial(chunked_attention, fence=xm.optimization_barrier_)},
+            projected_attention=flash,
             preferred="chunked" if flash_is_out else "flash",
             loss_chunks=-(-2 * logits // LOGITS_AT_ONCE["xla"]),  # 2 bytes each, as on TPUs
             checkpoint=torch_xla_checkpoint,
