@@ -17,8 +17,8 @@ from gpt2xla.model.arithmetic import Fence, compute_dtype, no_fence
 
 IGNORED_LABEL = -100  # a position with this label has no loss and is not counted
 
-# How far above its label's logit a logit counts in training on compiled devices. No loss comes near it in a training that is
-# alive: a token that the model takes for impossible costs 20 nats.
+# How many nats above its label's logit a logit counts at most, in training on compiled devices. exp(64) times any vocabulary
+# is a number in fp32. A model that learns is never as wrong: one that knows nothing has losses of log V, about 11.
 MOST_ABOVE_LABEL = 64.0
 
 # Bytes of logits that a kind of device makes at a time, unless the user says otherwise. Larger pieces cost memory, smaller
@@ -38,9 +38,17 @@ def chunked_cross_entropy(
     """Return the same loss without ever holding all logits. The gradient of each chunk is computed together with its logits;
     checkpointing would compute the logits twice.
 
+    In training, exponentials are shifted by the label's logit, which is known before the product. Compilers then sum them
+    with the product; the largest logit takes a pass of its own. Each logit counts as at most `MOST_ABOVE_LABEL` nats above
+    its label's, so that none overflows: the loss is the cross-entropy of such logits, and the gradient their softmax less
+    the label. So a loss of up to 60 nats is exact, a larger one is shown as at most 64 + log V, and its gradient is as large
+    as it should be and moves the same logits. Without a gradient every loss is exact.
+
     Chunks are cut along T, so that a batch may be split over devices; their number is rounded up to a divisor of T."""
     length = x_BTD.shape[1]
     chunks = next(n for n in range(min(chunks, length), length + 1) if length % n == 0)
+    if not torch.is_grad_enabled():
+        x_BTD, weight_VD = x_BTD.detach(), weight_VD.detach()
     return _ChunkedCrossEntropy.apply(x_BTD.to(compute_dtype(x_BTD)), weight_VD, labels_BT, padding, chunks, fence)
 
 
