@@ -19,7 +19,12 @@ def lean_layer_norm(x: Tensor, norm: nn.LayerNorm, fence: Fence = no_fence) -> T
     """Return `norm(x)` over the last dimension, in the type in which products compute.
 
     torch's own keeps its input, which in a bf16 run is the fp32 residual stream, and the next product keeps the output too.
-    Here the normalised input in bf16 serves as both."""
+    Here the normalised input in bf16 serves as both.
+
+    Where it is of a smaller type than x, the variance is the mean square less the square of the mean. A compiler takes both
+    means together with the product that writes x; the mean of (x - mean)^2 would read x once more. With 2^-24 of fp32 that
+    loses 2^-24 (mean / standard deviation)^2 of the variance, which is nothing beside bf16 up to a ratio of 100. (In GPT-2's
+    residual stream it is below 1: no loss depends on a row's mean, so nothing makes it grow.)"""
     return _LeanLayerNorm.apply(x, norm.weight, norm.bias, norm.eps, compute_dtype(x), fence)
 
 
@@ -29,8 +34,13 @@ class _LeanLayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype, fence: Fence
     ) -> Tensor:
         mean = x.mean(-1, keepdim=True)
-        scale = torch.rsqrt(((x * x).mean(-1, keepdim=True) - mean * mean).clamp(min=0) + eps)
-        normalised = ((x - mean) * scale).to(dtype)
+        centred = x - mean
+        if dtype == x.dtype:
+            variance = (centred * centred).mean(-1, keepdim=True)
+        else:
+            variance = ((x * x).mean(-1, keepdim=True) - mean * mean).clamp(min=0)
+        scale = torch.rsqrt(variance + eps)
+        normalised = (centred * scale).to(dtype)
         # Behind the fence only `normalised` is left to compute from. Otherwise a compiler may keep x, to round less.
         fence([normalised])
         ctx.save_for_backward(normalised, scale, weight)
