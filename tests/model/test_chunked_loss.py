@@ -1,4 +1,4 @@
-"""The loss of compiled devices, whose exponentials are shifted by the label's logit, against float64: up to 200 nats a token."""
+"""The loss of compiled devices, whose exponentials are shifted by the label's logit: against float64, up to 200 nats."""
 
 from __future__ import annotations
 

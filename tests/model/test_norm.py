@@ -1,4 +1,4 @@
-"""The layer norm of compiled devices against float64: where rows have means and outliers as trained models have, and larger."""
+"""The layer norm of compiled devices against float64, in rows with means and outliers as trained models have, and larger."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH = 768
 
 
 def rows(mean: float, outlier: float) -> Tensor:
-    """Return rows (64, D) with a standard deviation of 2 and this mean, and three columns as large as GPT-2's 138, 378, 447."""
+    """Return rows (64, D) with this mean and a standard deviation of 2, beside columns that stand out as GPT-2's do."""
     x = 2 * torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0)) + mean
     x[:, 447] += outlier
     x[:, [138, 378]] -= outlier / 4
