@@ -1,4 +1,4 @@
-"""Run by test_projected_attention.py under SPMD on two CPUs of XLA: projection and flash attention as one function, with
+"""Run by test_tpu_forms.py under SPMD on two CPUs of XLA: projection and flash attention as one function, with
 interpreted kernels, within documents, beside attention in float64.
 
 Prints a JSON object: for each case the relative error of the value and of each gradient, of this function and of torch's own
