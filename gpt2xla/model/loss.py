@@ -38,11 +38,11 @@ def chunked_cross_entropy(
     """Return the same loss without ever holding all logits. The gradient of each chunk is computed together with its logits;
     checkpointing would compute the logits twice.
 
-    In training, exponentials are shifted by the label's logit, which is known before the product. Compilers then sum them
-    with the product; the largest logit takes a pass of its own. Each logit counts as at most `MOST_ABOVE_LABEL` nats above
-    its label's, so that none overflows: the loss is the cross-entropy of such logits, and the gradient their softmax less
-    the label. So a loss of up to 60 nats is exact, a larger one is shown as at most 64 + log V, and its gradient is as large
-    as it should be and moves the same logits. Without a gradient every loss is exact.
+    In training, exponentials are shifted by the label's logit. It is known before the product, so that compilers sum them
+    inside the product; the largest logit would take a pass of its own. None overflows, as a logit counts as at most
+    `MOST_ABOVE_LABEL` nats above its label's. Loss and gradient are exactly those of such logits: up to 60 nats they are
+    those of any other form; larger losses, which only a diverged training has, come out as at most 64 + log V, with a
+    gradient that still moves the label against all that stands above it. Without a gradient every loss is exact.
 
     Chunks are cut along T, so that a batch may be split over devices; their number is rounded up to a divisor of T."""
     length = x_BTD.shape[1]
