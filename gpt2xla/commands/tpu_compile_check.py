@@ -17,6 +17,7 @@ from gpt2xla.config.paths import check_mixture
 from gpt2xla.errors import InputError, counted, user_error
 from gpt2xla.tpu_check.check import check, check_chosen, find_batch, with_largest_updates
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
+from gpt2xla.tpu_check.where import described
 
 DOES_NOT_FIT = 3
 
@@ -27,6 +28,7 @@ class CheckConfig(XlaConfig):
 
     topology: tuple[str, ...] = option(("v5e-8",), f"TPUs to compile for: {', '.join(TOPOLOGIES)}")
     find_batch: bool = option(False, "find the largest --train-batch-size that fits, which may take many compiles")
+    where: bool = option(False, "print where the step's cycles go: its parts, and its largest instructions")
     json: str | None = option(None, "file for the reports, as a list", is_path=True)
 
 
@@ -52,6 +54,8 @@ def main() -> None:
         report = ask(run, options, topology, say)
         reports.append(report)
         print(describe(report), flush=True)
+        if options.where and report["fits"]:
+            print(described(report["where"]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps(reports, indent=2) + "\n")
     if not all(report["fits"] for report in reports):

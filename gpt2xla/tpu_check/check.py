@@ -19,6 +19,7 @@ from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.errors import InputError, RunFailed, counted
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
 from gpt2xla.tpu_check.traced_step import graph_in
+from gpt2xla.tpu_check.where import Work, summary
 
 _MOST_SEQUENCES = 1024  # per device and micro-step; beyond, nothing is gained
 _SKIPPED_VARIABLES = ("PJRT_DEVICE", "TPU_", "XLA_", "LIBTPU", "CPU_NUM", "JAX_")
@@ -43,7 +44,9 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
         say(f"{topology}: compiling ...")
         request = {"topology": topology, "graph": graph, "replicas": found.devices, "spmd": options.spmd}
         compiled = _compile(Path(folder), request)
+        work = [Work(**group) for group in compiled.pop("work", [])]
         report = {"topology": topology, "sequences_per_device": share, **trace, **compiled}
+        each: dict[str, int] = {}
         if compiled["fits"]:
             report |= _costs(config, found, compiled)
             if calls := compiled["kernel_calls"]:
@@ -53,6 +56,7 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
                 each = _compile(Path(folder), {"topology": topology, "kernels": sizes, "documents": documents})
                 report["kernel_cycles"] = sum(each[name] * number for name, number in calls.items())
                 report["cycles"] += report["kernel_cycles"]
+            report["where"] = summary(work, each, found)
     return report
 
 

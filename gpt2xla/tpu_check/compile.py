@@ -11,12 +11,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpt2xla.runtime.xla.compiler_messages import compiler_figures, to_bytes
-from gpt2xla.tpu_check.hlo import Allocation, Program, module_of
+from gpt2xla.tpu_check.hlo import Allocation, Program
+from gpt2xla.tpu_check.origins import origin_of
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
+from gpt2xla.tpu_check.where import work_of
 
 GIB = 2**30
 
@@ -39,7 +42,8 @@ def main(request: dict[str, Any]) -> None:
 def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -> dict[str, Any]:
     """Return what the compiler says about `graph`, an HloProto as XLA dumps it.
 
-    Sizes are in GiB and of one device. Cycles leave out custom calls, for which the compiler has no estimate."""
+    Sizes are in GiB and of one device. Cycles leave out custom calls, for which the compiler has no estimate. `work` says
+    what they do, as fields of `where.Work`."""
     import numpy as np
     from jax._src.lib import xla_client
     from jax.experimental import topologies
@@ -86,6 +90,7 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
         "cycles": sum(cycles.values()),
         "cycles_by_kind": dict(cycles),
         "kernel_calls": hlo.kernel_calls(),
+        "work": [asdict(group) for group in work_of(hlo)],
         "compile_seconds": seconds,
     }
 
@@ -172,7 +177,7 @@ def _does_not_fit(message: str) -> dict[str, Any] | None:
         return refused | {"largest": [alone]}
     operator = r'(?:\s+Operator: (?:op_type="[^"]*" )?op_name="([^"]*)"[^\n]*\n)?'
     largest = [
-        Allocation(to_bytes(size, unit), shape.split("{")[0], module_of(name) if name else "unnamed")
+        Allocation(to_bytes(size, unit), shape.split("{")[0], str(origin_of(name)) if name else "unnamed")
         for size, unit, name, shape in re.findall(rf"Size: ([\d.]+)([KMG])\n{operator}\s+Shape: (\S+)", message)
     ]
     return refused | {"largest": _by_origin(largest)}

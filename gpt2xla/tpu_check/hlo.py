@@ -10,10 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
+from gpt2xla.tpu_check.origins import origin_of
+
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLEE = re.compile(r"(?:to_apply|calls|branch_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)")
 
@@ -30,6 +33,7 @@ class Program:
 
     computations: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     entry: str = ""
+    roots: dict[str, str] = field(default_factory=dict)  # the instruction of each computation that is its result
 
     @classmethod
     def parse(cls, text: str) -> Program:
@@ -43,7 +47,9 @@ class Program:
             elif line.startswith("}"):
                 current = ""
             elif instruction := _INSTRUCTION.match(line):
-                program.computations[current].append((instruction[1], instruction[2]))
+                program.computations[current].append((instruction[2], instruction[3]))
+                if instruction[1]:
+                    program.roots[current] = instruction[2]
         return program
 
     def cycles(self) -> Counter[str]:
@@ -71,7 +77,7 @@ class Program:
         sizes: dict[str, Allocation] = {}
         first, last = {}, {}
         for place, (name, rest) in enumerate(self.computations[self.entry]):
-            opcode, operands = _opcode(rest), _operands(rest)
+            opcode, operands = opcode_of(rest), operands_of(rest)
             for operand in operands:
                 for buffer in owners.get(operand, []):
                     last[buffer] = place
@@ -85,9 +91,9 @@ class Program:
                 owners[name] = []
             else:
                 operation = re.search(r'op_name="([^"]*)"', rest)
-                origin = module_of(operation[1]) if operation else name
+                origin = str(origin_of(operation[1])) if operation else name
                 owners[name] = []
-                arrays = list(_arrays(rest, opcode))
+                arrays = list(arrays_of(rest, opcode))
                 # A copy's second result is its source.
                 for number, (bytes_, shape) in enumerate(arrays[:1] if opcode.endswith("-start") else arrays):
                     buffer = f"{name}.{number}"
@@ -98,18 +104,48 @@ class Program:
         live = [sizes[buffer] for buffer in sizes if first[buffer] <= peak <= last[buffer]]
         return sorted(live, key=lambda allocation: -allocation.bytes)
 
+    def executed(self) -> Iterator[tuple[str, str, int]]:
+        """Yield the computation and the name of each instruction that is executed, and how often."""
+        yield from self._steps(self.entry, 1)
+
+    def instruction(self, computation: str, name: str) -> str:
+        """Return what follows the name of an instruction in the program's text."""
+        return self._texts[computation][name]
+
+    def caller(self, computation: str) -> tuple[str, str] | None:
+        """Return the computation that calls this one, and the text of the call; None for the entry."""
+        return self._callers.get(computation)
+
+    @cached_property
+    def _texts(self) -> dict[str, dict[str, str]]:
+        return {computation: dict(instructions) for computation, instructions in self.computations.items()}
+
+    @cached_property
+    def _callers(self) -> dict[str, tuple[str, str]]:
+        callee = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)")
+        return {
+            name: (computation, rest)
+            for computation, instructions in self.computations.items()
+            for _, rest in instructions
+            for name in callee.findall(rest)
+        }
+
     def _executed(self, computation: str, times: int) -> Iterator[tuple[str, int]]:
-        for _, rest in self.computations.get(computation, []):
-            opcode = _opcode(rest)
+        for place, name, repeated in self._steps(computation, times):
+            yield self.instruction(place, name), repeated
+
+    def _steps(self, computation: str, times: int) -> Iterator[tuple[str, str, int]]:
+        for name, rest in self.computations.get(computation, []):
+            opcode = opcode_of(rest)
             if opcode == "while":
                 body = re.search(r"body=%?([\w.\-]+)", rest)
                 assert body
-                yield from self._executed(body[1], times * self._trips(rest))
+                yield from self._steps(body[1], times * self._trips(rest))
             elif opcode in ("call", "conditional"):
                 for callee in _CALLEE.findall(rest):
-                    yield from self._executed(callee, times)
+                    yield from self._steps(callee, times)
             else:
-                yield rest, times
+                yield computation, name, times
 
     def _trips(self, rest: str) -> int:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
@@ -121,31 +157,36 @@ class Program:
         return max(constants, default=1)
 
     def _kind(self, rest: str) -> str:
-        opcode = _opcode(rest)
+        opcode = opcode_of(rest)
         if opcode == "fusion":
             callee = re.search(r"calls=%?([\w.\-]+)", rest)
             body = self.computations.get(callee[1], []) if callee else []
-            return "matmul" if any(_opcode(inner) in ("convolution", "dot") for _, inner in body) else "vector"
+            return "matmul" if any(opcode_of(inner) in ("convolution", "dot") for _, inner in body) else "vector"
         if opcode in ("convolution", "dot"):
             return "matmul"
         return "copy" if opcode.startswith("copy") else "other"
 
 
-def module_of(op_name: str) -> str:
-    """Return the module of an operation: `h.0.659/h.0.mlp.15/h.0.mlp.c_fc.1/aten__mm` -> `h.0.mlp.c_fc`.
-
-    Each scope carries a counter. Backward passes and optimizers have no scope; theirs is the operation's own name."""
-    *scopes, operation = op_name.split("/")
-    return scopes[-1].rsplit(".", 1)[0] if scopes else f"{operation.removeprefix('aten__')} (backward or optimizer)"
-
-
-def _opcode(rest: str) -> str:
+def opcode_of(rest: str) -> str:
     found = re.search(r"(?:\}|\]|\)) ([a-z][a-z0-9\-]*)\(", rest)
     return found[1] if found else "?"
 
 
-def _operands(rest: str) -> list[str]:
-    start = rest.find(_opcode(rest) + "(")
+def op_name_of(rest: str) -> str:
+    """Return the name that the traced graph gave an instruction; "" if it has none."""
+    found = re.search(r'op_name="([^"]*)"', rest)
+    return found[1] if found else ""
+
+
+def called(rest: str) -> str:
+    """Return the computation that a fusion computes."""
+    found = re.search(r"calls=%?([\w.\-]+)", rest)
+    assert found, rest
+    return found[1]
+
+
+def operands_of(rest: str) -> list[str]:
+    start = rest.find(opcode_of(rest) + "(")
     depth, end = 0, start
     for end in range(start, len(rest)):
         depth += (rest[end] == "(") - (rest[end] == ")")
@@ -154,13 +195,14 @@ def _operands(rest: str) -> list[str]:
     return re.findall(r"%([\w.\-]+)", rest[start:end])
 
 
-def _arrays(rest: str, opcode: str) -> Iterator[tuple[int, str]]:
-    """Yield bytes and shape of each array that an instruction makes; those outside main memory count 0 bytes."""
+def arrays_of(rest: str, opcode: str, *, everywhere: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield bytes and shape of each array that an instruction makes; outside main memory it counts 0 bytes, unless
+    `everywhere` counts."""
     for kind, sizes, layout in _ARRAY.findall(rest[: rest.find(f" {opcode}(")]):
         numbers = math.prod(int(size) for size in sizes.split(",") if size)
         bits = int(found[0]) if (found := re.search(r"\d+", kind)) else 8
-        in_main_memory = "S(" not in layout
-        yield numbers * bits // 8 if in_main_memory else 0, f"{kind}[{sizes}]"
+        counts = everywhere or "S(" not in layout
+        yield numbers * bits // 8 if counts else 0, f"{kind}[{sizes}]"
 
 
 def _peak(first: dict[str, int], last: dict[str, int], sizes: dict[str, Allocation]) -> int:

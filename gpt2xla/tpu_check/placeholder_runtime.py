@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch_xla
@@ -84,20 +83,3 @@ class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):
                 for tensor in (parameter, *(state[name] for name in MOMENTS if name in state)):
                     tensor.mul_(1)
                     self._place(tensor)
-
-
-def name_operations(model: nn.Module) -> None:
-    """Let operations carry the name of the module whose forward pass they belong to."""
-    torch_xla._XLAC._set_ir_debug(True)
-    scopes = []
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        scopes.append(torch_xla._XLAC.profiler.scope_pusher(names[module]))
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        scopes.pop()
-
-    names = {module: name or "loss" for name, module in model.named_modules()}  # the model's own work is the loss
-    for module in names:
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave, always_call=True)

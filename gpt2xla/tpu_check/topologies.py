@@ -16,6 +16,7 @@ class Topology:
     kind: str  # what its devices call themselves
     devices: int  # how many PyTorch/XLA counts: cores on v2 and v3, chips on others
     bandwidth: float  # of one device's memory, in bytes per second, from Google's system architecture pages
+    flops_per_cycle: int  # of one device's matrix units in bf16
 
     @property
     def memory(self) -> float:
@@ -27,11 +28,16 @@ class Topology:
         """Peak of one device in bf16, per second."""
         return DEVICE_PEAK_FLOPS[self.kind]
 
+    @property
+    def bytes_per_cycle(self) -> float:
+        """Of one device's memory, at the clock at which its matrix units reach their peak."""
+        return self.bandwidth * self.flops_per_cycle / self.flops
+
 
 TOPOLOGIES = {
-    "v3-8": Topology("v3:2x2", "TPU v3", 8, 450e9),
-    "v4-8": Topology("v4:2x2x1", "TPU v4", 4, 1228e9),
-    "v5e-8": Topology("v5e:2x4", "TPU v5 lite", 8, 819e9),
-    "v5p-8": Topology("v5p:2x2x1", "TPU v5", 4, 2765e9),
-    "v6e-8": Topology("v6e:2x4", "TPU v6 lite", 8, 1640e9),
+    "v3-8": Topology("v3:2x2", "TPU v3", 8, 450e9, 2 * 2 * 128**2),
+    "v4-8": Topology("v4:2x2x1", "TPU v4", 4, 1228e9, 2 * 8 * 128**2),
+    "v5e-8": Topology("v5e:2x4", "TPU v5 lite", 8, 819e9, 2 * 4 * 128**2),
+    "v5p-8": Topology("v5p:2x2x1", "TPU v5", 4, 2765e9, 2 * 8 * 128**2),
+    "v6e-8": Topology("v6e:2x4", "TPU v6 lite", 8, 1640e9, 2 * 4 * 256**2),
 }
