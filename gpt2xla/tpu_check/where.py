@@ -168,7 +168,8 @@ def _work(program: Program, computation: str, rest: str) -> Work | None:
         part, name = _product_part(largest)
         flops = sum(product.flops for product in multiplied)
         return Work(part, name, largest.shapes, cycles or 0, flops, moved, unknown)
-    name = f"{origin.module} {origin.direction} ({origin.operations[0]})" if origin.module else origin.operations[0]
+    place = origin.module if origin.module == "optimizer" else f"{origin.module} {origin.direction}"
+    name = f"{place} ({origin.operations[0]})" if origin.module else origin.operations[0]
     return Work(_pass_part(inside, origin), name, _result(rest), cycles or 0, 0, moved, unknown)
 
 
