@@ -150,11 +150,21 @@ class Program:
     def _trips(self, rest: str) -> int:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
             return int(known[1])
-        # The loops that overlap products with communication count from 0 to the constant in their condition.
-        condition = re.search(r"condition=%?([\w.\-]+)", rest)
-        instructions = self.computations.get(condition[1], []) if condition else []
-        constants = [int(n) for _, inner in instructions for n in re.findall(r"constant\((\d+)\)", inner)]
-        return max(constants, default=1)
+        # The loops that overlap products with communication count from 0 to the constant in their condition, in steps of
+        # one or, where two rounds became one, of two.
+        condition, body = (re.search(rf"{name}=%?([\w.\-]+)", rest) for name in ("condition", "body"))
+        if not condition or not body:
+            return 1
+        tests = [text for _, text in self.computations.get(condition[1], [])]
+        limit = max((int(n) for text in tests for n in re.findall(r"constant\((\d+)\)", text)), default=1)
+        counter = next((int(n) for text in tests for n in re.findall(r"\), index=(\d+)", text)), None)
+        if counter is None or body[1] not in self.roots:
+            return limit
+        following = operands_of(
+            self.instruction(body[1], operands_of(self.instruction(body[1], self.roots[body[1]]))[counter])
+        )
+        steps = (re.search(r"constant\((\d+)\)", self.instruction(body[1], operand)) for operand in following)
+        return -(-limit // next((int(step[1]) for step in steps if step), 1))
 
     def _kind(self, rest: str) -> str:
         opcode = opcode_of(rest)

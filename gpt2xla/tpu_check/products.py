@@ -117,5 +117,6 @@ def _is_argument(program: Program, computation: str, name: str, index: int | Non
         return _is_argument(program, callee, program.roots[callee], index)
     if opcode == "while":
         return _is_argument(program, computation, operands[0], index)
-    same = opcode in _SAME_NUMBERS or '"ConcatBitcast"' in rest
+    # Other custom calls than our kernels are the compiler's own, which join pieces and wait for collectives.
+    same = opcode in _SAME_NUMBERS or (opcode == "custom-call" and '"tpu_custom_call"' not in rest)
     return same and any(_is_argument(program, computation, operand, index) for operand in operands)

@@ -16,7 +16,11 @@ class Topology:
     kind: str  # what its devices call themselves
     devices: int  # how many PyTorch/XLA counts: cores on v2 and v3, chips on others
     bandwidth: float  # of one device's memory, in bytes per second, from Google's system architecture pages
-    flops_per_cycle: int  # of one device's matrix units in bf16
+    # Of one device's matrix units in bf16, 2 for each of their places. Google's system architecture pages name the units of
+    # a core, of 128 x 128 each: 2 on v3, and 4 on v4, v5e and v5p, where a chip of v4 or v5p has two cores. The peaks then
+    # need 940, 1050, 1500 and 1750 MHz; Jouppi et al. (2021, 2023) give those of v3 and v4. v6e is derived: four units of
+    # 256 x 256 at 1750 MHz. Two, of which Google writes, would be too few for what its own compiler expects.
+    flops_per_cycle: int
 
     @property
     def memory(self) -> float:

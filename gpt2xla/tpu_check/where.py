@@ -98,6 +98,7 @@ def summary(work: list[Work], kernels: dict[str, int], topology: Topology) -> di
             "instructions": sum(group.instructions for group in groups),
         }
 
+    assert {group.part for group in work} <= set(PARTS)
     by_part = {part: [group for group in work if group.part == part] for part in PARTS}
     parts = [{"part": part, **row(groups)} for part, groups in by_part.items() if groups]
     largest = sorted(work, key=lambda group: (-group.cycles, -group.bytes))[:_LARGEST]
@@ -156,7 +157,7 @@ def _work(program: Program, computation: str, rest: str) -> Work | None:
     if not multiplied and any(inner.startswith(_COLLECTIVES) for inner, _ in inside):
         if opcode.endswith("-done"):
             return None
-        given = sum(size for size, _ in arrays_of(rest, opcode, everywhere=True))
+        given = sum(size for size, shape in arrays_of(rest, opcode, everywhere=True) if shape != "u32[]")
         if opcode.endswith("-start"):  # whose other half is the operands
             given //= 2
         return Work("collectives", opcode.removesuffix("-start"), _result(rest), cycles or 0, 0, moved, given)
