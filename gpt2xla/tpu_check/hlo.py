@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from gpt2xla.tpu_check.origins import origin_of
@@ -116,6 +116,25 @@ class Program:
         """Return the computation that calls this one, and the text of the call; None for the entry."""
         return self._callers.get(computation)
 
+    def parameters(self, computation: str) -> dict[int, str]:
+        """Return the names of a computation's parameters, by number."""
+        found = ((name, re.search(r" parameter\((\d+)\)", text)) for name, text in self.computations[computation])
+        return {int(number[1]): name for name, number in found if number}
+
+    def users(self, computation: str, name: str) -> list[tuple[str, str]]:
+        """Return the instructions of a computation that read one of its values."""
+        return self._users[computation].get(name, [])
+
+    @cached_property
+    def _users(self) -> dict[str, dict[str, list[tuple[str, str]]]]:
+        users: dict[str, dict[str, list[tuple[str, str]]]] = {}
+        for computation, instructions in self.computations.items():
+            of_names = users[computation] = {}
+            for name, text in instructions:
+                for operand in set(operands_of(text)):
+                    of_names.setdefault(operand, []).append((name, text))
+        return users
+
     @cached_property
     def _texts(self) -> dict[str, dict[str, str]]:
         return {computation: dict(instructions) for computation, instructions in self.computations.items()}
@@ -177,6 +196,7 @@ class Program:
         return "copy" if opcode.startswith("copy") else "other"
 
 
+@cache  # asked for the same instructions again and again
 def opcode_of(rest: str) -> str:
     found = re.search(r"(?:\}|\]|\)) ([a-z][a-z0-9\-]*)\(", rest)
     return found[1] if found else "?"
@@ -195,14 +215,15 @@ def called(rest: str) -> str:
     return found[1]
 
 
-def operands_of(rest: str) -> list[str]:
+@cache
+def operands_of(rest: str) -> tuple[str, ...]:
     start = rest.find(opcode_of(rest) + "(")
     depth, end = 0, start
     for end in range(start, len(rest)):
         depth += (rest[end] == "(") - (rest[end] == ")")
         if depth == 0 and rest[end] == ")":
             break
-    return re.findall(r"%([\w.\-]+)", rest[start:end])
+    return tuple(re.findall(r"%([\w.\-]+)", rest[start:end]))
 
 
 def arrays_of(rest: str, opcode: str, *, everywhere: bool = False) -> Iterator[tuple[int, str]]:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gpt2xla.tpu_check.hlo import Program, arrays_of, called, op_name_of, opcode_of, operands_of
+from gpt2xla.tpu_check.hlo import Program, arrays_of, called, op_name_of, opcode_of
 from gpt2xla.tpu_check.origins import Origin, origin_of
 from gpt2xla.tpu_check.products import Product, products
 from gpt2xla.tpu_check.topologies import Topology
+from gpt2xla.tpu_check.traffic import moved_bytes
 
 KERNELS = "attention kernels"
+LOOPS = "loops around products"  # in which they overlap with collectives: what puts the pieces together
 PARTS = (  # in the order of a step
     "embedding and its gradient",
     "layer norm forward, residual",
@@ -34,6 +36,7 @@ PARTS = (  # in the order of a step
     "collectives",
     "gradient norm",
     "optimizer",
+    LOOPS,
     "copies and casts",
     "rest",
 )
@@ -147,7 +150,7 @@ def _work(program: Program, computation: str, rest: str) -> Work | None:
     opcode = opcode_of(rest)
     cycles = int(found[1]) if (found := re.search(r'"estimated_cycles":"(\d+)"', rest)) else None
     origin = origin_of(op_name_of(rest) or opcode)
-    moved = _bytes(program, computation, rest)
+    moved = moved_bytes(program, computation, rest)
     if 'custom_call_target="tpu_custom_call"' in rest:
         stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', rest)
         flops = int(stated[1]) if stated else 0
@@ -171,7 +174,10 @@ def _work(program: Program, computation: str, rest: str) -> Work | None:
         return Work(part, name, largest.shapes, cycles or 0, flops, moved, unknown)
     place = origin.module if origin.module == "optimizer" else f"{origin.module} {origin.direction}"
     name = f"{place} ({origin.operations[0]})" if origin.module else origin.operations[0]
-    return Work(_pass_part(inside, origin), name, _result(rest), cycles or 0, 0, moved, unknown)
+    part = _pass_part(inside, origin)
+    if computation != program.entry and part in ("copies and casts", "rest"):
+        part = LOOPS
+    return Work(part, name, _result(rest), cycles or 0, 0, moved, unknown)
 
 
 def _product_part(product: Product) -> tuple[str, str]:
@@ -231,12 +237,6 @@ def _operations(program: Program, rest: str) -> Iterator[tuple[str, Origin]]:
             yield from _operations(program, inner)
     elif opcode not in _NO_WORK:
         yield opcode, origin_of(op_name_of(rest) or opcode)
-
-
-def _bytes(program: Program, computation: str, rest: str) -> int:
-    """Return the bytes of operands and results in main memory, as if all were read or written once."""
-    texts = [rest, *(program.instruction(computation, operand) for operand in set(operands_of(rest)))]
-    return sum(size for text in texts for size, _ in arrays_of(text, opcode_of(text)))
 
 
 def _result(rest: str) -> str:
