@@ -137,7 +137,7 @@ def described(where: dict[str, Any]) -> str:
             "    attention kernels: their final schedules, with stalls but without waiting for memory, which takes at least "
             f"{memory / 1e6:.2f}"
         )
-    lines.append("  the largest instructions: millions of cycles, bound, GB of operands and results, how many:")
+    lines.append("  the largest instructions: millions of cycles, bound, GB of main memory, how many:")
     for group in where["largest"]:
         lines.append(
             f"    {group['cycles'] / 1e6:7.2f} {group['bound'] / 1e6:7.2f} {group['bytes'] / 1e9:6.2f} "
@@ -220,7 +220,8 @@ def _part_of(origin: Origin) -> str:
     last = module.rsplit(".", 1)[-1]
     if last.startswith("ln_") or re.fullmatch(r"h\.\d+", module):
         return "layer norm backward, residual gradient" if direction == "backward" else "layer norm forward, residual"
-    if not module and operations[0] == "add":  # autograd adds the gradients of a tensor that is read twice
+    # Autograd adds the gradients of a tensor that is read twice; under checkpointing, inside the model's backward pass.
+    if operations[0] == "add" and (module, direction) in (("", ""), ("model", "backward")):
         return "layer norm backward, residual gradient"
     if last in ("wte", "wpe", "drop", "model"):
         return "embedding and its gradient"
@@ -240,7 +241,9 @@ def _operations(program: Program, rest: str) -> Iterator[tuple[str, Origin]]:
 
 
 def _result(rest: str) -> str:
-    return re.sub(r"\{[^}]*\}|/\*.*?\*/", "", rest[: rest.find(f" {opcode_of(rest)}(")])
+    """Return the shapes of an instruction's results: `bf16[768], 2 x f32[32,1024]`."""
+    shapes = Counter(shape for _, shape in arrays_of(rest, opcode_of(rest)))
+    return ", ".join(f"{number} x {shape}" if number > 1 else shape for shape, number in shapes.items())
 
 
 def _direction(name: str) -> str:

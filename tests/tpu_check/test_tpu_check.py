@@ -140,6 +140,19 @@ def test_ended_by_a_signal_it_leaves_nothing(number: signal.Signals, tmp_path: P
 
 
 @pytest.mark.slow
+def test_names_change_nothing_but_names() -> None:
+    """In the traced graph, with Muon, accumulation, documents and checkpointed blocks."""
+    require_xla()
+    plain, named = (run("tests/workers/names_worker.py", how) for how in ("plain", "named"))
+    assert plain.returncode == named.returncode == 0, plain.stderr + named.stderr
+    assert plain.stdout == named.stdout
+    assert "backward/model/backward/h.1.mlp.c_fc/aten__mm\n" in named.stderr
+    assert "backward/model/h.1/h.1.mlp/h.1.mlp.c_fc/aten__mm\n" in named.stderr, "computed again"
+    unnamed = {line for line in named.stderr.split("\n") if line.startswith("aten__") and "mm" in line}
+    assert not unnamed, "each product has a module"
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_exit_code_3() -> None:
     code, output = check(
         "--topology", "v5e-8", "--train-batch-size", 8 * 1024, "--gradient-accum-step", 1, "--num-layers", 1,
