@@ -44,11 +44,10 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
         say(f"{topology}: compiling ...")
         request = {"topology": topology, "graph": graph, "replicas": found.devices, "spmd": options.spmd}
         compiled = _compile(Path(folder), request)
-        work = [Work(**group) for group in compiled.pop("work", [])]
         report = {"topology": topology, "sequences_per_device": share, **trace, **compiled}
-        each: dict[str, int] = {}
         if compiled["fits"]:
             report |= _costs(config, found, compiled)
+            each: dict[str, int] = {}
             if calls := compiled["kernel_calls"]:
                 sizes = [share, config.model.seq_length, config.model.num_heads]
                 sizes.append(config.model.d_model // config.model.num_heads)
@@ -56,7 +55,7 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
                 each = _compile(Path(folder), {"topology": topology, "kernels": sizes, "documents": documents})
                 report["kernel_cycles"] = sum(each[name] * number for name, number in calls.items())
                 report["cycles"] += report["kernel_cycles"]
-            report["where"] = summary(work, each, found)
+            report["where"] = summary([Work(**group) for group in report.pop("work")], each, found)
     return report
 
 
