@@ -7,6 +7,7 @@ import pytest
 from gpt2xla.tpu_check.hlo import Program
 from gpt2xla.tpu_check.origins import Origin, origin_of
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
+from gpt2xla.tpu_check.traffic import moved_bytes
 from gpt2xla.tpu_check.where import described, summary, work_of
 
 # A forward product of two layers, whose weight is cast, the second for a checkpoint; its gradients; a product with a weight
@@ -88,3 +89,36 @@ def test_matrix_units_reach_the_peak_at_a_plausible_clock() -> None:
     """The clocks are those that Google published for v3 and v4; the others follow from sizes and peaks."""
     clocks = {name: topology.flops / topology.flops_per_cycle / 1e6 for name, topology in TOPOLOGIES.items()}
     assert clocks == pytest.approx({"v3-8": 940, "v4-8": 1050, "v5e-8": 1500, "v5p-8": 1750, "v6e-8": 1750}, rel=0.003)
+
+
+# One row in eight is read, added to, and written into its place; another array only passes through; a third one is in fast
+# memory.
+PIECES = """\
+HloModule pieces
+%inner (p: f32[8,64]) -> f32[1,64] {
+  %p = f32[8,64]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  ROOT %row = f32[1,64]{1,0} dynamic-slice(%p, %zero, %zero), dynamic_slice_sizes={1,64}
+}
+%pieces (a: f32[8,64], b: f32[8,64], c: f32[1,64]) -> (f32[8,64], f32[8,64]) {
+  %a = f32[8,64]{1,0} parameter(0)
+  %b = f32[8,64]{1,0} parameter(1)
+  %c = f32[1,64]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,64]{1,0} fusion(%a), kind=kLoop, calls=%inner
+  %sum = f32[1,64]{1,0} add(%row, %c)
+  %new = f32[8,64]{1,0} dynamic-update-slice(%a, %sum, %zero, %zero)
+  ROOT %t = (f32[8,64]{1,0}, f32[8,64]{1,0}) tuple(%new, %b)
+}
+ENTRY %main (a: f32[8,64], b: f32[8,64], c: f32[1,64]) -> (f32[8,64], f32[8,64]) {
+  %a = f32[8,64]{1,0} parameter(0)
+  %b = f32[8,64]{1,0} parameter(1)
+  %c = f32[1,64]{1,0:S(1)} parameter(2)
+  ROOT %f = (f32[8,64]{1,0}, f32[8,64]{1,0}) fusion(%a, %b, %c), kind=kLoop, calls=%pieces
+}
+"""
+
+
+def test_only_what_moves_counts() -> None:
+    program = Program.parse(PIECES)
+    assert moved_bytes(program, "main", program.instruction("main", "f")) == 2 * 64 * 4
