@@ -179,9 +179,8 @@ class Program:
         counter = next((int(n) for text in tests for n in re.findall(r"\), index=(\d+)", text)), None)
         if counter is None or body[1] not in self.roots:
             return limit
-        following = operands_of(
-            self.instruction(body[1], operands_of(self.instruction(body[1], self.roots[body[1]]))[counter])
-        )
+        result = self.instruction(body[1], self.roots[body[1]])
+        following = operands_of(self.instruction(body[1], operands_of(result)[counter]))
         steps = (re.search(r"constant\((\d+)\)", self.instruction(body[1], operand)) for operand in following)
         return -(-limit // next((int(step[1]) for step in steps if step), 1))
 
