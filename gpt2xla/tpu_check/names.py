@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch_xla
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -14,15 +13,17 @@ from gpt2xla.model import gpt2
 from gpt2xla.tpu_check.origins import BACKWARD
 from gpt2xla.training.train_step import TrainStep
 
+OpenScope = Callable[[str], Any]
 
-def name_operations(step: TrainStep) -> None:
-    """Let the operations of `step` carry names from now on.
+
+def name_operations(step: TrainStep, open_scope: OpenScope) -> None:
+    """Let the operations of `step` carry names from now on. `open_scope` opens a scope for those of its thread, until the
+    object that it returns is no more.
 
     A name is a path of scopes as PyTorch/XLA writes it, each with a counter: `model.1/h.0.2/h.0.mlp.3/aten__mul` forward,
     `backward.4/h.0.mlp.5/aten__mul` backward, `optimizer.6/aten__mul`. Layer norms, attention and loss, which are functions,
     have scopes as if they were modules."""
-    torch_xla._XLAC._set_ir_debug(True)
-    scopes, model = _Scopes(), step.model
+    scopes, model = _Scopes(open_scope), step.model
     names = {module: name or "model" for name, module in model.named_modules()}
     for module in names:
         module.register_forward_pre_hook(lambda module, inputs: scopes.enter(names[module], inputs))
@@ -42,7 +43,8 @@ def name_operations(step: TrainStep) -> None:
 class _Scopes:
     """The scopes in which the forward pass is, and marks on the nodes of the backward pass that it leaves behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_scope: OpenScope) -> None:
+        self._open_scope = open_scope
         self._open: list[tuple[str, Any]] = []
 
     @property
@@ -51,7 +53,7 @@ class _Scopes:
 
     def enter(self, name: str, inputs: Any) -> None:
         self._mark(inputs)
-        self._open.append((name, _pushed(name)))
+        self._open.append((name, self._open_scope(name)))
 
     def leave(self, outputs: Any) -> None:
         self._mark(outputs)
@@ -82,21 +84,18 @@ class _Scopes:
             marks: Any = node.metadata
             if "scope" not in marks:
                 marks["scope"] = self.current
-                _name_node(node, self.current)
+                self._name_node(node, self.current)
                 nodes += [before for before, _ in node.next_functions if before]
 
+    def _name_node(self, node: Node, name: str) -> None:
+        opened: list[Any] = []
 
-def _name_node(node: Node, name: str) -> None:
-    pushed: list[Any] = []
-    node.register_prehook(lambda gradients: pushed.extend([_pushed(BACKWARD), _pushed(name)]))
+        def enter(gradients: Any) -> None:
+            opened.extend([self._open_scope(BACKWARD), self._open_scope(name)])
 
-    def leave(gradients: Any, outputs: Any) -> None:
-        pushed.pop()
-        pushed.pop()
+        def leave(gradients: Any, outputs: Any) -> None:
+            opened.pop()
+            opened.pop()
 
-    node.register_hook(leave)
-
-
-def _pushed(name: str) -> Any:
-    """Open a scope for this thread's operations, which ends with the object returned."""
-    return torch_xla._XLAC.profiler.scope_pusher(name)
+        node.register_prehook(enter)
+        node.register_hook(leave)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch_xla
@@ -83,3 +84,9 @@ class TracingSpmdRuntime(TracingRuntime, SpmdRuntime):
                 for tensor in (parameter, *(state[name] for name in MOMENTS if name in state)):
                     tensor.mul_(1)
                     self._place(tensor)
+
+
+def open_scope(name: str) -> Any:
+    """Let this thread's operations carry `name`, beside those of the scopes around, until the returned object is no more."""
+    torch_xla._XLAC._set_ir_debug(True)
+    return torch_xla._XLAC.profiler.scope_pusher(name)

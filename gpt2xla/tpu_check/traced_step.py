@@ -52,7 +52,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     from gpt2xla.model.gpt2 import GPT2
     from gpt2xla.runtime.precision import label
     from gpt2xla.tpu_check.names import name_operations
-    from gpt2xla.tpu_check.placeholder_runtime import TracingRuntime, TracingSpmdRuntime
+    from gpt2xla.tpu_check.placeholder_runtime import TracingRuntime, TracingSpmdRuntime, open_scope
     from gpt2xla.training.train_step import TrainStep
 
     kind = TracingSpmdRuntime if options.spmd else TracingRuntime
@@ -67,7 +67,7 @@ def trace(config: Any, options: Any, device_kind: str, replicas: int) -> tuple[A
     for number in range(_TIMED_STEPS + 2):
         if number > _TIMED_STEPS:
             os.environ["XLA_HLO_DEBUG"] = "1"  # names in the graph; they take time, so not before
-            name_operations(step)
+            name_operations(step, open_scope)
         runtime.forget_pending()
         start = time.perf_counter()
         runtime.begin_step(step)

@@ -10,7 +10,7 @@ from gpt2xla.config import PRESETS, RunConfig, XlaConfig
 from gpt2xla.tpu_check import names, traced_step
 
 if sys.argv[1] == "plain":
-    names.name_operations = lambda step: None
+    names.name_operations = lambda step, open_scope: None
 import torch_xla
 
 SIZES = {"d_model": 128, "num_heads": 2, "num_layers": 2, "seq_length": 128, "vocab_size": 512}
