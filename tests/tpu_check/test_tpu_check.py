@@ -101,12 +101,8 @@ def test_a_step_that_fits(tmp_path: Path) -> None:
             assert bound[f"{name} products {role}"] == round(2 * tokens * weights / (2 * 4 * 128**2))
     assert bound["loss head products"] == round(3 * 2 * tokens * 512 * 128 / (2 * 4 * 128**2))
     assert bound["rest"] == 0, "each product has a part"
-    for name, number in {
-        "h.*.mlp.c_fc dW": 4,
-        "h.*.attn backward dx": 12,
-        "h.*.attn.attention kernel backward": 4,
-    }.items():
-        assert re.search(rf"x{number} +{re.escape(name)}  ", output), name
+    for name in (r"h\.\*\.mlp\.c_fc forward", r"h\.\*\.mlp\.c_proj backward dx", r"h\.\*\.attn\S* kernel backward"):
+        assert re.search(f" x4 +{name}  ", output), name
 
 
 def check_where(where: dict[str, Any], report: dict[str, Any]) -> None:
