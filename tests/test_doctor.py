@@ -20,7 +20,7 @@ TPU_VM = Machine(environment={"PJRT_DEVICE": "TPU"}, python=(3, 12), versions=FI
 
 @pytest.fixture(autouse=True)
 def eight_chips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla_environment, "tpu_chips", lambda: 8)
+    monkeypatch.setattr(xla_environment, "tpu_chips", lambda: ["TPU v5 lite"] * 8)
 
 
 def changed(**changes: object) -> Machine:
@@ -151,7 +151,7 @@ def _extras() -> dict[str, list[Requirement]]:
 
 
 def test_a_missing_tpu_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla_environment, "tpu_chips", lambda: 0)
+    monkeypatch.setattr(xla_environment, "tpu_chips", list)
     (line,) = problems(changed(tpu_chips=0))
     assert "no TPU" in line
 

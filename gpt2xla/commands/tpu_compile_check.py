@@ -103,6 +103,8 @@ def describe(report: dict[str, Any]) -> str:
             f"most {report['tokens_per_step'] / report['roofline_seconds']:,.0f} tokens per second on all devices together",
             f"  host: {report['trace_ms']} ms of tracing per update; compiled in {report['compile_seconds']} s here",
         ]
+    if report["compiler_flags"]:
+        lines.append(f"  compiler flags: {report['compiler_flags']}")
     lines.append("  largest in memory, beside weights and optimizer state:")
     lines += [
         f"    {entry['gib']:.2f} GiB: {entry['count']} x {entry['shape']} {entry['origin']}"

@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with `argv`, by default the process's own arguments. A notebook's kernel may call it several times."""
     config, options = parse_run(XlaConfig, argv)
     config.check_early()
-    prepare(os.environ)
     if options.fsdp and not options.spmd:
         raise InputError("--fsdp needs --spmd; add it")
+    prepare(os.environ, fsdp=options.fsdp)
     flags = os.environ.get("XLA_FLAGS")  # before torch_xla adds its own
     if config.train.deterministic and os.environ["PJRT_DEVICE"] == "CUDA":
         os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_gpu_deterministic_ops=true"

@@ -17,12 +17,14 @@ from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.config.batch import MICRO_STEPS
 from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.errors import InputError, RunFailed, counted
+from gpt2xla.runtime.xla import compiler_flags
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
 from gpt2xla.tpu_check.traced_step import graph_in
 from gpt2xla.tpu_check.where import Work, summary
 
 _MOST_SEQUENCES = 1024  # per device and micro-step; beyond, nothing is gained
-_SKIPPED_VARIABLES = ("PJRT_DEVICE", "TPU_", "XLA_", "LIBTPU", "CPU_NUM", "JAX_")
+# What a machine with devices sets for its own runs. LIBTPU_INIT_ARGS stays: a run's compiler obeys it, too.
+_SKIPPED_VARIABLES = ("PJRT_DEVICE", "TPU_", "XLA_", "CPU_NUM", "JAX_")
 
 
 def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
@@ -43,8 +45,9 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
         graph, trace = _trace(Path(folder), config, options, found)
         say(f"{topology}: compiling ...")
         request = {"topology": topology, "graph": graph, "replicas": found.devices, "spmd": options.spmd}
-        compiled = _compile(Path(folder), request)
-        report = {"topology": topology, "sequences_per_device": share, **trace, **compiled}
+        flags = compiler_flags.with_ours(os.environ.get(compiler_flags.VARIABLE), found.kind, fsdp=options.fsdp)
+        compiled = _compile(Path(folder), request, flags)
+        report = {"topology": topology, "sequences_per_device": share, "compiler_flags": flags, **trace, **compiled}
         if compiled["fits"]:
             report |= _costs(config, found, compiled)
             each: dict[str, int] = {}
@@ -52,7 +55,7 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
                 sizes = [share, config.model.seq_length, config.model.num_heads]
                 sizes.append(config.model.d_model // config.model.num_heads)
                 documents = bool(config.train.document_mask)
-                each = _compile(Path(folder), {"topology": topology, "kernels": sizes, "documents": documents})
+                each = _compile(Path(folder), {"topology": topology, "kernels": sizes, "documents": documents}, flags)
                 report["kernel_cycles"] = sum(each[name] * number for name, number in calls.items())
                 report["cycles"] += report["kernel_cycles"]
             report["where"] = summary([Work(**group) for group in report.pop("work")], each, found)
@@ -169,20 +172,22 @@ def _trace(folder: Path, config: RunConfig, options: XlaConfig, topology: Topolo
     return str(graph), json.loads((folder / "trace.json").read_text())
 
 
-def _compile(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+def _compile(folder: Path, request: dict[str, Any], flags: str) -> dict[str, Any]:
     answer = folder / "compiled.json"
-    process = _run("gpt2xla.tpu_check.compile", folder, request | {"output": str(answer)})
+    process = _run("gpt2xla.tpu_check.compile", folder, request | {"output": str(answer)}, flags)
     if process.returncode:
         raise _failed("compiling", process)
     return json.loads(answer.read_text())
 
 
-def _run(module: str, folder: Path, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """Run `module` on `request` in its own process: each needs its own environment and its own XLA."""
+def _run(module: str, folder: Path, request: dict[str, Any], flags: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `module` on `request` in its own process: each needs its own environment and its own XLA. Its compiler gets
+    `flags`."""
     file = folder / "request.json"
     file.write_text(json.dumps(request))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_SKIPPED_VARIABLES)}
     environment["TMPDIR"] = str(folder)  # if it is killed, what it leaves is removed with the folder
+    environment[compiler_flags.VARIABLE] = flags
     command = [sys.executable, "-m", module, str(file)]
     ends = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # inside Popen they would leave a process behind

@@ -102,7 +102,8 @@ def kernel_cycles(topology: Topology, sizes: list[int], *, documents: bool) -> d
     they are those of documents as long as the sequence; shorter ones take fewer."""
     cycles = {}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         import jax
         from jax._src.interpreters import mlir
         from jax._src.lib import xla_client

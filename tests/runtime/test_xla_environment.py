@@ -19,7 +19,7 @@ KAGGLE = {
 
 @pytest.fixture
 def with_chips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla_environment, "tpu_chips", lambda: 8)
+    monkeypatch.setattr(xla_environment, "tpu_chips", lambda: ["TPU v2"] * 8)  # a kind without compiler flags
 
 
 @pytest.mark.usefixtures("with_chips")
@@ -46,7 +46,7 @@ def test_elsewhere_nothing_changes() -> None:
     [("", "PJRT_DEVICE is not set; put PJRT_DEVICE=TPU"), ("tpu", "PJRT_DEVICE=tpu: unknown"), ("TPU", "has no TPU")],
 )
 def test_a_wrong_device_is_one_clear_line(device: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla_environment, "tpu_chips", lambda: 0)
+    monkeypatch.setattr(xla_environment, "tpu_chips", list)
     with pytest.raises(InputError, match=message):
         prepare({"PJRT_DEVICE": device})
 
@@ -71,14 +71,23 @@ def test_cuda_becomes_gpu_where_plugin_and_gpu_are(monkeypatch: pytest.MonkeyPat
 
 def test_tpu_chips_are_counted_and_googles_network_cards_are_not(tmp_path: Path) -> None:
     for number, (vendor, device) in enumerate(
-        [("0x1ae0", "0x0063")] * 8 + [("0x1ae0", "0x0042"), ("0x10de", "0x0063")]
+        [("0x1ae0", "0x0063")] * 7 + [("0x1ae0", "0x0042"), ("0x10de", "0x0063"), ("0x1ae0", "0x0062")]
     ):
         folder = tmp_path / f"0000:00:{number:02x}.0"
         folder.mkdir()
         (folder / "vendor").write_text(vendor + "\n")
         (folder / "device").write_text(device + "\n")
-    assert tpu_chips(tmp_path) == 8
-    assert tpu_chips(tmp_path / "nowhere") == 0
+    assert tpu_chips(tmp_path) == ["TPU v5 lite"] * 7 + ["TPU v5"]
+    assert tpu_chips(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(("subsystem", "kind"), [("0x004e", "TPU v2"), ("0x004f", "TPU v3"), (None, "TPU v3")])
+def test_v2_and_v3_differ_in_their_subsystem(subsystem: str | None, kind: str, tmp_path: Path) -> None:
+    for name, number in {"vendor": "0x1ae0", "device": "0x0027", "subsystem_device": subsystem}.items():
+        if number:
+            (tmp_path / "chip").mkdir(exist_ok=True)
+            (tmp_path / "chip" / name).write_text(f"{number}\n")
+    assert tpu_chips(tmp_path) == [kind]
 
 
 def test_counting_gpus_needs_no_driver() -> None:

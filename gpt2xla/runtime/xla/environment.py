@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 from gpt2xla.errors import InputError
+from gpt2xla.logs.console import say
+from gpt2xla.runtime.xla import compiler_flags
 
 # Each of torch_xla's processes chooses these for itself, unless they are set. Set for a whole machine, they make every
 # process believe that it is the same one ("Expected 4 worker addresses, got 1").
@@ -20,26 +22,36 @@ SET_FOR_ONE_PROCESS = ("TPU_PROCESS_ADDRESSES", "CLOUD_TPU_TASK_ID")
 # Notebook hosts that set those two for the kernel's own process, by a variable that only that host has.
 NOTEBOOK_HOSTS = {"KAGGLE_KERNEL_RUN_TYPE": "Kaggle", "COLAB_RELEASE_TAG": "Colab"}
 
-# PCI vendor (Google's) and device ids of TPU chips: v2 and v3, v4, v5p, v5e, v6e, 7x. The vendor also makes network cards.
+# PCI vendor (Google's) and device ids of TPU chips, and what their devices call themselves. The vendor also makes network
+# cards. v2 and v3 have one device id; their subsystem ids, as Google's tpu-info knows them, are 0x004e and 0x004f.
 _TPU_VENDOR = "0x1ae0"
-_TPU_DEVICES = {"0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+_TPU_DEVICES = {
+    "0x0027": "TPU v3", "0x005e": "TPU v4", "0x0062": "TPU v5", "0x0063": "TPU v5 lite", "0x006f": "TPU v6 lite",
+    "0x0076": "TPU7x",
+}  # fmt: skip
+_TPU_V2 = "0x004e"
 
 CUDA_PLUGIN = "jax_plugins.xla_cuda12"
 
 
-def prepare(environment: MutableMapping[str, str]) -> None:
+def prepare(environment: MutableMapping[str, str], *, fsdp: bool = False) -> None:
     """Make `environment` one in which torch_xla starts; call it before the import.
 
-    On Kaggle and Colab two variables are removed. PJRT_DEVICE=CUDA becomes GPU, our name of JAX's CUDA plugin
-    (`cuda_plugin.py`): torch_xla 2.9 aborts on its own name for it. Raises InputError if PJRT_DEVICE is missing or unknown,
-    or names devices that do not exist."""
+    On Kaggle and Colab two variables are removed. The TPU's compiler gets our flags (`compiler_flags.py`): those for
+    --fsdp, too, if it is given. PJRT_DEVICE=CUDA becomes GPU, our name of JAX's CUDA plugin (`cuda_plugin.py`): torch_xla
+    2.9 aborts on its own name for it. Raises InputError if PJRT_DEVICE is missing or unknown, or names devices that do not
+    exist."""
     device = environment.get("PJRT_DEVICE")
     if not device:
         raise InputError("PJRT_DEVICE is not set; put PJRT_DEVICE=TPU (or CPU) in front of the command")
     if device not in ("TPU", "CPU", "CUDA", "GPU"):
         raise InputError(f"PJRT_DEVICE={device}: unknown; choose TPU, CPU or CUDA")
-    if device == "TPU" and tpu_chips() == 0:
-        raise InputError("PJRT_DEVICE=TPU: this machine has no TPU; choose a TPU machine, or PJRT_DEVICE=CPU")
+    if device == "TPU":
+        chips = tpu_chips()
+        if not chips:
+            raise InputError("PJRT_DEVICE=TPU: this machine has no TPU; choose a TPU machine, or PJRT_DEVICE=CPU")
+        if too_late := compiler_flags.add_to(environment, chips[0], fsdp=fsdp):
+            say(f"warning: {too_late}", error=True)
     replicas = environment.get("CPU_NUM_DEVICES", "1")
     if device == "CPU" and not (replicas.isdecimal() and int(replicas) >= 1):
         raise InputError(f"CPU_NUM_DEVICES={replicas}: give the number of replicas to start, such as 2")
@@ -76,16 +88,17 @@ def notebook_host(environment: Mapping[str, str]) -> str | None:
     return next((name for variable, name in NOTEBOOK_HOSTS.items() if variable in environment), None)
 
 
-def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> int:
-    """Return how many TPU chips are attached to this host, 0 to 8."""
+def tpu_chips(devices: Path = Path("/sys/bus/pci/devices")) -> list[str]:
+    """Return what the devices of each TPU chip of this host, 0 to 8 of them, call themselves, such as "TPU v5 lite"."""
 
     def reads(file: Path) -> str:
         return file.read_text().strip() if file.exists() else ""
 
-    return sum(
-        reads(device / "vendor") == _TPU_VENDOR and reads(device / "device") in _TPU_DEVICES
-        for device in devices.glob("*")
-    )
+    def kind(device: Path) -> str | None:
+        found = _TPU_DEVICES.get(reads(device / "device")) if reads(device / "vendor") == _TPU_VENDOR else None
+        return "TPU v2" if found == "TPU v3" and reads(device / "subsystem_device") == _TPU_V2 else found
+
+    return [found for device in sorted(devices.glob("*")) if (found := kind(device))]
 
 
 def gpus(environment: Mapping[str, str]) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gpt2xla.files import read_json, write_whole
 from gpt2xla.runtime.base import GIB, Memory, Shortage
 from gpt2xla.runtime.memory import compiled_step_bytes, estimated
 from gpt2xla.runtime.trial import Trial
+from gpt2xla.runtime.xla import compiler_flags
 from gpt2xla.runtime.xla.compiler_messages import HBM_GIB, compiler_figures
 from gpt2xla.runtime.xla.versions import installed
 
@@ -109,4 +111,5 @@ class XlaMemory(Memory):
             "device": self.device_kind, "devices": trial.devices, "versions": installed(("torch_xla", "libtpu")),
             "model": dataclasses.asdict(config.model), "train": train, "optimizer": config.optim.optim_type,
             "runner": {name: options[name] for name in ("ddp", "spmd", "fsdp", "use_syncfree_optim")},
+            "compiler": os.environ.get(compiler_flags.VARIABLE, ""),
         }  # fmt: skip
