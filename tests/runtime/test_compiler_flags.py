@@ -1,15 +1,20 @@
 """The TPU compiler's flags that a run adds to the user's."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
+from gpt2xla.config import RunConfig, XlaConfig
 from gpt2xla.runtime.xla import compiler_flags, environment
 from gpt2xla.runtime.xla.compiler_flags import add_to, is_loaded, with_ours
 from gpt2xla.runtime.xla.versions import RELEASES
+from gpt2xla.tpu_check import check
 
 V5E = "TPU v5 lite"
 
@@ -59,6 +64,23 @@ def test_a_run_sets_them_before_torch_xla_is_imported(monkeypatch: pytest.Monkey
     variables = {"PJRT_DEVICE": "CPU"}
     environment.prepare(variables)
     assert variables == {"PJRT_DEVICE": "CPU"}
+
+
+def test_the_check_compiles_with_the_flags_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def compiles(module: str, folder: Path, request: dict[str, Any], flags: str = "") -> CompletedProcess[str]:
+        asked.append((module, flags))
+        Path(request["output"]).write_text(json.dumps({"fits": False}))
+        return CompletedProcess([module], 0)
+
+    monkeypatch.setattr(check, "_trace", lambda *request: ("graph", {}))
+    monkeypatch.setattr(check, "_run", compiles)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--user=1")
+    config = RunConfig.from_flat({"train_batch_size": 8})
+    report = check.check(config, XlaConfig(spmd=True, fsdp=True), "v5e-8", lambda line: None)
+    assert asked == [("gpt2xla.tpu_check.compile", "--user=1 --xla_a=1 --xla_ab=false --xla_d=2")]
+    assert report["compiler_flags"] == asked[0][1]
 
 
 def test_too_late_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
