@@ -25,28 +25,36 @@ def lean_layer_norm(x: Tensor, norm: nn.LayerNorm, fence: Fence = no_fence) -> T
     means together with the product that writes x; the mean of (x - mean)^2 would read x once more. With 2^-24 of fp32 that
     loses 2^-24 (mean / standard deviation)^2 of the variance, which is nothing beside bf16 up to a ratio of 100. (In GPT-2's
     residual stream it is below 1: no loss depends on a row's mean, so nothing makes it grow.)"""
-    return _LeanLayerNorm.apply(x, norm.weight, norm.bias, norm.eps, compute_dtype(x), fence)
+    normalised, scale = normalise(x.detach(), norm.eps, compute_dtype(x))
+    # Behind the fence only `normalised` is left to compute from. Otherwise a compiler may keep x, to round less.
+    fence([normalised])
+    return denormalised(x, normalised, scale, norm)
 
 
-class _LeanLayerNorm(torch.autograd.Function):
+def normalise(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the rows of x less their mean, over their standard deviation, in `dtype`, and what they were multiplied by."""
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    if dtype == x.dtype:
+        variance = (centred * centred).mean(-1, keepdim=True)
+    else:
+        variance = ((x * x).mean(-1, keepdim=True) - mean * mean).clamp(min=0)
+    scale = torch.rsqrt(variance + eps)
+    return (centred * scale).to(dtype), scale
+
+
+def denormalised(x: Tensor, normalised: Tensor, scale: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Return `norm(x)` in the type of `normalised`, given what `normalise` returned for x. The gradient is that of x."""
+    return _Denormalised.apply(x, normalised, scale, norm.weight, norm.bias)
+
+
+class _Denormalised(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype, fence: Fence
-    ) -> Tensor:
-        mean = x.mean(-1, keepdim=True)
-        centred = x - mean
-        if dtype == x.dtype:
-            variance = (centred * centred).mean(-1, keepdim=True)
-        else:
-            variance = ((x * x).mean(-1, keepdim=True) - mean * mean).clamp(min=0)
-        scale = torch.rsqrt(variance + eps)
-        normalised = (centred * scale).to(dtype)
-        # Behind the fence only `normalised` is left to compute from. Otherwise a compiler may keep x, to round less.
-        fence([normalised])
+    def forward(ctx: Any, x: Tensor, normalised: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(normalised, scale, weight)
         ctx.has_bias = bias is not None
         y = normalised * weight
-        return (y if bias is None else y + bias).to(dtype)
+        return (y if bias is None else y + bias).to(normalised.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,4 +64,4 @@ class _LeanLayerNorm(torch.autograd.Function):
         along_normalised = normalised * (dnormalised * normalised).mean(-1, keepdim=True)
         dx = scale * (dnormalised - dnormalised.mean(-1, keepdim=True) - along_normalised)
         rows = tuple(range(dy.dim() - 1))
-        return dx, (dy * normalised).sum(rows), dy.sum(rows) if ctx.has_bias else None, None, None, None
+        return dx, None, None, (dy * normalised).sum(rows), dy.sum(rows) if ctx.has_bias else None

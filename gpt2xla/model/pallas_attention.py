@@ -92,22 +92,24 @@ def forward(shape: Shape, interpret: bool = False) -> Any:
     return _call(shape, _forward, inputs="BBB", outputs="BS", scratch=scratch, products=2, interpret=interpret)
 
 
-def backward(shape: Shape, interpret: bool = False) -> Any:
+def backward(shape: Shape, joint: bool = True, interpret: bool = False) -> Any:
     """Return the kernel (q, k, v, y, log_sums, dy) -> (gradients, sums). With documents it takes the same two arguments
     first as `forward`.
 
-    gradients: dq, dk and dv in one array, bf16 (3, B, T, D). sums: fp32 (B, 3, D), these gradients before they are rounded,
-    summed over a sequence's tokens, as biases need them."""
-    return _call(shape, _backward, inputs="BBBBSB", outputs="GM", scratch="hthtTTTx", products=5, interpret=interpret)
+    gradients: dq, dk and dv in one array, bf16 (3, B, T, D), or as three results if not `joint`. sums: fp32 (B, 3, D), these
+    gradients before they are rounded, summed over a sequence's tokens, as biases need them."""
+    outputs = "GM" if joint else "BBBM"
+    return _call(
+        shape, _backward, inputs="BBBBSB", outputs=outputs, scratch="hthtTTTx", products=5, interpret=interpret
+    )
 
 
-def lower(shape: Shape, kernel: Any) -> str:
-    """Return `kernel` (forward or backward) as the payload of a `tpu_custom_call`. This runs on any machine and initialises
-    no device."""
+def lower(kernel: Any) -> str:
+    """Return a kernel, such as `forward(shape)`, as the payload of a `tpu_custom_call`. This runs on any machine and
+    initialises no device."""
     use_libtpu_version()
     jax.config.update("jax_platforms", "cpu")  # otherwise JAX would take the TPU away from torch_xla
-    function = kernel(shape)
-    text = str(jax.jit(function).trace(*function.arguments).lower(lowering_platforms=("tpu",)).compiler_ir())
+    text = str(jax.jit(kernel).trace(*kernel.arguments).lower(lowering_platforms=("tpu",)).compiler_ir())
     start = text.index('backend_config = "', text.index("@tpu_custom_call")) + len('backend_config = "')
     # MLIR escapes quotes as \22.
     payload = text[start : text.index('"', start)].replace("\\22", '"').replace("\\5C", "\\")
@@ -164,12 +166,14 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, p
         ),
         scratch_shapes=[scratches[kind] for kind in scratch],
         interpret=interpret,
+        name=f"gpt2xla_attention{body.__name__}",  # by which `tpu_check` knows it
     )
 
     def function(*args: jax.Array) -> Any:
         return call(*args)
 
     function.arguments = [arrays[kind] for kind in inputs]  # type: ignore[attr-defined]
+    function.results = [arrays[kind] for kind in outputs]  # type: ignore[attr-defined]
     return function
 
 
@@ -233,7 +237,9 @@ def _forward(shape: Shape, interpret: bool, *refs: Any) -> None:
 
 def _backward(shape: Shape, interpret: bool, *refs: Any) -> None:
     numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
-    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, gradients_ref, sums_ref, q, k, dy, v, dq, dk, dv, k_LT = refs
+    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, *gradient_refs, sums_ref, q, k, dy, v, dq, dk, dv, k_LT = refs
+    if len(gradient_refs) == 1:
+        gradient_refs = [gradient_refs[0].at[number] for number in range(3)]
     heads = range(shape.heads_per_block)
     # A bias of k adds the same to all scores of a query, which softmax does not see. Each query's weights sum to one, so
     # the sum of dv is the sum of dy.
@@ -288,8 +294,8 @@ def _backward(shape: Shape, interpret: bool, *refs: Any) -> None:
         if shape.score_scale != 1:
             dk[queries] *= shape.score_scale
         dq_sum += _sum_of_rows(dq[queries])
-        for number, values in enumerate((dq, dk, dv)):
-            _write(shape, gradients_ref.at[number], values, queries)
+        for ref, values in zip(gradient_refs, (dq, dk, dv), strict=True):
+            _write(shape, ref, values, queries)
     sums_ref[0] = jnp.concatenate([dq_sum, dk_sum, dv_sum])
 
 

@@ -50,14 +50,14 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
         report = {"topology": topology, "sequences_per_device": share, "compiler_flags": flags, **trace, **compiled}
         if compiled["fits"]:
             report |= _costs(config, found, compiled)
-            each: dict[str, int] = {}
-            if calls := compiled["kernel_calls"]:
-                sizes = [share, config.model.seq_length, config.model.num_heads]
-                sizes.append(config.model.d_model // config.model.num_heads)
-                documents = bool(config.train.document_mask)
-                each = _compile(Path(folder), {"topology": topology, "kernels": sizes, "documents": documents}, flags)
-                report["kernel_cycles"] = sum(each[name] * number for name, number in calls.items())
-                report["cycles"] += report["kernel_cycles"]
+            kernels = report.pop("kernels")
+            each = _kernel_cycles(Path(folder), config, found, share, kernels, flags) if kernels else {}
+            report["kernels"] = [
+                {"name": kernel["name"], "calls": kernel["calls"], "cycles": each[key] * kernel["calls"]}
+                for key, kernel in kernels.items()
+            ]
+            report["kernel_cycles"] = sum(kernel["cycles"] for kernel in report["kernels"])
+            report["cycles"] += report["kernel_cycles"]
             report["where"] = summary([Work(**group) for group in report.pop("work")], each, found)
     return report
 
@@ -145,6 +145,27 @@ def _next_try(config: RunConfig, last: dict[str, Any], best: int, too_many: int)
     guess = last["sequences_per_device"] + int(room / compiled_sequence_bytes(config.model, config.train))
     least = best + max(1, best // 4) if best else 1
     return min(max(guess, least), too_many - 1)
+
+
+def _kernel_cycles(
+    folder: Path, config: RunConfig, topology: Topology, share: int, kernels: dict[str, dict[str, Any]], flags: str
+) -> dict[str, int]:
+    """Return the cycles of one call of each kernel: of its schedule, of its products or of its traffic, whichever are most.
+
+    A schedule knows neither how long a product keeps a matrix unit busy, nor how long memory takes."""
+    model = config.model
+    sizes = [share, model.seq_length, model.num_heads, model.d_model // model.num_heads]
+    name = next(name for name, found in TOPOLOGIES.items() if found is topology)
+    request = {"topology": name, "kernels": kernels, "documents": sizes if config.train.document_mask else None}
+    scheduled = _compile(folder, request, flags)
+    return {
+        key: max(
+            scheduled[key],
+            round(kernel["flops"] / topology.flops_per_cycle),
+            round(kernel["bytes"] / topology.bytes_per_cycle),
+        )
+        for key, kernel in kernels.items()
+    }
 
 
 def _costs(config: RunConfig, topology: Topology, compiled: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from typing import Any
 
 from gpt2xla.runtime.xla.compiler_messages import compiler_figures, to_bytes
 from gpt2xla.tpu_check.hlo import Allocation, Program
+from gpt2xla.tpu_check.kernels import schedule_cycles
 from gpt2xla.tpu_check.origins import origin_of
 from gpt2xla.tpu_check.topologies import TOPOLOGIES, Topology
 from gpt2xla.tpu_check.where import work_of
@@ -27,13 +27,13 @@ GIB = 2**30
 def main(request: dict[str, Any]) -> None:
     """Answer `request` in a file.
 
-    It holds topology and output (the file), and either graph (a file), replicas and spmd, or kernels: the sizes (B, T, H,
-    K) of flash attention, and documents, whether it stays within these."""
+    It holds topology and output (the file), and either graph (a file), replicas and spmd, or kernels and documents, as
+    `kernels.schedule_cycles` takes them."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     topology = TOPOLOGIES[request["topology"]]
     if "kernels" in request:
-        answer = kernel_cycles(topology, request["kernels"], documents=request["documents"])
+        answer = schedule_cycles(topology, request["kernels"], request["documents"])
     else:
         answer = compile_graph(Path(request["graph"]).read_bytes(), topology, request["replicas"], request["spmd"])
     Path(request["output"]).write_text(json.dumps(answer))
@@ -89,48 +89,10 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
         "bytes": costs["bytes accessed"],
         "cycles": sum(cycles.values()),
         "cycles_by_kind": dict(cycles),
-        "kernel_calls": hlo.kernel_calls(),
+        "kernels": {key: kernel._asdict() for key, kernel in hlo.kernels().items()},
         "work": [asdict(group) for group in work_of(hlo)],
         "compile_seconds": seconds,
     }
-
-
-def kernel_cycles(topology: Topology, sizes: list[int], *, documents: bool) -> dict[str, int]:
-    """Return the cycles of one call of each flash attention kernel, without waiting for memory.
-
-    They are the bundles of its final schedule, one a cycle, and its stalls, times the steps of its grid. With `documents`
-    they are those of documents as long as the sequence; shorter ones take fewer."""
-    cycles = {}
-    with tempfile.TemporaryDirectory() as folder:
-        flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        import jax
-        from jax._src.interpreters import mlir
-        from jax._src.lib import xla_client
-        from jax.experimental import topologies
-
-        from gpt2xla.model import pallas_attention as kernels
-
-        kernels.use_libtpu_version()
-        B, T, H, K = sizes
-        shape = kernels.Shape(B, T, H, K, bf16=topology.kind != "TPU v3", documents=documents, skips=False)
-        device: Any = topologies.get_topology_desc(platform="tpu", topology_name=topology.libtpu_name).devices[0]
-        for direction in ("forward", "backward"):
-            function = getattr(kernels, direction)(shape)
-            lowered = jax.jit(function).trace(*function.arguments).lower(lowering_platforms=("tpu",))
-            module: Any = lowered.compiler_ir()
-            # Not lowered.compile(): jax 0.7.2 crashes where it asks such a device for its layouts.
-            devices = xla_client.DeviceList((device,))
-            device.client.compile(mlir.module_to_bytecode(module), devices, xla_client.CompileOptions())
-            # Two programs are dumped: the kernel's and a frame around it, the shorter one.
-            schedules = [f for f in Path(folder).glob("*final_bundles.txt") if "analysis" not in f.name]
-            kernel = max(schedules, key=lambda file: file.stat().st_size).read_text()
-            bundles = len(re.findall(r"^ *(?:0x[0-9a-f]+|0) .*?: .*\{", kernel, re.MULTILINE))
-            stalls = sum(int(n) for n in re.findall(r"vdelay (\d+)", kernel))
-            cycles[direction] = (bundles + stalls) * shape.B * shape.blocks
-            for file in Path(folder).iterdir():
-                file.unlink()
-    return cycles
 
 
 def _to_stablehlo(graph: bytes) -> tuple[bytes, int]:

@@ -5,6 +5,9 @@ of a program well, but do not predict time."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import math
 import re
 from collections import Counter
@@ -25,6 +28,17 @@ class Allocation(NamedTuple):
     bytes: int
     shape: str
     origin: str  # the module whose forward pass made it, or the operation
+
+
+class Kernel(NamedTuple):
+    """A call of a kernel, for which the compiler estimates no cycles. It states FLOPs and bytes itself."""
+
+    key: str
+    name: str
+    text: str  # of the call
+    flops: int
+    bytes: int
+    calls: int = 1
 
 
 @dataclass
@@ -60,16 +74,14 @@ class Program:
                 total[self._kind(rest)] += int(estimate[1]) * times
         return total
 
-    def kernel_calls(self) -> dict[str, int]:
-        """Return how often flash attention's two kernels are called; the compiler estimates no cycles for them."""
-        calls = Counter(
-            # The backward kernel's first result holds three arrays like the forward kernel's.
-            "backward" if _ARRAY.findall(rest)[0][1].count(",") == 3 else "forward"
-            for rest, times in self._executed(self.entry, 1)
-            for _ in range(times)
-            if 'custom_call_target="tpu_custom_call"' in rest
-        )
-        return dict(calls)
+    def kernels(self) -> dict[str, Kernel]:
+        """Return our kernels that are called, each with how often, by a key that `kernel_of` gives to a call."""
+        found: dict[str, Kernel] = {}
+        for rest, times in self._executed(self.entry, 1):
+            if kernel := kernel_of(rest):
+                earlier = found.get(kernel.key)
+                found[kernel.key] = kernel._replace(calls=times + (earlier.calls if earlier else 0))
+        return found
 
     def largest_at_peak(self) -> list[Allocation]:
         """Return the arrays in main memory, except arguments, when the entry computation holds most; the largest first."""
@@ -193,6 +205,17 @@ class Program:
         if opcode in ("convolution", "dot"):
             return "matmul"
         return "copy" if opcode.startswith("copy") else "other"
+
+
+def kernel_of(rest: str) -> Kernel | None:
+    """Return the kernel that an instruction calls; None if it calls none."""
+    if 'custom_call_target="tpu_custom_call"' not in rest:
+        return None
+    configuration = json.loads(rest[rest.index("backend_config=") + len("backend_config=") :])["custom_call_config"]
+    name = re.search(rb"gpt2xla_(\w+)", base64.b64decode(configuration["body"]))
+    cost = {key: int(value) for key, value in configuration["cost_estimate"].items()}
+    key = hashlib.sha256(configuration["body"].encode()).hexdigest()[:12]
+    return Kernel(key, name[1].decode() if name else "unnamed", rest, cost["flops"], cost["bytes_accessed"])
 
 
 @cache  # asked for the same instructions again and again

@@ -25,7 +25,12 @@ def origin_of(op_name: str) -> Origin:
     """Read a name: `model.1/h.0.659/h.0.mlp.15/h.0.mlp.c_fc.1/aten__mm`. Each scope carries a counter."""
     *outer, operation = op_name.split("/")
     scopes = [scope.rsplit(".", 1)[0] for scope in outer]
-    modules = [scope for scope in scopes if "__" not in scope]
+    modules: list[str] = []
+    for scope in scopes:
+        if scope.startswith(".") and modules:  # a part of the module around it
+            modules[-1] += scope
+        elif "__" not in scope:
+            modules.append(scope)
     operations = *(scope for scope in scopes if "__" in scope), operation
     short = tuple(name.removeprefix("aten__").removeprefix("xla__") for name in operations)
     if not modules or modules[-1] == BACKWARD:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
 from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.kernels import ProjectedAttention
+from gpt2xla.runtime.xla.pallas_call import pallas_call
 from gpt2xla.runtime.xla.versions import installed, release_for, why_no_kernels
 
 
@@ -62,7 +61,7 @@ class _ProjectedAttention(torch.autograd.Function):
         own_ED = weight_ED.to(x_BTD.dtype)
         biases = [None] * 3 if bias_E is None else bias_E.to(x_BTD.dtype).chunk(3)
         qkv = [F.linear(x_BTD, *parts) for parts in zip(own_ED.chunk(3), biases, strict=True)]
-        y_BTD, log_sums = _call("forward", starts_BT, qkv, *kernel)
+        y_BTD, log_sums = call("forward", starts_BT, qkv, *kernel)
         ctx.kernel, ctx.bias_dtype = kernel, None if bias_E is None else bias_E.dtype
         ctx.save_for_backward(starts_BT, x_BTD, weight_ED, *qkv, y_BTD, log_sums)
         return y_BTD
@@ -70,7 +69,7 @@ class _ProjectedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         starts_BT, x_BTD, weight_ED, *tensors = ctx.saved_tensors
-        gradients_3BTD, sums_B3D = _call("backward", starts_BT, [*tensors, grads[0]], *ctx.kernel)
+        gradients_3BTD, sums_B3D = call("backward", starts_BT, [*tensors, grads[0]], *ctx.kernel)
         own_3DD = weight_ED.to(x_BTD.dtype).unflatten(0, (3, -1))
         dx_BTD = torch.einsum("sbte,sed->btd", gradients_3BTD, own_3DD)
         dweight_3DD = torch.einsum("sbte,btd->sed", gradients_3BTD, x_BTD)
@@ -78,22 +77,21 @@ class _ProjectedAttention(torch.autograd.Function):
         return dx_BTD, dweight_3DD.flatten(0, 1).to(weight_ED.dtype), dbias_E, None, None, None, None
 
 
-def _call(
-    direction: str, starts_BT: Tensor | None, tensors: list[Tensor], num_heads: int, bf16: bool, mesh: xs.Mesh | None
-) -> list[Tensor]:
+def call(
+    direction: str, starts_BT: Tensor | None, tensors: list[Tensor], num_heads: int, bf16: bool, mesh: xs.Mesh | None,
+    **options: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Return what this direction's kernel does (`pallas_attention.py`); `bf16` and `mesh` are as above."""
+    from gpt2xla.model import pallas_attention
+
     parts = tensors if mesh is None else [_part(tensor, mesh) for tensor in tensors]
     sequences, length, width = parts[0].shape
-    sizes = (sequences, length, num_heads, width // num_heads, bf16, starts_BT is not None)
-    payload, blocks, chunk = _lowered(sizes, direction)
-    if direction == "forward":
-        shapes, dtypes = [parts[0].shape, torch.Size((sequences, *blocks, length))], [torch.bfloat16, torch.float32]
-    else:
-        shapes = [torch.Size((3, *parts[0].shape)), torch.Size((sequences, 3, width))]
-        dtypes = [torch.bfloat16, torch.float32]
+    documents = starts_BT is not None
+    shape = pallas_attention.Shape(sequences, length, num_heads, width // num_heads, bf16=bf16, documents=documents)
     if starts_BT is not None:
-        starts = [starts_BT[:, None, ::chunk], starts_BT[:, None]]
+        starts = [starts_BT[:, None, :: shape.queries_per_chunk], starts_BT[:, None]]
         parts = [*(starts if mesh is None else [_part(tensor, mesh) for tensor in starts]), *parts]
-    results = torch_xla._XLAC._xla_tpu_custom_call(parts, payload, shapes, dtypes)
+    results = pallas_call(getattr(pallas_attention, direction), shape, parts, **options)
     if mesh is None:
         return results
     axes = (0, 0) if direction == "forward" else (1, 0)  # of the sequences
@@ -111,12 +109,3 @@ def _whole(part: Tensor, sequences: int, mesh: xs.Mesh, axis: int) -> Tensor:
 
 def _by_sequence(tensor: Tensor, mesh: xs.Mesh, axis: int) -> tuple[str | None, ...]:
     return tuple(mesh.axis_names[0] if place == axis else None for place in range(tensor.dim()))
-
-
-@functools.cache
-def _lowered(sizes: tuple[int, int, int, int, bool, bool], direction: str) -> tuple[str, tuple[int, int], int]:
-    from gpt2xla.model import pallas_attention as kernels
-
-    shape = kernels.Shape(*sizes)
-    payload = kernels.lower(shape, getattr(kernels, direction))
-    return payload, (shape.blocks, shape.heads_per_block), shape.queries_per_chunk

@@ -38,6 +38,7 @@ from gpt2xla.runtime.base import P, T
 from gpt2xla.runtime.one_device import adam, set_matmul_precision
 from gpt2xla.runtime.precision import choose, of_xla
 from gpt2xla.runtime.torch.parallel import accumulated
+from gpt2xla.runtime.xla.block import fused_blocks
 from gpt2xla.runtime.xla.compiles import XlaCompileWatch
 from gpt2xla.runtime.xla.device import XlaDevice
 from gpt2xla.runtime.xla.flash import flash_attention_for, why_no_flash_attention
@@ -138,17 +139,23 @@ class XlaRuntime(XlaDevice):
         if self.train.attention == "flash" and flash_is_out:
             raise InputError(f"--attention flash: {flash_is_out}; leave the flag out")
         flash = {} if flash_is_out else {"flash": flash_attention_for(self.device_kind, self.mesh)}
+        fence = xm.optimization_barrier_
+        is_whole = self.mesh is None and not model.dropout and self.train.activation_checkpointing == "none"
+        fused = None
+        if flash and is_whole and self.train.attention in ("auto", "flash"):
+            fused = fused_blocks(model, self.device_kind, fence)
         logits = self.train.micro_batch_size * model.seq_length // self.devices * model.vocab_size
         return choose_kernels(
             self.train,
             model,
-            attention={"chunked": partial(chunked_attention, fence=xm.optimization_barrier_)},
+            attention={"chunked": partial(chunked_attention, fence=fence)},
             projected_attention=flash,
             preferred="chunked" if flash_is_out else "flash",
             loss_chunks=-(-2 * logits // LOGITS_AT_ONCE["xla"]),  # 2 bytes each, as on TPUs
             checkpoint=torch_xla_checkpoint,
-            layer_norm=partial(lean_layer_norm, fence=xm.optimization_barrier_),
-            chunked_loss=partial(chunked_cross_entropy, fence=xm.optimization_barrier_),
+            layer_norm=partial(lean_layer_norm, fence=fence),
+            fused=fused,
+            chunked_loss=partial(chunked_cross_entropy, fence=fence),
             static_shapes=True,
         )
 
