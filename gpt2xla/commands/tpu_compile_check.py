@@ -99,6 +99,10 @@ def describe(report: dict[str, Any]) -> str:
         lines += [
             f"  per device and update: {_shown(report['flops'] / 1e12)} TFLOP, {_shown(report['bytes'] / 1e9)} GB moved, "
             f"{_shown(report['cycles'] / 1e6)} million cycles by the compiler's estimate",
+            f"  at {TOPOLOGIES[report['topology']].clock / 1e9:.2f} GHz that is "
+            f"{_shown(report['estimated_seconds'] * 1e3)} ms: about "
+            f"{report['tokens_per_step'] / report['estimated_seconds']:,.0f} tokens per second on all devices together, an "
+            "estimate",
             f"  cannot take less than {_shown(report['roofline_seconds'] * 1e3)} ms ({report['roofline_bound']}-bound): at "
             f"most {report['tokens_per_step'] / report['roofline_seconds']:,.0f} tokens per second on all devices together",
             f"  host: {report['trace_ms']} ms of tracing per update; compiled in {report['compile_seconds']} s here",

@@ -30,9 +30,10 @@ _SKIPPED_VARIABLES = ("PJRT_DEVICE", "TPU_", "XLA_", "CPU_NUM", "JAX_")
 def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Compile the step of `config` for the devices of one host of `topology`.
 
-    Return what docs/will-it-fit.md describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles, roofline_seconds,
-    compile_seconds, trace_ms and others; sizes and costs are of one device and one update. Raises InputError if the batch
-    does not divide over the devices, and RunFailed, which names the error, if tracing or compiling fails."""
+    Return what docs/will-it-fit.md describes: fits, peak_gib of memory_gib, largest, flops, bytes, cycles,
+    estimated_seconds, roofline_seconds, compile_seconds, trace_ms and others; sizes and costs are of one device and one
+    update. Raises InputError if the batch does not divide over the devices, and RunFailed, which names the error, if tracing
+    or compiling fails."""
     found = TOPOLOGIES[topology]
     share, rest = divmod(config.train.micro_batch_size, found.devices)
     if rest or not share:
@@ -58,6 +59,7 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
             ]
             report["kernel_cycles"] = sum(kernel["cycles"] for kernel in report["kernels"])
             report["cycles"] += report["kernel_cycles"]
+            report["estimated_seconds"] = report["cycles"] / found.clock
             report["where"] = summary([Work(**group) for group in report.pop("work")], each, found)
     return report
 

@@ -33,9 +33,14 @@ class Topology:
         return DEVICE_PEAK_FLOPS[self.kind]
 
     @property
+    def clock(self) -> float:
+        """Cycles per second at which the matrix units reach their peak."""
+        return self.flops / self.flops_per_cycle
+
+    @property
     def bytes_per_cycle(self) -> float:
-        """Of one device's memory, at the clock at which its matrix units reach their peak."""
-        return self.bandwidth * self.flops_per_cycle / self.flops
+        """Of one device's memory."""
+        return self.bandwidth / self.clock
 
 
 TOPOLOGIES = {
