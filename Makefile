@@ -35,6 +35,7 @@ docs: $(VENV)/docs-installed
 
 tpu-table: install
 	$(BIN)/python benchmarks/tpu_table.py $(if $(REFERENCE),--reference $(REFERENCE))
+	$(BIN)/python benchmarks/tpu_estimates.py
 
 install: $(VENV)/installed
 

@@ -23,7 +23,7 @@ PAGES = {
     "docs/index.md": (0, 1),
     "docs/data.md": (1, 4),
     "docs/data-formats.md": (0, 3),
-    "docs/tpu.md": (3, 1),
+    "docs/tpu.md": (3, 2),
     "docs/will-it-fit.md": (0, 4),
     "docs/gpu-and-cpu.md": (1, 3),
     "docs/parallelism.md": (0, 7),

@@ -45,6 +45,7 @@ COMMANDS = {
     "push": Command("commands.push_to_hub", "a model -> the Hugging Face hub"),
     "doctor": Command("doctor", "look for known problems of this machine"),
     "fit": Command("commands.tpu_compile_check", "does a run fit a TPU? Compiles it without one"),
+    "tpu-report": Command("commands.tpu_report", "what this machine's TPU makes of it: a block to paste"),
     "completion": Command("commands.completion", "completion of these commands for bash or zsh"),
 }
 

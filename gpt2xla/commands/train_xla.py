@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:  # they import torch, for which --help must not wait
     from gpt2xla.runtime.xla.runtime import XlaRuntime
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run with `argv`, by default the process's own arguments. A notebook's kernel may call it several times."""
+def main(argv: Sequence[str] | None = None, work: Callable[..., None] | None = None) -> None:
+    """Run with `argv`, by default the process's own arguments. A notebook's kernel may call it several times.
+
+    `work` is what trains in each process, called as `worker` is, which it is by default."""
     config, options = parse_run(XlaConfig, argv)
     config.check_early()
     if options.fsdp and not options.spmd:
@@ -42,27 +44,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         with StopSignals() as signals:
-            launch(config, options, signals)
+            launch(config, options, signals, work or worker)
     except BrokenProcessPool:
         hint = f"; XLA_FLAGS is {flags!r}, and XLA ends a process for a flag that it does not know" if flags else ""
         raise RunFailed(f"a worker process exited early and stopped the run; its own message is above{hint}") from None
 
 
-def launch(config: RunConfig, options: XlaConfig, signals: StopSignals) -> None:
-    """Start the processes that train, and return when they are done. In SPMD mode this process drives all devices itself."""
+def launch(config: RunConfig, options: XlaConfig, signals: StopSignals, work: Callable[..., None]) -> None:
+    """Start the processes that `work`, and return when they are done. In SPMD mode this process drives all devices."""
     several = os.environ.get("CPU_NUM_DEVICES", "1") != "1" or "RANK" in os.environ  # or by torchrun
     if options.spmd:
-        worker(0, config, options, signals)
+        work(0, config, options, signals)
     elif os.environ["PJRT_DEVICE"] == "CPU" and several:
         from gpt2xla.runtime.xla import cpu_replicas
 
-        cpu_replicas.launch(worker, (0, config, options, signals, True), options.mp_start_method)
+        cpu_replicas.launch(work, (0, config, options, signals, True), options.mp_start_method)
     else:
         import torch_xla
 
         with tempfile.TemporaryDirectory(prefix="gpt2xla-") as folder:
             os.environ[REPORT_ONCE] = f"{folder}/reported"
-            torch_xla.launch(worker, args=(config, options, signals), start_method=options.mp_start_method)
+            torch_xla.launch(work, args=(config, options, signals), start_method=options.mp_start_method)
 
 
 def worker(index: int, config: RunConfig, options: XlaConfig, signals: StopSignals, is_replica: bool = False) -> None:

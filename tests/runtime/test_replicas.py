@@ -1,5 +1,6 @@
 """Several XLA:CPU replicas, a process each: the numbers of torch's one process on the joined batch, and one end for all."""
 
+import json
 import os
 import signal
 import subprocess
@@ -30,8 +31,10 @@ RELATIVE = 1e-5
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, data_flags: list[str]) -> Path:
+    """Of a run as scripts/tpu_report.py starts it, which also writes facts.json."""
     folder = tmp_path_factory.mktemp("two")
-    succeed(run_xla(*data_flags, *SMALL_RUN, "--checkpoints-dir", folder, CPU_NUM_DEVICES="2"))
+    program = f"-m gpt2xla.commands.measured_run {folder}/facts.json"
+    succeed(run_xla(*data_flags, *SMALL_RUN, "--checkpoints-dir", folder, program=program, CPU_NUM_DEVICES="2"))
     return folder
 
 
@@ -54,6 +57,18 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 def test_two_replicas_equal_one_process_on_the_joined_batch(two: Path, trained: Path) -> None:
     assert_same_run(two, trained)
+
+
+def test_a_measured_run_writes_down_what_it_ran_on_and_what_it_compiled(two: Path) -> None:
+    facts = json.loads((two / "facts.json").read_text())
+    lines = [line for line in metrics(two) if "loss" in line]
+    assert (facts["type"], facts["devices"], facts["precision"]) == ("CPU", 2, "none")
+    assert facts["kernels"] == "chunked attention, loss in 1 piece"
+    assert len(facts["compile_seconds"]) == lines[-1]["compiles"]
+    assert all(seconds > 0 for seconds in facts["compile_seconds"])
+    rates = [line["mfu"] / line["tokens_per_second"] for line in lines]
+    assert rates == pytest.approx([facts["flops_per_token"] / facts["peak_flops"]] * 20, rel=0.5), "measured twice"
+    assert facts["memory"] is None, "XLA:CPU does not say"
 
 
 @pytest.mark.slow
