@@ -97,6 +97,8 @@ def test_a_step_that_fits(tmp_path: Path) -> None:
     assert len(calls) == 9, "attention, and the products with elementwise work around them"
     assert set(calls.values()) == {4}, "two layers, two micro-steps"
     assert report["cycles"] > report["kernel_cycles"] > 0
+    seconds = report["cycles"] * 4 * 128**2 * 2 / 197e12  # the peak, of four matrix units of 128 x 128
+    assert f"about {2 * 32 * 256 / seconds:,.0f} tokens per second on all devices together, an estimate" in output
     assert report["largest"], "an array at least, whatever it is in so small a model"
     assert f"fits, {report['peak_gib']:.2f} of 15.75 GiB" in output
     check_where(report["where"], report)
