@@ -1,13 +1,17 @@
 # make demo: from raw text to generated text on this machine's CPU. make test: the test suite. make docs: the pages of docs/
 # as a site, in site/. make faults: what can happen to a run, done to it some 1,500 times, and docs/reliability.md.
-# make tpu-table: what a TPU's compiler makes of the training step, beside the reference trainer's if REFERENCE names a
-# checkout of it (25 minutes).
+# make tpu-table: what a TPU's compiler makes of the training step, beside those of other trainers if REFERENCE, MAXTEXT and
+# LEVANTER name checkouts of them, the last two with PEERS_PYTHON (docs/will-it-fit.md).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 FAULTS_ARGS ?=
 REFERENCE ?=
+MAXTEXT ?=
+LEVANTER ?=
+PEERS_PYTHON ?=
+TPU_TABLE_ARGS ?=
 # A file's tests share what is slow to make, so they stay together. In order of name the files with long tests are not last.
 PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
@@ -34,7 +38,8 @@ docs: $(VENV)/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 tpu-table: install
-	$(BIN)/python benchmarks/tpu_table.py $(if $(REFERENCE),--reference $(REFERENCE))
+	$(BIN)/python benchmarks/tpu_table.py $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(MAXTEXT),--maxtext $(MAXTEXT)) \
+	  $(if $(LEVANTER),--levanter $(LEVANTER)) $(if $(PEERS_PYTHON),--peers-python $(PEERS_PYTHON)) $(TPU_TABLE_ARGS)
 	$(BIN)/python benchmarks/tpu_estimates.py
 
 install: $(VENV)/installed

@@ -61,6 +61,20 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
         build.allow_spmd_sharding_propagation_to_parameters = [True]
         build.allow_spmd_sharding_propagation_to_output = [True]
     module, donated = _to_stablehlo(graph)
+    answer, program = compile_module(module, topology, devices, options)
+    if program is None:
+        return answer
+    work = [asdict(group) for group in work_of(program)]
+    kernels = {key: kernel._asdict() for key, kernel in program.kernels().items()}
+    return answer | {"donated": donated, "kernels": kernels, "work": work}
+
+
+def compile_module(
+    module: bytes, topology: Topology, devices: list[Any], options: Any
+) -> tuple[dict[str, Any], Program | None]:
+    """Return what the compiler says about `module`, StableHLO, and the program that it makes of it, if that fits."""
+    from jax._src.lib import xla_client
+
     start = time.perf_counter()
     try:
         program = devices[0].client.compile(module, xla_client.DeviceList(tuple(devices)), options)
@@ -68,7 +82,7 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
         refused = _does_not_fit(str(error))
         if refused is None:
             raise
-        return refused | {"compile_seconds": round(time.perf_counter() - start, 1)}
+        return refused | {"compile_seconds": round(time.perf_counter() - start, 1)}, None
     seconds = round(time.perf_counter() - start, 1)
     memory, costs = program.get_compiled_memory_stats(), program.cost_analysis()
     costs = costs[0] if isinstance(costs, list) else costs
@@ -76,23 +90,21 @@ def compile_graph(graph: bytes, topology: Topology, replicas: int, spmd: bool) -
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporary
     cycles = hlo.cycles()
-    return {
+    answer = {
         "fits": True,
         "peak_gib": round(peak / GIB, 3),
         "alive_gib": round(memory.peak_memory_in_bytes / GIB, 3),  # without the gaps between arrays
         "memory_gib": topology.memory,
         "arguments_gib": round(arguments / GIB, 3),
         "temporary_gib": round(temporary / GIB, 3),
-        "donated": donated,
         "largest": _by_origin(hlo.largest_at_peak()),
         "flops": costs["flops"],
         "bytes": costs["bytes accessed"],
         "cycles": sum(cycles.values()),
         "cycles_by_kind": dict(cycles),
-        "kernels": {key: kernel._asdict() for key, kernel in hlo.kernels().items()},
-        "work": [asdict(group) for group in work_of(hlo)],
         "compile_seconds": seconds,
     }
+    return answer, hlo
 
 
 def _to_stablehlo(graph: bytes) -> tuple[bytes, int]:
