@@ -184,6 +184,13 @@ def test_checkpoints_move(
 
 
 @pytest.mark.slow
+def test_blocks_that_run_forward_again_gather_then(runs: dict[str, Path], flags: list[str], tmp_path: Path) -> None:
+    more = [*LAYOUTS["fsdp"], "--activation-checkpointing", "block", "--checkpoints-dir", tmp_path]
+    succeed(run_spmd(8, *flags, *more))
+    assert training_losses(tmp_path) == pytest.approx(training_losses(runs["torch"]), rel=RELATIVE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_sync_free_optimizer_too(runs: dict[str, Path], name: str, flags: list[str], tmp_path: Path) -> None:
     more = [*LAYOUTS[name], "--use-syncfree-optim", "--checkpoints-dir", tmp_path]

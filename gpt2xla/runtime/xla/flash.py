@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.kernels import ProjectedAttention
+from gpt2xla.runtime.xla.layout import mark
 from gpt2xla.runtime.xla.pallas_call import pallas_call
 from gpt2xla.runtime.xla.versions import installed, release_for, why_no_kernels
 
@@ -99,7 +100,7 @@ def call(
 
 
 def _part(tensor: Tensor, mesh: xs.Mesh) -> Tensor:
-    return xs.enable_manual_sharding(tensor, _by_sequence(tensor, mesh, 0), mesh=mesh).global_tensor
+    return torch_xla._XLAC._spmd_full_to_shard_shape(mark(tensor, mesh, _by_sequence(tensor, mesh, 0)))
 
 
 def _whole(part: Tensor, sequences: int, mesh: xs.Mesh, axis: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 XLA's partitioner (GSPMD, Xu et al. 2021) divides it over them and adds the communication. Batches are split over
 their first dimension. Weights, gradients and Adam's state are whole on every device or, with --fsdp, split as
-`split_dimension` says."""
+`split_dimension` says; `fsdp.py` gathers weights where they are used."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 from gpt2xla.config import TrainConfig, XlaConfig
 from gpt2xla.data.windows import Batch
 from gpt2xla.errors import InputError
+from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.optim.muon import Owners
 from gpt2xla.processes.quiet import silent
 from gpt2xla.runtime import sharded_state
+from gpt2xla.runtime.xla.fsdp import WholeWeights
+from gpt2xla.runtime.xla.layout import mark
 from gpt2xla.runtime.xla.memory import XlaMemory
 from gpt2xla.runtime.xla.owners import SpmdOwners
 from gpt2xla.runtime.xla.runtime import XlaRuntime
@@ -39,12 +42,13 @@ _AXIS = "devices"
 def split_dimension(shape: Sequence[int], devices: int) -> int | None:
     """Return which dimension of a tensor --fsdp splits over the devices; None if the tensor is whole everywhere.
 
-    It is the largest dimension that divides evenly, and the first of equal ones. Biases and layer norms stay whole, as
-    they are not worth sending."""
+    It is the first dimension that divides evenly: parts of rows lie one after the other in the whole tensor, parts of
+    columns do not. A stack of matrices is split as each of them. Biases and layer norms stay whole, as they are not worth
+    sending."""
     if devices == 1 or len(shape) < 2:
         return None
-    divisible = [dimension for dimension, size in enumerate(shape) if size % devices == 0]
-    return max(divisible, key=lambda dimension: shape[dimension], default=None)
+    rows_and_columns = range(len(shape) - 2, len(shape))
+    return next((dimension for dimension in rows_and_columns if shape[dimension] % devices == 0), None)
 
 
 def _kind_of_host() -> str:
@@ -92,6 +96,10 @@ class SpmdRuntime(XlaRuntime):
             parameter.register_hook(self._place)
         for module in model.modules():
             module.register_forward_hook(self._split_output)
+        if self.options.fsdp and self.devices > 1:
+            assert isinstance(model, GPT2)
+            again = self.train.activation_checkpointing == "none"  # otherwise blocks run forward again, and gather then
+            WholeWeights(model, self._place, self._whole, xm.optimization_barrier_, again=again)
 
     @property
     def device_kind(self) -> str:
@@ -118,8 +126,7 @@ class SpmdRuntime(XlaRuntime):
 
     def gather_rows(self, values: Tensor) -> Tensor:
         # Whole on every device: reading a split tensor would compile another program.
-        xs.mark_sharding(values, self.mesh, (None,))
-        return values
+        return self._whole(values)
 
     def _sum_on_host(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -173,9 +180,10 @@ class SpmdRuntime(XlaRuntime):
                 output.register_hook(self._split_rows)
 
     def _split_rows(self, tensor: Tensor) -> Tensor:
-        xs.mark_sharding(tensor, self.mesh, (_AXIS, *[None] * (tensor.dim() - 1)))
-        return tensor
+        return mark(tensor, self.mesh, (_AXIS, *[None] * (tensor.dim() - 1)))
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        return mark(tensor, self.mesh, (None,) * tensor.dim())
 
     def _place(self, gradient: Tensor) -> Tensor:
-        xs.mark_sharding(gradient, self.mesh, self._placement(gradient.shape))
-        return gradient
+        return mark(gradient, self.mesh, self._placement(gradient.shape))
