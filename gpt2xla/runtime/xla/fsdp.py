@@ -107,7 +107,7 @@ class _Saved:
         return self.whole[number].T if transposed else self.whole[number]
 
 
-def _while_running(module: nn.Module, weights: list[tuple[nn.Module, str, nn.Parameter]], gather: Gather) -> None:
+def _while_running(module: nn.Module, weights: Sequence[tuple[nn.Module, str, Tensor]], gather: Gather) -> None:
     """Put gathered `weights`, each a module's parameter of that name, into their places while `module` runs forward."""
     before: list[list[Any]] = []
 
