@@ -77,7 +77,7 @@ def test_values_and_gradients(shape: Shape) -> None:
 def test_the_kernels_are_lowered_without_a_device() -> None:
     for kernel in (forward, backward):
         for documents in (False, True):
-            assert "custom_call_config" in json.loads(lower(Shape(2, 256, 4, 64, documents=documents), kernel))
+            assert "custom_call_config" in json.loads(lower(kernel(Shape(2, 256, 4, 64, documents=documents))))
 
 
 @pytest.mark.parametrize(
