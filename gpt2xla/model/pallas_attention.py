@@ -1,7 +1,6 @@
 """Causal attention as two TPU kernels, forward and backward, that keep all scores in the core's own memory.
 
-They are written in JAX's Pallas, and JAX only lowers them: `lower` returns a program that XLA embeds in a graph of any
-frontend. One kernel call computes one sequence and the heads that lie side by side in 128 columns (two of GPT-2's), straight
+One kernel call computes one sequence and the heads that lie side by side in 128 columns (two of GPT-2's), straight
 from the layout (B, T, D) in which the projections write them, so nothing is transposed or padded in main memory.
 The formulas are those of Dao et al. 2022, FlashAttention.
 
@@ -22,7 +21,6 @@ Shape suffixes: T tokens, C queries of a chunk, S keys, R some rows, L the 128 c
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,26 +105,6 @@ def backward(shape: Shape, joint: bool = True, interpret: bool = False) -> Any:
     gradients before they are rounded, summed over a sequence's tokens, as biases need them."""
     outputs, scratch = "GM" if joint else "BBBM", "hhxxxxXXTmi" if shape.documents else "hhxxxxXXTm"
     return _call(shape, _backward, inputs="BBBBSB", outputs=outputs, scratch=scratch, products=5, interpret=interpret)
-
-
-def lower(kernel: Any) -> str:
-    """Return a kernel, such as `forward(shape)`, as the payload of a `tpu_custom_call`. This runs on any machine and
-    initialises no device."""
-    use_libtpu_version()
-    jax.config.update("jax_platforms", "cpu")  # otherwise JAX would take the TPU away from torch_xla
-    text = str(jax.jit(kernel).trace(*kernel.arguments).lower(lowering_platforms=("tpu",)).compiler_ir())
-    start = text.index('backend_config = "', text.index("@tpu_custom_call")) + len('backend_config = "')
-    # MLIR escapes quotes as \22.
-    payload = text[start : text.index('"', start)].replace("\\22", '"').replace("\\5C", "\\")
-    json.loads(payload)
-    return payload
-
-
-def use_libtpu_version() -> None:
-    """Make JAX write kernels in the version of their language that the libtpu of torch_xla 2.9 reads."""
-    from jax._src import tpu_custom_call
-
-    tpu_custom_call.get_ir_version = lambda *args: 7
 
 
 def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, products: int, interpret: bool) -> Any:
@@ -243,8 +221,11 @@ def _forward(shape: Shape, interpret: bool, *refs: Any) -> None:
 
 def _backward(shape: Shape, interpret: bool, *refs: Any) -> None:
     numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
-    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, gradients_ref, sums_ref, *refs = refs  # type: ignore[assignment]
-    q, dy, q_LT, dy_LT, k_LT, v_LT, dk_LT, dv_LT, staging, sums, *starts = refs
+    scratch = 11 if shape.documents else 10
+    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, *gradient_refs, sums_ref = refs[:-scratch]
+    q, dy, q_LT, dy_LT, k_LT, v_LT, dk_LT, dv_LT, staging, sums, *starts = refs[-scratch:]
+    if len(gradient_refs) == 1:
+        gradient_refs = [gradient_refs[0].at[number] for number in range(3)]
     heads = range(shape.heads_per_block)
     # A bias of k adds the same to all scores of a query, which softmax does not see: the sum of dk stays zero.
     sums[...] = jnp.zeros_like(sums)

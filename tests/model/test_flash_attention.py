@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gpt2xla.model.attention import sdpa_attention
 from gpt2xla.model.documents import document_mask, document_starts
-from gpt2xla.model.pallas_attention import Shape, backward, forward, lower
+from gpt2xla.model.pallas_attention import Shape, backward, forward
+from gpt2xla.model.pallas_lowering import lower
 
 SHAPES = [
     Shape(2, 256, 4, 64),

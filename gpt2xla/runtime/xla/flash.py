@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 

@@ -19,7 +19,7 @@ def pallas_call(make: Callable[..., Any], shape: Any, tensors: list[Tensor], **o
 
 @functools.cache
 def _lowered(make: Callable[..., Any], shape: Any, **options: bool) -> tuple[str, list[torch.Size], list[torch.dtype]]:
-    from gpt2xla.model.pallas_attention import lower
+    from gpt2xla.model.pallas_lowering import lower
 
     kernel = make(shape, **options)
     dtypes = [getattr(torch, array.dtype.name) for array in kernel.results]
