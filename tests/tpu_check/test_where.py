@@ -25,7 +25,9 @@ def test_parts_of_a_program() -> None:
     assert sum(group.cycles for group in work) == sum(program.cycles().values()), (
         "whatever has an estimate is in a part"
     )
-    where = summary(work, {"forward": 400, "backward": 600}, TOPOLOGIES["v5e-8"])
+    cycles = {"attention_forward": 400, "attention_backward": 600}
+    kernels = {key: cycles[kernel.name] for key, kernel in program.kernels().items()}
+    where = summary(work, kernels, TOPOLOGIES["v5e-8"])
     assert where["cycles"] == sum(program.cycles().values()) + 1000
     assert {row["part"]: (row["cycles"], row["instructions"]) for row in where["parts"]} == {
         "MLP products forward": (2100, 2),
@@ -46,7 +48,7 @@ def test_parts_of_a_program() -> None:
     assert by_name["h.*.mlp.c_fc forward"]["cycles"] == 1000
     assert by_name["h.*.mlp.c_fc forward again"]["cycles"] == 1100
     assert by_name["h.*.mlp.c_fc dW"]["shapes"] == "bf16[512,128] = [4,256,512] * [4,256,128]"
-    assert by_name["h.*.attn.attention kernel backward"]["cycles"] == 600
+    assert by_name["h.*.attn backward (kernel)"]["cycles"] == where["kernels"] - 400 == 600
     # Prefetched weights do not move again.
     assert by_name["h.*.mlp.c_fc forward"]["bytes"] - by_name["h.*.mlp.c_fc forward again"]["bytes"] == 512 * 128 * 4
     flops = {group.name: group.flops for group in work if group.flops}
@@ -57,8 +59,8 @@ def test_parts_of_a_program() -> None:
         "h.*.mlp.c_fc dW": LINEAR,
         "h.*.attn.c_proj backward dx": 3 * LINEAR // 4,
         "optimizer": 3 * 2 * 8**3,  # three matrices, each times one
-        "h.*.attn.attention kernel forward": 262144,
-        "h.*.attn.attention kernel backward": 524288,
+        "h.*.attn forward (kernel)": 262144,
+        "h.*.attn backward (kernel)": 524288,
     }
     assert where["bound"] == round(sum(flops.values()) / (2 * 4 * 128**2))
     unknown = {row["part"]: row["unknown_bytes"] for row in where["parts"] if row["unknown_bytes"]}
