@@ -18,15 +18,26 @@ def test_within_documents_over_two_devices_as_exact_as_torchs_own_in_bf16() -> N
             assert ours <= 1.05 * plain, f"{name}, {key}: {ours}, torch's own in bf16 {plain}"
 
 
+@pytest.mark.parametrize("all_cases", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_blocks_whose_products_are_kernels_are_the_same_function(all_cases: bool) -> None:
+    """In fp32 loss and gradients are those of float64, up to fp32's rounding; in bf16 no further than the plain model's."""
+    output = succeed(run_xla(int(all_cases), program="tests/workers/block_worker.py"))
+    errors = json.loads(output.splitlines()[-1])
+    assert len(errors) == (7 if all_cases else 2)
+    for case, of in errors.items():
+        for name, (ours, plain) in of.items():
+            assert ours <= (2e-6 if "fp32" in case else 1.1 * plain + 1e-6), f"{case}, {name}: {ours}, plain {plain}"
+
+
 @pytest.mark.slow
 def test_200_updates_take_the_plain_steps_way() -> None:
     """Over three seeds: in fp32 the same losses; in bf16 none further from those in fp32 than the plain step's are."""
-    apart: dict[str, list[float]] = {"plain": [], "forms": []}
+    apart: dict[str, list[float]] = {"plain": [], "forms": [], "blocks": []}
     for seed in range(3):
         output = succeed(run_xla(200, seed, program="tests/workers/forms_worker.py"))
         curves = {name: torch.tensor(losses).double() for name, losses in json.loads(output.splitlines()[-1]).items()}
         exact = curves["plain, fp32"]
-        difference = (curves["forms, fp32"] / exact - 1).abs().max()
+        difference = max((curves[f"{name}, fp32"] / exact - 1).abs().max() for name in ("forms", "blocks"))
         print(f"seed {seed}: losses {exact[0]:.3f} to {exact[-1]:.3f}, fp32 {difference:.1e} relative at most", end="")
         assert exact[-1] < exact[0] - 2, "the model learns"
         assert difference <= 1e-5
@@ -34,4 +45,5 @@ def test_200_updates_take_the_plain_steps_way() -> None:
             distances.append(float((curves[f"{name}, bf16"] - exact).square().mean().sqrt()))
             print(f", {name} in bf16 {distances[-1]:.1e} nats apart", end="")
         print()
-    assert sum(apart["forms"]) <= 1.05 * sum(apart["plain"])
+    for name in ("forms", "blocks"):
+        assert sum(apart[name]) <= 1.05 * sum(apart["plain"])

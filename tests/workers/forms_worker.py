@@ -3,6 +3,7 @@
 Prints a JSON object: the losses by form and type. The kernels of flash attention are interpreted; in fp32, which they do not
 know, plain formulas stand in their place, inside the same autograd function."""
 
+import dataclasses
 import json
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.model.kernels import Kernels
 from gpt2xla.model.loss import chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
+from gpt2xla.runtime.xla.block import fused_blocks
 
 CONFIG = ModelConfig(vocab_size=512, seq_length=128, d_model=128, num_layers=2, num_heads=2)
 SEQUENCES = 4
@@ -65,7 +67,10 @@ def main() -> None:
             cross_entropy=partial(chunked_cross_entropy, chunks=4, fence=fence),
             layer_norm=partial(lean_layer_norm, fence=fence),
         )
-        for name, kernels in (("plain", Kernels()), ("forms", forms)):
+        fused = fused_blocks(CONFIG, "TPU v5 lite", fence)
+        assert fused
+        blocks = dataclasses.replace(forms, block=fused.block, layer_norm=fused.layer_norm)
+        for name, kernels in (("plain", Kernels()), ("forms", forms), ("blocks", blocks)):
             curves[f"{name}, {'bf16' if bf16 else 'fp32'}"] = losses(kernels, bf16, updates, seed)
     print(json.dumps(curves))
 
