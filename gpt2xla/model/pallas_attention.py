@@ -2,21 +2,19 @@
 
 One kernel call computes one sequence and the heads that lie side by side in 128 columns (two of GPT-2's), straight
 from the layout (B, T, D) in which the projections write them, so nothing is transposed or padded in main memory.
-The formulas are those of Dao et al. 2022, FlashAttention.
 
-The matrix units hold a square of one operand, 128 or 256 wide, and the rows of the other pass through it: a product costs
-the number of these rows, however little of the square is in use. So products whose result has one head's columns are
-computed transposed: 64 rows pass instead of 256. Scores sum over only a head's columns and fill the square badly either way:
-zeros separate the heads of a block, so each head has a copy of q that is zero in the others' columns, and none are moved.
-The compiler schedules nearly in a program's own order, so products of later steps come before the exponentials of this one.
+Zeros separate the heads of a block, not slices: each head has a copy of k that is zero in the columns of the other heads, so
+its products ignore them. The matrix units are 128 wide, so zeros cost nothing, and no columns are moved.
+The formulas are those of Dao et al. 2022, FlashAttention. All keys of a sequence are in memory, so there is no running
+maximum.
 
 With documents, a chunk of queries is compiled for several numbers of keys. Where its first query's document starts decides
 which of these runs, so keys that none of its queries sees cost nothing, and shapes stay fixed.
 
 TPU v3 multiplies only fp32 operands (it rounds them to bf16 itself), and unpacks bf16 slowly; `Shape.bf16 = False` is for
-it. Then the scratch memory has another type, and bf16 is read and written differently (`_read`, `_write`).
+it. Then the scratch memory has another type, and bf16 is read and written differently (`_rows`, `_write`).
 
-Shape suffixes: T tokens, C queries of a chunk, S keys, R some rows, L the 128 columns of a block, K columns of one head."""
+Shape suffixes: T tokens, C queries of a chunk, S keys, L the 128 columns of a block, K columns of one head."""
 
 from __future__ import annotations
 
@@ -32,9 +30,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 COLUMNS = 128  # of a TPU's registers and matrix units
 _MASKED = -1e30
-_STEPS_AHEAD = 4  # by which the forward kernel's scores are computed before they are needed; more gains little
-# Queries, and the parts of the keys that they may see; the last part is on the diagonal.
-Chunk = tuple[slice, list[slice]]
+# Queries, and the parts of keys that they may see; True for the one on the diagonal.
+Chunk = tuple[slice, list[tuple[slice, bool]]]
 
 
 @dataclass(frozen=True)
@@ -63,13 +60,8 @@ class Shape:
 
     @property
     def queries_per_chunk(self) -> int:
-        # Larger chunks compute more masked scores; smaller ones make longer programs, and fill v6e's matrix units less.
-        return 256 if self.bf16 and self.T % 256 == 0 else 128
-
-    @property
-    def in_pieces(self) -> bool:
-        """Whether the compiler schedules each chunk on its own. TPU v3's memory does not hold what it keeps otherwise."""
-        return self.documents or not self.bf16
+        # Larger chunks compute more masked scores and need more memory; smaller ones fill v6e's matrix units less.
+        return 256 if self.bf16 and self.T % 256 == 0 and self.T <= 1024 else 128
 
     @property
     def q_scale(self) -> float:
@@ -94,7 +86,8 @@ def forward(shape: Shape, interpret: bool = False) -> Any:
 
     With documents, two arguments come first, both int32: the `document_starts` of each chunk's first query (B, 1, chunks),
     and those of all queries (B, 1, T)."""
-    return _call(shape, _forward, inputs="BBB", outputs="BS", scratch="htxT", products=2, interpret=interpret)
+    scratch = "thhTi" if shape.documents else "thhT"
+    return _call(shape, _forward, inputs="BBB", outputs="BS", scratch=scratch, products=2, interpret=interpret)
 
 
 def backward(shape: Shape, joint: bool = True, interpret: bool = False) -> Any:
@@ -103,8 +96,10 @@ def backward(shape: Shape, joint: bool = True, interpret: bool = False) -> Any:
 
     gradients: dq, dk and dv in one array, bf16 (3, B, T, D), or as three results if not `joint`. sums: fp32 (B, 3, D), these
     gradients before they are rounded, summed over a sequence's tokens, as biases need them."""
-    outputs, scratch = "GM" if joint else "BBBM", "hhxxxxXXTmi" if shape.documents else "hhxxxxXXTm"
-    return _call(shape, _backward, inputs="BBBBSB", outputs=outputs, scratch=scratch, products=5, interpret=interpret)
+    outputs = "GM" if joint else "BBBM"
+    return _call(
+        shape, _backward, inputs="BBBBSB", outputs=outputs, scratch="hthtTTTx", products=5, interpret=interpret
+    )
 
 
 def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, products: int, interpret: bool) -> Any:
@@ -134,8 +129,6 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, p
         "h": pltpu.VMEM((heads, shape.T, COLUMNS), operand),
         "x": pltpu.VMEM((COLUMNS, shape.T), operand),
         "T": pltpu.VMEM((shape.T, COLUMNS), jnp.float32),
-        "X": pltpu.VMEM((COLUMNS, shape.T), jnp.float32),
-        "m": pltpu.VMEM((3, COLUMNS), jnp.float32),
         "i": pltpu.VMEM((shape.T, COLUMNS), jnp.int32),
     }
     call = pl.pallas_call(
@@ -164,55 +157,56 @@ def _call(shape: Shape, body: Any, *, inputs: str, outputs: str, scratch: str, p
 
 def _forward(shape: Shape, interpret: bool, *refs: Any) -> None:
     numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
-    q_ref, k_ref, v_ref, y_ref, log_sum_ref, q, k, v_LT, staging = refs
+    q_ref, k_ref, v_ref, y_ref, log_sum_ref, q, k, v, y, *starts = refs
     heads = range(shape.heads_per_block)
+    if shape.documents:
 
-    def prepare(rows: slice) -> None:
-        q_RL, k_RL, v_RL = (_read(shape, interpret, ref, staging, rows) for ref in (q_ref, k_ref, v_ref))
+        @pl.when(pl.program_id(1) == 0)
+        def write_starts() -> None:  # one query's in each row
+            starts[0][...] = jnp.broadcast_to(starts_ref[0], (COLUMNS, shape.T)).T
+
+    for rows, (q_rows, k_rows, v_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref):
+        q[rows] = (q_rows * shape.q_scale).astype(q.dtype)
         for head in heads:
-            q[head, rows] = _of_heads(shape, {head: q_RL * shape.q_scale}, 0.0).astype(q.dtype)
-        k[rows] = k_RL.astype(k.dtype)
-        v_LT[:, rows] = v_RL.T.astype(v_LT.dtype)
+            k.at[head][rows] = _of_heads(shape, {head: k_rows}, 0.0).astype(k.dtype)
+            # With ones in the columns of other heads, the product with v also sums the weights.
+            v.at[head][rows] = _of_heads(shape, {head: v_rows}, 1.0).astype(v.dtype)
 
-    def scores(queries: slice, keys: slice, head: int) -> jax.Array:
-        if keys.start == head == 0 and not shape.in_pieces:
-            prepare(queries)  # as late as that, so that it overlaps with earlier chunks
-        starts_1C = starts_ref[0, :, queries] if shape.documents else None
-        return _visible(shape, _product(k[keys], q[head, queries], 1, 1), 1, queries, keys, starts_1C)
+    def scores(step: Any) -> Any:
+        queries, key_parts, head = step
+        return [
+            _scores(shape, q[queries], k[head, keys], 0, keys, diagonal, starts[0][queries] if starts else None)
+            for keys, diagonal in key_parts
+        ]
 
     def attend(chunks: list[Chunk]) -> None:
-        steps = [(queries, keys, head) for queries, parts in chunks for keys in parts for head in heads]
-        scores_ahead = [scores(*step) for step in steps[:_STEPS_AHEAD]]
-        state: dict[
-            int, Any
-        ] = {}  # of each head: the largest score, the sum of the weights, and that of weights times v
-        for number, (queries, keys, head) in enumerate(steps):
-            scores_SC = scores_ahead.pop(0)
-            if number + _STEPS_AHEAD < len(steps):
-                scores_ahead.append(scores(*steps[number + _STEPS_AHEAD]))
-            max_1C = jnp.max(_fewer_rows(jnp.maximum, scores_SC), axis=0, keepdims=True)
-            if head in state:
-                max_1C = jnp.maximum(max_1C, state[head][0])
-            weights_SC = jnp.exp(scores_SC - max_1C)
-            sum_RC = _fewer_rows(jnp.add, weights_SC)
-            y_KC = _product(v_LT[_columns(shape, head), keys], weights_SC.astype(v_LT.dtype), 1, 0)
-            if head in state:
-                last_max_1C, last_sum_RC, last_y_KC = state[head]
-                factor_1C = jnp.exp(last_max_1C - max_1C)
-                sum_RC += last_sum_RC * factor_1C
-                y_KC += last_y_KC * factor_1C
-            state[head] = max_1C, sum_RC, y_KC
-            if keys == queries and head == heads[-1]:
-                y_LC = []
-                for head, (max_1C, sum_RC, y_KC) in state.items():
-                    sum_1C = jnp.sum(sum_RC, axis=0, keepdims=True)
-                    log_sum_ref[0, 0, head : head + 1, queries] = max_1C + jnp.log(sum_1C)
-                    y_LC.append(y_KC / sum_1C)
-                _write(shape, y_ref, staging, queries, jnp.concatenate(y_LC).T)
-                state = {}
+        steps = [(queries, key_parts, head) for queries, key_parts in chunks for head in heads]
+        # The scheduler fills the wait for a maximum with the next step's product only if the product comes first.
+        next_scores = scores(steps[0])
+        y_of: dict[int, Any] = {}
+        sum_of: dict[int, Any] = {}
+        max_of: dict[int, Any] = {}
+        for index, (queries, key_parts, head) in enumerate(steps):
+            scores_CS, next_scores = next_scores, scores(steps[index + 1]) if index + 1 < len(steps) else None
+            max_C1 = functools.reduce(jnp.maximum, (jnp.max(s, axis=1, keepdims=True) for s in scores_CS))
+            weights = [jnp.exp(s - max_C1) for s in scores_CS]
+            parts = zip(key_parts, weights, strict=True)
+            y_of[head] = sum(_product(w.astype(v.dtype), v[head, keys], 1, 0) for (keys, _), w in parts)
+            sum_of[(head + 1) % len(heads)] = y_of[head]
+            max_of[head] = max_C1
+            if head == heads[-1]:
+                if len(heads) > 1:
+                    sums = pltpu.roll(_of_heads(shape, sum_of), COLUMNS - shape.K, 1)
+                else:  # no columns are free
+                    sums = sum(jnp.sum(w, axis=1, keepdims=True) for w in weights)
+                y[queries] = _of_heads(shape, y_of) / sums
+                _write(shape, y_ref, y, queries)
+                log_sums = (_of_heads(shape, max_of) + jnp.log(sums)).T
+                log_sum_ref[0, 0, :, queries] = jnp.concatenate(
+                    [log_sums[h * shape.K : h * shape.K + 1] for h in heads]
+                )
 
-    if shape.in_pieces:
-        prepare(slice(0, shape.T))
+    if shape.documents:
         for chunk in _chunks(shape):
             _by_reach(shape, numbers_ref, chunk, lambda chunk: attend([chunk]))
     else:
@@ -221,135 +215,103 @@ def _forward(shape: Shape, interpret: bool, *refs: Any) -> None:
 
 def _backward(shape: Shape, interpret: bool, *refs: Any) -> None:
     numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
-    scratch = 11 if shape.documents else 10
-    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, *gradient_refs, sums_ref = refs[:-scratch]
-    q, dy, q_LT, dy_LT, k_LT, v_LT, dk_LT, dv_LT, staging, sums, *starts = refs[-scratch:]
+    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, *gradient_refs, sums_ref, q, k, dy, v, dq, dk, dv, k_LT = refs
     if len(gradient_refs) == 1:
         gradient_refs = [gradient_refs[0].at[number] for number in range(3)]
     heads = range(shape.heads_per_block)
-    # A bias of k adds the same to all scores of a query, which softmax does not see: the sum of dk stays zero.
-    sums[...] = jnp.zeros_like(sums)
+    # A bias of k adds the same to all scores of a query, which softmax does not see. Each query's weights sum to one, so
+    # the sum of dv is the sum of dy.
+    dq_sum, dk_sum, dv_sum = (jnp.zeros((1, COLUMNS), jnp.float32) for _ in range(3))
+    for rows, (q_rows, k_rows, v_rows, y_rows, dy_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref, y_ref, dy_ref):
+        k[rows], v[rows] = k_rows.astype(k.dtype), v_rows.astype(v.dtype)
+        dq[rows] = dy_rows * y_rows  # kept where dq will be written
+        dv_sum += _sum_of_rows(dy_rows)
+        for head in heads:
+            q.at[head][rows] = _of_heads(shape, {head: q_rows * shape.q_scale}, 0.0).astype(q.dtype)
+            dy.at[head][rows] = _of_heads(shape, {head: dy_rows}, 0.0).astype(dy.dtype)
+    k_LT[...] = k[...].astype(jnp.float32).T.astype(k.dtype)
 
-    def prepare(rows: slice) -> None:
-        read = functools.partial(_read, shape, interpret, staging=staging, rows=rows)
-        k_LT[:, rows] = read(k_ref).T.astype(k_LT.dtype)
-        v_LT[:, rows] = read(v_ref).T.astype(v_LT.dtype)
-        for ref, x, x_LT, scale in ((q_ref, q, q_LT, shape.q_scale), (dy_ref, dy, dy_LT, 1.0)):
-            x_RL = read(ref) * scale
-            for head in heads:
-                x[head, rows] = _of_heads(shape, {head: x_RL}, 0.0).astype(x.dtype)
-            x_LT[:, rows] = x_RL.T.astype(x_LT.dtype)
-        sums[2:] += jnp.sum(
-            _fewer_rows(jnp.add, x_RL), axis=0, keepdims=True
-        )  # of dv, too, as each query's weights sum to one
-        staging[rows] = x_RL * read(y_ref)
+    if shape.documents:
+        dk[...] = dv[...] = jnp.zeros((shape.T, COLUMNS), jnp.float32)
 
-    def products(queries: slice, keys: slice, head: int) -> tuple[jax.Array, jax.Array]:
-        if queries.stop == shape.T and head == 0 and not shape.in_pieces:
-            prepare(keys)
-        starts_CL = starts[0][queries] if shape.documents else None
-        scores_CS = _product(q[head, queries], k_LT[:, keys], 1, 0)
-        dweights_CS = _product(dy[head, queries], v_LT[:, keys], 1, 0)
-        return _visible(shape, scores_CS, 0, queries, keys, starts_CL), dweights_CS
-
-    def differentiate(chunks: list[Chunk]) -> None:
-        steps = [(queries, keys, head) for queries, parts in chunks for head in heads for keys in reversed(parts)]
-        next_products = products(*steps[0])
-        last: Any = None
-        for number, (queries, keys, head) in enumerate(steps):
-            scores_CS, dweights_CS = next_products
-            if number + 1 < len(steps):
-                next_products = products(*steps[number + 1])
-            if keys == queries:
-                log_sum_1C = log_sum_ref[0, 0, head : head + 1, queries]
-                log_sum_CL = jnp.broadcast_to(log_sum_1C, (COLUMNS, log_sum_1C.shape[1])).T
-                delta_C1 = jnp.sum(_of_heads(shape, {head: staging[queries]}, 0.0), axis=1, keepdims=True)
-            weights_CS = jnp.exp(scores_CS - _across(log_sum_CL, scores_CS))
-            dscores_CS = (weights_CS * (dweights_CS - delta_C1)).astype(q.dtype)
-            if last:
-                accumulate(*last)
-            ends = number + 1 == len(steps) or steps[number + 1][0] != queries
-            last = queries, keys, head, weights_CS.astype(q.dtype), dscores_CS, ends
-        accumulate(*last)
-
-    dq: dict[int, Any] = {}  # of each head, transposed
-
-    def accumulate(queries: slice, keys: slice, head: int, weights_CS: Any, dscores_CS: Any, ends: bool) -> None:
-        columns = _columns(shape, head)
-        dq_KC = _product(k_LT[columns, keys], dscores_CS, 1, 1)
-        dk_KS = _product(q_LT[columns, queries], dscores_CS, 1, 0)
-        first = queries.stop == shape.T and not shape.in_pieces
-        dk_LT[columns, keys] = dk_KS if first else dk_LT[columns, keys] + dk_KS
-        dv_KS = _product(dy_LT[columns, queries], weights_CS, 1, 0)
-        dv_LT[columns, keys] = dv_KS if first else dv_LT[columns, keys] + dv_KS
-        dq[head] = dq_KC if keys == queries else dq[head] + dq_KC
-        if not ends:
-            return
-        dq_CL = jnp.concatenate([dq.pop(head) for head in heads]).T * shape.K**-0.5
-        sums[:1] += jnp.sum(_fewer_rows(jnp.add, dq_CL), axis=0, keepdims=True)
-        gradients = dq_CL, dk_LT[:, queries].T * shape.score_scale, dv_LT[:, queries].T
-        for ref, gradient_CL in zip(gradient_refs, gradients, strict=True):
-            _write(shape, ref, staging, queries, gradient_CL)
+    def differentiate(chunk: Chunk) -> None:
+        queries, key_parts = chunk
+        delta_LC = dq[queries].T
+        dq_heads = []
+        for head in heads:
+            columns = slice(head * shape.K, (head + 1) * shape.K)
+            log_sum_1C = log_sum_ref[0, 0, head : head + 1, queries]
+            delta_1C = jnp.sum(delta_LC[columns], axis=0, keepdims=True)
+            # Scores as (keys, queries) suit all products except the one for dq, and the statistics of a query are a row.
+            parts = []
+            for keys, diagonal in key_parts:
+                starts_1C = starts_ref[0, :, queries] if shape.documents else None
+                scores_SC = _scores(shape, k[keys], q[head, queries], 1, keys, diagonal, starts_1C)
+                parts.append((keys, scores_SC, _product(v[keys], dy[head, queries], 1, 1)))
+            dq_KC: Any = 0.0
+            for keys, scores_SC, dweights_SC in parts:
+                weights_SC = jnp.exp(scores_SC - log_sum_1C)
+                dscores_SC = (weights_SC * (dweights_SC - delta_1C)).astype(q.dtype)
+                dk_SL = _product(dscores_SC, q[head, queries], 1, 0)
+                dv_SL = _product(weights_SC.astype(q.dtype), dy[head, queries], 1, 0)
+                first = queries.stop == shape.T and head == 0 and not shape.documents
+                dk[keys] = dk_SL if first else dk[keys] + dk_SL
+                dv[keys] = dv_SL if first else dv[keys] + dv_SL
+                dq_KC += _product(k_LT[columns, keys], dscores_SC, 1, 0)
+            dq_heads.append(dq_KC * shape.K**-0.5)
+        dq[queries] = jnp.concatenate(dq_heads).T
 
     # From the last queries to the first: then a chunk's keys have been seen by all their queries, and their gradients can be
     # written with the chunk.
-    chunks = _chunks(shape)[::-1]
-    if shape.documents:
-
-        @pl.when(pl.program_id(1) == 0)
-        def write_starts() -> None:  # one query's in each row
-            starts[0][...] = jnp.broadcast_to(starts_ref[0], (COLUMNS, shape.T)).T
-
-    if shape.in_pieces:
-        prepare(slice(0, shape.T))
-        dk_LT[...] = dv_LT[...] = jnp.zeros((COLUMNS, shape.T), jnp.float32)
-        for chunk in chunks:
-            _by_reach(shape, numbers_ref, chunk, lambda chunk: differentiate([chunk]))
-    else:
-        differentiate(chunks)
-    sums_ref[0] = sums[...]
+    for chunk in reversed(_chunks(shape)):
+        if shape.documents:
+            _by_reach(shape, numbers_ref, chunk, differentiate)
+        else:
+            differentiate(chunk)
+        queries, _ = chunk
+        if shape.score_scale != 1:
+            dk[queries] *= shape.score_scale
+        dq_sum += _sum_of_rows(dq[queries])
+        for ref, values in zip(gradient_refs, (dq, dk, dv), strict=True):
+            _write(shape, ref, values, queries)
+    sums_ref[0] = jnp.concatenate([dq_sum, dk_sum, dv_sum])
 
 
-def _read(shape: Shape, interpret: bool, ref: Any, staging: Any, rows: slice) -> jax.Array:
-    """Return some rows of a block in fp32. `staging`: scratch memory of the block's shape, in fp32, for TPU v3."""
+def _rows(shape: Shape, interpret: bool, *refs: Any) -> Any:
+    """Return the rows of blocks in fp32, with the indices to write them to.
+
+    On TPU v3 these are the even rows and then the odd ones: an even and an odd row share 32-bit words, which TPU v3 splits
+    and scatters faster than it unpacks bf16. On other TPUs they are all rows at once."""
+
+    def inside(x: jax.Array) -> jax.Array:
+        # The last block may have fewer heads than the others; its other columns hold arbitrary values.
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1) + pl.program_id(1) * COLUMNS
+        return jnp.where(column < shape.D, x, 0.0) if shape.D % COLUMNS else x
+
     if shape.bf16:
-        x_RL = ref[0, rows].astype(jnp.float32)
-    else:
-        # An even and an odd row share 32-bit words, which TPU v3 splits and scatters faster than it unpacks bf16.
-        half = slice(rows.start // 2, rows.stop // 2)
-        words = pltpu.bitcast(ref[0, rows], jnp.int32) if interpret else ref.bitcast(jnp.int32)[0, half]
-        for odd in range(2):
-            x = jax.lax.bitcast_convert_type(words & -65536 if odd else words << 16, jnp.float32)
-            staging[pl.ds(rows.start + odd, half.stop - half.start, stride=2)] = x
-        x_RL = staging[rows]
-    # The last block may have fewer heads than the others; its other columns hold arbitrary values.
-    column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1) + pl.program_id(1) * COLUMNS
-    return jnp.where(column < shape.D, x_RL, 0.0) if shape.D % COLUMNS else x_RL
+        return [(slice(None), [inside(ref[0].astype(jnp.float32)) for ref in refs])]
+    words = [pltpu.bitcast(ref[0], jnp.int32) if interpret else ref.bitcast(jnp.int32)[0] for ref in refs]
+
+    def half_of(word: jax.Array, odd: int) -> jax.Array:
+        return inside(jax.lax.bitcast_convert_type(word & -65536 if odd else word << 16, jnp.float32))
+
+    return [(pl.ds(odd, shape.T // 2, stride=2), [half_of(word, odd) for word in words]) for odd in range(2)]
 
 
-def _write(shape: Shape, ref: Any, staging: Any, rows: slice, x_RL: jax.Array) -> None:
-    """Write some rows of a block as bf16, the inverse of `_read`."""
+def _write(shape: Shape, ref: Any, values: Any, rows: slice) -> None:
+    """Write some rows back as bf16, the inverse of `_rows`."""
     if shape.bf16:
-        ref[0, rows] = x_RL.astype(jnp.bfloat16)
+        ref[0, rows] = values[rows].astype(jnp.bfloat16)
         return
-    staging[rows] = x_RL
-    halves = [staging[pl.ds(rows.start + odd, (rows.stop - rows.start) // 2, stride=2)] for odd in range(2)]
+    halves = [values[pl.ds(rows.start + odd, (rows.stop - rows.start) // 2, stride=2)] for odd in range(2)]
     even, odd = (jax.lax.bitcast_convert_type(half, jnp.int32) + 0x8000 for half in halves)
     ref[0, rows] = pltpu.bitcast(jax.lax.shift_right_logical(even, 16) | (odd & -65536), jnp.bfloat16)
 
 
-def _fewer_rows(operation: Callable[[Any, Any], Any], x: jax.Array) -> jax.Array:
-    """Reduce the rows of `x` to 32. To one at once would be a single chain of operations, each waiting for the last."""
-    return functools.reduce(operation, [x[row : row + 32] for row in range(0, len(x), 32)])
-
-
-def _across(x_CL: jax.Array, like: jax.Array) -> jax.Array:
-    """Repeat 128 equal columns over the columns of `like`."""
-    return jnp.concatenate([x_CL] * (like.shape[1] // COLUMNS), axis=1)
-
-
-def _columns(shape: Shape, head: int) -> slice:
-    return slice(head * shape.K, (head + 1) * shape.K)
+def _sum_of_rows(x: jax.Array) -> jax.Array:
+    while len(x) % 16 == 0:  # in halves, not one row after the other: each addition would wait for the last
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return jnp.sum(x, axis=0, keepdims=True)
 
 
 def _of_heads(shape: Shape, values: dict[int, Any], other: Any = None) -> Any:
@@ -362,25 +324,25 @@ def _of_heads(shape: Shape, values: dict[int, Any], other: Any = None) -> Any:
 
 
 def _chunks(shape: Shape) -> list[Chunk]:
+    """Return the queries of each chunk, with the keys that all of them see and the keys on the diagonal, marked True."""
     size = shape.queries_per_chunk
-    chunks = [slice(start, start + size) for start in range(0, shape.T, size)]
-    return [(queries, chunks[: number + 1]) for number, queries in enumerate(chunks)]
+    return [
+        (slice(a, a + size), [*([(slice(0, a), False)] if a else []), (slice(a, a + size), True)])
+        for a in range(0, shape.T, size)
+    ]
 
 
 def _by_reach(shape: Shape, numbers_ref: Any, chunk: Chunk, work: Callable[[Chunk], None]) -> None:
     """Do `work` on the chunk with as few of its keys as its documents allow: those from one of a few places on."""
     queries, key_parts = chunk
     size, most = queries.stop - queries.start, queries.start
-    if not shape.documents:
-        pl.when(pl.program_id(0) >= 0)(functools.partial(work, chunk))  # always, but scheduled on its own
-        return
     # A document seldom starts just where a chunk does. Twice as many keys each time keep long sequences' programs short.
     reaches = [size << n for n in range(most.bit_length()) if size << n < most] if shape.skips else []
     start = numbers_ref[0, 0, most // size]
     later = None
     for reach in [*reaches, most]:
         first = most - reach
-        parts = [keys for keys in key_parts if keys.start >= first]
+        parts = [(slice(max(keys.start, first), keys.stop), diagonal) for keys, diagonal in key_parts]
         if not reaches:
             work((queries, parts))
         else:
@@ -389,21 +351,22 @@ def _by_reach(shape: Shape, numbers_ref: Any, chunk: Chunk, work: Callable[[Chun
         later = first
 
 
-def _visible(
-    shape: Shape, scores: jax.Array, query_axis: int, queries: slice, keys: slice, starts: jax.Array | None
+def _scores(
+    shape: Shape, a: jax.Array, b: jax.Array, query_axis: int, keys: slice, diagonal: bool, starts: jax.Array | None
 ) -> jax.Array:
-    """Scale scores, and put a large negative number where the query does not see the key. `starts`: of the queries'
-    documents, in one row, or in each of 128 columns; None if there is one document."""
+    """Return the scores of `keys`, with a large negative number where the query does not see the key. `starts`: of the
+    queries' documents, in one row, or in each of 128 columns; None if there is one document."""
+    scores = _product(a, b, 1, 1)
     if shape.score_scale != 1:
         scores *= shape.score_scale
-    if keys != queries and starts is None:
+    if not diagonal and starts is None:
         return scores
     query = jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
     key = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
-    visible: Any = key <= query if keys == queries else None
+    visible: Any = key <= query if diagonal else None
     if starts is not None:
         starts -= keys.start
-        inside = key >= (starts if query_axis else _across(starts, scores))
+        inside = key >= (starts if query_axis else jnp.concatenate([starts] * (scores.shape[1] // COLUMNS), axis=1))
         visible = inside if visible is None else visible & inside
     return jnp.where(visible, scores, _MASKED)
 

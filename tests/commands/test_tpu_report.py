@@ -162,6 +162,7 @@ def test_a_run_that_does_not_end_is_ended_and_what_it_did_is_reported(report, mo
     assert isinstance(error, RunFailed)
 
 
+@pytest.mark.slow  # a signal to the process of the tests, which under load once ended it
 def test_interrupted_it_still_prints_what_is_known(report, monkeypatch: pytest.MonkeyPatch) -> None:
     after_its_updates(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     text, _, error = report("hang")

@@ -20,7 +20,7 @@ from gpt2xla.runtime.xla.block import fused_blocks
 SMALL = ModelConfig(vocab_size=256, seq_length=128, d_model=128, num_layers=2, num_heads=2)
 CASES = {
     "gelu-tanh": {},
-    "gelu-exact, no biases": {"activation": "gelu-exact", "bias": False},
+    "no biases": {"bias": False},
     "relu, own head, wide": {"activation": "relu", "tie_weights": False, "d_ff": 640},
     "documents": {},
 }

@@ -23,7 +23,6 @@ from gpt2xla.runtime.xla import flash
 from gpt2xla.runtime.xla.pallas_call import pallas_call
 
 _MATRICES = (2, 4, 8, 10)  # of a block's parameters
-_GELU = {"gelu-tanh": "tanh", "gelu-exact": "none"}
 
 
 class Stream(NamedTuple):
@@ -171,4 +170,4 @@ def _read(normalised_ND: Tensor, weight_1D: Tensor, bias_1D: Tensor) -> Tensor:
 def _activated(h_NF: Tensor, model: ModelConfig) -> Tensor:
     if model.activation == "relu":
         return F.relu(h_NF)
-    return F.gelu(h_NF.float(), approximate=_GELU[model.activation]).to(h_NF.dtype)
+    return F.gelu(h_NF.float(), approximate="tanh").to(h_NF.dtype)
