@@ -1,7 +1,7 @@
 """From the compiler's cycles to tokens per second: an estimate, as no step has been timed.
 
-The compiler's cycles are those that it expects its program to take, with memory. Cycles of our kernels leave out waiting for
-memory, and neither has the network between chips. So a real step takes longer, by how much is what scripts/tpu_report.py is
+The compiler's cycles are those that it expects its program to take, with memory. Our kernels count without more waiting
+for memory than their traffic takes at its full rate, and nothing counts the network between chips. So a real step takes longer, by how much is what scripts/tpu_report.py is
 for."""
 
 from __future__ import annotations
