@@ -1,8 +1,8 @@
 """From the compiler's cycles to tokens per second: an estimate, as no step has been timed.
 
-The compiler's cycles are those that it expects its program to take, with memory. Our kernels count without more waiting
-for memory than their traffic takes at its full rate, and nothing counts the network between chips. So a real step takes longer, by how much is what scripts/tpu_report.py is
-for."""
+The compiler's cycles are those that it expects its program to take, with memory. Our kernels count without more waiting for
+memory than their traffic takes at its full rate, and nothing counts the network between chips. So a real step takes longer,
+by how much is what scripts/tpu_report.py is for."""
 
 from __future__ import annotations
 
