@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,16 +59,14 @@ def _require(checkout: Path, file: str, flag: str, what: str) -> None:
         raise InputError(f"{flag} {checkout}: no {file} there; name a checkout of {what}")
 
 
-def rows(peer: Peer, python: Path, topology: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each step of `peer`, as `gpt2xla.tpu_check.check.check` reports ours, with two more keys.
+def row(peer: Peer, python: Path, topology: str, step: str) -> dict[str, Any]:
+    """Return the row of a step of `peer`, as `gpt2xla.tpu_check.check.check` reports ours, with two more keys.
 
     `counted_by_us` says that flops and bytes are estimates; `refused`, where a step does not compile, what the compiler
-    said. Raises RunFailed if the step cannot be lowered."""
-    for name, options in peer.steps.items():
-        say(f"{topology}: {name}: lowering and compiling ...")
-        with tempfile.TemporaryDirectory() as folder:
-            row = {"topology": topology, "step": name, "sequences_per_device": SEQUENCES}
-            yield row | _row(peer, python, topology, options, Path(folder))
+    said. Raises RunFailed if the step cannot be lowered, or the compiler is killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        row = {"topology": topology, "step": step, "sequences_per_device": SEQUENCES}
+        return row | _row(peer, python, topology, peer.steps[step], Path(folder))
 
 
 def _row(peer: Peer, python: Path, topology: str, options: list[str], folder: Path) -> dict[str, Any]:
@@ -97,6 +94,8 @@ def _run(command: list[str], folder: Path, what: str) -> None:
     done = subprocess.run(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
+    if done.returncode in (-9, 137):
+        raise RunFailed(f"{what} was killed, most likely because memory ran out; give it a machine with more")
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise RunFailed(f"{what} ended with exit code {done.returncode}: {last}")

@@ -21,7 +21,7 @@ from typing import Any
 import tpu_peers
 
 from gpt2xla.config import PRESETS, RunConfig, XlaConfig
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.processes.exits import exit_code
 from gpt2xla.tpu_check.check import check, find_batch
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
@@ -56,13 +56,21 @@ def main() -> None:
             f"--reference {options.reference}: no gpt2/model.py there; name a checkout of pre-training-gpt2"
         )
     peers = tpu_peers.peers_of(options.maxtext, options.levanter, options.peers_python)
+    failed: list[str] = []
     for topology in options.topologies or TOPOLOGIES:
         if not options.skip_ours:
             add(ours(topology))
         if options.reference and topology in REFERENCE_SEQUENCES:
             add([{"step": "reference", **check_reference(options.reference, topology)}])
         for peer in peers:
-            add(tpu_peers.rows(peer, options.peers_python, topology, print))
+            for step in peer.steps:
+                print(f"{topology}: {step}: lowering and compiling ...", flush=True)
+                try:
+                    add([tpu_peers.row(peer, options.peers_python, topology, step)])
+                except RunFailed as error:  # the others take an hour, and do not depend on it
+                    failed.append(f"{topology}, {step}: {error}")
+    if failed:
+        raise RunFailed("; ".join(failed))
 
 
 def ours(topology: str) -> Iterator[dict[str, Any]]:

@@ -88,6 +88,25 @@ def test_a_missing_path_is_one_line(flags: list[str], named: str, tmp_path: Path
     assert "\n" not in str(error.value)
 
 
+def test_a_step_that_fails_is_reported_after_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The peers' Python is one that writes no step, or is killed as for want of memory."""
+    (tmp_path / "src" / "MaxText").mkdir(parents=True)
+    (tmp_path / "src" / "MaxText" / "train_compile.py").touch()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *scan_layers*) kill -9 $$;; esac\necho "no module" >&2; exit 3\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(tpu_table, "RESULTS", tmp_path)
+    flags = ["--maxtext", str(tmp_path), "--peers-python", str(python), "--skip-ours", "--topologies", "v5e-8"]
+    monkeypatch.setattr(sys, "argv", ["tpu_table.py", *flags])
+    with pytest.raises(tpu_table.RunFailed) as error:
+        tpu_table.main()
+    first, second = str(error.value).split("; v5e-8")
+    assert "unrolled" in first
+    assert "was killed, most likely because memory ran out" in first
+    assert "defaults" in second
+    assert second.endswith("ended with exit code 3: no module")
+
+
 def test_the_peers_programs_need_nothing_of_ours():
     for name in ("peer_lowering", "peer_maxtext", "peer_levanter"):
         code = f"import sys; sys.path.insert(0, 'benchmarks'); import {name}; print({{'jax', 'gpt2xla'}} & set(sys.modules))"
