@@ -58,6 +58,7 @@ def test_the_known_releases_were_tried() -> None:
 
 def test_a_run_sets_them_before_torch_xla_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "tpu_chips", lambda: [V5E] * 4)
+    monkeypatch.setattr(compiler_flags, "is_loaded", lambda: False)  # another test may have loaded it in this process
     variables = {"PJRT_DEVICE": "TPU", "LIBTPU_INIT_ARGS": "--user=1"}
     environment.prepare(variables, fsdp=True)
     assert variables["LIBTPU_INIT_ARGS"] == "--user=1 --xla_a=1 --xla_ab=false --xla_d=2"
@@ -92,12 +93,12 @@ def test_too_late_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loaded_libtpu_is_noticed(tmp_path: Path) -> None:
-    assert not is_loaded()
     assert not is_loaded(tmp_path / "nowhere")
     libtpu = pytest.importorskip("libtpu")
     program = f"""
 import mmap
 from gpt2xla.runtime.xla.compiler_flags import is_loaded
+assert not is_loaded()
 with open({libtpu.get_library_path()!r}, "rb") as file, mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ):
     raise SystemExit(0 if is_loaded() else 3)
 """
