@@ -1,4 +1,4 @@
-"""What the peers' tracing programs share. They run in the peers' own environment: jax 0.7, no torch, nothing of ours.
+"""What the peers' tracing programs share. They run in the peers' own environment: jax 0.7, no torch, none of our packages.
 
 A peer's step is lowered for the devices of a topology, which needs no TPU, and what jax would give the compiler is
 written instead: `tpu_peers.py` gives it to the same compiler as ours.

@@ -1,7 +1,7 @@
 """Which flags make libtpu's compiler write a faster training step: `python benchmarks/tpu_flags.py`.
 
 GPT-2 (124M), 32 sequences of 1,024 tokens per device, bf16, AdamW, clipping, is compiled without flags, with ours (those
-of gpt2xla/runtime/xla/compiler_flags.py), and with each set of --flags in place of ours or beside them. Fewer --layers
+of gpt2xla/runtime/xla/compiler_flags.py), and with each set of --flags in place of our flags or beside them. Fewer --layers
 take less time. Compile times compare only on a machine that does nothing else. Writes results/tpu_flags.{json,md}.
 """
 

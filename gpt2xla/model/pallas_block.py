@@ -198,6 +198,7 @@ def _call(
     weights: int,
     interpret: bool,
 ) -> Any:
+    assert rows.N % rows.R == 0, f"{rows.N} tokens are no whole tiles: the last ones would not be computed"
     arrays = [array for _, array in (*inputs, *outputs)]
     call = pl.pallas_call(
         body,

@@ -36,7 +36,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "TPU v99", False, ""),
         ("--xla_ab=false --user=1", V5E, False, "--xla_ab=false --user=1 --xla_a=1"),  # the user's value wins
         ("xla_a --xla_ab=true", V5E, False, "xla_a --xla_ab=true"),  # libtpu takes both ways of writing them
-        ("", V5E, True, ""),  # none of ours
+        ("", V5E, True, ""),  # our flags are left out
     ],
 )
 def test_ours_are_added_to_the_users(given: str | None, kind: str, fsdp: bool, expected: str) -> None:

@@ -63,7 +63,7 @@ def add_to(environment: MutableMapping[str, str], kind: str | None, *, fsdp: boo
 
 
 def why_none() -> str | None:
-    """Return why no flag of ours is set with the installed libtpu, whatever the device; None if nothing forbids them."""
+    """Return why none of our flags is set with the installed libtpu, whatever the device; None if nothing forbids them."""
     version = installed(["libtpu"]).get("libtpu")
     if version is None or not any(is_of(version, tried) for tried in _TRIED):
         return f"they were chosen with libtpu {' and '.join(_TRIED)}, and {version or 'none'} is installed"
