@@ -12,29 +12,22 @@ import hashlib
 import os
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import fsspec
 
 from gpt2xla.config.paths import PREPARE
 from gpt2xla.data.shard_files.mask_file import MASK_SUFFIX
 from gpt2xla.data.shard_files.shard_format import SUFFIXES
-from gpt2xla.errors import InputError, RunFailed, in_one_line, user_error
+from gpt2xla.errors import InputError, RunFailed, user_error
 from gpt2xla.files import write_whole
 from gpt2xla.processes.locks import in_turn
-
-T = TypeVar("T")
+from gpt2xla.storage import RETRY_WAITS, download, in_words, opened, with_retries
 
 # Fetched together with the manifest, as far as they exist.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
-_BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -46,23 +39,6 @@ class Cache:
 
 
 DEFAULT_CACHE = Cache(Path("~/.cache/gpt2xla/data"))
-
-
-def exists(url: str, option: str) -> bool:
-    """Tell whether there is something at the URL, as far as its storage says. Raises InputError if it cannot be opened."""
-    files, path = opened(url, option)
-    return files.exists(path)
-
-
-def opened(url: str, option: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and its path there. Raises InputError if it cannot be opened."""
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
-        raise InputError(f"{option} {url} needs another package: pip install {package}") from None
-    except Exception as error:  # each storage has its own errors, also for credentials
-        raise InputError(f"{option} {url} cannot be opened: {type(error).__name__}: {in_one_line(error)}") from None
 
 
 class RemoteFolder:
@@ -125,7 +101,7 @@ class RemoteFolder:
         except Exception as error:  # as above
             what = f"{self.option} {self.url}/{file} cannot be read"
             raise InputError(
-                f"{what}: {type(error).__name__}: {in_one_line(error)}; check address and credentials"
+                f"{what}: {in_words(error)}; check address and credentials"
             ) from None
 
     def _fetch(self, file: str, sha256: str) -> None:
@@ -137,7 +113,7 @@ class RemoteFolder:
         except OSError as error:
             tries = len(RETRY_WAITS) + 1
             raise RunFailed(
-                f"{self.url}/{file} could not be fetched in {tries} tries: {type(error).__name__}: {in_one_line(error)}"
+                f"{self.url}/{file} could not be fetched in {tries} tries: {in_words(error)}"
             ) from None
         if found != sha256:
             partial.unlink()
@@ -165,30 +141,3 @@ class RemoteFolder:
 
 def _lock_file(shard: Path) -> Path:
     return shard.with_name(f".{shard.name}.lock")
-
-
-def download(files: Any, source: str, target: Path) -> str:
-    """Write the file to `target` and return its SHA-256. Raises OSError, also if it ends early."""
-    digest, size, promised = hashlib.sha256(), 0, files.size(source)
-    with files.open(source, "rb", cache_type="none") as stream, target.open("wb") as out:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-            out.write(block)
-        out.flush()
-        os.fsync(out.fileno())
-    if promised is not None and size != promised:
-        raise OSError(f"{size} of {promised} bytes arrived")
-    return digest.hexdigest()
-
-
-def with_retries(fetch: Callable[[], T]) -> T:
-    """Return what `fetch` returns, tried again after errors of the network."""
-    for wait in RETRY_WAITS:
-        try:
-            return fetch()
-        except (FileNotFoundError, PermissionError):
-            raise
-        except OSError:
-            time.sleep(wait)
-    return fetch()

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpt2xla.data.remote import RETRY_WAITS, download, opened, with_retries
 from gpt2xla.errors import InputError, RunFailed, in_one_line
 from gpt2xla.processes.exits import is_disk_full
+from gpt2xla.storage import RETRY_WAITS, download, opened, with_retries
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Literal
 
 from gpt2xla.config import RunConfig
 from gpt2xla.config.paths import is_url, split_weight
-from gpt2xla.data.remote import exists
 from gpt2xla.data.shard_files.shard_format import SUFFIXES
 from gpt2xla.data.shards import MANIFEST
 from gpt2xla.errors import user_error
+from gpt2xla.storage import exists
 
 
 def with_splits(config: RunConfig) -> RunConfig:

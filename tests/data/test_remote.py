@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, SMALL_RUN, random_samples, run, succeed, training_losses
 from fsspec.implementations.local import LocalFileSystem
 
-from gpt2xla.data import remote
+from gpt2xla import storage as storage_module
 from gpt2xla.data.preparation.rows import write_rows
 from gpt2xla.data.remote import Cache, RemoteFolder
 from gpt2xla.data.shards import MANIFEST, Manifest, ShardEntry, TokenStream
@@ -51,7 +51,7 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("storage", Storage, clobber=True)
     monkeypatch.setattr(Storage, "opened", [])
     monkeypatch.setattr(Storage, "failures", 0)
-    monkeypatch.setattr(remote, "RETRY_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(storage_module, "RETRY_WAITS", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ SLOW_READER = """
 import sys, time
 from pathlib import Path
 from gpt2xla.data.preparation.rows import write_rows
-from gpt2xla.data import remote
+from gpt2xla import storage as storage_module
 from gpt2xla.data.remote import Cache
 from gpt2xla.data.shards import TokenStream
 def download(files, source, target):

@@ -1,0 +1,233 @@
+"""Folders behind URLs: object stores (`gs://`, `s3://`, `hf://`) and whatever else fsspec knows.
+
+A store's client raises its own errors, those of HTTP libraries, and OSErrors. From here on each is an OSError whose text is
+one sentence; PermissionError where trying again is of no use.
+"""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import hashlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+from gpt2xla.errors import InputError, in_one_line
+
+T = TypeVar("T")
+
+RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
+_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotImplementedError, TypeError)
+_BLOCK_BYTES = 1 << 22
+# What an upload holds in memory: so many files at once, in parts of this size, of which s3fs sends several at once.
+_FILES_AT_ONCE, _PART_BYTES, _PARTS_AT_ONCE = 3, 16 << 20, 3
+
+
+def opened(url: str, option: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and its path there. Raises InputError if it cannot be opened."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
+        raise InputError(f"{option} {url} needs another package: pip install {package}") from None
+    except Exception as error:  # each storage has its own errors, also for credentials
+        raise InputError(f"{option} {url} cannot be opened: {in_words(error)}") from None
+
+
+def exists(url: str, option: str) -> bool:
+    """Tell whether there is something at the URL, as far as its storage says. Raises InputError if it cannot be opened."""
+    files, path = opened(url, option)
+    return files.exists(path)
+
+
+class Bucket:
+    """A folder behind a URL, to read and to write. Names are relative to it, with `/` between folders.
+
+    Every method tries again after errors of the network, and raises OSError in the end. Methods may be called from several
+    threads."""
+
+    def __init__(self, url: str, option: str) -> None:
+        """Open the URL that `option` names. Raises InputError if that is impossible; nothing is asked of the storage yet."""
+        self.url, self.option = url.rstrip("/"), option
+        self._files, self._path = opened(self.url, option)
+        protocol = self._files.protocol
+        self._is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+    def read(self, name: str) -> bytes | None:
+        """Return what an object holds; None if there is none."""
+        try:
+            return self._tried("read", name, lambda: self._files.cat_file(self._at(name)))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Make or replace an object. Readers find the old content or the new one."""
+        self._tried("written", name, lambda: self._pipe(name, content))
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Make an object unless there is one, and return whether it was made. On GCS and S3, of several that try at once
+        one succeeds."""
+
+        def create() -> bool:
+            try:
+                self._pipe(name, content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError:  # s3fs does not always tell what the refusal was
+                if self._files.exists(self._at(name), refresh=True):
+                    return False
+                raise
+            return True
+
+        # A try whose answer was lost may have succeeded.
+        return self._tried("created", name, create) or self.read(name) == content
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """Return the objects below a folder, and their sizes in bytes. A store may list a new one late."""
+
+        def find() -> dict[str, Any]:
+            self._files.invalidate_cache()
+            found: dict[str, Any] = self._files.find(self._at(folder), detail=True)
+            return found
+
+        start = len(self._files._strip_protocol(self._at("")).rstrip("/")) + 1
+        try:
+            found = self._tried("listed", folder, find)
+        except FileNotFoundError:
+            return {}
+        return {path[start:]: info.get("size") or 0 for path, info in found.items() if info.get("type") != "directory"}
+
+    def send(self, files: Mapping[str, Path], sent: Callable[[int], None] = lambda size: None) -> None:
+        """Copy local files to objects, several at once. `sent` is called with the size of each when it is there.
+
+        At most 150 MB of them are in memory at a time."""
+
+        def send(name: str, file: Path) -> None:
+            self._tried("written", name, lambda: self._put(name, file))
+            sent(file.stat().st_size)
+
+        _at_once(send, files.items())
+
+    def fetch(self, files: Mapping[str, Path]) -> dict[str, str]:
+        """Copy objects to local files, several at once; folders are made. Return their SHA-256 by name. Raises
+        FileNotFoundError if one is missing."""
+
+        def fetch(name: str, file: Path) -> tuple[str, str]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return name, self._tried("read", name, lambda: download(self._files, self._at(name), file))
+
+        return dict(_at_once(fetch, files.items()))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete objects, one after another. Those that are not there do not matter."""
+
+        def remove(name: str) -> None:
+            try:
+                self._files.rm_file(self._at(name))
+            except FileNotFoundError:
+                pass
+
+        for name in names:
+            self._tried("deleted", name, lambda name=name: remove(name))  # type: ignore[misc]
+
+    def modified(self, name: str) -> datetime.datetime | None:
+        """Return when an object was written, by the storage's own clock; None if it does not tell."""
+
+        def modified() -> datetime.datetime | None:
+            self._files.invalidate_cache()
+            try:
+                when = self._files.modified(self._at(name))
+            except (NotImplementedError, KeyError, AttributeError, TypeError):
+                return None
+            return when if isinstance(when, datetime.datetime) else None
+
+        return self._tried("read", name, modified)
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}/{name}".rstrip("/")
+
+    def _pipe(self, name: str, content: bytes, mode: str = "overwrite") -> None:
+        self._make_folder(name)
+        self._files.pipe_file(self._at(name), content, **({"mode": mode} if mode == "create" else {}))
+
+    def _put(self, name: str, file: Path) -> None:
+        self._make_folder(name)
+        # Parameters of s3fs and gcsfs, which others do not know.
+        known = {"s3": {"chunksize": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}, "gs": {"chunksize": _PART_BYTES}}
+        protocol = self._files.protocol
+        names = (protocol,) if isinstance(protocol, str) else protocol
+        self._files.put_file(str(file), self._at(name), **next((known[n] for n in names if n in known), {}))
+
+    def _make_folder(self, name: str) -> None:
+        if self._is_local:  # other storages have no folders
+            self._files.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
+
+    def _tried(self, done: str, name: str, action: Callable[[], T]) -> T:
+        try:
+            return with_retries(action)
+        except Exception as error:  # each storage has its own errors
+            if isinstance(error, FileNotFoundError) or _is_disk_full(error):
+                raise
+            tries = "" if is_final(error) else f" in {len(RETRY_WAITS) + 1} tries"
+            kind = PermissionError if is_final(error) else OSError
+            raise kind(f"{self.url}/{name} could not be {done}{tries}: {in_words(error)}") from error
+
+
+def download(files: Any, source: str, target: Path) -> str:
+    """Write the file to `target` and return its SHA-256. Raises OSError, also if it ends early."""
+    digest, size, promised = hashlib.sha256(), 0, files.size(source)
+    with files.open(source, "rb", cache_type="none") as stream, target.open("wb") as out:
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+            out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+    if promised is not None and size != promised:
+        raise OSError(f"{size} of {promised} bytes arrived")
+    return digest.hexdigest()
+
+
+def with_retries(action: Callable[[], T]) -> T:
+    """Return what `action` returns, tried again after errors of the network."""
+    for wait in RETRY_WAITS:
+        try:
+            return action()
+        except Exception as error:  # HTTP libraries have their own
+            if is_final(error):
+                raise
+            time.sleep(wait * random.uniform(0.75, 1.25))
+    return action()
+
+
+def is_final(error: Exception) -> bool:
+    """Tell whether trying again is of no use: nothing is there, or the storage refuses."""
+    # gcsfs has no error of its own for 403, and botocore's are no PermissionErrors.
+    is_refused = str(error).startswith("Forbidden") or "Credentials" in type(error).__name__
+    return isinstance(error, _FINAL) or is_refused or _is_disk_full(error)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {in_one_line(error)}"
+
+
+def _at_once(action: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> list[T]:
+    """Call `action` with each of the arguments, a few at a time. After a failure no further ones begin."""
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="storage") as pool:
+        futures = [pool.submit(action, *each) for each in arguments]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
