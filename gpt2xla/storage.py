@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,12 @@ def exists(url: str, option: str) -> bool:
     """Tell whether there is something at the URL, as far as its storage says. Raises InputError if it cannot be opened."""
     files, path = opened(url, option)
     return files.exists(path)
+
+
+def folder_name(url: str, version: bytes = b"") -> str:
+    """Return a name for a folder on this machine that belongs to a URL: readable, and another one for each `version`."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", url)[-80:].strip("-.")
+    return f"{readable}-{hashlib.sha256(url.encode() + version).hexdigest()[:16]}"
 
 
 class Bucket:

@@ -16,7 +16,7 @@ SOURCES = [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob(
 # From top to bottom: a room imports only from rooms below it.
 ROOMS = [
     "__main__", "commands", "playground", "doctor", "tpu_check", "training", "evals", "checkpoint", "generation", "runtime",
-    "chat", "sketches", "data", "optim", "model", "logs", "cli", "config", "storage", "hub", "processes", "files", "errors",
+    "chat", "sketches", "data", "optim", "model", "logs", "cli", "config", "hub", "processes", "storage", "files", "errors",
 ]  # fmt: skip
 
 

@@ -8,9 +8,7 @@ leaves neither a damaged shard nor a lock.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from gpt2xla.data.shard_files.shard_format import SUFFIXES
 from gpt2xla.errors import InputError, RunFailed, user_error
 from gpt2xla.files import write_whole
 from gpt2xla.processes.locks import in_turn
-from gpt2xla.storage import RETRY_WAITS, download, in_words, opened, with_retries
+from gpt2xla.storage import RETRY_WAITS, download, folder_name, in_words, opened, with_retries
 
 # Fetched together with the manifest, as far as they exist.
 TOKENIZER_FILES = (
@@ -55,9 +53,8 @@ class RemoteFolder:
         if text is None:
             fix = f"make it with {PREPARE}, or copy the shards here"
             raise InputError(f"{option} {url} has no {manifest}, without which a remote folder cannot be read; {fix}")
-        name = re.sub(r"[^A-Za-z0-9.-]+", "-", self.url)[-80:].strip("-.")
         root = cache.folder.expanduser()
-        self.folder = root / f"{name}-{hashlib.sha256(self.url.encode() + text).hexdigest()[:16]}"
+        self.folder = root / folder_name(self.url, text)
         with user_error(f"--data-cache {root}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / manifest, text)
