@@ -1,10 +1,11 @@
-"""Files that are read or written whole."""
+"""Files that are read or written whole, and their names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,9 @@ def file_sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def folder_name(url: str, version: bytes = b"") -> str:
+    """Return a name for a folder on this machine that belongs to a URL: readable, and another one for each `version`."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", url)[-80:].strip("-.")
+    return f"{readable}-{hashlib.sha256(url.encode() + version).hexdigest()[:16]}"

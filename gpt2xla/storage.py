@@ -6,12 +6,12 @@ one sentence; PermissionError where trying again is of no use.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import hashlib
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -46,12 +46,6 @@ def exists(url: str, option: str) -> bool:
     """Tell whether there is something at the URL, as far as its storage says. Raises InputError if it cannot be opened."""
     files, path = opened(url, option)
     return files.exists(path)
-
-
-def folder_name(url: str, version: bytes = b"") -> str:
-    """Return a name for a folder on this machine that belongs to a URL: readable, and another one for each `version`."""
-    readable = re.sub(r"[^A-Za-z0-9.-]+", "-", url)[-80:].strip("-.")
-    return f"{readable}-{hashlib.sha256(url.encode() + version).hexdigest()[:16]}"
 
 
 class Bucket:
@@ -136,10 +130,8 @@ class Bucket:
         """Delete objects, one after another. Those that are not there do not matter."""
 
         def remove(name: str) -> None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._at(name))
-            except FileNotFoundError:
-                pass
 
         for name in names:
             self._tried("deleted", name, lambda name=name: remove(name))  # type: ignore[misc]

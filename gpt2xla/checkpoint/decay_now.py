@@ -23,7 +23,7 @@ _FLAGS = {"resume", "decay_now"}
 def without_flags_if_under_way(config: RunConfig) -> RunConfig:
     """Return the run without --resume and --decay-now if --checkpoints-dir holds the decay that they ask for: its newest
     checkpoint knows the rest."""
-    asked, root = config.general.resume, Path(config.general.checkpoints_dir)
+    asked, root = config.general.resume, config.general.folder
     named = best_checkpoint(asked) or run_folder.followed(Path(asked))
     newest = next((folder for folder in reversed(run_folder.list_folders(root)) if find_damage(folder) is None), None)
     if newest is None or not _is_of_decay(newest, named, config.optim.decay_now):

@@ -10,7 +10,9 @@ import contextlib
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import TypeVar
 
 from gpt2xla.checkpoint.logged import newest_line
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
@@ -19,6 +21,8 @@ from gpt2xla.config.paths import step_folder as step_folder
 from gpt2xla.errors import InputError
 from gpt2xla.files import read_json, read_json_object
 from gpt2xla.logs.sinks import METRICS_FILE
+
+T = TypeVar("T")
 
 LATEST = "latest"
 RUN_CONFIG = "run_config.json"
@@ -138,20 +142,26 @@ def _next_prefix(root: Path) -> str:
     return f"abandoned-{max(taken, default=0) + 1}"
 
 
-def prune(root: Path, newest: Path, limit: int) -> list[str]:
-    """Delete the oldest checkpoints so that `limit` remain (0: keep all), those that were set aside first. The one that
-    best.json names stays, and does not count. Return a line for the user about each that was set aside and is deleted now.
-    If `newest` is damaged, this deletes nothing and raises OSError."""
+def prune(root: Path, newest: Path, limit: int, in_use: Collection[Path] = ()) -> list[str]:
+    """Delete the oldest checkpoints so that `limit` remain (0: keep all), except those `in_use`. Return a line for the user
+    about each that was set aside and is deleted now. If `newest` is damaged, this deletes nothing and raises OSError."""
     abandoned, best = list_abandoned(root), best_of(root)
     kept = step_folder(root, best[0]) if best else None
-    old = abandoned + [folder for folder in list_checkpoints(root) if folder < newest and folder != kept]
-    surplus = old[: max(0, len(old) + 1 - limit)] if limit else []
-    if surplus and (problem := find_damage(newest)):
+    older = [folder for folder in list_checkpoints(root) if folder < newest]
+    gone = [folder for folder in surplus(abandoned, older, kept, limit) if folder not in in_use]
+    if gone and (problem := find_damage(newest)):
         raise OSError(f"the checkpoint just written is damaged, so no older one was deleted: {problem}")
-    for folder in surplus:
+    for folder in gone:
         # Renamed first: a half-deleted one is never loaded, and the next start removes the rest.
         shutil.rmtree(folder.rename(root / f".{folder.name}.partial"))
-    return [f"removed: {folder.name} (--saved-checkpoint-limit {limit})" for folder in surplus if folder in abandoned]
+    return [f"removed: {folder.name} (--saved-checkpoint-limit {limit})" for folder in gone if folder in abandoned]
+
+
+def surplus(abandoned: list[T], older: list[T], best: T | None, limit: int) -> list[T]:
+    """Return which checkpoints go when another one is new, so that `limit` remain with it (0: all stay): those that were set
+    aside first, then the oldest. The best one stays, and does not count."""
+    old = abandoned + [checkpoint for checkpoint in older if checkpoint != best]
+    return old[: max(0, len(old) + 1 - limit)] if limit else []
 
 
 def refuse_unfinished(name: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.best import Best, name_best
+from gpt2xla.checkpoint.bucket.mirror import Mirror
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.generation.settings import GenerationSettings
@@ -28,7 +29,8 @@ class Saver:
 
     Args:
         run_state: returns what a resumed run needs beside weights, optimizer and runtime: plain values, of which "best" is
-            the best validation. Called by the main process when all updates before the checkpoint are logged."""
+            the best validation. Called by the main process when all updates before the checkpoint are logged.
+        mirror: sends what is written to the run's bucket, if it has one."""
 
     def __init__(
         self,
@@ -40,10 +42,12 @@ class Saver:
         settings: GenerationSettings,
         run_state: Callable[[], dict[str, Any]],
         stop: Stop,
+        mirror: Mirror | None = None,
     ) -> None:
         self.config, self.runtime, self.model, self.optimizer = config, runtime, model, optimizer
         self.tokenizer, self.settings, self.run_state, self.stop = tokenizer, settings, run_state, stop
-        self.folder = Path(config.general.checkpoints_dir)
+        self.mirror = mirror
+        self.folder = config.general.folder
         self._writes = BackgroundSaves(self._failed)
         self._has_no_link = False  # and that was reported
 
@@ -71,12 +75,28 @@ class Saver:
             try:
                 checkpoint.mark_evaluated(folder, best := self.run_state()["best"])
                 self._name_best(best)
+                if self.mirror:
+                    self.mirror.send(folder)
             except OSError as error:
                 say(f"{folder}: {error.strerror}; when resumed, it is evaluated again", error=True)
 
     def wait(self) -> bool:
-        """Wait until nothing is being written. Return whether the last checkpoint is on the disk."""
-        return self._writes.wait()
+        """Wait until nothing is being written, or sent. Return whether the last checkpoint is on the disk, and in the run's
+        bucket."""
+        return self._writes.wait() and (self.mirror is None or self._is_sent(self.mirror))
+
+    def _is_sent(self, mirror: Mirror) -> bool:
+        self.stop.begin_save()  # one more signal does not end the run
+        try:
+            if is_sent := mirror.wait(self.stop.seconds_of_grace(self.config.general.grace_seconds)):
+                return is_sent
+        finally:
+            self.stop.end_save()
+        say(
+            f"the last checkpoint was not sent: {mirror.safe_in_words()}; the last one lies in {self.folder}",
+            error=True,
+        )
+        return False
 
     def _write(self, weights: dict[str, Tensor], training: dict[str, Any], shards: Path) -> None:
         try:
@@ -88,8 +108,11 @@ class Saver:
             self.stop.end_save()
         self._report(run_folder.point(self.folder / run_folder.LATEST, written))
         self._name_best(training["best"])
-        for note in run_folder.prune(self.folder, written, self.config.train.saved_checkpoint_limit):
+        limit, in_use = self.config.train.saved_checkpoint_limit, self.mirror.sending if self.mirror else []
+        for note in run_folder.prune(self.folder, written, limit, in_use):
             say(note)
+        if self.mirror:
+            self.mirror.send(written)
 
     def _name_best(self, best: dict[str, Any]) -> None:
         if self.config.train.keeps_best:

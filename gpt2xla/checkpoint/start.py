@@ -137,7 +137,7 @@ def find_start(config: RunConfig) -> Start:
             config = _on_schedule(config, plan)
             notes += _within_warmup(config)
     if training and config.train.keeps_best:
-        root, until = Path(config.general.checkpoints_dir), training["step"] - (not is_evaluated(source, training))
+        root, until = config.general.folder, training["step"] - (not is_evaluated(source, training))
         training["best"] = kept_in(root, Best(**training["best"]), until).state()
     return Start(config, source, weights, training, tuple(notes))
 
@@ -146,7 +146,7 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
     """Return the source, and whether its run is resumed."""
     if general.from_checkpoint is not None:
         check_model("--from-checkpoint", general.from_checkpoint)
-    root = Path(general.checkpoints_dir)
+    root = general.folder
     named = None if general.resume in ("auto", "never") else best_checkpoint(general.resume) or Path(general.resume)
     is_other_run = general.resume == "never" or (named and named.resolve().parent != root.resolve())
     if is_other_run and not general.do_test and (existing := run_folder.list_checkpoints(root)):

@@ -29,6 +29,7 @@ from gpt2xla.config.options import (
     require_at_least,
 )  # fmt: skip
 from gpt2xla.config.train import Precision, TrainConfig
+from gpt2xla.files import folder_name
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,22 @@ class GeneralConfig:
     """General"""
 
     checkpoints_dir: str = option(
-        "./checkpoints", "folder for checkpoints, metrics.jsonl, run_config.json", is_path=True
+        "./checkpoints",
+        "folder for checkpoints, metrics.jsonl, run_config.json; or a URL (gs://bucket/run, s3://, hf://), to which each "
+        "checkpoint is sent, and from which any machine resumes",
+        is_path=True,
+    )
+    scratch_dir: str = option(
+        "~/.cache/gpt2xla/runs",
+        "where a run whose --checkpoints-dir is a URL has its folder on this machine",
+        is_path=True,
+    )
+    upload_interval: int = option(
+        0,
+        "to a URL: send a checkpoint only so many updates after the one before; 0 sends each; the last is always sent",
+    )
+    grace_seconds: float = option(
+        25.0, "to a URL: on SIGTERM, wait so long for the last checkpoint to be sent; spot TPUs give 30 s in all"
     )
     seed: int = option(1061109567, "seed of the initial weights, of dropout and of --shuffle")
     from_checkpoint: str | None = option(
@@ -69,8 +85,23 @@ class GeneralConfig:
         check=paths.check_hub_name,
     )
 
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the run on this machine."""
+        if not paths.is_url(self.checkpoints_dir):
+            return Path(self.checkpoints_dir)
+        return Path(self.scratch_dir).expanduser() / folder_name(self.checkpoints_dir.rstrip("/"))
+
+    @property
+    def is_in_bucket(self) -> bool:
+        """Whether --checkpoints-dir is a URL."""
+        return paths.is_url(self.checkpoints_dir)
+
     def check(self) -> None:
         require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
+        require(self.scratch_dir != "", "--scratch-dir is empty; name a folder")
+        require_at_least(0, self, "upload_interval")
+        require(0 <= self.grace_seconds <= 86400, f"--grace-seconds {self.grace_seconds}: choose 0 to 86400")
         require(self.from_checkpoint != "", "--from-checkpoint is empty; name a model, or leave it out")
         require(self.resume != "", "--resume is empty; choose auto, never or the path of a checkpoint")
         require(
@@ -266,8 +297,9 @@ class RunConfig:
         """Raise InputError if a path that the user gave is plainly wrong; where no run can be resumed that has others, also
         for the schedule and the default --train-dir. The programs that train call it before they import torch."""
         general, names = self.general, set(self.given)
-        is_new = (
-            general.from_checkpoint is None and general.resume == "auto" and not Path(general.checkpoints_dir).exists()
+        # Whether a run in a bucket is new shows only when the bucket is asked.
+        is_new = not general.is_in_bucket and (
+            general.from_checkpoint is None and general.resume == "auto" and not general.folder.exists()
         )
         if general.do_test:
             names.discard("train_dir")

@@ -18,9 +18,9 @@ from gpt2xla.config.paths import PREPARE
 from gpt2xla.data.shard_files.mask_file import MASK_SUFFIX
 from gpt2xla.data.shard_files.shard_format import SUFFIXES
 from gpt2xla.errors import InputError, RunFailed, user_error
-from gpt2xla.files import write_whole
+from gpt2xla.files import folder_name, write_whole
 from gpt2xla.processes.locks import in_turn
-from gpt2xla.storage import RETRY_WAITS, download, folder_name, in_words, opened, with_retries
+from gpt2xla.storage import RETRY_WAITS, download, in_words, opened, with_retries
 
 # Fetched together with the manifest, as far as they exist.
 TOKENIZER_FILES = (
@@ -97,9 +97,7 @@ class RemoteFolder:
             return None
         except Exception as error:  # as above
             what = f"{self.option} {self.url}/{file} cannot be read"
-            raise InputError(
-                f"{what}: {in_words(error)}; check address and credentials"
-            ) from None
+            raise InputError(f"{what}: {in_words(error)}; check address and credentials") from None
 
     def _fetch(self, file: str, sha256: str) -> None:
         partial = self.folder / f".{file}.partial"
@@ -109,9 +107,7 @@ class RemoteFolder:
             raise InputError(f"{self.url}/{file} is missing although its manifest names it; upload it again") from None
         except OSError as error:
             tries = len(RETRY_WAITS) + 1
-            raise RunFailed(
-                f"{self.url}/{file} could not be fetched in {tries} tries: {in_words(error)}"
-            ) from None
+            raise RunFailed(f"{self.url}/{file} could not be fetched in {tries} tries: {in_words(error)}") from None
         if found != sha256:
             partial.unlink()
             raise InputError(f"{self.url}/{file} is not what its manifest says (sha256 differs); upload it again")

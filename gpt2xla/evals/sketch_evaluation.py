@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ class SketchEvaluation:
     `Sampler`. Raises InputError if the data hold no sketches, or the model is too short for them."""
 
     def __init__(self, config: RunConfig, model: GPT2, data: TrainingData, runtime: Runtime, stop: Stop) -> None:
-        self.model, self.runtime, self.folder = model, runtime, Path(config.general.checkpoints_dir)
+        self.model, self.runtime, self.folder = model, runtime, config.general.folder
         sketches = SketchFormat.of(data.tokenizer) if data.tokenizer else None
         if sketches is None:
             raise InputError(

@@ -38,6 +38,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.has_nothing_to_save = False  # so that the first signal ends the process
         self.received: str | None = None  # name of the signal that requested the stop
+        self.received_at = math.inf  # by the monotonic clock
         self._saves = 0  # that are under way
         self._after = ""  # what is done before the stop, in words; empty until a trainer promises to act on `received`
         self._newest: Callable[[], str] = str
@@ -165,7 +166,8 @@ class StopSignals:
             if now - self._at <= _SECONDS_OF_ONE_REQUEST:
                 return False
             self._at, self._requests = now, self._requests + 1
-            self.received = self.received or signal.Signals(number).name
+            if self.received is None:
+                self.received, self.received_at = signal.Signals(number).name, now
             return True
 
     def _end_at_once(self, number: int, name: str) -> NoReturn:

@@ -43,8 +43,9 @@ class Stop:
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._steps = 0
         self._first_request: float = math.inf
+        self.newest = newest
         if signals:
-            signals.handle("the steps under way" if runtime.steps_behind else "this step", newest)
+            signals.handle("the steps under way" if runtime.steps_behind else "this step", lambda: self.newest())
 
     def requested(self) -> Tensor:
         """Return 1.0 on the device if this process requests a stop, else 0.0.
@@ -81,6 +82,12 @@ class Stop:
     def request(self, reason: str) -> None:
         """Request a stop for this process's own `reason`."""
         self._requested_reason = reason
+
+    def seconds_of_grace(self, grace: float) -> float | None:
+        """Return what is left of `grace` seconds since SIGTERM, after which a machine may be gone; None without SIGTERM."""
+        if self.signals is None or self.signals.received != "SIGTERM":
+            return None
+        return grace - (time.monotonic() - self.signals.received_at)
 
     def begin_save(self) -> None:
         """Note that a save begins: one more signal does not end the run before `end_save`."""

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from gpt2xla.checkpoint.best import prepare_best
+from gpt2xla.checkpoint.bucket.arrival import arrive, bring, bucket_error
+from gpt2xla.checkpoint.bucket.mirror import Mirror, mirroring, send_tests, send_whole
 from gpt2xla.checkpoint.folder import write_run_config
 from gpt2xla.checkpoint.publish import not_pushed, push
 from gpt2xla.checkpoint.run_folder import list_checkpoints, newest_in_words, prepare_folder, repair_latest, step_folder
@@ -19,10 +21,12 @@ from gpt2xla.config.paths import read_best
 from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import MEASURE, TrainingData
 from gpt2xla.data.split_folders import with_splits
-from gpt2xla.errors import InputError, counted, user_error
+from gpt2xla.errors import InputError, RunFailed, counted, user_error
 from gpt2xla.evals.schedule import Evaluations
 from gpt2xla.generation.settings import settings_of
 from gpt2xla.hub import repository
+from gpt2xla.logs.console import say
+from gpt2xla.processes.lease import Standing
 from gpt2xla.processes.locks import locked, refuse_if_locked
 from gpt2xla.processes.signals import StopSignals
 from gpt2xla.runtime import memory
@@ -30,6 +34,7 @@ from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.leaving import leaving_together
 from gpt2xla.runtime.precision import PRECISIONS
 from gpt2xla.runtime.stop import Stop
+from gpt2xla.storage import Bucket
 from gpt2xla.training import micro_batch
 from gpt2xla.training.run_log import RunLog
 from gpt2xla.training.summary import how_to_continue, print_end, print_start
@@ -53,6 +58,10 @@ def pretrain(
     if not config.general.do_test:
         with user_error(_flag(config)):
             refuse_if_locked(*_lock(config))  # by a run that is changing what is read now
+    bucket, standing = None, Standing()
+    if config.general.is_in_bucket:
+        bucket = Bucket(config.general.checkpoints_dir, "--checkpoints-dir")
+        config, standing = arrive(bucket, config)
     start = find_start(with_splits(config))
     is_chosen_here = start.config.train.mixed_precision == "auto"
     train = start.config.train
@@ -62,24 +71,25 @@ def pretrain(
     start = dataclasses.replace(start, config=start.config.in_precision(runtime.precision.name))
     is_finished, is_main, general = False, runtime.is_main, start.config.general
     with leaving_together(runtime):
-        _check_agreement(runtime, start, is_chosen_here)
+        _check_precision(runtime, is_chosen_here)
+        start = _agreed(runtime, config, start, bucket)
         if config.general.do_test:
             validate(start, runtime)
+            if bucket and runtime.is_main:
+                send_tests(bucket, config.general.folder)
         elif start.is_finished:
             if runtime.is_main:
-                with user_error(_flag(config)):
-                    repair_latest(folder := Path(config.general.checkpoints_dir), start.step)
-                    if start.config.train.keeps_best:
-                        prepare_best(folder, start.best)
+                with contextlib.ExitStack() as holding:
+                    _repair(start, _mirror_of(bucket, start, standing, holding))
                 print(f"nothing to do: {how_to_continue(start)}")
             is_finished = True
         else:
             with contextlib.ExitStack() as holding:
-                run = _open(start, runtime, signals, holding)
+                run = _open(start, runtime, signals, holding, partial(_mirror_of, bucket, start, standing, holding))
                 del start  # its copies of weights and optimizer state on the host would stay for the whole run
                 is_finished = run()
     if is_finished and is_main and general.push_to_hub:  # the other processes need not wait for it
-        _push(Path(general.checkpoints_dir), general.push_to_hub)
+        _push(general.folder, general.push_to_hub)
 
 
 def _push(folder: Path, name: str) -> None:
@@ -96,25 +106,59 @@ def _push(folder: Path, name: str) -> None:
             raise not_pushed(source, name, str(error)) from None
 
 
-def _check_agreement(runtime: Runtime, start: Start, is_chosen_here: bool) -> None:
-    """Check that all processes chose the same precision and found the same checkpoint."""
+def _check_precision(runtime: Runtime, is_chosen_here: bool) -> None:
     if is_chosen_here and len(set(runtime.gather(float(PRECISIONS.index(runtime.precision.name))))) > 1:
         raise InputError(
             "--mixed-precision auto: the processes' devices differ, and so do their choices; name one, such as none"
         )
-    if len(set(runtime.gather(start.step))) > 1:
-        raise InputError(
-            f"{_flag(start.config)}: processes see different checkpoints; on several hosts it must be one shared folder"
-        )
+
+
+def _agreed(runtime: Runtime, config: RunConfig, start: Start, bucket: Bucket | None) -> Start:
+    """Return the start of all processes. Where hosts have different folders, the newest checkpoint of any of them goes to
+    the others by way of the bucket."""
+    steps = runtime.gather(start.step)
+    if bucket and len(set(steps)) > 1:
+        newest = max(steps)
+        if runtime.rank == steps.index(newest) and start.source:
+            with bucket_error(bucket):
+                send_whole(bucket, start.source)  # a killed process may not have sent it
+        runtime.barrier("the checkpoint is in the bucket")
+        if start.step != newest:
+            bring(bucket, config.general, (int(newest),))
+            again = find_start(with_splits(config))
+            start = dataclasses.replace(again, config=again.config.in_precision(runtime.precision.name))
+        steps = runtime.gather(start.step)
+    if len(set(steps)) > 1:
+        fix = "on several hosts it must be one shared folder, or a URL such as gs://bucket/run"
+        raise InputError(f"{_flag(start.config)}: processes see different checkpoints; {fix}")
+    return start
+
+
+def _repair(start: Start, mirror: Mirror | None) -> None:
+    """Put right what names the checkpoints of a finished run, and send what its bucket lacks."""
+    general = start.config.general
+    with user_error(_flag(start.config)):
+        repair_latest(general.folder, start.step)
+        if start.config.train.keeps_best:
+            prepare_best(general.folder, start.best)
+    if mirror:
+        mirror.begin(start.step)
+        if not mirror.wait(None):
+            raise RunFailed("the last checkpoint was not sent; fix the error above and rerun the same command")
 
 
 def _open(
-    start: Start, runtime: Runtime, signals: StopSignals | None, holding: contextlib.ExitStack
+    start: Start,
+    runtime: Runtime,
+    signals: StopSignals | None,
+    holding: contextlib.ExitStack,
+    open_mirror: Callable[[Stop], Mirror | None],
 ) -> Callable[[], bool]:
     """Open all that training needs, and return the function that trains and tells whether the run is finished.
 
-    The run's folder is locked in `holding`. It is made only once all of the user's input is known to be right."""
-    folder = Path(start.config.general.checkpoints_dir)
+    The run's folder is locked in `holding`, and its bucket by `open_mirror`, which only the main process calls. The folder
+    is made only once all of the user's input is known to be right."""
+    folder, mirror = start.config.general.folder, None
     data = TrainingData.open(start.config, _plan(start, runtime), start.source, runtime.rank, runtime.world_size)
     config = data.config
     start = dataclasses.replace(start, config=config)
@@ -144,6 +188,7 @@ def _open(
         with user_error(_flag(config)):
             folder.mkdir(parents=True, exist_ok=True)
             holding.enter_context(locked(*_lock(config)))
+        mirror = open_mirror(stop)
     with memory.explain_out_of_memory(runtime, "before the first step", lambda _: memory.SMALLER_MODEL):
         train_step = TrainStep(config, runtime, model, start.training)
     if runtime.is_main:
@@ -152,10 +197,13 @@ def _open(
         for note in (*prepare_best(folder, best), *prepare_folder(folder, start.step)):
             print(note)
         write_run_config(folder, config)
+        if mirror:
+            mirror.begin(start.step)
     log = RunLog.open(start, runtime, data, model.flops_per_token(), stop)
     saver = Saver(
         config, runtime, model, train_step.optimizer, data.tokenizer, settings,
         lambda: {"data": data.position(), "best": evaluations.best.state(), **log.state()}, stop,
+        mirror,
     )  # fmt: skip
     trainer = Trainer(config.train, runtime, data.order, train_step, evaluations, saver, log, stop)
     first_step, is_evaluated = start.step, start.is_evaluated
@@ -169,13 +217,31 @@ def _open(
     return run
 
 
+def _mirror_of(
+    bucket: Bucket | None, start: Start, seen: Standing, holding: contextlib.ExitStack, stop: Stop | None = None
+) -> Mirror | None:
+    """Return what sends the run to its bucket, until the end of `holding`; None if it has no bucket."""
+    if bucket is None:
+        return None
+
+    def lost(problem: str) -> None:
+        say(problem, error=True)
+        if stop:
+            stop.request("another run, which has taken over")
+
+    mirror = holding.enter_context(mirroring(bucket, start.config, seen, lost))
+    if stop:
+        stop.newest = mirror.safe_in_words
+    return mirror
+
+
 def _plan(start: Start, runtime: Runtime) -> BatchPlan:
     plan = BatchPlan.of(start.config.train, runtime.devices)
     return plan.after(BatchPlan.saved(start.training["data"]), start.step) if start.training else plan
 
 
 def _lock(config: RunConfig) -> tuple[Path, str]:
-    return Path(config.general.checkpoints_dir) / ".lock", _flag(config)
+    return config.general.folder / ".lock", _flag(config)
 
 
 def _flag(config: RunConfig) -> str:

@@ -6,7 +6,6 @@ import datetime
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from gpt2xla.checkpoint.start import Start
@@ -49,7 +48,7 @@ class RunLog:
     @classmethod
     def open(cls, start: Start, runtime: Runtime, data: TrainingData, flops_per_token: int, stop: Stop) -> RunLog:
         """Open the sinks that the options of `start` name. A resumed run continues the files and the wandb run."""
-        config, folder, saved = start.config, Path(start.config.general.checkpoints_dir), start.training or {}
+        config, folder, saved = start.config, start.config.general.folder, start.training or {}
         throughput = Throughput(flops_per_token, runtime.peak_flops())
         time_left = _time_left(start, data, throughput)
         skipped = saved.get("skipped", 0)

@@ -50,13 +50,13 @@ def _log_test(config: RunConfig, source: Path, result: Validation) -> None:
     if folder := _folder_of_tests(config, source):
         _append(folder, line, is_given="checkpoints_dir" in config.given)
     if config.wandb.wandb_logging:
-        _write(WandbSink(config, Path(config.general.checkpoints_dir), None), line)
+        _write(WandbSink(config, config.general.folder, None), line)
 
 
 def _folder_of_tests(config: RunConfig, source: Path) -> Path | None:
     """Return --checkpoints-dir if it was given, else the folder of the run that saved `source`; None for other models."""
     if "checkpoints_dir" in config.given:
-        return Path(config.general.checkpoints_dir)
+        return config.general.folder
     return source.parent if (source / COMPLETE).is_file() else None
 
 

@@ -1,0 +1,184 @@
+"""Brings a run from its bucket into the folder that it has on this machine, before anything looks for checkpoints there.
+
+From there on all is as with a run that has only a folder. The bucket is the truth: what the folder holds beyond it is set
+aside, unless no other machine has written to the bucket since this folder's run did. Then the folder may be ahead of it, by
+what a killed process had not sent yet."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt2xla.checkpoint.bucket.layout import Layout, is_small_file, layout_of
+from gpt2xla.checkpoint.folder import EVALUATED
+from gpt2xla.checkpoint.run_folder import list_checkpoints, set_aside
+from gpt2xla.checkpoint.seal import COMPLETE, find_damage
+from gpt2xla.config import GeneralConfig, RunConfig
+from gpt2xla.config.paths import BEST_FILE, is_url, step_folder
+from gpt2xla.errors import InputError, in_one_line, user_error
+from gpt2xla.files import write_whole
+from gpt2xla.logs.console import say
+from gpt2xla.logs.sinks import METRICS_FILE
+from gpt2xla.processes.lease import Standing, is_own, refuse_if_held
+from gpt2xla.processes.locks import in_turn
+from gpt2xla.storage import Bucket
+
+RECORD = ".lease"  # in a run's folder: see `lease.held`
+_STEP = re.compile(r"step-\d{8,}")
+_ANNOUNCED_BYTES = 200_000_000
+
+
+class Damaged(Exception):
+    """A checkpoint in the bucket is not what its COMPLETE says."""
+
+
+@contextlib.contextmanager
+def bucket_error(bucket: Bucket) -> Iterator[None]:
+    """Turn an OSError inside the block into an InputError that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        fix = "check address and credentials"
+        raise InputError(f"{bucket.option} {bucket.url}: {in_one_line(error)}; {fix}") from None
+
+
+def arrive(bucket: Bucket, config: RunConfig) -> tuple[RunConfig, Standing]:
+    """Bring the run, and what --resume names. Return the run, in which --resume is a folder on this machine, and what
+    `bring` returns. Raises as `bring` does."""
+    general, url = config.general, bucket.url
+    standing, resume = bring(bucket, general), general.resume
+    if resume.startswith(f"{url}/") and _STEP.fullmatch(name := resume[len(url) + 1 :].rstrip("/")):
+        bring(bucket, general, (int(name[5:]),))
+        resume = str(general.folder / name)
+    elif resume == f"{url}@best":
+        resume = f"{general.folder}@best"
+    elif is_url(resume):
+        from gpt2xla.checkpoint.bucket.models import fetched
+
+        resume = str(fetched(resume, "--resume", with_training=True))
+    return dataclasses.replace(config, general=dataclasses.replace(general, resume=resume)), standing
+
+
+def bring(bucket: Bucket, general: GeneralConfig, steps: tuple[int, ...] = ()) -> Standing:
+    """Bring the newest whole checkpoint, the best one, and the run's small files. Every process of a host may call it: one
+    does the work, and the others wait.
+
+    Args:
+        steps: of further checkpoints to bring. Nothing else is done then.
+
+    Returns the newest lease. Raises InputError if another run holds it, or the bucket cannot be used, or no checkpoint in it
+    is whole, or `--resume never` finds some."""
+    folder, what = general.folder, f"{bucket.option} {bucket.url}"
+    with user_error(f"--scratch-dir {general.scratch_dir}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with bucket_error(bucket), in_turn(folder / ".arriving.lock"):
+        for leftover in folder.glob(".arriving-*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
+        standing = refuse_if_held(bucket, what, folder / RECORD)
+        layout = layout_of(bucket)
+        if general.resume == "never" and not general.do_test and layout.whole:
+            raise InputError(
+                f"--resume never: {what} already holds {layout.whole[-1]} of another run; choose another prefix"
+            )
+        for name in (step_folder(folder, step).name for step in steps):
+            try:
+                _bring_one(bucket, name, folder, layout.checkpoints.get(name, []))
+            except Damaged as damage:
+                raise InputError(f"{damage}; choose another checkpoint") from None
+        if not steps:
+            _bring_run(bucket, layout, folder, is_own(standing, folder / RECORD))
+    return standing
+
+
+def _bring_run(bucket: Bucket, layout: Layout, folder: Path, is_ahead: bool) -> None:
+    kept: list[str] = []
+    newest_here = max((path.name for path in list_checkpoints(folder)), default="")
+    if not (is_ahead and newest_here >= max(layout.whole, default="")):
+        kept = _bring_newest(bucket, layout, folder)
+    if is_ahead:
+        return
+    for path in list_checkpoints(folder):
+        if bucket.read(f"{path.name}/{COMPLETE}") != (path / COMPLETE).read_bytes():
+            say(f"{set_aside(path)}: it is not in {bucket.url}, where another machine has continued")
+        elif path.name not in kept:  # the bucket has it
+            shutil.rmtree(path)
+    for name in layout.others:
+        if (content := bucket.read(name)) is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / name, content)
+    for path in [*folder.glob("*.json"), *folder.glob(METRICS_FILE)]:
+        if path.name not in layout.others and is_small_file(path.name):
+            path.unlink()  # of a run that is no longer in the bucket
+
+
+def _bring_newest(bucket: Bucket, layout: Layout, folder: Path) -> list[str]:
+    """Bring the newest checkpoint that is whole, and the best one. Return their names."""
+    damages, brought = [], []
+    for name in reversed(layout.whole):
+        try:
+            _bring_one(bucket, name, folder, layout.checkpoints[name])
+        except Damaged as damage:
+            say(f"skipped a checkpoint: {damage}")
+            damages.append(str(damage))
+        else:
+            brought.append(name)
+            break
+    if damages and not brought:
+        raise InputError(
+            f"no checkpoint in {bucket.url} is whole ({damages[0]}); delete them there to start from scratch"
+        )
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        best = step_folder(folder, json.loads(bucket.read(BEST_FILE) or b"")["step"]).name
+        if best in layout.whole and best not in brought:
+            try:
+                _bring_one(bucket, best, folder, layout.checkpoints[best])
+                brought.append(best)
+            except Damaged as damage:
+                say(f"the best checkpoint is not used: {damage}")
+    return brought
+
+
+def _bring_one(bucket: Bucket, name: str, folder: Path, listed: list[str]) -> None:
+    """Bring a checkpoint unless the same one is here. It appears under its name only when it is whole. Raises Damaged."""
+    target, partial = folder / name, folder / f".arriving-{name}"
+    complete = bucket.read(f"{name}/{COMPLETE}")
+    if complete is None:
+        raise Damaged(f"{bucket.url}/{name} has no {COMPLETE}")
+    if not (_text(target / COMPLETE) == complete and find_damage(target) is None):
+        try:
+            entries = json.loads(complete)["files"]
+            sizes = [int(entry["bytes"]) for entry in entries.values()]
+            if any(part in ("", "..") for file in entries for part in file.split("/")):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Damaged(f"{bucket.url}/{name}/{COMPLETE} is damaged") from None
+        begun = time.monotonic()
+        if sum(sizes) > _ANNOUNCED_BYTES:
+            say(f"fetching {bucket.url}/{name}: {sum(sizes) / 1e9:.2f} GB")
+        partial.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # which `find_damage` names
+            bucket.fetch({f"{name}/{file}": partial / file for file in entries})
+        (partial / COMPLETE).write_bytes(complete)
+        if damage := find_damage(partial):
+            shutil.rmtree(partial)
+            raise Damaged(damage.replace(str(partial), f"{bucket.url}/{name}"))
+        if target.exists():
+            say(set_aside(target))
+        partial.rename(target)
+        if sum(sizes) > _ANNOUNCED_BYTES:
+            seconds = time.monotonic() - begun
+            say(f"fetched {name} in {seconds:.0f} s ({sum(sizes) / 1e6 / seconds:,.0f} MB/s)")
+    if EVALUATED in listed and (mark := bucket.read(f"{name}/{EVALUATED}")) is not None:
+        write_whole(target / EVALUATED, mark)
+
+
+def _text(file: Path) -> bytes | None:
+    with contextlib.suppress(OSError):
+        return file.read_bytes()
+    return None

@@ -1,0 +1,77 @@
+"""What lies where below the URL of a run: as in its folder (`run_folder.py`), with objects where that has links.
+
+`COMPLETE` is sent last and deleted first: a `step-*` without it is no checkpoint. `latest` holds the name of the newest one,
+which a store that lists late may not list yet. Stores cannot rename: a checkpoint that is set aside has `ABANDONED` instead
+of `COMPLETE`."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from gpt2xla.checkpoint.run_folder import LATEST
+from gpt2xla.checkpoint.seal import COMPLETE
+from gpt2xla.storage import Bucket
+
+ABANDONED = "ABANDONED"
+_STEP = re.compile(r"step-\d{8,}")
+_NOT_OF_THE_RUN = ("lease", "wandb")
+
+
+@dataclass
+class Layout:
+    """The objects of a run, by what they belong to.
+
+    Attributes:
+        checkpoints: the files in each `step-*`, by its name.
+        others: files that are of no checkpoint, such as metrics.jsonl.
+    """
+
+    checkpoints: dict[str, list[str]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> list[str]:
+        """The checkpoints that were sent to their end, oldest first."""
+        return sorted(name for name, files in self.checkpoints.items() if COMPLETE in files)
+
+    @property
+    def abandoned(self) -> list[str]:
+        return sorted(name for name, files in self.checkpoints.items() if ABANDONED in files and COMPLETE not in files)
+
+
+def layout_of(bucket: Bucket) -> Layout:
+    """Return what lies below a run's URL. Raises OSError if it cannot be listed."""
+    checkpoints: dict[str, list[str]] = defaultdict(list)
+    others = []
+    for path in bucket.files():
+        top, _, below = path.partition("/")
+        if below and _STEP.fullmatch(top):
+            checkpoints[top].append(below)
+        elif not _is_hidden(path) and top not in (*_NOT_OF_THE_RUN, LATEST):
+            others.append(path)
+    latest = (bucket.read(LATEST) or b"").decode(errors="replace").strip()
+    if _STEP.fullmatch(latest) and COMPLETE not in checkpoints[latest]:  # it lists late, or was pruned by hand
+        if bucket.read(f"{latest}/{COMPLETE}") is None:
+            if not checkpoints[latest]:
+                del checkpoints[latest]
+        else:
+            checkpoints[latest].append(COMPLETE)
+    return Layout(dict(checkpoints), sorted(others))
+
+
+def is_small_file(path: str) -> bool:
+    """Whether a file of a run's folder, relative to it, is sent along with its checkpoints."""
+    top = path.partition("/")[0]
+    return not (_is_hidden(path) or top in (*_NOT_OF_THE_RUN, LATEST) or _STEP.search(top))
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
+def in_order(paths: Iterable[str]) -> list[str]:
+    """Return the files of a checkpoint in the order in which they are deleted."""
+    return sorted(paths, key=lambda path: (path != COMPLETE, path))
