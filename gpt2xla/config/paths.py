@@ -159,7 +159,9 @@ def check_hub_name(flag: str, name: str) -> None:
 
 
 def check_resumed(flag: str, value: str) -> None:
-    """Check the folder of the checkpoint to resume, unless `value` is auto or never."""
+    """Check the folder of the checkpoint to resume, unless `value` is auto or never. A URL passes."""
+    if is_url(value):
+        return
     with user_error(f"{flag} {value}"):
         if value not in ("", "auto", "never") and not _check_best(flag, value) and not Path(value).is_dir():
             fix = "use auto, never or a path like checkpoints/step-00001000"
