@@ -146,14 +146,11 @@ def test_a_prefix_without_complete_is_no_checkpoint(place: Place, unbroken: Path
 
 
 def test_going_back_sets_later_checkpoints_aside(place: Place, unbroken: Path) -> None:
-    place.train("a", "--learning-rate", "0.02")
-    shutil.rmtree(place.run)
-    shutil.rmtree(place.folder / "a")
     place.train("a", "--train-steps", 5)
     place.train("a", "--train-steps", 15, "--learning-rate", "0.02")
     text = place.train("b", "--resume", f"{place.url}/step-00000005", "--learning-rate", "0.01")
     assert "step-00000015 has ABANDONED instead of COMPLETE now" in text
-    assert_as(place.run, unbroken)
+    assert training_losses(place.run) == training_losses(unbroken)
     assert (place.run / "step-00000015" / COMPLETE).exists()  # made again
     assert not (place.run / "step-00000015" / "ABANDONED").exists()
 

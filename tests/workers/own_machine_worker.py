@@ -5,7 +5,7 @@ import os
 os.environ["HOME"] = os.path.join(os.environ["MACHINES"], os.environ["RANK"])
 os.makedirs(os.environ["HOME"], exist_ok=True)
 
-from gpt2xla.commands.train import main
-from gpt2xla.processes.exits import run_and_exit
+from gpt2xla.commands.train import main  # noqa: E402
+from gpt2xla.processes.exits import run_and_exit  # noqa: E402
 
 run_and_exit(main)
