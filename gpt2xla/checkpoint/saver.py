@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from gpt2xla.checkpoint import folder as checkpoint
 from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.best import Best, name_best
-from gpt2xla.checkpoint.bucket.mirror import Mirror
 from gpt2xla.config import RunConfig
 from gpt2xla.data.tokenizer import Tokenizer
 from gpt2xla.generation.settings import GenerationSettings
@@ -22,6 +21,23 @@ from gpt2xla.logs.console import say
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop
+
+
+class Sender(Protocol):
+    """What sends checkpoints elsewhere, in the background: `bucket.mirror.Mirror`."""
+
+    @property
+    def sending(self) -> list[Path]:
+        """Checkpoints that are being sent or wait for it: they must stay."""
+
+    def send(self, checkpoint: Path) -> None:
+        """Send a checkpoint that was just written or changed, unless it is too early for another one."""
+
+    def wait(self, seconds: float | None) -> bool:
+        """Wait until the newest checkpoint is sent, at most for `seconds`. Return whether it is."""
+
+    def safe_in_words(self) -> str:
+        """Return which of the checkpoints that were sent is the newest, for a message."""
 
 
 class Saver:
@@ -42,7 +58,7 @@ class Saver:
         settings: GenerationSettings,
         run_state: Callable[[], dict[str, Any]],
         stop: Stop,
-        mirror: Mirror | None = None,
+        mirror: Sender | None = None,
     ) -> None:
         self.config, self.runtime, self.model, self.optimizer = config, runtime, model, optimizer
         self.tokenizer, self.settings, self.run_state, self.stop = tokenizer, settings, run_state, stop
@@ -85,7 +101,7 @@ class Saver:
         bucket."""
         return self._writes.wait() and (self.mirror is None or self._is_sent(self.mirror))
 
-    def _is_sent(self, mirror: Mirror) -> bool:
+    def _is_sent(self, mirror: Sender) -> bool:
         self.stop.begin_save()  # one more signal does not end the run
         try:
             if is_sent := mirror.wait(self.stop.seconds_of_grace(self.config.general.grace_seconds)):

@@ -30,7 +30,7 @@ _LAST_TRIES = 3
 
 
 class Mirror:
-    """The bucket of a run, as the run's main process sees it. `mirroring` makes it."""
+    """The bucket of a run, as the run's main process sees it: a `saver.Sender`. `mirroring` makes it."""
 
     def __init__(self, bucket: Bucket, lease: Lease, config: RunConfig) -> None:
         self.bucket, self.lease, self.folder = bucket, lease, config.general.folder
@@ -47,7 +47,6 @@ class Mirror:
         self._thread.start()
 
     def send(self, checkpoint: Path) -> None:
-        """Send a checkpoint that was just written or changed, unless --upload-interval says that it is too early."""
         with self._changed:
             self._newest = checkpoint
             last = max(
@@ -59,18 +58,15 @@ class Mirror:
 
     @property
     def sending(self) -> list[Path]:
-        """Checkpoints that are being sent or wait for it: they must stay."""
         with self._changed:
             return [path for path in (self._sending, *self._waiting) if path]
 
     def safe_in_words(self) -> str:
-        """Return which checkpoint is the newest in the bucket, for a message."""
         if not self._safe:
             return f"no checkpoint is in {self.bucket.url} yet"
         return f"the newest checkpoint in {self.bucket.url} is of step {_step(self._safe)}"
 
     def wait(self, seconds: float | None) -> bool:
-        """Wait until the newest checkpoint is in the bucket, at most for `seconds`. Return whether it is there."""
         deadline = None if seconds is None else time.monotonic() + max(0.0, seconds)
         for attempt in range(_LAST_TRIES):
             with self._changed:
