@@ -105,6 +105,27 @@ class Bucket:
             return {}
         return {path[start:]: info.get("size") or 0 for path, info in found.items() if info.get("type") != "directory"}
 
+    def entries(self) -> dict[str, tuple[int, str]]:
+        """Return size in bytes and version of each object directly in the folder, by name. A folder's name ends in `/`. If
+        the URL is an object itself, its name here is "". A version changes with the content, as far as the store tells."""
+
+        def found() -> list[dict[str, Any]]:
+            self._files.invalidate_cache()
+            info = self._files.info(self._path)
+            return self._files.ls(self._path, detail=True) if info.get("type") == "directory" else [info | {"name": ""}]
+
+        try:
+            infos = self._tried("listed", "", found)
+        except FileNotFoundError:
+            return {}
+        entries, own = {}, self._files._strip_protocol(self._at("")).rstrip("/")
+        for info in infos:
+            path, is_folder = info["name"].rstrip("/"), info.get("type") == "directory"
+            if path != own:  # some stores keep an empty object for a folder
+                version = "" if is_folder else version_of(self._files, path or self._path, info)
+                entries[path.rpartition("/")[2] + "/" * is_folder] = (info.get("size") or 0, version)
+        return entries
+
     def send(self, files: Mapping[str, Path], sent: Callable[[int], None] = lambda size: None) -> None:
         """Copy local files to objects, several at once. `sent` is called with the size of each when it is there.
 
@@ -179,6 +200,12 @@ class Bucket:
             raise kind(f"{self.url}/{name} could not be {done}{tries}: {in_words(error)}") from error
 
 
+def version_of(files: Any, path: str, info: Mapping[str, Any]) -> str:
+    """Return what changes with the content of an object, as far as its file system tells."""
+    keys = ("md5Hash", "etag", "ETag", "sha256", "blob_id", "generation")
+    return str(next((info[key] for key in keys if info.get(key)), None) or files.ukey(path))
+
+
 def download(files: Any, source: str, target: Path) -> str:
     """Write the file to `target` and return its SHA-256. Raises OSError, also if it ends early."""
     digest, size, promised = hashlib.sha256(), 0, files.size(source)
@@ -208,8 +235,9 @@ def with_retries(action: Callable[[], T]) -> T:
 
 def is_final(error: Exception) -> bool:
     """Tell whether trying again is of no use: nothing is there, or the storage refuses."""
-    # gcsfs has no error of its own for 403, and botocore's are no PermissionErrors.
+    # gcsfs has no error of its own for 403, fsspec none for web servers, and botocore's are no PermissionErrors.
     is_refused = str(error).startswith("Forbidden") or "Credentials" in type(error).__name__
+    is_refused |= getattr(error, "status", None) in (401, 403)
     return isinstance(error, _FINAL) or is_refused or _is_disk_full(error)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt2xla.errors import InputError, RunFailed, in_one_line
 from gpt2xla.processes.exits import is_disk_full
-from gpt2xla.storage import RETRY_WAITS, download, opened, with_retries
+from gpt2xla.storage import RETRY_WAITS, download, opened, version_of, with_retries
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,9 @@ def find_remote(url: str, option: str, suffixes: tuple[str, ...]) -> list[Remote
     if not found:
         raise InputError(f"{option} {url}: no such file there; check the address")
     return [
-        RemoteFile(files.unstrip_protocol(name), info.get("size") or 0, _version(files, name, info))
+        RemoteFile(files.unstrip_protocol(name), info.get("size") or 0, version_of(files, name, info))
         for name, info in sorted(found.items())
     ]
-
-
-def _version(files: Any, name: str, info: dict[str, Any]) -> str:
-    stated = next((info[key] for key in ("md5Hash", "etag", "ETag", "sha256", "generation") if info.get(key)), None)
-    return str(stated or files.ukey(name))
 
 
 @contextlib.contextmanager
