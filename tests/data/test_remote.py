@@ -254,8 +254,7 @@ def test_several_readers_at_once_fetch_each_shard_once(source: Path, cache: Cach
 SLOW_READER = """
 import sys, time
 from pathlib import Path
-from gpt2xla.data.preparation.rows import write_rows
-from gpt2xla import storage as storage_module
+from gpt2xla.data import remote
 from gpt2xla.data.remote import Cache
 from gpt2xla.data.shards import TokenStream
 def download(files, source, target):
