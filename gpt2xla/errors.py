@@ -18,6 +18,8 @@ class RunFailed(RuntimeError):
 # Messages of torch, C++, and oneDNN when it gets no scratch memory.
 _NO_MEMORY = ("can't allocate memory", "std::bad_alloc", "could not create a primitive", "could not create a memory")
 
+_NAMES: dict[str, str] = {}  # of copies, by their paths
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether `error` means that this machine's or a device's memory has run out."""
@@ -41,6 +43,19 @@ def in_one_line(error: BaseException, limit: int = 300) -> str:
     """Return the first line of the error's message, or the name of its class if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:limit] if lines else type(error).__name__
+
+
+def name_copy(copy: object, name: str) -> None:
+    """Have `as_named` call a file or folder `name`: it is a copy that we made of what a user names so, such as a URL."""
+    _NAMES[str(copy)] = name
+
+
+def as_named(text: object) -> str:
+    """Return a path, or a message with paths in it, with the user's names in place of those of our copies."""
+    named = str(text)
+    for copy in sorted(_NAMES, key=len, reverse=True):  # a folder after what is in it
+        named = named.replace(copy, _NAMES[copy])
+    return named
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

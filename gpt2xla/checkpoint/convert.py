@@ -12,7 +12,7 @@ from gpt2xla.checkpoint.model_card import MODEL_CARD, card_of_model
 from gpt2xla.config import ModelConfig
 from gpt2xla.data.tokenizer import Tokenizer, check_ids, load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
-from gpt2xla.errors import InputError, counted, user_error
+from gpt2xla.errors import InputError, as_named, counted, user_error
 from gpt2xla.generation.settings import settings_of
 
 
@@ -40,8 +40,9 @@ def convert(name: str, output: Path, tokenizer: str | None, say: Callable[[str],
         partial.rename(output)
     head, biases = "tied" if config.tie_weights else "untied", "biases" if config.bias else "no biases"
     say(
-        f"{source}: {counted(config.num_layers, 'layer')}, d_model {config.d_model}, {counted(config.num_heads, 'head')}, "
-        f"{config.real_vocab_size:,} ids, {config.seq_length} positions, {config.activation}, {head} head, {biases}"
+        f"{as_named(source)}: {counted(config.num_layers, 'layer')}, d_model {config.d_model}, "
+        f"{counted(config.num_heads, 'head')}, {config.real_vocab_size:,} ids, "
+        f"{config.seq_length} positions, {config.activation}, {head} head, {biases}"
     )
     for note in weights.notes:
         say(note)
@@ -57,4 +58,7 @@ def _choose_tokenizer(config: ModelConfig, source: Path, asked: str | None) -> t
         return tokenizer, f"{tokenizer.name}, as requested"
     if has_tokenizer(folder := model_folder(source)):
         return load_tokenizer(str(folder)), "the one beside the model"
-    return None, f"none written, because {source} has none; add one with --tokenizer, such as gpt2 for OpenAI's"
+    return (
+        None,
+        f"none written, because {as_named(source)} has none; add one with --tokenizer, such as gpt2 for OpenAI's",
+    )

@@ -15,19 +15,23 @@ from gpt2xla.checkpoint.formats.hf_config import read_config
 from gpt2xla.checkpoint.formats.llmc_file import load_llmc_model
 from gpt2xla.checkpoint.formats.pt_file import load_pt_model
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights
+from gpt2xla.checkpoint.remote_models import fetched
 from gpt2xla.checkpoint.run_folder import followed, list_checkpoints, refuse_unfinished
 from gpt2xla.config import ModelConfig
-from gpt2xla.config.paths import best_checkpoint
+from gpt2xla.config.paths import best_checkpoint, is_url
 from gpt2xla.errors import InputError, user_error
 from gpt2xla.model.gpt2 import GPT2, blank
 
 
-def locate(name: str) -> Path:
+def locate(name: str, *, with_training: bool = False) -> Path:
     """Return the folder or file that a user's `name` means: a path, a link such as `latest`, the newest checkpoint in
-    a folder of checkpoints, the best one (FOLDER@best), an OpenAI size or a hub id. Raises InputError if there is no such
-    model."""
+    a folder of checkpoints, the best one (FOLDER@best), an OpenAI size or a hub id. A model behind a URL is fetched, with
+    the optimizer's state only if `with_training`. Raises InputError if there is no such model, and RunFailed if it could not
+    be fetched."""
     if not name:
         raise InputError("the model's name is empty; give a folder, a .pt file, gpt2 ... gpt2-xl or a hub id")
+    if is_url(name):
+        return fetched(name, "--model", with_training=with_training)
     if best := best_checkpoint(name):
         return best
     path = Path(name)

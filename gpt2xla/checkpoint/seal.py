@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +38,41 @@ def step_of(folder: Path) -> int:
         return 0
 
 
+def listed(complete: bytes) -> dict[str, tuple[int, str]]:
+    """Return size in bytes and SHA-256 of each file that the content of COMPLETE lists, by name. If it is damaged, this
+    raises ValueError, which says how."""
+    files: dict[str, tuple[int, str]] = {}
+    try:
+        contents = json.loads(complete.decode("utf-8-sig"))
+        is_whole = contents.pop("sha256") == _sha256(contents)
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError("is damaged")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+        raise ValueError("names a file outside of its folder")
+    return files
+
+
+def part_of(complete: bytes, names: Iterable[str]) -> bytes:
+    """Return the content of COMPLETE for a copy that has only the files `names`."""
+    contents = json.loads(complete.decode("utf-8-sig"))
+    return _sealed({"step": contents["step"], "files": {name: contents["files"][name] for name in names}}).encode()
+
+
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint, by the sizes and hashes in COMPLETE; None if it is whole."""
     try:
-        contents = read_json(folder / COMPLETE)
-        if contents.pop("sha256") != _sha256(contents):
-            return f"{folder / COMPLETE} is damaged"
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in contents["files"].items()}
+        expected = listed((folder / COMPLETE).read_bytes())
     except FileNotFoundError:
         return f"{folder} is not a finished checkpoint: it has no file {COMPLETE}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError:
         return f"{folder / COMPLETE} is damaged"
+    except ValueError as error:
+        return f"{folder / COMPLETE} {error}"
     for name, (size, sha256) in expected.items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{folder / COMPLETE} names a file outside of its folder"
         try:
             is_there = file.is_file()
         except OSError:

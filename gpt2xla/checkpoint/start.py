@@ -16,12 +16,13 @@ from gpt2xla.checkpoint.folder import SHARDS, TRAINING_STATE, is_evaluated, stor
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
+from gpt2xla.checkpoint.remote_models import fetched
 from gpt2xla.checkpoint.resizing import check_ids_of_data, resized
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, ModelConfig, OptimConfig, RunConfig, batch, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.config.options import require
-from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed
+from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed, is_url
 from gpt2xla.data.batch_plan import SAVED_SIZES, BatchPlan
 from gpt2xla.data.opening import with_epochs, with_row_length, with_vocabulary
 from gpt2xla.errors import InputError, user_error
@@ -164,14 +165,19 @@ def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool
             return newest, True
     if general.from_checkpoint is None:
         return None, False
-    try:
-        source = locate(general.from_checkpoint)
-    except InputError as error:
-        raise InputError(f"--from-checkpoint {error}") from None
+    # A model with more ids cannot continue the run that it comes from.
+    continues = general.resume != "never" and not general.resize_vocab
+    if is_url(general.from_checkpoint):
+        is_trained_on = continues and not general.do_test
+        source = fetched(general.from_checkpoint, "--from-checkpoint", with_training=is_trained_on)
+    else:
+        try:
+            source = locate(general.from_checkpoint)
+        except InputError as error:
+            raise InputError(f"--from-checkpoint {error}") from None
     if source.is_file() or not any((source / name).exists() for name in (COMPLETE, TRAINING_STATE)):
         return source, False
-    # A model with more ids cannot continue the run that it comes from.
-    return _verified(source, f"--from-checkpoint {source}"), general.resume != "never" and not general.resize_vocab
+    return _verified(source, f"--from-checkpoint {source}"), continues
 
 
 def _verified(folder: Path, asked: str) -> Path:

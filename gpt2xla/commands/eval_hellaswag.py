@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.errors import as_named
 from gpt2xla.evals.options import OneModelConfig, open_runtime
 
 
@@ -34,4 +35,4 @@ def main() -> None:
         sets = {"HellaSwag": questions(items)}
         (log_probabilities,) = ask(sets, source, options.tokenizer, runtime, train.eval_batch_size)
         if runtime.is_main:
-            print(f"{source}: {accuracy(items, log_probabilities)}")
+            print(f"{as_named(source)}: {accuracy(items, log_probabilities)}")

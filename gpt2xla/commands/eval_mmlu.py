@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option, paths, require_at_least
+from gpt2xla.errors import as_named
 from gpt2xla.evals.options import (
     MMLU_DATA_HELP,
     OUTPUT_HELP,
@@ -45,7 +46,7 @@ def main() -> None:
         (log_probabilities,) = ask(sets, source, options.tokenizer, runtime, train.eval_batch_size)
         if runtime.is_main:
             found = result(items, log_probabilities)
-            print(f"{source}: MMLU, {options.shots}-shot, {found}\n\n{markdown(found)}")
+            print(f"{as_named(source)}: MMLU, {options.shots}-shot, {found}\n\n{markdown(found)}")
             about = {"model": options.model, "shots": options.shots, "data": options.data}
             tables.write(markdown(found), about | machine(runtime) | found.as_dict())
             print(*tables.files, sep="\n")

@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass
 
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option, paths
+from gpt2xla.errors import as_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,6 @@ def main() -> None:
     from gpt2xla.checkpoint.loading import locate
     from gpt2xla.checkpoint.publish import push
 
-    source = locate(options.model)
+    source = locate(options.model, with_training=options.training_state)
     url = push(source, options.name, "--name", branch=options.branch, with_training_state=options.training_state)
-    print(f"pushed {source} to {url}")
+    print(f"pushed {as_named(source)} to {url}")

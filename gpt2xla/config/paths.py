@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gpt2xla import hub
 from gpt2xla.errors import InputError, user_error
@@ -22,7 +23,7 @@ _CHECKPOINT = re.compile(r"step-\d{8,}|latest|best")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".json")
 # In the folder of a run with --keep-best: {"step", "valid_loss"} of its best checkpoint, which FOLDER@best means.
 BEST_FILE = "best.json"
-_AT_BEST = "@best"
+AT_BEST = "@best"
 
 
 def is_url(name: str) -> bool:
@@ -52,10 +53,15 @@ def read_best(root: Path) -> tuple[int, float] | None:
     """Return the step and the validation loss of the best checkpoint, by `root`'s best.json; None if there is no such file.
     Raises OSError, or ValueError if it holds something else."""
     try:
-        values = read_json(root / BEST_FILE)
-        step, loss = values["step"], values["valid_loss"]
+        return best_in(read_json(root / BEST_FILE))
     except FileNotFoundError:
         return None
+
+
+def best_in(values: Any) -> tuple[int, float]:
+    """Return the step and the validation loss that a best.json holds. Raises ValueError if it is none."""
+    try:
+        step, loss = values["step"], values["valid_loss"]
     except (KeyError, TypeError):
         raise ValueError("it has no step and valid_loss") from None
     if type(step) is not int or type(loss) is not float or not (step > 0 and math.isfinite(loss)):
@@ -65,9 +71,10 @@ def read_best(root: Path) -> tuple[int, float] | None:
 
 def best_checkpoint(name: str) -> Path | None:
     """Return the checkpoint that `name` means if it is FOLDER@best: the one that FOLDER's best.json names. Return None for
-    other names, also for that of a folder that is called so. Raises InputError if FOLDER has no such checkpoint."""
-    root = Path(name.removesuffix(_AT_BEST))
-    if not name.endswith(_AT_BEST):
+    other names, also for URLs and for that of a folder that is called so. Raises InputError if FOLDER has no such
+    checkpoint."""
+    root = Path(name.removesuffix(AT_BEST))
+    if not name.endswith(AT_BEST) or is_url(name):
         return None
     with user_error(name):
         has_best = (root / BEST_FILE).exists()
@@ -77,9 +84,9 @@ def best_checkpoint(name: str) -> Path | None:
             raise InputError(
                 f"{name} may mean that folder or the best checkpoint of {root}; write {name}/ or {root}/best"
             )
-        if not root.is_dir() or name == _AT_BEST:
+        if not root.is_dir() or name == AT_BEST:
             raise InputError(
-                f"{name}: no such folder {name.removesuffix(_AT_BEST)!r}; name that of a run with --keep-best"
+                f"{name}: no such folder {name.removesuffix(AT_BEST)!r}; name that of a run with --keep-best"
             )
         try:
             best = read_best(root)
@@ -129,9 +136,9 @@ def check_mixture(flag: str, entries: Sequence[str]) -> None:
 
 
 def check_model(flag: str, name: str) -> None:
-    """Check the name of a model. One that may be on the hub passes."""
+    """Check the name of a model. A URL passes, and so does one that may be on the hub."""
     with user_error(f"{flag} {name}"):
-        if _check_best(flag, name):
+        if is_url(name) or _check_best(flag, name):
             return
         if name and is_missing_path(name):
             raise InputError(
@@ -159,11 +166,11 @@ def check_hub_name(flag: str, name: str) -> None:
 
 
 def check_resumed(flag: str, value: str) -> None:
-    """Check the folder of the checkpoint to resume, unless `value` is auto or never. A URL passes."""
-    if is_url(value):
+    """Check the folder of the checkpoint to resume, unless `value` is auto, never or a URL."""
+    if value in ("", "auto", "never") or is_url(value):
         return
     with user_error(f"{flag} {value}"):
-        if value not in ("", "auto", "never") and not _check_best(flag, value) and not Path(value).is_dir():
+        if not _check_best(flag, value) and not Path(value).is_dir():
             fix = "use auto, never or a path like checkpoints/step-00001000"
             raise InputError(f"{flag} {Path(value)}: no such checkpoint folder; {fix}")
 

@@ -21,7 +21,7 @@ from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
 from gpt2xla.data.windows import Windows
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, as_named
 from gpt2xla.evals.options import markdown_table
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.logs.console import say
@@ -80,7 +80,7 @@ def run_of(source: Path) -> tuple[str | None, int]:
     step, (before, is_named, _) = step_of(source), source.name.partition("step-")
     if not step or not is_named:
         return None, 0
-    return f"{source.parent}{f' ({before[:-1]})' if before else ''}", step
+    return f"{as_named(source.parent)}{f' ({before[:-1]})' if before else ''}", step
 
 
 def markdown(rows: list[Row]) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from gpt2xla.errors import InputError, RunFailed, is_out_of_memory
+from gpt2xla.errors import InputError, RunFailed, as_named, is_out_of_memory
 from gpt2xla.processes.quiet import hide_remarks
 
 _NO_READER = 128 + signal.SIGPIPE
@@ -106,7 +106,7 @@ def report(error: BaseException) -> int:
         error = RunFailed("the disk is full, or your quota on it; free some space and start again")
     if isinstance(error, InputError | RunFailed):
         if is_first("error"):
-            line = _BREAKS.sub(lambda found: ascii(found[0])[1:-1], str(error))  # which a file's name may hold
+            line = _BREAKS.sub(lambda found: ascii(found[0])[1:-1], as_named(error))  # which a file's name may hold
             text = f"{Path(sys.argv[0]).name}: error: {line}"
             try:
                 print(text, file=sys.stderr, flush=True)

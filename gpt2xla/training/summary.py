@@ -12,7 +12,7 @@ from gpt2xla.data.batch_plan import BatchPlan
 from gpt2xla.data.opening import TrainingData
 from gpt2xla.data.validation_size import USEFUL_TOKENS, noise_of
 from gpt2xla.data.windows import TrainingOrder, Windows
-from gpt2xla.errors import counted
+from gpt2xla.errors import as_named, counted
 from gpt2xla.evals.validation import Validation
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import perplexity, with_error
@@ -34,11 +34,11 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
     for note in (*start.notes, *data.notes):
         print(note)
     if start.training:
-        print(f"resuming {start.source} after step {start.step}")
+        print(f"resuming {as_named(start.source)} after step {start.step}")
         if changed := _changed_batch(BatchPlan.saved(start.training["data"]), data.order.plan, start.step):
             print(changed)
     elif start.source:
-        print(f"weights from {start.source}; the run starts at step 0")
+        print(f"weights from {as_named(start.source)}; the run starts at step 0")
     for name, text in _summary(start.config, start.step, runtime, data, model).items():
         print(f"{name:>10}: {text}", flush=True)
     for remark in remarks(start.config.train, data):
@@ -69,11 +69,11 @@ def print_end(config: RunConfig, step: int, stop_reason: str, validation: Valida
 
 def how_to_continue(start: Start) -> str:
     """Return why the run has ended, and what would continue it."""
-    train = start.config.train
+    train, checkpoint = start.config.train, as_named(start.source)
     if start.step == train.train_steps:
-        return f"{start.source} is the end of the run; raise --train-steps to continue it"
+        return f"{checkpoint} is the end of the run; raise --train-steps to continue it"
     return (
-        f"the run has ended early with {start.source}: {start.best.why_ended(train.early_stopping_min_delta)}; to continue "
+        f"the run has ended early with {checkpoint}: {start.best.why_ended(train.early_stopping_min_delta)}; to continue "
         f"it, raise --early-stopping-patience {train.early_stopping_patience}, or give 0 for none"
     )
 

@@ -11,7 +11,7 @@ from gpt2xla.checkpoint.seal import COMPLETE, step_of
 from gpt2xla.checkpoint.start import Start
 from gpt2xla.config import RunConfig
 from gpt2xla.data.opening import end_of_text_of, open_validation, tokenizer_of, with_document_mask
-from gpt2xla.errors import InputError
+from gpt2xla.errors import InputError, as_named
 from gpt2xla.evals.schedule import explain_evaluation
 from gpt2xla.evals.validation import Validation, Validator
 from gpt2xla.logs.sinks import TEST_FILE, JsonlSink, Sink, perplexity
@@ -40,12 +40,14 @@ def validate(start: Start, runtime: Runtime) -> None:
         for note in windows.stream.notes:
             print(note)
         within = " within documents" if model.end_of_text is not None else ""
-        print(f"{start.source}: {result}{within}; {windows.stream.name} has {windows.stream.length - 1:,} to predict")
+        print(
+            f"{as_named(start.source)}: {result}{within}; {windows.stream.name} has {windows.stream.length - 1:,} to predict"
+        )
         _log_test(config, start.source, result)
 
 
 def _log_test(config: RunConfig, source: Path, result: Validation) -> None:
-    line = {"step": step_of(source), "checkpoint": str(source), "valid_dir": config.data.valid_dir}
+    line = {"step": step_of(source), "checkpoint": as_named(source), "valid_dir": config.data.valid_dir}
     line |= result.line() | {"valid_perplexity": perplexity(result.loss), "time": time.time()}
     if folder := _folder_of_tests(config, source):
         _append(folder, line, is_given="checkpoints_dir" in config.given)
@@ -54,10 +56,12 @@ def _log_test(config: RunConfig, source: Path, result: Validation) -> None:
 
 
 def _folder_of_tests(config: RunConfig, source: Path) -> Path | None:
-    """Return --checkpoints-dir if it was given, else the folder of the run that saved `source`; None for other models."""
+    """Return --checkpoints-dir if it was given, else the folder of the run that saved `source`; None for other models, and
+    for copies of those behind URLs."""
     if "checkpoints_dir" in config.given:
         return config.general.folder
-    return source.parent if (source / COMPLETE).is_file() else None
+    is_copy = as_named(source) != str(source)
+    return source.parent if (source / COMPLETE).is_file() and not is_copy else None
 
 
 def _append(folder: Path, line: dict[str, Any], *, is_given: bool) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from gpt2xla.checkpoint.bucket.layout import Layout, is_small_file, layout_of
 from gpt2xla.checkpoint.folder import EVALUATED
+from gpt2xla.checkpoint.remote_models import fetched
 from gpt2xla.checkpoint.run_folder import list_checkpoints, set_aside
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, RunConfig
@@ -59,8 +60,6 @@ def arrive(bucket: Bucket, config: RunConfig) -> tuple[RunConfig, Standing]:
     elif resume == f"{url}@best":
         resume = f"{general.folder}@best"
     elif is_url(resume):
-        from gpt2xla.checkpoint.bucket.models import fetched
-
         resume = str(fetched(resume, "--resume", with_training=True))
     return dataclasses.replace(config, general=dataclasses.replace(general, resume=resume)), standing
 

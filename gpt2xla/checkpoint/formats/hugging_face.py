@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,12 @@ from gpt2xla.files import read_json
 from gpt2xla.generation.settings import GENERATION_CONFIG, GenerationSettings
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-# Not model*: repositories also hold the same weights in other types and formats.
-_HUB_FILES = (
-    "config.json", GENERATION_CONFIG, "model.safetensors", "model.safetensors.index.json",
-    "model-*-of-*.safetensors", *tokenizer_folder.FILES,
-)  # fmt: skip
+# Patterns of the files beside the weights, and of the weights. Not model*: folders also hold the same weights in other types
+# and formats.
+SMALL_FILES = ("config.json", GENERATION_CONFIG, *tokenizer_folder.FILES)
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 # Fetched only where there are no safetensors.
-_HUB_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin")
 
 
 def save_model(folder: Path, config: ModelConfig, state: Mapping[str, Tensor], settings: GenerationSettings) -> None:
@@ -146,6 +146,15 @@ def _read(file: Path, name: str) -> Tensor:
         return tensors.get_tensor(name)
 
 
+def files_of_model(names: Iterable[str]) -> list[str]:
+    """Return which of a folder's files, given by their names in it, are to be fetched to have its model."""
+
+    def matching(patterns: Iterable[str]) -> list[str]:
+        return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+    return matching(SMALL_FILES) + (matching(_SAFETENSORS) or matching(_PICKLES))
+
+
 def find_folder(name: str) -> Path:
     """Return a local folder as it is; look any other name up on the Hugging Face hub and fetch it into the hub's cache.
 
@@ -155,7 +164,7 @@ def find_folder(name: str) -> Path:
         return Path(name)
     hub_id = f"openai-community/{name}" if name in PRESETS else name
     with hub.explained(f"{name}: no such folder or file", hub_id, "give the path of a folder that holds the model"):
-        folder = hub.snapshot(hub_id, _HUB_FILES)
+        folder = hub.snapshot(hub_id, (*SMALL_FILES, *_SAFETENSORS))
         if not any(folder.glob("model*.safetensors*")):
-            folder = hub.snapshot(hub_id, _HUB_PICKLES)
+            folder = hub.snapshot(hub_id, _PICKLES)
         return folder
