@@ -74,7 +74,8 @@ class Saver:
             is_evaluated: whether the evaluations due after `step` are done; if not, a resumed run makes up for them."""
         self.stop.begin_save()
         shards = run_folder.shards_folder(self.folder, step)
-        weights, state = self.runtime.snapshot(self.model, self.optimizer, shards)
+        is_shared = self.runtime.world_size == 1 or not self.config.general.is_in_bucket
+        weights, state = self.runtime.snapshot(self.model, self.optimizer, shards if is_shared else None)
         if self.runtime.is_main:
             training = {"step": step, "is_evaluated": is_evaluated, **state, **self.run_state()}
             self._writes.start(partial(self._write, weights, training, shards))

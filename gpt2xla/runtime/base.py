@@ -202,13 +202,14 @@ class Runtime(Device, Processes, Protocol):
         """Return when every callback has run, except perhaps those of the last `behind` calls of `when_ready`."""
 
     def snapshot(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Copy weights and training state to the host, after all work on the device is done. Collective.
 
         Return, on the main process, whole weights by parameter name, and {"optimizer": state by parameter name, "runtime":
         the runtime's own}, as plain values; empty dictionaries on the others. A runtime whose moments are split over
-        devices may write them to `folder` in parts instead (`sharded_state`)."""
+        devices may write them to `folder` in parts instead (`sharded_state`), unless that is None: hosts without a shared
+        disk have no such folder."""
 
     def peak_flops(self) -> float | None:
         """Return the peak floating-point operations per second of all devices together; None if unknown.

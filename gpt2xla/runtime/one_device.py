@@ -139,7 +139,7 @@ class OneDevice:
         pass
 
     def snapshot(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         self.wait()
         state = export_state(model, optimizer)
@@ -192,7 +192,7 @@ class OneDevice:
         """Return whole copies on the CPU to the main process; others may get nothing. Collective."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
-    def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+    def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path | None) -> dict[str, dict[str, Tensor]]:
         """Return the optimizer's moments as `_to_host` does, or write them to `folder` and return nothing. Collective."""
         return {key: self._to_host(part) for key, part in moments.items()}
 

@@ -52,7 +52,6 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
 def print_end(config: RunConfig, step: int, stop_reason: str, validation: Validation | None, best: Best) -> None:
     """Print how the run ended after `step`, and where its checkpoints are."""
     train, folder = config.train, config.general.folder
-    root = config.general.checkpoints_dir.rstrip("/") if config.general.is_in_bucket else folder
     if step < train.train_steps and best.has_ended(train.early_stopping_patience):
         print(f"stopped: {best.why_ended(train.early_stopping_min_delta)}")
     elif step < train.train_steps:
@@ -62,9 +61,9 @@ def print_end(config: RunConfig, step: int, stop_reason: str, validation: Valida
     elif validation:
         loss = with_error(validation.loss, validation.standard_error)
         print(f"done: validation loss {loss}, perplexity {perplexity(validation.loss):.2f}")
-    print(f"checkpoint: {root}/{step_folder(folder, step).name}")
+    print(f"checkpoint: {as_named(step_folder(folder, step))}")
     if train.keeps_best and is_finished(kept := step_folder(folder, best.step)):
-        print(f"best checkpoint: {root}/{kept.name} (validation loss {best.loss:.4f}), also {root}@best")
+        print(f"best checkpoint: {as_named(kept)} (validation loss {best.loss:.4f}), also {as_named(folder)}@best")
 
 
 def how_to_continue(start: Start) -> str:
@@ -98,9 +97,8 @@ def _summary(config: RunConfig, first_step: int, runtime: Runtime, data: Trainin
         f"all, {_epochs(order, order.plan.sequences_before(train.train_steps))}",
         "schedule": describe(config.schedule),
         "tokenizer": data.tokenizer.name if data.tokenizer else "none found: checkpoints will lack one (--tokenizer)",
-        "output": f"{config.general.checkpoints_dir}, by way of {config.general.folder}"
-        if config.general.is_in_bucket
-        else str(config.general.folder),
+        "output": as_named(folder := config.general.folder)
+        + (f", by way of {folder}" if config.general.is_in_bucket else ""),
     }
 
 

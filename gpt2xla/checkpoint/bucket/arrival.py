@@ -19,10 +19,10 @@ from gpt2xla.checkpoint.bucket.layout import Layout, is_small_file, layout_of
 from gpt2xla.checkpoint.folder import EVALUATED
 from gpt2xla.checkpoint.remote_models import fetched
 from gpt2xla.checkpoint.run_folder import list_checkpoints, set_aside
-from gpt2xla.checkpoint.seal import COMPLETE, find_damage
+from gpt2xla.checkpoint.seal import COMPLETE, find_damage, listed
 from gpt2xla.config import GeneralConfig, RunConfig
 from gpt2xla.config.paths import BEST_FILE, is_url, step_folder
-from gpt2xla.errors import InputError, in_one_line, user_error
+from gpt2xla.errors import InputError, in_one_line, name_copy, user_error
 from gpt2xla.files import write_whole
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import METRICS_FILE
@@ -53,6 +53,7 @@ def arrive(bucket: Bucket, config: RunConfig) -> tuple[RunConfig, Standing]:
     """Bring the run, and what --resume names. Return the run, in which --resume is a folder on this machine, and what
     `bring` returns. Raises as `bring` does."""
     general, url = config.general, bucket.url
+    name_copy(general.folder, url)
     standing, resume = bring(bucket, general), general.resume
     if resume.startswith(f"{url}/") and _STEP.fullmatch(name := resume[len(url) + 1 :].rstrip("/")):
         bring(bucket, general, (int(name[5:]),))
@@ -143,7 +144,7 @@ def _bring_newest(bucket: Bucket, layout: Layout, folder: Path) -> list[str]:
     return brought
 
 
-def _bring_one(bucket: Bucket, name: str, folder: Path, listed: list[str]) -> None:
+def _bring_one(bucket: Bucket, name: str, folder: Path, there: list[str]) -> None:
     """Bring a checkpoint unless the same one is here. It appears under its name only when it is whole. Raises Damaged."""
     target, partial = folder / name, folder / f".arriving-{name}"
     complete = bucket.read(f"{name}/{COMPLETE}")
@@ -151,15 +152,12 @@ def _bring_one(bucket: Bucket, name: str, folder: Path, listed: list[str]) -> No
         raise Damaged(f"{bucket.url}/{name} has no {COMPLETE}")
     if not (_text(target / COMPLETE) == complete and find_damage(target) is None):
         try:
-            entries = json.loads(complete)["files"]
-            sizes = [int(entry["bytes"]) for entry in entries.values()]
-            if any(part in ("", "..") for file in entries for part in file.split("/")):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Damaged(f"{bucket.url}/{name}/{COMPLETE} is damaged") from None
-        begun = time.monotonic()
-        if sum(sizes) > _ANNOUNCED_BYTES:
-            say(f"fetching {bucket.url}/{name}: {sum(sizes) / 1e9:.2f} GB")
+            entries = listed(complete)
+        except ValueError as error:
+            raise Damaged(f"{bucket.url}/{name}/{COMPLETE} {error}") from None
+        begun, size = time.monotonic(), sum(size for size, _ in entries.values())
+        if size > _ANNOUNCED_BYTES:
+            say(f"fetching {bucket.url}/{name}: {size / 1e9:.2f} GB")
         partial.mkdir()
         with contextlib.suppress(FileNotFoundError):  # which `find_damage` names
             bucket.fetch({f"{name}/{file}": partial / file for file in entries})
@@ -170,10 +168,10 @@ def _bring_one(bucket: Bucket, name: str, folder: Path, listed: list[str]) -> No
         if target.exists():
             say(set_aside(target))
         partial.rename(target)
-        if sum(sizes) > _ANNOUNCED_BYTES:
+        if size > _ANNOUNCED_BYTES:
             seconds = time.monotonic() - begun
-            say(f"fetched {name} in {seconds:.0f} s ({sum(sizes) / 1e6 / seconds:,.0f} MB/s)")
-    if EVALUATED in listed and (mark := bucket.read(f"{name}/{EVALUATED}")) is not None:
+            say(f"fetched {name} in {seconds:.0f} s ({size / 1e6 / seconds:,.0f} MB/s)")
+    if EVALUATED in there and (mark := bucket.read(f"{name}/{EVALUATED}")) is not None:
         write_whole(target / EVALUATED, mark)
 
 

@@ -225,7 +225,7 @@ def mirroring(bucket: Bucket, config: RunConfig, seen: Standing, lost: Callable[
         except OSError as error:
             raise RunFailed(
                 f"metrics.jsonl and other small files in {bucket.url} are not up to date: {in_one_line(error)}; they lie "
-                f"in {folder}; rerun the same command to send them"
+                f"in --scratch-dir {config.general.scratch_dir}; rerun the same command to send them"
             ) from None
 
 

@@ -238,7 +238,7 @@ class TorchRuntime(OneDevice):
                 on_host[name] = self.accelerator.to_host(whole)
         return on_host
 
-    def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
+    def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path | None) -> dict[str, dict[str, Tensor]]:
         # Whole even where it is split: all checkpoints of this runtime are of one kind and are written in the background.
         split = MOMENTS if self.options.zero1 else MUON_MOMENTS if self.distributed and not self.mesh else ()
         collected = {key: parallel.collect(moments[key], self.accelerator) for key in split if key in moments}

@@ -147,8 +147,9 @@ class SpmdRuntime(XlaRuntime):
         whole = super()._to_host({name: tensor for name, tensor in tensors.items() if name not in split})
         return {name: split[name] if name in split else whole[name] for name in tensors} if self.is_main else {}
 
-    def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict[str, Tensor]]:
-        if not self.options.fsdp:
+    def _moments(self, moments: dict[str, dict[str, Tensor]], folder: Path | None) -> dict[str, dict[str, Tensor]]:
+        # In parts only where all hosts write to one folder.
+        if not self.options.fsdp or folder is None:
             return super()._moments(moments, folder)
         devices = xr.addressable_runtime_device_count()
         sharded_state.save(folder, moments, SPMDSavePlanner(), devices=devices, distributed=self.world_size > 1)
