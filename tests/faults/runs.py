@@ -129,10 +129,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def started(flags: Sequence[object], folder: Path, world: int = 1, prepare: Prepare | None = None) -> Iterator[Run]:
+def started(
+    flags: Sequence[object], folder: Path, world: int = 1, prepare: Prepare | None = None, url: str = ""
+) -> Iterator[Run]:
     """Run `run_pretrain.py` in forks of this process: one, or `world` of them joined by gloo. Each calls `prepare(rank)`
-    before it begins, and records what it reads and updates beside `folder`, the run's checkpoints."""
-    argv = [*map(str, flags), "--checkpoints-dir", str(folder)]
+    before it begins, and records what it reads and updates beside `folder`, the run's checkpoints, unless these are at a
+    `url`."""
+    argv = [*map(str, flags), "--checkpoints-dir", url or str(folder)]
     shared: dict[str, str] = {}
     if world > 1:
         shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
