@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import best, damage, decays, disk, folders, kills, moving, nonfinite, runs, stops, tested
+from tests.faults import best, damage, decays, disk, folders, kills, moving, nonfinite, runs, spot, stops, tested
 from tests.faults.cases import Row, Setting
 
 ALL: dict[str, Callable[[Setting], list[Row]]] = {
@@ -23,6 +23,7 @@ ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "shared-folder": folders.shared_folder,
     "moved": moving.moved,
     "launched": moving.launched,
+    "spot": spot.preempted,
     "tested": tested.tested,
 }
 
