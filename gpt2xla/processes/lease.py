@@ -100,12 +100,12 @@ def held(
         what: the flag and the URL, with which messages begin.
         record: a file on this machine, which only this process writes now. A lease that it names is one of a process that
             has ended, and is taken over at once; after a machine was lost, that takes a minute.
-        after: what `newest` has returned, if something was read since then that another process may have changed.
+        after: what `refuse_if_held` has returned, if something was read since then that another process may have changed.
 
     Raises InputError if another process holds it, or did so after `after`, and OSError if the storage cannot be used."""
     found = newest(bucket)
-    if not (found.is_released or found.token in _recorded(record)):
-        _wait_until_expired(bucket, found, what, say)
+    if after is None:
+        found = refuse_if_held(bucket, what, record, say)
     if after is not None and found.token != after.token:
         raise InputError(f"{what}: {found.holder} has written there since this run began; give the same command again")
     token, number = secrets.token_hex(8), found.number + 1
@@ -137,13 +137,12 @@ def is_own(standing: Standing, record: Path) -> bool:
     return standing.number > 0 and standing.token in _recorded(record)
 
 
-def refuse_if_held(bucket: Bucket, what: str, record: Path) -> Standing:
-    """Return the newest lease. Raises InputError if a process elsewhere holds it and has renewed it within half a minute."""
+def refuse_if_held(bucket: Bucket, what: str, record: Path, say: Callable[[str], None]) -> Standing:
+    """Return the newest lease, which nobody holds. The holder may have ended without releasing it: this waits until it has
+    expired. Raises InputError if a process elsewhere renews it meanwhile."""
     found = newest(bucket)
-    if not found.is_released and not is_own(found, record):
-        age = _age(bucket, found)
-        if age is not None and age < 2 * RENEWED_EVERY:
-            raise _in_use(what, found, age)
+    if not (found.is_released or is_own(found, record)):
+        _wait_until_expired(bucket, found, what, say)
     return found
 
 
@@ -153,18 +152,13 @@ def _wait_until_expired(bucket: Bucket, found: Standing, what: str, say: Callabl
     while (left := EXPIRES_AFTER - age - (time.monotonic() - begun)) > 0:
         if not is_said:
             is_said = True
-            say(f"{what}: waiting up to {left:.0f} s for a sign of {found.holder}, which has not ended its use of it")
+            say(f"{what}: waiting up to {left:.0f} s for a sign of life of {found.holder}, which has not released it")
         time.sleep(min(1.0, left))
         now = newest(bucket)
         if now.token == found.token and now.is_released:
             return
         if now != found:
-            raise _in_use(what, now, 0.0)
-
-
-def _in_use(what: str, found: Standing, age: float) -> InputError:
-    seen = f"renewed {age:.0f} s ago" if age >= 1 else "renewed just now"
-    return InputError(f"{what}: in use by {found.holder} ({seen}); wait for it, stop it, or choose another")
+            raise InputError(f"{what}: in use by {now.holder}; wait for it, stop it, or choose another")
 
 
 def _age(bucket: Bucket, found: Standing) -> float | None:

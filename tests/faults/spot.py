@@ -22,6 +22,7 @@ from tests.object_server import ObjectServer, object_server
 
 _STEPS, _SAVE_EVERY = 3000, 6
 _GRACE = 30.0  # seconds between SIGTERM and SIGKILL, where a machine is given any
+_PATIENCE = 900.0
 _RENEWED, _EXPIRES = 0.5, 3.0  # a lease's times, in seconds: these machines are replaced at once
 
 
@@ -72,7 +73,8 @@ def _lived_through(setting: Setting, preemptions: int, changes_hosts: bool) -> l
     place = setting.folder / ("hosts" if changes_hosts else "host")
     place.mkdir()
     unbroken, begun = place / "unbroken", time.monotonic()
-    runs.finish(flags, unbroken)
+    with runs.started(flags, unbroken) as run:
+        assert run.wait(_PATIENCE) == [0], run.text[-600:]
     undisturbed = time.monotonic() - begun
     with object_server("s3") as server:
         tale = _Tale()
@@ -118,17 +120,18 @@ def _one_machine(
 
     def boot(rank: int) -> None:
         os.environ.update(server.environment, HOME=str(homes / str(rank)))
-        lease.RENEWED_EVERY, lease.EXPIRES_AFTER = _RENEWED, _EXPIRES
+        lease.RENEWED_EVERY, lease.EXPIRES_AFTER = _PATIENCE = 900.0
+_RENEWED, _EXPIRES
 
     tale.machines += 1
-    safe, begun = _safe_step(server), time.monotonic()
+    begun = time.monotonic()
     with runs.started(flags, homes / "run", world, boot, server.url) as run:
         if lifetime is None:
-            codes = run.wait()
+            codes = run.wait(_PATIENCE)
             assert codes == [0] * world, f"exit codes {codes}: {run.text[-800:]}"
             shutil.rmtree(homes)
             return
-        while not (made := _step(homes, safe)) and run.processes[0].poll() is None:
+        while not (made := _step(homes)) and run.processes[0].poll() is None:
             assert time.monotonic() < begun + 120, f"no step in 120 s: {run.text[-800:]}"
             time.sleep(0.01)
         tale.starts.append(time.monotonic() - begun)
@@ -143,18 +146,15 @@ def _one_machine(
             process.send(signal.SIGKILL)
         codes = run.wait()
         assert set(codes) <= {0, -signal.SIGKILL}, f"exit codes {codes}: {run.text[-800:]}"
-        made = _step(homes, safe)
+        made = _step(homes)
     tale.lost_steps.append(max(0, made - _safe_step(server)))
     shutil.rmtree(homes)
 
 
-def _step(homes: Path, after: int) -> int:
-    """Return the last step that the machine has logged beyond `after`; 0 if there is none."""
-    for file in (homes / "0").rglob("metrics.jsonl"):
-        lines = file.read_bytes().split(b"\n")[:-1]
-        if lines and (step := json.loads(lines[-1])["step"]) > after:
-            return int(step)
-    return 0
+def _step(homes: Path) -> int:
+    """Return the last step that the machine has made; 0 if there is none."""
+    lines = (homes / "run.steps-0").read_bytes().split(b"\n")[:-1] if (homes / "run.steps-0").exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def _safe_step(server: ObjectServer) -> int:

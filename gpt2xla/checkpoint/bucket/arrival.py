@@ -80,7 +80,7 @@ def bring(bucket: Bucket, general: GeneralConfig, steps: tuple[int, ...] = ()) -
     with bucket_error(bucket), in_turn(folder / ".arriving.lock"):
         for leftover in folder.glob(".arriving-*"):  # of a killed process
             shutil.rmtree(leftover, ignore_errors=True)
-        standing = refuse_if_held(bucket, what, folder / RECORD)
+        standing = refuse_if_held(bucket, what, folder / RECORD, say)
         layout = layout_of(bucket)
         if general.resume == "never" and not general.do_test and layout.whole:
             raise InputError(

@@ -103,6 +103,8 @@ class Mirror:
         with bucket_error(self.bucket):
             for line in self._set_aside_after(step):
                 say(line)
+            if self._safe:
+                self._prune(self._safe)  # a killed process may not have come to that
         here = [path for path in list_checkpoints(self.folder) if _step(path.name) <= step]
         if here and here[-1].name > self._safe:
             self.send(here[-1])
@@ -153,10 +155,12 @@ class Mirror:
         self._send_small_files()  # so that the log holds every step up to the checkpoint's
         size = send_whole(self.bucket, checkpoint, self.lease.check)
         if name >= self._safe:
+            self.lease.check()
             self.bucket.write(LATEST, name.encode())
             self._safe = name
         if size:
             self._report(name, size, time.monotonic() - begun)
+        self.lease.check()
         self._send_best()
         self._prune(name)
 
