@@ -120,8 +120,7 @@ def _one_machine(
 
     def boot(rank: int) -> None:
         os.environ.update(server.environment, HOME=str(homes / str(rank)))
-        lease.RENEWED_EVERY, lease.EXPIRES_AFTER = _PATIENCE = 900.0
-_RENEWED, _EXPIRES
+        lease.RENEWED_EVERY, lease.EXPIRES_AFTER = _RENEWED, _EXPIRES
 
     tale.machines += 1
     begun = time.monotonic()
