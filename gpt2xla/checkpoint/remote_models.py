@@ -253,4 +253,5 @@ def _fetch(model: _Model, names: list[str], partial: Path, folder: Path) -> None
         os.replace(partial / name, folder / name)
     shutil.rmtree(partial)
     if size >= _SAID_FROM:
-        say(f"fetched in {time.monotonic() - start:.0f} s", error=True)
+        seconds = time.monotonic() - start
+        say(f"fetched in {seconds:.0f} s ({size / 1e6 / seconds:,.0f} MB/s)", error=True)

@@ -98,6 +98,9 @@ def find_start(config: RunConfig) -> Start:
     missing, damaged, or contradicts the flags."""
     notes: list[str] = []
     resumed = None
+    if is_url(url := config.general.resume):
+        copy = str(fetched(url, "--resume", with_training=not config.general.do_test))
+        config = dataclasses.replace(config, general=dataclasses.replace(config.general, resume=copy))
     with user_error(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
         if config.optim.decay_now is not None:
             config = decay_now.without_flags_if_under_way(config)

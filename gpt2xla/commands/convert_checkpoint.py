@@ -13,7 +13,8 @@ class ConvertConfig:
 
     model: str = option(
         MISSING,
-        "nanoGPT's ckpt.pt or another .pt, .safetensors or llm.c file, a checkpoint folder, gpt2 ... gpt2-xl or a hub id",
+        "nanoGPT's ckpt.pt or another .pt, .safetensors or llm.c file, a checkpoint folder, the URL of one of these, "
+        "gpt2 ... gpt2-xl or a hub id",
         is_path=True,
         check=paths.check_model,
         other_names=("input",),

@@ -17,7 +17,7 @@ class PlaygroundConfig:
 
     model: tuple[str, ...] = option(
         MISSING,
-        f"{MODEL_HELP}; of a folder of checkpoints the page offers each. It opens nothing else",
+        f"{MODEL_HELP}; of a local folder of checkpoints the page offers each. It opens nothing else",
         is_path=True,
         check=paths.check_models,
         other_names=("models", "checkpoints-dir"),

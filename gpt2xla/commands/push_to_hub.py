@@ -13,7 +13,7 @@ class PushConfig:
 
     model: str = option(
         MISSING,
-        "a checkpoint, a folder of checkpoints, or any Hugging Face GPT-2 folder",
+        "a checkpoint, a folder of checkpoints, or any Hugging Face GPT-2 folder, or the URL of one",
         is_path=True,
         check=paths.check_model,
     )

@@ -14,7 +14,10 @@ _MOST_LAYERS = 10_000
 Preset = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 # Help texts of programs that take a trained model and its tokenizer.
-MODEL_HELP = "checkpoint folder, FOLDER@best, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file"
+MODEL_HELP = (
+    "checkpoint folder, FOLDER@best, gpt2 ... gpt2-xl, a hub id, or a .safetensors, .pt or llm.c file; folders and files "
+    "may be URLs (gs://, s3://, hf://)"
+)
 TOKENIZER_HELP = (
     "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
     "hub id"

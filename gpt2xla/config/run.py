@@ -59,15 +59,15 @@ class GeneralConfig:
         None,
         "model to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face GPT-2 folder or hub id, a "
         ".safetensors, .pt or llm.c file, or our own checkpoint folder or FOLDER@best, which resumes unless --resume is "
-        "never",
+        "never; folders and files may be URLs (gs://, s3://, hf://)",
         is_path=True,
         check=paths.check_model,
         other_names=("model",),
     )
     resume: str = option(
         "auto",
-        "auto: resume from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH of a checkpoint; "
-        "FOLDER@best is the best one of a run with --keep-best",
+        "auto: resume from the newest checkpoint in --checkpoints-dir; never: start at step 0; or the PATH or URL of a "
+        "checkpoint; FOLDER@best is the best one of a run with --keep-best",
         is_path=True,
         check=paths.check_resumed,
         aliases=dict.fromkeys(OFF, "never"),

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from gpt2xla.runtime.base import Runtime
 
 
-MODELS_HELP = "checkpoint folders, FOLDER@best, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files"
+MODELS_HELP = (
+    "checkpoint folders, FOLDER@best, gpt2 ... gpt2-xl, hub ids, or .safetensors, .pt or llm.c files; folders and files "
+    "may be URLs (gs://, s3://, hf://)"
+)
 VALID_STEPS_HELP = "number of batches of --batch-size, or all: each token of the split once"
 MMLU_DATA_HELP = (
     "folder of MMLU: a download of cais/mmlu, or the authors' data.tar unpacked (default: fetched from the hub)"

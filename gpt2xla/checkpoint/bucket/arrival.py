@@ -17,11 +17,10 @@ from pathlib import Path
 
 from gpt2xla.checkpoint.bucket.layout import Layout, is_small_file, layout_of
 from gpt2xla.checkpoint.folder import EVALUATED
-from gpt2xla.checkpoint.remote_models import fetched
 from gpt2xla.checkpoint.run_folder import list_checkpoints, set_aside
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage, listed
 from gpt2xla.config import GeneralConfig, RunConfig
-from gpt2xla.config.paths import BEST_FILE, is_url, step_folder
+from gpt2xla.config.paths import BEST_FILE, step_folder
 from gpt2xla.errors import InputError, in_one_line, name_copy, user_error
 from gpt2xla.files import write_whole
 from gpt2xla.logs.console import say
@@ -60,8 +59,6 @@ def arrive(bucket: Bucket, config: RunConfig) -> tuple[RunConfig, Standing]:
         resume = str(general.folder / name)
     elif resume == f"{url}@best":
         resume = f"{general.folder}@best"
-    elif is_url(resume):
-        resume = str(fetched(resume, "--resume", with_training=True))
     return dataclasses.replace(config, general=dataclasses.replace(general, resume=resume)), standing
 
 
