@@ -15,6 +15,9 @@ def hide_remarks() -> None:
     logging.getLogger("torch.utils.cpp_extension").addFilter(
         lambda record: "No CUDA runtime" not in record.getMessage()
     )
+    # Clients of object stores print the traceback of each error that they also raise, and that the user gets in one line.
+    for library in ("gcsfs", "s3fs"):
+        logging.getLogger(library).addHandler(logging.NullHandler())
 
 
 @contextlib.contextmanager
