@@ -87,7 +87,8 @@ def fetched(url: str, option: str, *, with_training: bool) -> Path:
                 fix = f"free some space, of which {COPIES} may hold some, and start again"
                 raise RunFailed(f"{option} {url}: the disk is full; {fix}") from None
             if error.errno is not None:
-                raise InputError(f"{COPIES}, which keeps the models of URLs: {error}; correct that") from None
+                fix = "let HOME name a folder that can be written"
+                raise InputError(f"{COPIES} cannot keep the models of URLs: {error}; {fix}") from None
             kind = InputError if isinstance(error, PermissionError) else RunFailed
             raise kind(f"{option} {error}; start again, and only the rest is fetched") from None
     if missing and model.complete:
