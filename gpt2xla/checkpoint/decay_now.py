@@ -12,8 +12,8 @@ from pathlib import Path
 from gpt2xla.checkpoint import run_folder
 from gpt2xla.checkpoint.seal import find_damage
 from gpt2xla.config import OPEN_ENDED, OptimConfig, RunConfig
-from gpt2xla.config.paths import best_checkpoint
-from gpt2xla.errors import InputError, counted
+from gpt2xla.config.paths import best_checkpoint, is_url
+from gpt2xla.errors import InputError, as_named, counted
 from gpt2xla.files import read_json
 from gpt2xla.optim.schedule import learning_rate
 
@@ -24,7 +24,7 @@ def without_flags_if_under_way(config: RunConfig) -> RunConfig:
     """Return the run without --resume and --decay-now if --checkpoints-dir holds the decay that they ask for: its newest
     checkpoint knows the rest."""
     asked, root = config.general.resume, config.general.folder
-    named = best_checkpoint(asked) or run_folder.followed(Path(asked))
+    named = asked if is_url(asked) else str(best_checkpoint(asked) or run_folder.followed(Path(asked)))
     newest = next((folder for folder in reversed(run_folder.list_folders(root)) if find_damage(folder) is None), None)
     if newest is None or not _is_of_decay(newest, named, config.optim.decay_now):
         return config
@@ -36,10 +36,11 @@ def without_flags_if_under_way(config: RunConfig) -> RunConfig:
     )
 
 
-def _is_of_decay(newest: Path, named: Path, steps: int | None) -> bool:
+def _is_of_decay(newest: Path, named: str, steps: int | None) -> bool:
     try:
         saved = read_json(newest / run_folder.RUN_CONFIG)
-        from_here = os.path.realpath(named) in (os.path.realpath(saved["resume"]), os.path.realpath(newest))
+        same = os.path.realpath(named) in (os.path.realpath(saved["resume"]), os.path.realpath(newest))
+        from_here = same or as_named(named) == saved["resume"]
         return from_here and saved["decay_now"] == steps
     except (OSError, ValueError, KeyError, TypeError):
         return False  # of an older version, or not ours: whoever resumes it says so
@@ -72,7 +73,7 @@ def begin(config: RunConfig, trained: OptimConfig, source: Path, step: int) -> t
         )
     decaying = dataclasses.replace(
         config,
-        general=dataclasses.replace(config.general, resume=str(source)),
+        general=dataclasses.replace(config.general, resume=as_named(source)),
         train=dataclasses.replace(config.train, train_steps=step + steps, epochs=None),
     )
     rate = learning_rate(decaying.schedule, config.model.d_model, step)

@@ -66,8 +66,8 @@ def fetched(url: str, option: str, *, with_training: bool) -> Path:
 
     Args:
         option: which gave the URL, for messages.
-        with_training: fetch all of our own checkpoint, so that it can be resumed, and compare what is here already with the
-            hashes in COMPLETE. Otherwise two thirds, the optimizer's state, are left out, also in the copy's COMPLETE.
+        with_training: fetch all of our own checkpoint, so that it can be resumed. Otherwise the optimizer's state, two thirds
+            of it, is left out, also in the copy's COMPLETE.
 
     Raises:
         InputError: there is no whole model at the URL, or it may not be read.
@@ -183,15 +183,14 @@ def _hugging_face(bucket: Bucket, entries: dict[str, tuple[int, str]]) -> _Model
 def _file(bucket: Bucket, size: int, version: str) -> _Model:
     """Return a model in one file. Its folder, which may hold anything, is not listed."""
     parent, _, name = bucket.url.rpartition("/")
-    beside, texts = Bucket(parent, bucket.option), {}
-    for small in (
-        pattern for pattern in hf.SMALL_FILES if "*" not in pattern
-    ):  # first config.json; the rest belongs to it
+    beside = Bucket(parent, bucket.option)
+    texts: dict[str, bytes] = {}
+    for small in hf.SMALL_FILES:
+        if "*" in small or (small != "config.json" and not texts):  # to which the others belong
+            continue
         with contextlib.suppress(PermissionError):  # S3's answer for what is not there, to those who may not list
             if (text := beside.read(small)) is not None:
                 texts[small] = text
-        if not texts:
-            break
     texts.pop(name, None)
     about = repr([name, size, version, *texts.items()]).encode()
     return _Model(beside, {name: (size, "")}, about, texts, file=name)
@@ -205,9 +204,7 @@ def _at_hand(model: _Model) -> Path:
     folder = place / (re.sub(r"[^A-Za-z0-9._@=-]+", "-", name).strip(".") or "model")
     folder.mkdir(parents=True, exist_ok=True)
     with in_turn(place / ".lock"):
-        is_thorough = TRAINING_STATE in model.files
-        missing = [name for name, file in model.files.items() if not _is_whole(folder / name, *file, is_thorough)]
-        if missing:
+        if missing := [name for name, (size, _) in model.files.items() if not _is_there(folder / name, size)]:
             _fetch(model, missing, place / ".partial", folder)
         for name, text in (model.texts | _sealed(model, folder)).items():
             if not (folder / name).is_file() or (folder / name).read_bytes() != text:
@@ -217,10 +214,8 @@ def _at_hand(model: _Model) -> Path:
     return folder / model.file
 
 
-def _is_whole(file: Path, size: int, sha256: str, is_thorough: bool) -> bool:
-    if not file.is_file() or file.stat().st_size != size:
-        return False
-    return not (is_thorough and sha256) or file_sha256(file) == sha256
+def _is_there(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _sealed(model: _Model, folder: Path) -> dict[str, bytes]:
@@ -228,21 +223,21 @@ def _sealed(model: _Model, folder: Path) -> dict[str, bytes]:
     if not model.complete:
         return {}
     files = listed(model.complete)
-    here = [name for name, file in files.items() if _is_whole(folder / name, *file, is_thorough=False)]
+    here = [name for name, (size, _) in files.items() if _is_there(folder / name, size)]
     return {COMPLETE: model.complete if len(here) == len(files) else part_of(model.complete, here)}
 
 
 def _fetch(model: _Model, names: list[str], partial: Path, folder: Path) -> None:
     """Bring files to `partial` and, once they are all whole, to `folder`."""
-    hashed = {name for name in names if model.files[name][1]}
-    done = {name for name in hashed if _is_whole(partial / name, *model.files[name], is_thorough=True)}
-    rest = [name for name in names if name not in done]
+    hashes = {name: sha256 for name in names if (sha256 := model.files[name][1])}
+    there = [name for name in hashes if _is_there(partial / name, model.files[name][0])]  # of a killed process
+    rest = [name for name in names if name not in there or file_sha256(partial / name) != hashes[name]]
     size, start = sum(model.files[name][0] for name in rest), time.monotonic()
     if size >= _SAID_FROM:
         say(f"fetching {model.bucket.url}: {counted(len(rest), 'file')}, {size / 1e9:.2f} GB, to {folder}", error=True)
     found = model.bucket.fetch({name: partial / name for name in rest})
-    for name in sorted(hashed & found.keys()):
-        if found[name] != model.files[name][1]:
+    for name in sorted(hashes.keys() & found.keys()):
+        if found[name] != hashes[name]:
             (partial / name).unlink()
             what = f"{model.bucket.option} {model.bucket.url}/{name} is damaged: it is not what {COMPLETE} says"
             raise InputError(f"{what} (sha256 differs); name another checkpoint, or upload it again")

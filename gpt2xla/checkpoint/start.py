@@ -16,7 +16,7 @@ from gpt2xla.checkpoint.folder import SHARDS, TRAINING_STATE, is_evaluated, stor
 from gpt2xla.checkpoint.formats.stored_weights import StoredWeights, parameter_shapes
 from gpt2xla.checkpoint.formats.torch_file import is_plain, load_plain
 from gpt2xla.checkpoint.loading import build_model, load_weights, locate
-from gpt2xla.checkpoint.remote_models import fetched
+from gpt2xla.checkpoint.remote_models import COPIES, fetched
 from gpt2xla.checkpoint.resizing import check_ids_of_data, resized
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, ModelConfig, OptimConfig, RunConfig, batch, flag, options_of
@@ -98,12 +98,8 @@ def find_start(config: RunConfig) -> Start:
     missing, damaged, or contradicts the flags."""
     notes: list[str] = []
     resumed = None
-    if is_url(url := config.general.resume):
-        copy = str(fetched(url, "--resume", with_training=not config.general.do_test))
-        config = dataclasses.replace(config, general=dataclasses.replace(config.general, resume=copy))
     with user_error(f"--checkpoints-dir {config.general.checkpoints_dir} or --resume {config.general.resume}"):
-        if config.optim.decay_now is not None:
-            config = decay_now.without_flags_if_under_way(config)
+        config = _resumed_here(config)
         source, continues = _choose(config.general, notes)
     if continues and source:
         config, resumed = _complete(config, source, notes)
@@ -144,6 +140,18 @@ def find_start(config: RunConfig) -> Start:
         root, until = config.general.folder, training["step"] - (not is_evaluated(source, training))
         training["best"] = kept_in(root, Best(**training["best"]), until).state()
     return Start(config, source, weights, training, tuple(notes))
+
+
+def _resumed_here(config: RunConfig) -> RunConfig:
+    """Return the run with a path on this machine for --resume if that is a URL, and without the flags of a decay that is under
+    way already. What it decays from may be deleted by now."""
+    if config.optim.decay_now is not None:
+        config = decay_now.without_flags_if_under_way(config)
+    if not is_url(url := config.general.resume):
+        return config
+    copy = fetched(url, "--resume", with_training=not config.general.do_test)
+    config = dataclasses.replace(config, general=dataclasses.replace(config.general, resume=str(copy)))
+    return config if config.optim.decay_now is None else decay_now.without_flags_if_under_way(config)
 
 
 def _choose(general: GeneralConfig, notes: list[str]) -> tuple[Path | None, bool]:
@@ -187,6 +195,8 @@ def _verified(folder: Path, asked: str) -> Path:
     if damage := find_damage(folder):
         inside = run_folder.list_checkpoints(folder)
         fix = f"name one of the run's checkpoints, such as {inside[-1]}" if inside else "choose another checkpoint"
+        if COPIES.expanduser() in folder.parents:  # it was whole when it came
+            fix = f"delete its copy, {COPIES}/{folder.parent.name}, and start again"
         raise InputError(f"{asked}: {damage}; {fix}")
     return folder
 
