@@ -66,8 +66,8 @@ def fetched(url: str, option: str, *, with_training: bool) -> Path:
 
     Args:
         option: which gave the URL, for messages.
-        with_training: fetch all of our own checkpoint, so that it can be resumed. Otherwise the optimizer's state, two thirds
-            of it, is left out, also in the copy's COMPLETE.
+        with_training: fetch all of our own checkpoint, so that it can be resumed. Otherwise the optimizer's state is left
+            out, two thirds of it, also in the copy's COMPLETE.
 
     Raises:
         InputError: there is no whole model at the URL, or it may not be read.

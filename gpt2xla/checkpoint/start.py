@@ -143,8 +143,8 @@ def find_start(config: RunConfig) -> Start:
 
 
 def _resumed_here(config: RunConfig) -> RunConfig:
-    """Return the run with a path on this machine for --resume if that is a URL, and without the flags of a decay that is under
-    way already. What it decays from may be deleted by now."""
+    """Return the run with a path on this machine for --resume if that is a URL, and without the flags of a decay that is
+    under way already. What it decays from may be deleted by now."""
     if config.optim.decay_now is not None:
         config = decay_now.without_flags_if_under_way(config)
     if not is_url(url := config.general.resume):

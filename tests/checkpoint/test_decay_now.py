@@ -78,6 +78,23 @@ def test_a_decay_is_the_run_planned_with_it_and_resumes_with_and_without_its_fla
     assert start("--checkpoints-dir", wsd).is_finished, "the first run is as it was"
 
 
+def test_a_decay_from_a_url_continues_on_a_machine_without_its_copy(
+    wsd: Path, data_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, decay = f"file://{tmp_path}/run/step-00000010", tmp_path / "decay"
+    shutil.copytree(wsd / "step-00000010", tmp_path / "run" / "step-00000010")
+    command = ["--checkpoints-dir", decay, "--resume", address, "--decay-now", 6, "--save-interval", 2]
+    for home in ("here", "there"):
+        monkeypatch.setenv("HOME", str(tmp_path / home))
+        assert "after step 1" in train(*command)
+        shutil.rmtree(decay / "step-00000016")
+    shutil.rmtree(tmp_path / "run")  # as its run may have done
+    assert "after step 14" in train(*command)
+    assert "is the end of the run" in train(*command)
+    train(*data_flags, *WSD, "--train-steps", 16, "--decay-steps", 6, "--checkpoints-dir", tmp_path / "planned")
+    check_same(decay, tmp_path / "planned", steps=16, after=10)
+
+
 def test_a_decay_in_the_same_folder_sets_later_checkpoints_aside_and_continues_when_its_source_is_gone(
     wsd: Path, tmp_path: Path
 ) -> None:
