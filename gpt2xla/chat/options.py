@@ -9,6 +9,7 @@ from gpt2xla.chat.conversations import LossOn
 from gpt2xla.chat.formats import ChatFormat
 from gpt2xla.config import TOKENIZER_HELP, option, paths, require_at_least
 from gpt2xla.data.documents.reading_options import EXCLUDE_HELP
+from gpt2xla.data.preparation.options import OUTPUT_HELP, SCRATCH_DIR, SCRATCH_HELP
 from gpt2xla.errors import InputError
 
 _SHARE = "NAME=0.5 takes that share of its conversations, drawn by --seed; NAME alone takes all"
@@ -33,7 +34,8 @@ class ChatConfig:
         "format of the records: messages (role, content), sharegpt (conversations of from, value), alpaca (instruction, "
         "input, output), dolly (instruction, context, response), prompt-completion; auto: as each record's keys tell",
     )
-    output_dir: str = option("./chat", "folder to make train/ and test/ in", is_path=True)
+    output_dir: str = option("./chat", OUTPUT_HELP, is_path=True)
+    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True)
     tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True, check=paths.check_tokenizer)
     add_special_tokens: bool = option(
         False,

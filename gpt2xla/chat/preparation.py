@@ -18,7 +18,8 @@ from gpt2xla.chat.sources import Source, find_sources, samples_of
 from gpt2xla.chat.template import ChatTemplate
 from gpt2xla.data.documents.corpus import Split
 from gpt2xla.data.preparation.chance import uniform
-from gpt2xla.data.preparation.output_folder import prepare_at_once
+from gpt2xla.data.preparation.output_bucket import output_of
+from gpt2xla.data.preparation.output_folder import OutputFolder, prepare_at_once
 from gpt2xla.data.preparation.rows import Sample, write_rows
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
@@ -42,6 +43,7 @@ def prepare(config: ChatConfig, say: Callable[[str], None] = print) -> dict[Spli
         RunFailed: the disk is full, or the hub does not answer.
     """
     config.check()
+    output = output_of(config.output_dir, config.scratch_dir, say)
     tokenizer, template = _fitted(config, say)
     sources = find_sources(config, say)
     files = [file for source in sources for file in source.files]
@@ -51,9 +53,9 @@ def prepare(config: ChatConfig, say: Callable[[str], None] = print) -> dict[Spli
 
     def write(partial: Path) -> None:
         for split, samples in _samples(sources, tokenizer, template, config, say).items():
-            _write(partial / split, samples, tokenizer, template, config, say)
+            _write(partial / split, samples, tokenizer, template, config, output, say)
 
-    return prepare_at_once(Path(config.output_dir), settings, files, write, say)
+    return prepare_at_once(output, settings, files, write, say)
 
 
 def _fitted(config: ChatConfig, say: Callable[[str], None]) -> tuple[Tokenizer, ChatTemplate]:
@@ -107,6 +109,7 @@ def _write(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     config: ChatConfig,
+    output: OutputFolder,
     say: Callable[[str], None],
 ) -> None:
     manifest = write_rows(
@@ -115,7 +118,7 @@ def _write(
     )  # fmt: skip
     rows, tokens = manifest.tokens // config.seq_length, sum(len(sample.ids) for sample in samples)
     say(
-        f"{Path(config.output_dir) / folder.name}: {counted(rows, 'row')} of {config.seq_length:,} tokens, "
+        f"{output.of(folder.name)}: {counted(rows, 'row')} of {config.seq_length:,} tokens, "
         f"{tokens / manifest.tokens:.1%} full, with {counted(len(samples), 'conversation')}; "
         f"{counted(manifest.trained_tokens or 0, 'token')} trained on"
     )

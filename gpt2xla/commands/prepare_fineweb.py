@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.data.documents.reading_options import INPUT_HELP
-from gpt2xla.data.preparation.options import HubConfig, PrepareConfig
+from gpt2xla.data.preparation.options import OUTPUT_HELP, HubConfig, PrepareConfig
 
 if TYPE_CHECKING:
     from gpt2xla.data.documents.corpus import Part
@@ -21,7 +21,7 @@ class FinewebConfig(HubConfig, PrepareConfig):
     config: str | None = option("sample-10BT", "configuration: sample-10BT, sample-100BT, CC-MAIN-2024-10, ...")
     fineweb_edu: bool = option(False, "take HuggingFaceFW/fineweb-edu")
     input: tuple[str, ...] = option((), f"read local ones instead: {INPUT_HELP}", is_path=True)
-    output_dir: str = option("./fineweb_10BT", "folder to make train/ and test/ in", is_path=True)
+    output_dir: str = option("./fineweb_10BT", OUTPUT_HELP, is_path=True)
 
 
 def main() -> None:

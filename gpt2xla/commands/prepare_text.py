@@ -14,7 +14,7 @@ from gpt2xla.data.documents.reading_options import (
     Format,
     SplitBy,
 )
-from gpt2xla.data.preparation.options import PrepareConfig
+from gpt2xla.data.preparation.options import OUTPUT_HELP, PrepareConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class TextConfig(PrepareConfig):
     """Text preparation"""
 
     input: tuple[str, ...] = option(MISSING, INPUT_HELP, is_path=True)
-    output_dir: str = option(MISSING, "folder to make train/ and test/ in", is_path=True)
+    output_dir: str = option(MISSING, OUTPUT_HELP, is_path=True)
     suffixes: tuple[str, ...] = option(TEXT_SUFFIXES, "endings of the files to take from folders")
     exclude: tuple[str, ...] = option((), EXCLUDE_HELP)
     split_by: SplitBy = option("file", SPLIT_HELP)

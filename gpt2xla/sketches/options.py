@@ -8,6 +8,7 @@ from typing import Literal
 
 from gpt2xla.config import TOKENIZER_HELP, option, paths, require_at_least
 from gpt2xla.data.documents.reading_options import EXCLUDE_HELP
+from gpt2xla.data.preparation.options import OUTPUT_HELP, SCRATCH_DIR, SCRATCH_HELP
 from gpt2xla.errors import InputError
 
 LossOn = Literal["answer", "word", "all"]
@@ -33,7 +34,8 @@ class SketchesConfig:
         is_path=True,
     )
     exclude: tuple[str, ...] = option((), EXCLUDE_HELP)
-    output_dir: str = option("./sketches", "folder to make train/ and test/ in", is_path=True)
+    output_dir: str = option("./sketches", OUTPUT_HELP, is_path=True)
+    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True)
     words: tuple[str, ...] = option((), "words to take drawings of (default: all)")
     per_word: int | None = option(None, "most drawings to take of each word, chosen by --seed (default: all)")
     recognized_only: bool = option(False, "leave out drawings that the game did not recognise")

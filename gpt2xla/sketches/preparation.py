@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from gpt2xla.data.documents.corpus import InputFile, Split
-from gpt2xla.data.preparation.output_folder import prepare_at_once
-from gpt2xla.data.preparation.record import check_shards
+from gpt2xla.data.preparation.output_bucket import output_of
+from gpt2xla.data.preparation.output_folder import OutputFolder, prepare_at_once
 from gpt2xla.data.preparation.rows import Sample, write_rows
-from gpt2xla.data.shards import Manifest
+from gpt2xla.data.shards import MANIFEST, Manifest
 from gpt2xla.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, counted
 from gpt2xla.processes.workers import in_order
@@ -57,23 +57,24 @@ def prepare(config: SketchesConfig, say: Callable[[str], None] = print) -> dict[
         RunFailed: the disk is full, a URL does not answer, or a worker was killed.
     """
     config.check()
-    output_dir = Path(config.output_dir)
+    output = output_of(config.output_dir, config.scratch_dir, say)
     given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
     for word in config.words:
         check_word(word, _reserved(given), "--words")
     _check_room(_format(config, given, dict.fromkeys(config.words or ("apple",), 1)), config)
-    files = find_files(config.input, config.exclude, output_dir / ".partial" / "fetched", say)
+    files = find_files(config.input, config.exclude, output.partial / "fetched", say)
     settings: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
     settings |= {"tokenizer": given and given.name, "tokenizer_sha256": given and given.sha256}
     settings |= {"words": sorted(set(config.words)), "vocab_size": None if given else config.vocab_size or VOCAB_SIZE}
-    check = _check_text if config.as_text else check_shards
-    return prepare_at_once(output_dir, settings, files, partial(_write, config, given, files, say), say, check)
+    write = partial(_write, config, given, files, output, say)
+    return prepare_at_once(output, settings, files, write, say, TEXT_FILE if config.as_text else MANIFEST)
 
 
 def _write(
     config: SketchesConfig,
     given: Tokenizer | None,
     files: Sequence[InputFile],
+    output: OutputFolder,
     say: Callable[[str], None],
     folder: Path,
 ) -> None:
@@ -94,7 +95,7 @@ def _write(
     reports = {split: writing.write(folder / split, held.files) for split, held in collected.buckets.items()}
     say(f"{counted(collected.read, 'drawing')} read, {writing.drawings:,} kept{_listed(writing.left_out)}")
     for split, report in reports.items():
-        say(f"{Path(config.output_dir) / split}: {report}")
+        say(f"{output.of(split)}: {report}")
 
 
 def _reserved(given: Tokenizer | None) -> list[str]:
@@ -219,9 +220,3 @@ class _Writing:
             too_long = any(why.startswith("longer") for why, number in self.left_out.items() if number)
             fix = "raise --seq-length" if too_long else f"change --test-fraction {self.config.test_fraction:g}"
             raise InputError(f"{folder.name}/ has no drawing{_listed(self.left_out)}; {fix}, or give more drawings")
-
-
-def _check_text(folder: Path) -> None:
-    """Raise InputError if a split has no text."""
-    if not (folder / TEXT_FILE).exists():
-        raise InputError(f"--output-dir {folder}: there is no {TEXT_FILE}")

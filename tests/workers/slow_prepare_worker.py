@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpt2xla.data.documents import corpus
+from gpt2xla.data.preparation import output_folder, writer
 from gpt2xla.data.preparation import pipeline as prepare
-from gpt2xla.data.preparation import writer
 
 corpus._BLOCK_BYTES = 100_000
-prepare._SECONDS_BETWEEN_RECORDS = 0.0
+output_folder._SECONDS_BETWEEN_RECORDS = 0.0
 encoded = prepare._Preparation._encoded
 stop, full = (int(os.environ.get(name, 10**9)) for name in ("STOP_AFTER_BLOCKS", "FULL_AFTER_BLOCKS"))
 

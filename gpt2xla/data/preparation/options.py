@@ -10,6 +10,9 @@ from gpt2xla.config import TOKENIZER_HELP, option, paths, require_at_least
 from gpt2xla.data.documents.reading_options import COLUMN_HELP, FORMAT_HELP, SPLIT_HELP, Format, SplitBy
 from gpt2xla.errors import InputError
 
+OUTPUT_HELP = "folder or URL (gs://, s3://, hf://) to make train/ and test/ in"
+SCRATCH_DIR = "~/.cache/gpt2xla/preparations"
+SCRATCH_HELP = "where shards for a URL wait to be sent"
 _MOST_TOKENS = 10**12  # per shard
 
 
@@ -17,7 +20,8 @@ _MOST_TOKENS = 10**12  # per shard
 class PrepareConfig:
     """Preparation"""
 
-    output_dir: str = option("./data", "folder to make train/ and test/ in", is_path=True)
+    output_dir: str = option("./data", OUTPUT_HELP, is_path=True)
+    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True)
     tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True, check=paths.check_tokenizer)
     test_fraction: float | None = option(
         None,

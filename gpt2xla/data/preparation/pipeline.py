@@ -1,18 +1,19 @@
 """From a corpus to a prepared data set: `train/` and `test/`, each with shards, manifest and tokenizer.
 
 The tokens depend on corpus, tokenizer and seed only, not on the number of workers or on interruptions. Until all is done,
-everything lies in `.partial`, with a record of the progress: a killed preparation resumes from there.
+everything lies in `.partial`, with a record of the progress: a killed preparation resumes from there. Shards for a URL are
+sent as they are finished (`output_bucket.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import InitVar, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from tqdm import tqdm
 from gpt2xla.data.documents.corpus import Block, Part, Position, Split, blocks
 from gpt2xla.data.preparation.encoder import Encoded, Encoder
 from gpt2xla.data.preparation.options import PrepareConfig
-from gpt2xla.data.preparation.output_folder import being_prepared, publish, refuse_other_splits
-from gpt2xla.data.preparation.record import SPLITS, Record, is_prepared, manifests_of
+from gpt2xla.data.preparation.output_bucket import output_of
+from gpt2xla.data.preparation.output_folder import OutputFolder, is_prepared
+from gpt2xla.data.preparation.record import SPLITS, Record
 from gpt2xla.data.preparation.spelled_tokens import SpelledInCorpus
 from gpt2xla.data.preparation.splitting import Assigned, Splitter
 from gpt2xla.data.preparation.tokenizer_quality import first_loss
@@ -32,7 +34,6 @@ from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer import Tokenizer, load_tokenizer
 from gpt2xla.errors import InputError, counted
 
-_SECONDS_BETWEEN_RECORDS = 2.0
 # Shards per corpus, for text of 6.7 bytes per token; English has 4.5 with GPT-2's tokenizer.
 _LEAST_BYTES_PER_BYTE = 0.3
 
@@ -40,13 +41,13 @@ _LEAST_BYTES_PER_BYTE = 0.3
 def prepare_and_report(corpus: Callable[[], Sequence[Part]], config: PrepareConfig) -> None:
     """Prepare the parts that `corpus` finds, and print the sizes of the result. Raises as `prepare` does."""
     config.check()
-    output_dir = Path(config.output_dir)
+    output = output_of(config.output_dir, config.scratch_dir, print)  # fails before the corpus is looked for
     started = time.perf_counter()
     manifests = prepare(corpus(), load_tokenizer(config.tokenizer), config)
     seconds = time.perf_counter() - started
     for split, manifest in manifests.items():
         print(
-            f"{output_dir / split}: {counted(manifest.tokens, 'token')} in {counted(len(manifest.shards), 'shard')}, from "
+            f"{output.of(split)}: {counted(manifest.tokens, 'token')} in {counted(len(manifest.shards), 'shard')}, from "
             f"{counted(manifest.documents, 'document')}, {manifest.bytes / manifest.tokens:.2f} bytes per token"
         )
     print(f"{sum(manifest.bytes for manifest in manifests.values()) / 1e6:,.1f} MB of text in {seconds:.1f} s")
@@ -68,14 +69,14 @@ def prepare(
         RunFailed: the disk is full. What is written is kept, and the same call resumes.
     """
     config.check()
-    output_dir = Path(config.output_dir)
+    output = output_of(config.output_dir, config.scratch_dir, say)
     decisive = ("test_fraction", "test_tokens", "max_tokens", "shard_size", "seed", "special_tokens_in_text")
     settings = {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256}
     settings |= {name: getattr(config, name) for name in decisive}
-    if is_prepared(output_dir, settings, parts, say):
-        return manifests_of(output_dir)
-    with being_prepared(output_dir, ", which resumes") as partial:
-        preparation = _Preparation(parts, tokenizer, config, say, partial, settings)
+    if is_prepared(output, settings, parts, say):
+        return output.manifests()
+    with output.being_prepared(", which resumes") as folder:
+        preparation = _Preparation(parts, tokenizer, config, say, output, folder, settings)
         if preparation.record.position.part < len(parts):
             preparation.run()
         return preparation.finish()
@@ -89,23 +90,26 @@ class _Preparation:
     tokenizer: Tokenizer
     config: PrepareConfig
     say: Callable[[str], None]
+    output: OutputFolder
     folder: Path
     settings: InitVar[dict[str, Any]]
 
     def __post_init__(self, settings: dict[str, Any]) -> None:
-        self.output_dir = Path(self.config.output_dir)
-        if record := Record.load(self.folder):
-            record.check(settings, self.parts, self.folder, complete=False)
-            part = min(record.position.part + 1, len(self.parts))
-            self.say(f"resuming after {counted(record.tokens, 'token')}, in part {part} of {len(self.parts)}")
+        if record := self.output.unfinished():
+            record.check(settings, self.parts, self.output.name, complete=False)
+            if record.tokens:
+                part = min(record.position.part + 1, len(self.parts))
+                self.say(f"resuming after {counted(record.tokens, 'token')}, in part {part} of {len(self.parts)}")
+            self.output.restore(record, self.tokenizer.dtype, self.config.shard_size)
             self.record, record.settings = record, settings
         else:
             self._check_new()
             self.record = Record(settings, [], Position(0, 0), {split: Written([]) for split in SPLITS})
+            self.output.begin(self.record)
 
     def _check_new(self) -> None:
         """Raise InputError if a new preparation would fail, for all that can be seen before it begins."""
-        refuse_other_splits(self.output_dir)
+        self.output.refuse_other_splits()
         if self.config.test_fraction == 0 and not any(part.split == "test" for part in self.parts):
             raise InputError("--test-fraction 0 leaves nothing for test/; choose a share above 0")
         if self.config.test_fraction is not None and [part.how for part in self.parts] == ["split by file"]:
@@ -116,12 +120,7 @@ class _Preparation:
         needed = _LEAST_BYTES_PER_BYTE * sum(part.size for part in self.parts)
         if self.config.max_tokens is not None:
             needed = min(needed, 2 * self.config.max_tokens)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise InputError(
-                f"--output-dir {self.output_dir}: the shards will take at least {needed / 1e9:.1f} GB, but only "
-                f"{free / 1e9:.1f} GB are free there; choose another disk, or --max-tokens"
-            )
+        self.output.check_room(needed, self.config.shard_size * self.tokenizer.dtype.itemsize)
         if self.tokenizer.eot_id is None:
             effect = "no border is stored between documents"
             self.say(f"note: tokenizer {self.tokenizer.name} has no end-of-text token: {effect}")
@@ -132,7 +131,6 @@ class _Preparation:
         self.spelled = SpelledInCorpus(self.config.special_tokens_in_text, self.record.spelled, self.say)
         self.writers = {split: self._writer(split) for split in SPLITS}
         self.splitter = self._splitter()
-        last_record = time.monotonic()
         with tqdm(unit=" tokens", unit_scale=True, initial=self.record.tokens, disable=None) as bar:
             for block, encoded in self._encoded():
                 encoded, is_limit = self._limited(encoded)
@@ -141,9 +139,10 @@ class _Preparation:
                 bar.update(self.splitter.train + self.splitter.test - bar.n)
                 if is_limit:
                     break
-                if time.monotonic() - last_record > _SECONDS_BETWEEN_RECORDS:
-                    self._save()
-                    last_record = time.monotonic()
+                # Never after the loop, whose end decides on all that was held back.
+                if self.output.is_record_due:
+                    self._count_parts()
+                    self.output.save(self.record, self.writers)
         for assigned in self.splitter.end():
             self._write(assigned)
         self.record.position = Position(len(self.parts), 0)
@@ -152,7 +151,8 @@ class _Preparation:
                 why = "give more documents, or change --test-fraction" if self.record.tokens else "there is no text"
                 raise InputError(f"the {split} split is empty: {why}")
         self.spelled.end()
-        self._save()
+        self._count_parts()
+        self.output.save_last(self.record, self.writers)
 
     def _encoded(self) -> Iterator[tuple[Block, Encoded]]:
         """Yield the blocks in order. Threads encode a few of them while the next is read and the previous is written."""
@@ -203,15 +203,16 @@ class _Preparation:
     def finish(self) -> dict[Split, Manifest]:
         """Write the manifests and give everything its final name; an interruption here does no harm."""
         for split in SPLITS:
-            if not (self.output_dir / split).exists():
+            if not self.output.has(split):
                 self._writer(split).finish(self.tokenizer)
-        return publish(self.folder, self.output_dir)
+        return self.output.publish()
 
     def _writer(self, split: Split) -> ShardWriter:
-        return ShardWriter(self.folder / split, self.tokenizer.dtype, self.config.shard_size, self.record.splits[split])
+        return ShardWriter(
+            self.folder / split, self.tokenizer.dtype, self.config.shard_size, self.record.splits[split],
+            closed=partial(self.output.closed, split),
+        )  # fmt: skip
 
-    def _save(self) -> None:
-        for writer in self.writers.values():
-            writer.save()
+    def _count_parts(self) -> None:
+        """Have in the record the parts that were begun."""
         self.record.parts = [(part.name, part.size, part.how) for part in self.parts[: self.record.position.part + 1]]
-        self.record.save(self.folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -13,9 +13,9 @@ from typing import Any, get_args
 from gpt2xla.config import flag
 from gpt2xla.data.documents.corpus import InputFile, Position, Split
 from gpt2xla.data.preparation.writer import Written
-from gpt2xla.data.shards import Manifest, TokenStream, as_json
+from gpt2xla.data.shards import as_json
 from gpt2xla.errors import InputError
-from gpt2xla.files import read_json, write_whole
+from gpt2xla.files import write_whole
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 RECORD = "preparation.json"
@@ -44,17 +44,24 @@ class Record:
     def tokens(self) -> int:
         return sum(written.tokens for written in self.splits.values())
 
+    def as_text(self, **further: Any) -> str:
+        """Return the record as JSON, with `further` values beside it, which `parse` passes over."""
+        return json.dumps(vars(self) | further, indent=2, default=as_json)
+
     def save(self, folder: Path) -> None:
-        write_whole(folder / RECORD, json.dumps(vars(self), indent=2, default=as_json))
+        write_whole(folder / RECORD, self.as_text())
 
     @classmethod
     def load(cls, folder: Path) -> Record | None:
         """Return the record in `folder`; None if there is none. Raises InputError if it is damaged."""
         file = folder / RECORD
-        if not file.exists():
-            return None
+        return cls.parse(file.read_bytes(), str(file)) if file.exists() else None
+
+    @classmethod
+    def parse(cls, content: bytes, name: str) -> Record:
+        """Return the record that is written in a file or object of this name. Raises InputError if it is damaged."""
         try:
-            values = read_json(file)
+            values = json.loads(content)
             values["settings"].setdefault("special_tokens_in_text", "as-text")  # older records know no other way
             return cls(
                 values["settings"],
@@ -63,15 +70,15 @@ class Record:
                 {split: Written.from_json(values["splits"][split]) for split in SPLITS},
                 Counter(values.get("spelled", {})),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file} is damaged ({error}); remove its folder and prepare again") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(f"{name} is damaged ({error}); remove its folder and prepare again") from None
 
-    def check(self, settings: dict[str, Any], parts: Sequence[InputFile], folder: Path, *, complete: bool) -> None:
-        """Raise InputError if the preparation in `folder` had other options or another corpus.
+    def check(self, settings: dict[str, Any], parts: Sequence[InputFile], place: str, *, complete: bool) -> None:
+        """Raise InputError if the preparation in `place` had other options or another corpus.
 
         `complete` means that it read all parts of its corpus, so that there may be no others now.
         """
-        was, fix = f"{folder} was prepared", "or remove it, or choose another --output-dir"
+        was, fix = f"{place} was prepared", "or remove it, or choose another --output-dir"
         for name, value in settings.items():
             if name == "test_fraction" and value is None and self.settings.get(name) == _FORMER_FRACTION:
                 continue
@@ -86,35 +93,3 @@ class Record:
         for then, there in itertools.zip_longest(old, new if complete else new[: len(old)], fillvalue="nothing"):
             if then != there:
                 raise InputError(f"{was} from {then}, but now there is {there}; give the same input, {fix}")
-
-
-def check_shards(split: Path) -> None:
-    """Raise InputError if a split is not there, or damaged."""
-    TokenStream(split, "--output-dir")
-
-
-def is_prepared(
-    folder: Path,
-    settings: dict[str, Any],
-    parts: Sequence[InputFile],
-    say: Callable[[str], None],
-    check: Callable[[Path], None] = check_shards,
-) -> bool:
-    """Tell whether `folder` holds this preparation already, and say so. Raises InputError if it holds another one, or lacks
-    a part of it, as far as `check` tells of a split."""
-    finished = Record.load(folder)
-    if finished is None:
-        return False
-    finished.check(settings, parts, folder, complete=True)
-    for split in SPLITS:
-        try:
-            check(folder / split)
-        except InputError as error:
-            fix = f"to prepare it again, remove what is left, including {folder / RECORD}"
-            raise InputError(f"{error}; {fix}") from None
-    say(f"{folder} is prepared already: nothing to do")
-    return True
-
-
-def manifests_of(folder: Path) -> dict[Split, Manifest]:
-    return {split: manifest for split in SPLITS if (manifest := Manifest.load(folder / split))}

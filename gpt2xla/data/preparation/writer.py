@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,10 +39,21 @@ class ShardWriter:
 
     It appends and does not map memory: on a full disk writing raises OSError, but a mapped page would kill the process.
     With `masks`, each shard gets one of its trained tokens; that cannot be continued.
+
+    Attributes:
+        path: the shard that is being written. Its tokens begin at byte `data_start`.
+        closed: called with each shard that is complete, before the next one begins.
     """
 
     def __init__(
-        self, folder: Path, dtype: np.dtype, shard_size: int, written: Written, *, masks: bool = False
+        self,
+        folder: Path,
+        dtype: np.dtype,
+        shard_size: int,
+        written: Written,
+        *,
+        masks: bool = False,
+        closed: Callable[[Path], None] = lambda shard: None,
     ) -> None:
         assert not (masks and written.tokens)
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +62,7 @@ class ShardWriter:
         self.shard_size = shard_size
         self.written = written
         self.trained = 0  # tokens that closed masks select
+        self.closed = closed
         self._has_masks = masks
         self._open()
 
@@ -80,7 +93,7 @@ class ShardWriter:
             self._close_shard()
         else:
             self._file.close()
-            self._path.unlink()
+            self.path.unlink()
             if self._mask:
                 self._mask.close()
                 self._mask.file.unlink()
@@ -103,12 +116,13 @@ class ShardWriter:
         return manifest
 
     def _open(self) -> None:
-        self._path = self.folder / f"shard_{len(self.written.shards):06d}.npy"
-        self._file: BinaryIO = self._path.open("r+b" if self.written.filled else "w+b")
+        self.path = self.folder / f"shard_{len(self.written.shards):06d}.npy"
+        self._file: BinaryIO = self.path.open("r+b" if self.written.filled else "w+b")
         self._write_header()
-        self._file.truncate(self._file.tell() + self.written.filled * self.dtype.itemsize)
+        self.data_start = self._file.tell()
+        self._file.truncate(self.data_start + self.written.filled * self.dtype.itemsize)
         self._file.seek(0, os.SEEK_END)
-        self._mask = MaskWriter(self.folder / mask_of(self._path.name)) if self._has_masks else None
+        self._mask = MaskWriter(self.folder / mask_of(self.path.name)) if self._has_masks else None
 
     def _close_shard(self) -> None:
         self._file.seek(0)
@@ -116,13 +130,14 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        entry = ShardEntry(self._path.name, self.written.filled, file_sha256(self._path))
+        entry = ShardEntry(self.path.name, self.written.filled, file_sha256(self.path))
         if self._mask:
             self._mask.close()
             self.trained += self._mask.trained
             entry = replace(entry, mask_sha256=file_sha256(self._mask.file))
         self.written.shards.append(entry)
         self.written.filled = 0
+        self.closed(self.path)
 
     def _write_header(self) -> None:
         """Write the header. numpy pads it, so its length does not depend on the number of tokens."""
