@@ -18,7 +18,7 @@ class Sender:
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._unsent, self._undone = 0, 0  # files, and jobs of any kind
         self._error: BaseException | None = None
@@ -51,6 +51,7 @@ class Sender:
         """Begin nothing more."""
         with self._changed:
             self._error = self._error or RuntimeError("the preparation has ended")
+        self._jobs.put(None)
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         with self._changed:
@@ -64,8 +65,7 @@ class Sender:
             self._unsent -= 1
 
     def _work(self) -> None:
-        while True:
-            action = self._jobs.get()
+        while (action := self._jobs.get()) is not None:
             if self._error is None:
                 try:
                     action()
