@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+from data.documents import hashes
 from fsspec.implementations.local import LocalFileSystem
+
+_UNFINISHED = "unfinished-"
 
 
 class FolderStorage(LocalFileSystem):
@@ -39,7 +42,7 @@ class FolderStorage(LocalFileSystem):
         FolderStorage.before(path)
         target = Path(self._strip_protocol(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.parent.parent / f"unfinished-{secrets.token_hex(8)}"
+        unfinished = target.parent.parent / f"{_UNFINISHED}{secrets.token_hex(8)}"
         write(unfinished)
         if mode == "create":
             os.link(unfinished, target)
@@ -50,5 +53,10 @@ class FolderStorage(LocalFileSystem):
 
     def find(self, path: str, *arguments: Any, **kwargs: Any) -> Any:
         found = super().find(path, *arguments, **kwargs)
-        keep = {name for name in found if not Path(name).name.startswith("unfinished-")}
+        keep = {name for name in found if not Path(name).name.startswith(_UNFINISHED)}
         return {name: found[name] for name in keep} if isinstance(found, dict) else sorted(keep)
+
+
+def objects(folder: Path) -> dict[str, str]:
+    """The hashes of the objects in a folder, without those that a killed process was about to make."""
+    return {name: digest for name, digest in hashes(folder).items() if _UNFINISHED not in name}

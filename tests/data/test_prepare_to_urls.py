@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, run, run_here, succeed
 from data.documents import documents, hashes
-from data.folder_storage import FolderStorage
+from data.folder_storage import FolderStorage, objects
 
 from gpt2xla import storage as storage_module
 from gpt2xla.data.documents import corpus
@@ -84,7 +84,7 @@ def left_on_disk(texts: Path) -> list[Path]:
 def test_the_bytes_are_those_of_a_local_preparation(options: dict[str, Any], texts: Path, tmp_path: Path) -> None:
     prepare(texts, tmp_path / "local", **options)
     prepare(texts, f"folder://{tmp_path}/bucket/data/", **options)
-    assert hashes(tmp_path / "bucket" / "data") == hashes(tmp_path / "local")
+    assert objects(tmp_path / "bucket" / "data") == hashes(tmp_path / "local")
     assert left_on_disk(texts) == []
 
 
@@ -188,7 +188,7 @@ def test_killed_at_each_call_it_ends_with_the_same_bytes_elsewhere(
         check_what_is_readable(tmp_path / "bucket", tmp_path / "local")
         said = prepare(texts, f"folder://{tmp_path}/bucket", **options)
         resumed += any("resuming after" in line for line in said)
-        assert hashes(tmp_path / "bucket") == hashes(tmp_path / "local"), f"killed {moment} {changes[-1]}"
+        assert objects(tmp_path / "bucket") == hashes(tmp_path / "local"), f"killed {moment} {changes[-1]}"
         shutil.rmtree(tmp_path / "bucket")
         call += 1
     assert call > 15
@@ -216,7 +216,7 @@ def test_killed_by_a_signal_it_resumes_on_an_empty_disk(kills: int, tmp_path: Pa
         time.sleep(rng.uniform(0, 2))
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:  # it was done before
-            assert hashes(tmp_path / "bucket") == hashes(tmp_path / "local")
+            assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
             shutil.rmtree(tmp_path / "bucket")
             restarts += 1
             continue
@@ -225,7 +225,7 @@ def test_killed_by_a_signal_it_resumes_on_an_empty_disk(kills: int, tmp_path: Pa
         check_what_is_readable(tmp_path / "bucket", tmp_path / "local")
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert f"folder://{tmp_path}/bucket/train: " in result.stdout
-    assert hashes(tmp_path / "bucket") == hashes(tmp_path / "local")
+    assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
     assert resumed >= kills // 3, (resumed, restarts)
 
 
@@ -247,7 +247,7 @@ def test_a_refusal_keeps_what_is_there_and_the_same_command_resumes(texts: Path,
     assert left_on_disk(texts) == []
     FolderStorage.register()
     assert any("resuming after" in line for line in prepare(texts, f"folder://{tmp_path}/bucket"))
-    assert hashes(tmp_path / "bucket") == hashes(tmp_path / "local")
+    assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
 
 
 def test_a_few_failures_of_the_network_are_overcome(texts: Path, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_few_failures_of_the_network_are_overcome(texts: Path, tmp_path: Path)
 
     FolderStorage.before = staticmethod(fail)
     prepare(texts, f"folder://{tmp_path}/bucket")
-    assert hashes(tmp_path / "bucket") == hashes(tmp_path / "local")
+    assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
 
 
 def test_what_is_there_is_only_called_prepared_if_it_is(texts: Path, tmp_path: Path) -> None:
@@ -307,7 +307,8 @@ def test_what_was_lost_from_the_bucket_is_named(what: str, texts: Path, tmp_path
 def test_two_machines_at_once_are_refused(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "EXPIRES_AFTER", 60.0)
     monkeypatch.setattr(lease, "RENEWED_EVERY", 0.1)
-    url, refused = f"folder://{tmp_path}/bucket", []
+    url = f"folder://{tmp_path}/bucket"
+    refused: list[str] = []
 
     def begin_another(path: str) -> None:
         if path.endswith("shard_000002.npy") and not refused:
@@ -322,7 +323,7 @@ def test_two_machines_at_once_are_refused(texts: Path, tmp_path: Path, monkeypat
     prepare(texts, url)
     assert len(refused) == 2
     prepare(texts, tmp_path / "local")
-    assert hashes(tmp_path / "bucket") == hashes(tmp_path / "local")
+    assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
 
 
 def test_a_disk_that_is_too_small_for_a_few_shards_is_refused(
@@ -354,7 +355,7 @@ def test_conversations_are_sent_when_they_are_whole(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "scratch", ignore_errors=True)
         check_what_is_readable(tmp_path / "bucket", tmp_path / "local")
         succeed(run_here("scripts/prepare_chat.py", *flags, url))
-        assert hashes(tmp_path / "bucket") == hashes(tmp_path / "local")
+        assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
         shutil.rmtree(tmp_path / "bucket")
         call += 1
     assert call > 10
@@ -379,7 +380,7 @@ def test_drawings_as_text_are_sent_too(tmp_path: Path) -> None:
     url = f"folder://{tmp_path}/bucket"
     for output in (tmp_path / "local", url):
         succeed(run_here("scripts/prepare_sketches.py", *flags, output))
-    assert hashes(tmp_path / "bucket") == hashes(tmp_path / "local")
+    assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
     assert "nothing to do" in succeed(run_here("scripts/prepare_sketches.py", *flags, url))
     (tmp_path / "bucket" / "test" / "sketches.txt").unlink()
     assert "test/sketches.txt is missing there" in run_here("scripts/prepare_sketches.py", *flags, url).stderr
