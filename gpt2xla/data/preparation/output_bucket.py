@@ -30,10 +30,11 @@ from gpt2xla.data.preparation.sending import MOST_UNSENT, Sender
 from gpt2xla.data.preparation.writer import ShardWriter, Written
 from gpt2xla.data.shard_files.mask_file import mask_of
 from gpt2xla.data.shards import MANIFEST, Manifest
-from gpt2xla.errors import InputError, RunFailed, in_one_line
+from gpt2xla.errors import InputError, RunFailed, in_one_line, name_copy
+from gpt2xla.files import folder_name
 from gpt2xla.processes.exits import is_disk_full
 from gpt2xla.processes.lease import Lease, held
-from gpt2xla.storage import Bucket, folder_name
+from gpt2xla.storage import Bucket
 
 _PARTIAL = ".partial"
 _RECORD = f"{_PARTIAL}/{RECORD}"
@@ -67,6 +68,7 @@ class OutputBucket(OutputFolder):
         self.name = url.rstrip("/")
         self.what, self.place = f"--output-dir {self.name}", f"--scratch-dir {scratch_dir}"
         self.partial = Path(scratch_dir).expanduser() / folder_name(self.name)
+        name_copy(self.partial, self.name)
         self._say = say
         self._bucket = Bucket(self.name, "--output-dir")
         self._first_record: str | None = None  # until it is sent
