@@ -31,10 +31,10 @@ _BLOCK_BYTES = 1 << 22
 _FILES_AT_ONCE, _PART_BYTES, _PARTS_AT_ONCE = 3, 16 << 20, 3
 
 
-def opened(url: str, option: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and its path there. Raises InputError if it cannot be opened."""
+def opened(url: str, option: str, **settings: Any) -> tuple[Any, str]:
+    """Return the file system of a URL, made with `settings`, and its path in it. Raises InputError if that is impossible."""
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **settings)
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
         raise InputError(f"{option} {url} needs another package: pip install {package}") from None
@@ -57,7 +57,8 @@ class Bucket:
     def __init__(self, url: str, option: str) -> None:
         """Open the URL that `option` names. Raises InputError if that is impossible; nothing is asked of the storage yet."""
         self.url, self.option = url.rstrip("/"), option
-        self._files, self._path = opened(self.url, option)
+        # Others write here, too: what a list once said is no answer to whether something is there.
+        self._files, self._path = opened(self.url, option, use_listings_cache=False)
         protocol = self._files.protocol
         self._is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
