@@ -198,8 +198,7 @@ class Bucket:
                 raise
             tries = "" if is_final(error) else f" in {len(RETRY_WAITS) + 1} tries"
             kind = PermissionError if is_final(error) else OSError
-            what = f"{self.url}/{name}".rstrip("/")
-            raise kind(f"{what} could not be {done}{tries}: {in_words(error)}") from error
+            raise kind(f"{self.url}/{name} could not be {done}{tries}: {in_words(error)}") from error
 
 
 def version_of(files: Any, path: str, info: Mapping[str, Any]) -> str:
@@ -237,9 +236,11 @@ def with_retries(action: Callable[[], T]) -> T:
 
 def is_final(error: Exception) -> bool:
     """Tell whether trying again is of no use: nothing is there, or the storage refuses."""
-    # gcsfs and web servers have no errors of their own for 401 and 403, and botocore's are no PermissionErrors.
+    # gcsfs has no errors of its own for 401 and 403, fsspec none for web servers, and those of botocore and google.auth are
+    # no PermissionErrors.
     is_refused = str(error).startswith("Forbidden") or "Credentials" in type(error).__name__
-    is_refused |= bool({getattr(error, "status", None), getattr(error, "code", None)} & {401, 403})
+    is_refused |= type(error).__name__ == "RefreshError"
+    is_refused |= any(getattr(error, name, None) in (401, 403) for name in ("status", "code"))
     return isinstance(error, _FINAL) or is_refused or _is_disk_full(error)
 
 
