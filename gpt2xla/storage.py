@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import errno
 import hashlib
+import logging
 import os
 import random
 import time
@@ -29,6 +30,10 @@ _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError
 _BLOCK_BYTES = 1 << 22
 # What an upload holds in memory: so many files at once, in parts of this size, of which s3fs sends several at once.
 _FILES_AT_ONCE, _PART_BYTES, _PARTS_AT_ONCE = 3, 16 << 20, 3
+
+
+for _client in ("gcsfs", "s3fs", "fsspec"):  # they print the tracebacks of errors that become sentences here
+    logging.getLogger(_client).addHandler(logging.NullHandler())
 
 
 def opened(url: str, option: str, **settings: Any) -> tuple[Any, str]:
