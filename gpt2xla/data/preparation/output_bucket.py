@@ -237,8 +237,9 @@ class OutputBucket(OutputFolder):
         return InputError(f"{self.what}: {name} is missing or damaged; remove all that is there and prepare again")
 
     def _clear(self) -> None:
-        """Remove what only an unfinished preparation needs."""
-        self._bucket.remove(self._bucket.files(_PARTIAL))
+        """Remove what only an unfinished preparation needs. A store may list the newest of that late."""
+        known = {_RECORD, *(piece.name for piece in self._pieces)}
+        self._bucket.remove(sorted(known | self._bucket.files(_PARTIAL).keys()))
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
