@@ -147,6 +147,11 @@ class ObjectServer:
         content = self._ask("GET", f"objects/{quote(name)}")
         return None if content is None else base64.b64decode(content)
 
+    def remove(self, prefix: str) -> None:
+        """Delete the objects whose names begin so, whatever the faults are."""
+        for name in self.objects(prefix):
+            self._ask("DELETE", f"objects/{quote(name)}")
+
     def snapshot(self, prefix: str = "") -> dict[str, bytes]:
         """Return the content of the objects, by name in the bucket."""
         return {name: self.read(name) or b"" for name in self.objects(prefix)}
@@ -168,9 +173,10 @@ class ObjectServer:
 @contextlib.contextmanager
 def object_server(kind: str = "s3") -> Iterator[ObjectServer]:
     """Run a server with an empty bucket: `s3` or `gs`."""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.object_server", kind, _BUCKET], cwd=_ROOT, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(_ROOT)},
+        stdout=subprocess.PIPE, text=True, env=environment | {"PYTHONPATH": str(_ROOT)},
     )  # fmt: skip
     try:
         assert process.stdout is not None

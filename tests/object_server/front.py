@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,7 +53,9 @@ class Front(ThreadingHTTPServer):
         return answer
 
     def handle_error(self, request: Any, address: Any) -> None:
-        """Say nothing: clients that are killed leave connections behind."""
+        """Print what is a fault of this server: clients that are killed leave connections behind."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -185,8 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
             with server.lock:
                 result = {key: (size, when.timestamp()) for key, (size, when) in server.store.objects().items()}
         elif name.startswith("objects/"):
+            key = unquote(name.removeprefix("objects/"))
             with server.lock:
-                key = unquote(name.removeprefix("objects/"))
+                if self.command == "DELETE":
+                    server.store.remove(key)
                 result = base64.b64encode(server.store.read(key)).decode() if key in server.store.objects() else None
         self._send(Answer(200, [("Content-Type", "application/json")], json.dumps(result).encode()))
 

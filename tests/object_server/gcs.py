@@ -4,6 +4,7 @@ created only if absent, content that is not text in multipart uploads, and uploa
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import io
 import json
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets, objects
 from gcp_storage_emulator.server import Router
 from gcp_storage_emulator.storage import Storage
@@ -102,6 +104,10 @@ class GCS:
 
     def read(self, name: str) -> bytes:
         return self._storage.get_file(self._name, name)
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(NotFound):
+            self._storage.delete_file(self._name, name)
 
 
 def _in_base64(body: bytes, content_type: str) -> bytes:

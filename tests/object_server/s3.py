@@ -28,7 +28,7 @@ class S3:
     def __init__(self, bucket: str, clock: Clock) -> None:
         moto.s3.models.utcnow = clock  # type: ignore[attr-defined]
         self._app = DomainDispatcherApplication(create_backend_app)
-        backend = moto.s3.models.s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        self._backend = backend = moto.s3.models.s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
         backend.create_bucket(bucket, "us-east-1")
         self._bucket = backend.buckets[bucket]
         self._name = bucket
@@ -71,6 +71,9 @@ class S3:
 
     def read(self, name: str) -> bytes:
         return self._bucket.keys[name].value
+
+    def remove(self, name: str) -> None:
+        self._backend.delete_object(self._name, name)
 
 
 def _aware(when: datetime.datetime) -> datetime.datetime:

@@ -55,6 +55,8 @@ def test_objects_are_written_read_listed_and_removed(server: ObjectServer, bucke
     bucket.remove(["a/b", "never there"])
     assert bucket.files() == {"c": 0}
     assert server.objects(name_in_bucket(bucket, "")) == {name_in_bucket(bucket, "c"): 0}
+    server.remove(name_in_bucket(bucket, ""))
+    assert bucket.files() == {}
 
 
 def test_of_several_that_create_an_object_one_succeeds(server: ObjectServer, bucket: Bucket) -> None:
