@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import best, damage, decays, disk, folders, kills, moving, nonfinite, runs, spot, stops, tested
+from tests.faults import best, bucket, damage, decays, disk, folders, kills, moving, nonfinite, runs, spot, stops, tested
 from tests.faults.cases import Row, Setting
 
 ALL: dict[str, Callable[[Setting], list[Row]]] = {
@@ -21,6 +21,9 @@ ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "slow": disk.slow,
     "nonfinite": nonfinite.nonfinite,
     "shared-folder": folders.shared_folder,
+    "bucket-kill": bucket.killed,
+    "bucket-fail": bucket.failing,
+    "bucket-shared": bucket.shared,
     "moved": moving.moved,
     "launched": moving.launched,
     "spot": spot.preempted,
