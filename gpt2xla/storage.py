@@ -88,7 +88,8 @@ class Bucket:
             except FileExistsError:
                 return False
             except OSError:  # s3fs does not always tell what the refusal was
-                if self._files.exists(self._at(name), refresh=True):
+                self._files.invalidate_cache()
+                if self._files.exists(self._at(name)):
                     return False
                 raise
             return True
