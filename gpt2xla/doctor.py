@@ -1,4 +1,5 @@
 """`python -m gpt2xla.doctor`: shows what is installed and which devices answer, and finds known problems, with their fixes.
+With `--bucket URL` it examines a bucket instead.
 
 Exits with 0 if it finds no problem, and with 1 otherwise. The doctor itself takes no device: another process tries the
 runtime, so the doctor can run in a notebook before the launch."""
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2xla import __version__
+from gpt2xla.checkpoint.bucket.examination import CHECKPOINT_BYTES, examine
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
 from gpt2xla.errors import InputError, RunFailed
@@ -59,7 +61,6 @@ SYMPTOMS = {
 }
 
 LOCKFILE = Path("/tmp/libtpu_lockfile")
-CHECKPOINT_BYTES = 12 * 124_439_808  # GPT-2 (124M): weights and two moments in fp32
 LEAST_MEMORY = 2 * 10**9
 
 PROBE = """
@@ -75,6 +76,10 @@ class DoctorConfig:
 
     checkpoints_dir: str = option("./checkpoints", "folder for checkpoints: has it enough room?", is_path=True)
     timeout: int = option(180, "seconds to wait for the devices")
+    bucket: str | None = option(
+        None,
+        "URL for checkpoints, such as gs://bucket/run: is it fit for a run, and how fast? In a minute, without devices",
+    )
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,21 @@ def probe(environment: Mapping[str, str], timeout: float, program: str = PROBE) 
 
 def main() -> None:
     options = parse_options(DoctorConfig, "Look for known problems before a run on XLA devices.")
+    if options.bucket is None:
+        found = _examine_machine(options)
+    else:
+        print(options.bucket)
+        found = examine(options.bucket, _show_row)
+    for line in found:
+        print(f"problem: {line}")
+    if found:
+        ending = "1 problem found; its line" if len(found) == 1 else f"{len(found)} problems found; each line"
+        raise RunFailed(f"{ending} ends with the fix")
+    print("no problems found")
+
+
+def _examine_machine(options: DoctorConfig) -> list[str]:
+    """Show what this machine has, and return its problems."""
     machine = Machine.here(Path(options.checkpoints_dir))
     found = list(problems(machine))
     _show("versions", {"gpt2xla": __version__, "Python": platform.python_version(), **machine.versions})
@@ -245,18 +265,17 @@ def main() -> None:
         found.append(str(error))
     for note in notes(machine):
         print(f"note: {note}")
-    for line in found:
-        print(f"problem: {line}")
-    if found:
-        ending = "1 problem found; its line" if len(found) == 1 else f"{len(found)} problems found; each line"
-        raise RunFailed(f"{ending} ends with the fix")
-    print("no problems found")
+    return found
 
 
 def _show(title: str, rows: Mapping[str, str]) -> None:
     print(title)
     for name, value in rows.items():
-        print(f"  {name:<16} {value}", flush=True)
+        _show_row(name, value)
+
+
+def _show_row(name: str, value: str) -> None:
+    print(f"  {name:<16} {value}", flush=True)
 
 
 def _uses_tpu(machine: Machine) -> bool:

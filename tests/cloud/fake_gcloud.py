@@ -1,8 +1,9 @@
-"""Plays `gcloud compute tpus` for `cloud/spot_tpu.sh`: queued resources whose TPUs come and go by a plan, and whose hosts are
+"""Plays `gcloud compute tpus` for `cloud/spot_tpu.sh`: queued resources whose TPUs come and go by a plan. Their hosts are
 folders of this machine, in which the script's own commands run.
 
-FAKE_CLOUD names a folder: `plan` has a line for each request (`no capacity`, `denied`, or what becomes of the TPU: `stays` or
-`preempted`), `calls` gets a line for each call, `state` holds the TPU's, and `hosts/` the hosts' disks."""
+FAKE_CLOUD names a folder: `plan` has a line for each request (`no capacity`, `denied`, or what becomes of the TPU: `stays`,
+`preempted`, or `breaks`, which is its connection), `calls` gets a line for each call, `state` holds the TPU's, and `hosts/`
+the hosts' disks."""
 
 import os
 import shutil
@@ -92,6 +93,13 @@ def end_processes() -> None:
             continue
 
 
+def connect(host: Path, command: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"HOME": str(host), "HOST": host.name}
+    return subprocess.Popen(
+        ["bash", "-c", command], cwd=host, start_new_session=True, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
 def show(connection: subprocess.Popen[str]) -> None:
     assert connection.stdout
     for line in connection.stdout:
@@ -101,13 +109,7 @@ def show(connection: subprocess.Popen[str]) -> None:
 def ssh(flags: dict[str, str]) -> int:
     assert flags["worker"] == "all"
     assert state() == "READY"
-    connections = [
-        subprocess.Popen(
-            ["bash", "-c", flags["command"]], cwd=host, start_new_session=True,
-            env=os.environ | {"HOME": str(host), "HOST": host.name}, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        for host in sorted(HOSTS.iterdir())
-    ]
+    connections = [connect(host, flags["command"]) for host in sorted(HOSTS.iterdir())]
     # As with ssh, what a host prints after the connection broke goes nowhere.
     readers = [threading.Thread(target=show, args=[each], daemon=True) for each in connections]
     for reader in readers:

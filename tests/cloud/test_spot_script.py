@@ -1,12 +1,11 @@
-"""`cloud/spot_tpu.sh` against a fake gcloud: what it requests, starts, follows and deletes. What it runs on the hosts runs here,
-with programs of the same names in place of git, Python and pip; the run itself counts in a "bucket" that outlives the hosts."""
+"""`cloud/spot_tpu.sh` against a fake gcloud: what it requests, starts, follows and deletes. What it runs on the hosts runs
+here, with programs of the same names in place of git, Python and pip. The run itself counts in a "bucket" that outlives the
+hosts."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from conftest import ROOT, wait_for
 
 SCRIPT, WRAPPER = ROOT / "cloud" / "spot_tpu.sh", ROOT / "cloud" / "to_the_end.sh"
-FLAGS = ["--train-dir", "gs://bucket/data", "--checkpoints-dir", "gs://bucket/run", "--sample-prompt", "it's a \"test\""]
+FLAGS = ["--train-dir", "gs://bucket/data", "--checkpoints-dir", "gs://bucket/run", "--sample-prompt", 'it\'s a "test"']
 
 GIT = """[ "$*" = "clone --quiet --depth 1 https://example.invalid/gpt2xla gpt2xla" ] || exit 9
 mkdir -p gpt2xla/cloud && cp "$WRAPPER" gpt2xla/cloud/"""
@@ -91,8 +90,7 @@ def test_a_run_survives_its_machines(cloud: Cloud) -> None:
     assert cloud.is_empty(), "a machine is left, and costs money"
     # The two preempted starts made two steps each, the third the last one.
     assert cloud.lines("bucket") == ["5"]
-    arguments = "run_pretrain_xla.py --train-dir gs://bucket/data --checkpoints-dir gs://bucket/run --sample-prompt it's a \"test\""
-    assert cloud.lines("started") == [arguments] * 3
+    assert cloud.lines("started") == [" ".join(["run_pretrain_xla.py", *FLAGS])] * 3
     calls = cloud.calls()
     assert calls["queued-resources create"] == 5
     assert calls["queued-resources delete"] == 3
