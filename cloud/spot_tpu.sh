@@ -16,7 +16,7 @@
 #   failed three times, or the TPU cannot be reached. In these cases the TPU is deleted. Ctrl-C ends only this script: the TPU
 #   trains on and costs money, and the same command follows it again.
 #
-# TPU7x and later have no queued resources: see cloud/gke_jobset.yaml.
+# Queued resources belong to the Cloud TPU API, which is legacy: it gets fixes only, and TPU7x and later are not in it.
 set -euo pipefail
 
 if [ -z "${NAME:-}" ] || [ -z "${ZONE:-}" ] || [ -z "${TYPE:-}" ] || [ -z "${REPOSITORY:-}" ]; then

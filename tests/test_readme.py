@@ -27,6 +27,7 @@ PAGES = {
     "docs/will-it-fit.md": (0, 4),
     "docs/gpu-and-cpu.md": (1, 3),
     "docs/parallelism.md": (0, 7),
+    "docs/cloud.md": (0, 2),
     "docs/optimizers.md": (0, 3),
     "docs/schedules.md": (0, 4),
     "docs/options.md": (0, 2),
@@ -142,6 +143,8 @@ def test_flags_exist(block: Block) -> None:
         if words[:2] == ["python", "-m"]:
             assert all(importlib.util.find_spec(word) for word in words[2:]), words
             continue
+        if words[0] == "cloud/spot_tpu.sh":  # its arguments are those of the program that it starts
+            words = ["run_pretrain_xla.py", *words[1:]]
         if words[0] in OTHERS or "convert_hf_to_gguf.py" in words:
             continue
         program = next(word for word in words if word.endswith(".py"))

@@ -16,13 +16,14 @@ if TYPE_CHECKING:  # the table must not wait for torch
 
 # By the device's name according to the CUDA driver, or its kind according to torch_xla.
 DEVICE_PEAK_FLOPS = {
-    # Google Cloud, "TPU architecture", its page for each version. On v2 and v3 a device is a core.
+    # Google Cloud, "TPU architecture", its page for each version. On v2, v3 and TPU7x a device is a core, half a chip.
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,  # v5e
     "TPU v5": 459e12,  # v5p
     "TPU v6 lite": 918e12,  # v6e
+    "TPU7x": 1153.5e12,  # Ironwood, v7
     # NVIDIA's data sheets, without sparsity.
     "V100 SXM2": 125e12,
     "V100 SXM3": 125e12,

@@ -47,6 +47,12 @@ def test_a_tpu_computes_what_its_matrix_units_do(name: str) -> None:
     assert DEVICE_PEAK_FLOPS[name] == pytest.approx(2 * cells * megahertz * 1e6, rel=0.025)
 
 
+def test_a_chip_of_two_devices_has_twice_the_rate_of_one() -> None:
+    """Google's pages "TPU v2", "TPU v3" and "TPU7x (Ironwood)": TFLOPS per chip."""
+    chips = {"TPU v2": 45, "TPU v3": 123, "TPU7x": 2307}
+    assert {name: 2 * DEVICE_PEAK_FLOPS[name] / 1e12 for name in chips} == pytest.approx(chips)
+
+
 # As the devices' drivers name them.
 @pytest.mark.parametrize(
     ("device_name", "entry"),
@@ -85,6 +91,7 @@ def test_a_tpu_computes_what_its_matrix_units_do(name: str) -> None:
         ("TPU v5 lite", "TPU v5 lite"),
         ("TPU v5", "TPU v5"),
         ("TPU v3", "TPU v3"),
+        ("TPU7x", "TPU7x"),
         ("cpu", None),
     ],
 )
