@@ -1,9 +1,9 @@
 """Plays `gcloud compute tpus` for `cloud/spot_tpu.sh`: queued resources whose TPUs come and go by a plan. Their hosts are
 folders of this machine, in which the script's own commands run.
 
-FAKE_CLOUD names a folder: `plan` has a line for each request (`no capacity`, `denied`, or what becomes of the TPU: `stays`,
-`preempted`, or `breaks`, which is its connection), `calls` gets a line for each call, `state` holds the TPU's, and `hosts/`
-the hosts' disks."""
+FAKE_CLOUD names a folder. `plan` has a line for each request: `no capacity`, `denied`, or what becomes of the TPU (`stays`,
+`preempted`, `suspended`, or `breaks`, which is its connection). `calls` gets a line for each call, `state` holds the TPU's,
+and `hosts/` the hosts' disks."""
 
 import os
 import shutil
@@ -58,6 +58,8 @@ def create(flags: dict[str, str]) -> int:
 
 def describe(flags: dict[str, str]) -> int:
     now = state()
+    if (CLOUD / "unreadable").exists():
+        return refuse("UNAUTHENTICATED: Request had invalid authentication credentials")
     if not now:
         return refuse("NOT_FOUND: Resource was not found")
     if now == "WAITING_FOR_RESOURCES":  # the next look finds it
@@ -118,8 +120,9 @@ def ssh(flags: dict[str, str]) -> int:
     while any(connection.poll() is None for connection in connections):
         time.sleep(0.05)
         trained = (CLOUD / "trains").exists()  # the run is under way
-        if trained and fate == "preempted":
-            STATE.write_text("PREEMPTED")
+        if trained and fate in ("preempted", "suspended"):
+            STATE.write_text(fate.upper())  # of the TPU at once, or of the queued resource
+            (CLOUD / "trains").unlink()
             end_processes()
             return 255
         if trained and fate == "breaks":

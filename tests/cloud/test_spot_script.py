@@ -84,7 +84,7 @@ def plan(cloud: Cloud, *lines: str) -> None:
 
 
 def test_a_run_survives_its_machines(cloud: Cloud) -> None:
-    plan(cloud, "no capacity", "preempted", "no capacity", "preempted", "stays")
+    plan(cloud, "no capacity", "preempted", "no capacity", "suspended", "stays")
     code, printed = cloud.run()
     assert code == 0, printed
     assert cloud.is_empty(), "a machine is left, and costs money"
@@ -175,6 +175,14 @@ def test_a_refusal_ends_at_once(cloud: Cloud) -> None:
     assert "PERMISSION_DENIED" in printed
     assert "nothing was created" in printed
     assert cloud.calls()["queued-resources create"] == 1
+
+
+def test_a_state_that_cannot_be_read_ends_at_once(cloud: Cloud) -> None:
+    (cloud.folder / "unreadable").touch()
+    code, printed = cloud.run()
+    assert code == 1
+    assert "UNAUTHENTICATED" in printed
+    assert set(cloud.calls()) == {"queued-resources describe"}
 
 
 @pytest.mark.parametrize(
