@@ -8,6 +8,7 @@ It needs the development install, whose object server the tests use."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -134,13 +135,15 @@ def steps(folder: Path) -> None:
     spans = [(line["time"] - line["seconds"], line["time"]) for line in uploads]
     trained = [line for line in lines if "loss" in line]
     during, other = [], []
-    for before, line in zip(trained[10:], trained[11:], strict=False):
+    for before, line in itertools.pairwise(trained[10:]):
         if before["step"] % 20 == 0:
             continue  # between them lies a save's copy to host memory
         is_during = any(begin < line["time"] and before["time"] < end for begin, end in spans)
         (during if is_during else other).append(line["time"] - before["time"])
     shown = [f"{1e3 * statistics.median(part):.1f} ms ({len(part)} steps)" for part in (during, other)]
-    print(f"median step while a checkpoint of {uploads[-1]['bytes'] / 1e6:.0f} MB is sent: {shown[0]}; otherwise {shown[1]}")
+    print(
+        f"median step while a checkpoint of {uploads[-1]['bytes'] / 1e6:.0f} MB is sent: {shown[0]}; otherwise {shown[1]}"
+    )
     print(f"ratio: {statistics.median(during) / statistics.median(other):.3f}")
 
 

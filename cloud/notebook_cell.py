@@ -1,8 +1,8 @@
-# A cell for notebooks/colab.ipynb and notebooks/kaggle_tpu.ipynb: put it after the one that installs. The run's checkpoints are
-# then in a bucket of Google Cloud instead of the session's disk.
+# A cell for notebooks/colab.ipynb and notebooks/kaggle_tpu.ipynb: put it after the one that installs. The run's checkpoints
+# are then in a bucket of Google Cloud instead of the session's disk. `os` and `run` are the notebook's. ruff: noqa: F821
 #
-# Costs: what the bucket holds, and every GB that a session downloads from it (page "Cloud Storage pricing"): 1.5 GB, the newest
-#   checkpoint, each time that the run resumes. Uploads are free.
+# Costs: what the bucket holds, and every GB that a session downloads from it (page "Cloud Storage pricing"): 1.5 GB, the
+#   newest checkpoint, each time that the run resumes. Uploads are free.
 # Resumes: run all cells again, in any session, on either host.
 BUCKET = "gs://YOUR-BUCKET/gpt2"
 
@@ -19,5 +19,6 @@ elif "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         file.write(UserSecretsClient().get_secret("GCS_KEY"))
 
 run("pip install --quiet --editable '.[bucket]'")
-run(f"python -m gpt2xla.doctor --bucket {BUCKET} || true")  # its findings do not stop the notebook: where it runs is no choice
+# Its findings do not stop the notebook: where that runs is no choice.
+run(f"python -m gpt2xla.doctor --bucket {BUCKET} || true")
 CHECKPOINTS = BUCKET

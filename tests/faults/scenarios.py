@@ -6,7 +6,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.faults import best, bucket, damage, decays, disk, folders, kills, moving, nonfinite, runs, spot, stops, tested
+from tests.faults import (
+    best,
+    bucket,
+    damage,
+    decays,
+    disk,
+    folders,
+    kills,
+    moving,
+    nonfinite,
+    runs,
+    spot,
+    stops,
+    tested,
+)
 from tests.faults.cases import Row, Setting
 
 ALL: dict[str, Callable[[Setting], list[Row]]] = {
