@@ -1,5 +1,6 @@
 # A cell for notebooks/colab.ipynb and notebooks/kaggle_tpu.ipynb: put it after the one that installs. The run's checkpoints
-# are then in a bucket of Google Cloud instead of the session's disk. `os` and `run` are the notebook's. ruff: noqa: F821
+# are then in a bucket of Google Cloud instead of the session's disk. `os` and `run` are the notebook's.
+# ruff: noqa: F821
 #
 # Costs: what the bucket holds, and every GB that a session downloads from it (page "Cloud Storage pricing"): 1.5 GB, the
 #   newest checkpoint, each time that the run resumes. Uploads are free.
