@@ -13,9 +13,9 @@ import hashlib
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -259,11 +259,30 @@ def in_words(error: BaseException) -> str:
 
 
 def _at_once(action: Callable[..., T], arguments: Iterable[tuple[Any, ...]]) -> list[T]:
-    """Call `action` with each of the arguments, a few at a time. After a failure no further ones begin."""
-    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="storage") as pool:
-        futures = [pool.submit(action, *each) for each in arguments]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    """Call `action` with each of the arguments, a few at a time. After a failure no further ones begin.
+
+    Its threads keep no process from ending, as those of an executor do: a file on its way may take minutes."""
+    waiting, lock = list(enumerate(arguments)), threading.Lock()
+    results: dict[int, T] = {}
+    errors: list[BaseException] = []
+    tasks = iter(waiting)
+
+    def work() -> None:
+        while not errors:
+            with lock:
+                task = next(tasks, None)
+            if task is None:
+                return
+            try:
+                results[task[0]] = action(*task[1])
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, name="storage", daemon=True) for _ in waiting[:_FILES_AT_ONCE]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[number] for number in range(len(waiting))]

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import wait_for
 
 from gpt2xla import storage
 from gpt2xla.storage import Bucket
@@ -156,12 +157,12 @@ def test_expired_credentials_are_refused_at_once(
 
 def test_lists_can_be_late(server: ObjectServer, bucket: Bucket) -> None:
     bucket.write("old", b"")
-    server.list_late(3)
-    time.sleep(3)
+    server.list_late(2)
+    time.sleep(2)
     bucket.write("new", b"1")
     assert bucket.files() == {"old": 0}
     assert bucket.read("new") == b"1"
-    time.sleep(3)
+    time.sleep(2)
     assert bucket.files() == {"old": 0, "new": 1}
     server.list_late(0)
 
@@ -185,3 +186,24 @@ def test_a_process_is_killed_at_a_request(before: bool, server: ObjectServer) ->
     process.communicate("\n")
     assert process.returncode == -signal.SIGKILL
     assert set(server.objects(prefix)) == {f"{prefix}/{number}" for number in range(4 if before else 5)}
+
+
+def test_a_file_on_its_way_keeps_no_process_from_ending(server: ObjectServer, tmp_path: Path) -> None:
+    url, file = server.at(f"ended-{next(_COUNT)}"), tmp_path / "file"
+    file.write_bytes(bytes(1_000_000))
+    code = (
+        "import sys, threading\nfrom pathlib import Path\nfrom gpt2xla.storage import Bucket\n"
+        "bucket = Bucket(sys.argv[1], 'x')\n"
+        "threading.Thread(target=bucket.send, args=[{'file': Path(sys.argv[2])}], daemon=True).start()\n"
+        "sys.stdin.readline()"
+    )
+    prefix = url.split("/", 3)[3]
+    server.slow(5_000, method="PUT|POST", key=f"{prefix}/*")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, url, str(file)], stdin=subprocess.PIPE, text=True,
+        env=os.environ | server.environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    wait_for(lambda: any(request.fault and request.key.startswith(prefix) for request in server.requests()))
+    process.communicate("\n", timeout=60)  # sending takes 200 s
+    assert process.returncode == 0
+    server.clear()
