@@ -97,23 +97,22 @@ class Saver:
             except OSError as error:
                 say(f"{folder}: {error.strerror}; when resumed, it is evaluated again", error=True)
 
-    def wait(self) -> bool:
-        """Wait until nothing is being written, or sent. Return whether the last checkpoint is on the disk, and in the run's
-        bucket."""
-        return self._writes.wait() and (self.mirror is None or self._is_sent(self.mirror))
+    def wait(self) -> str:
+        """Wait until nothing is being written, or sent. Return what is wrong with the last checkpoint: "" if it is on the
+        disk, and in the run's bucket."""
+        if not self._writes.wait():
+            return "was not saved; fix the error above"
+        return self._unsent(self.mirror) if self.mirror else ""
 
-    def _is_sent(self, mirror: Sender) -> bool:
+    def _unsent(self, mirror: Sender) -> str:
+        general = self.config.general
         self.stop.begin_save()  # one more signal does not end the run
         try:
-            if is_sent := mirror.wait(self.stop.seconds_of_grace(self.config.general.grace_seconds)):
-                return is_sent
+            if mirror.wait(self.stop.seconds_of_grace(general.grace_seconds)):
+                return ""
         finally:
             self.stop.end_save()
-        say(
-            f"the last checkpoint was not sent: {mirror.safe_in_words()}; the last one lies in {self.folder}",
-            error=True,
-        )
-        return False
+        return f"was not sent: {mirror.safe_in_words()}; it is saved in --scratch-dir {general.scratch_dir}"
 
     def _write(self, weights: dict[str, Tensor], training: dict[str, Any], shards: Path) -> None:
         try:

@@ -45,11 +45,11 @@ class Trainer:
         try:
             step = self._loop(first_step, is_evaluated)
         finally:
-            is_saved = self.saver.wait()
+            problem = self.saver.wait()
             self.log.close()
         self.runtime.barrier("saved")
-        if not is_saved:
-            raise RunFailed(f"step {step} was not saved; fix the error above and rerun the same command")
+        if problem:
+            raise RunFailed(f"step {step} {problem}; rerun the same command")
         return step
 
     def _loop(self, first_step: int, is_evaluated: bool) -> int:
