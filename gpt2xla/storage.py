@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotImplementedError, TypeError)
-_BLOCK_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 25  # each is a request of its own, which from S3 takes its time
 # What an upload holds in memory: so many files at once, in parts of this size, of which s3fs sends several at once.
 _FILES_AT_ONCE, _PART_BYTES, _PARTS_AT_ONCE = 3, 16 << 20, 3
 
