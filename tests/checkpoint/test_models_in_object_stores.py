@@ -20,6 +20,7 @@ from gpt2xla import storage
 from gpt2xla.checkpoint.loading import locate
 from gpt2xla.checkpoint.remote_models import fetched
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
+from gpt2xla.errors import InputError
 from gpt2xla.storage import Bucket
 
 
@@ -64,6 +65,12 @@ def test_each_name_gives_the_logits_of_the_folder_itself(server: ObjectServer, l
     copy = fetched(server.at("run"), "--resume", with_training=True)
     assert find_damage(copy) is None
     assert (copy / COMPLETE).read_bytes() == (local / "run" / "step-00000020" / COMPLETE).read_bytes()
+
+
+def test_what_is_not_there_is_said(server: ObjectServer, local: Path) -> None:
+    for name in (server.at("nothing"), f"{server.kind}://no-such-bucket/run"):
+        with pytest.raises(InputError, match=f"^--model {name}: nothing is there; check the address$"):
+            locate(name)
 
 
 def test_a_changed_model_is_fetched_again(server: ObjectServer, local: Path) -> None:
@@ -112,11 +119,6 @@ def test_a_program_names_urls_and_says_what_is_wrong_there(server: ObjectServer,
     there = server.at("run/step-00000010")
     assert succeed(convert(server.at("run@best"))).startswith(f"{there}: 2 layers")
     shutil.rmtree(tmp_path / "converted")
-    absent = f"{server.kind}://no-such-bucket/run"
-    for name in (server.at("nothing"), absent):
-        result = convert(name)
-        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-        assert f"--model {name}: nothing is there; check the address" in result.stderr
     newest = server.at("run/step-00000020")
     Bucket(newest, "--model").remove(["model.safetensors"])
     server.expire_credentials()
