@@ -109,7 +109,9 @@ class OutputBucket(OutputFolder):
         """As `OutputFolder.being_prepared`, and hold the URL's lease, so that no other machine prepares it meanwhile."""
         with in_use(self.partial, self.what, self.place, effect), self._reaching():
             leases = Bucket(self.of(_PARTIAL), "--output-dir")
-            with held(leases, self.what, self.partial / "lease", self._say) as self._lease:
+            # It survives `partial`: a lease that could not be released is one of ours the next time.
+            taken = self.partial.with_name(f"{self.partial.name}.lease")
+            with held(leases, self.what, taken, self._say) as self._lease:
                 if self._bucket.read(RECORD) is not None:
                     raise InputError(f"{self.what}: another process has just prepared it; give the same command again")
                 self._sender = Sender(self._bucket)
@@ -117,7 +119,8 @@ class OutputBucket(OutputFolder):
                     yield self.partial
                 finally:
                     self._sender.stop()
-            self._clear()
+            self._clear([_RECORD, *(piece.name for piece in self._pieces)])
+            taken.unlink()
 
     def refuse_other_splits(self) -> None:
         for split in SPLITS:
@@ -236,10 +239,9 @@ class OutputBucket(OutputFolder):
     def _damaged(self, name: str) -> InputError:
         return InputError(f"{self.what}: {name} is missing or damaged; remove all that is there and prepare again")
 
-    def _clear(self) -> None:
-        """Remove what only an unfinished preparation needs. A store may list the newest of that late."""
-        known = {_RECORD, *(piece.name for piece in self._pieces)}
-        self._bucket.remove(sorted(known | self._bucket.files(_PARTIAL).keys()))
+    def _clear(self, known: Sequence[str] = ()) -> None:
+        """Remove what only an unfinished preparation needs. `known` may be listed late."""
+        self._bucket.remove(sorted({*known, *self._bucket.files(_PARTIAL)}))
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -248,5 +250,8 @@ class OutputBucket(OutputFolder):
         except OSError as error:
             if is_disk_full(error):
                 raise
+            problem = in_one_line(error)
+            if isinstance(error, FileNotFoundError) and error.errno is None:  # of a storage, not of this machine
+                raise InputError(f"{self.what}: {problem}; check the address") from None
             kept = "what was sent is kept: give the same command again, which resumes"
-            raise RunFailed(f"{in_one_line(error)}; {kept}") from None
+            raise RunFailed(f"{problem}; {kept}") from None
