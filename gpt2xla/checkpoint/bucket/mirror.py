@@ -160,7 +160,11 @@ class Mirror:
             self._safe = name
         if size:
             self._report(name, size, time.monotonic() - begun)
-        self.lease.check()
+        try:
+            self.lease.check()
+        except LeaseLost:  # between that check and the write: this machine was frozen
+            self.bucket.write(LATEST, max(layout_of(self.bucket).whole, default=name).encode())
+            raise
         self._send_best()
         self._prune(name)
 
