@@ -39,7 +39,7 @@ class Mirror:
         self._sending: Path | None = None
         self._newest: Path | None = None  # of this folder
         self._safe = max(layout_of(bucket).whole, default="")
-        self._failed: Path | None = None  # the last one, if it could not be sent
+        self._failure: Exception | None = None  # of the last one that was to be sent
         self._sent_files: dict[str, tuple[int, int]] = {}  # size and time of change of small files, as they were sent
         self._changed = threading.Condition()
         self._ended = False
@@ -80,9 +80,10 @@ class Mirror:
                     if left is not None and left <= 0:
                         return False
                     self._changed.wait(left)
-                is_over = deadline is not None and time.monotonic() >= deadline
-                if self._failed is None or is_over or self._ended:
-                    return self._failed is None
+                is_over = self._ended or (deadline is not None and time.monotonic() >= deadline)
+                # A refusal stays one.
+                if self._failure is None or is_over or isinstance(self._failure, PermissionError | LeaseLost):
+                    return self._failure is None
             time.sleep(attempt)
         return False
 
@@ -137,17 +138,15 @@ class Mirror:
                 if self._ended:
                     return
                 checkpoint = self._sending = self._waiting.pop(0)
-            failed: Path | None = checkpoint
+            failure: Exception | None = None
             try:
                 self._send(checkpoint)
-                failed = None
-            except LeaseLost as error:
-                say(f"{checkpoint.name} was not sent: {error}", error=True)
             except Exception as error:  # whatever a storage's client raises: the run must not hang in `wait`
-                what = f"{checkpoint.name} was not sent: {in_one_line(error)}"
-                say(f"{what}; it lies in {checkpoint}, and {self.safe_in_words()}", error=True)
+                failure = error
+                lies = "" if isinstance(error, LeaseLost) else f"; it lies in {checkpoint}, and {self.safe_in_words()}"
+                say(f"{checkpoint.name} was not sent: {in_one_line(error)}{lies}", error=True)
             with self._changed:
-                self._failed = failed
+                self._failure = failure
 
     def _send(self, checkpoint: Path) -> None:
         name, begun = checkpoint.name, time.monotonic()
