@@ -3,7 +3,7 @@
 # ruff: noqa: F821
 #
 # Costs: what the bucket holds, and every GB that a session downloads from it (page "Cloud Storage pricing"): 1.5 GB, the
-#   newest checkpoint, each time that the run resumes. Uploads are free.
+#   newest checkpoint, each time that the run resumes.
 # Resumes: run all cells again, in any session, on either host.
 BUCKET = "gs://YOUR-BUCKET/gpt2"
 

@@ -1,9 +1,9 @@
 """Plays `gcloud compute tpus` for `cloud/spot_tpu.sh`: queued resources whose TPUs come and go by a plan. Their hosts are
 folders of this machine, in which the script's own commands run.
 
-FAKE_CLOUD names a folder. `plan` has a line for each request: `no capacity`, `denied`, or what becomes of the TPU (`stays`,
-`preempted`, `suspended`, or `breaks`, which is its connection). `calls` gets a line for each call, `state` holds the TPU's,
-and `hosts/` the hosts' disks."""
+FAKE_CLOUD names a folder. `plan` has a line for each request: `no capacity`, `no quota`, `denied`, or what becomes of the TPU
+(`stays`, `preempted`, `suspended`, or `breaks`, which is its connection). `calls` gets a line for each call, `state` holds
+the TPU's, and `hosts/` the hosts' disks."""
 
 import os
 import shutil
@@ -49,6 +49,8 @@ def create(flags: dict[str, str]) -> int:
     (CLOUD / "plan").write_text("\n".join(plan[1:]))
     if plan[0] == "no capacity":
         return refuse('There is no more capacity in the zone "us-central1-a"')
+    if plan[0] == "no quota":
+        return refuse("Quota limit 'TPUV5sPreemptibleLitepodPerProjectPerZoneForTPUAPI' has been exceeded")
     if plan[0] == "denied":
         return refuse("PERMISSION_DENIED: Cloud TPU API has not been used in project 1 before")
     (CLOUD / "fate").write_text(plan[0])
@@ -79,8 +81,9 @@ def delete(flags: dict[str, str]) -> int:
     assert "--force" in sys.argv
     if not state():
         return refuse("NOT_FOUND: Resource was not found")
-    end_processes()
-    shutil.rmtree(HOSTS, ignore_errors=True)
+    while HOSTS.exists():
+        end_processes()
+        shutil.rmtree(HOSTS, ignore_errors=True)
     STATE.unlink()
     return 0
 
