@@ -1,7 +1,7 @@
 """Plays `gcloud compute tpus` for `cloud/spot_tpu.sh`: queued resources whose TPUs come and go by a plan. Their hosts are
 folders of this machine, in which the script's own commands run.
 
-FAKE_CLOUD names a folder. `plan` has a line for each request: `no capacity`, `no quota`, `denied`, or what becomes of the TPU
+FAKE_CLOUD is a folder. `plan` has a line for each request: `no capacity`, `no quota`, `denied`, or what becomes of the TPU
 (`stays`, `preempted`, `suspended`, or `breaks`, which is its connection). `calls` gets a line for each call, `state` holds
 the TPU's, and `hosts/` the hosts' disks."""
 
