@@ -2,12 +2,17 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from gpt2xla.checkpoint.run_folder import RUN_CONFIG
 from gpt2xla.cli import OneLineParser, path
-from gpt2xla.errors import InputError, user_error
-from gpt2xla.files import write_whole
+from gpt2xla.config.paths import is_url
+from gpt2xla.errors import InputError, in_one_line, user_error
+from gpt2xla.files import folder_name, write_whole
+from gpt2xla.logs.sinks import METRICS_FILE
+from gpt2xla.storage import Bucket
 
 _KINDS = (".png", ".svg", ".pdf")
 
@@ -16,7 +21,9 @@ def main() -> None:
     parser = OneLineParser(
         {"--run": "", "--checkpoints-dir": ""}, description="Draw training and validation loss against tokens."
     )
-    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="checkpoints folders, or metrics.jsonl files")
+    parser.add_argument(
+        "runs", nargs="+", type=path, metavar="RUN", help="checkpoints folders, their URLs, or metrics.jsonl files"
+    )
     parser.add_argument(
         "--output",
         type=path,
@@ -27,7 +34,9 @@ def main() -> None:
     parser.add_argument("--log-x", action="store_true", help="draw tokens on a logarithmic axis: shows the beginning")
     parser.add_argument("--more", action="store_true", help="also draw learning rate and gradient norm")
     options = parser.parse_args()
-    plot([Path(run) for run in options.runs], Path(options.output), log_x=options.log_x, more=options.more)
+    with tempfile.TemporaryDirectory() as copies:
+        runs = [_copy(run, Path(copies)) if is_url(run) else Path(run) for run in options.runs]
+        plot(runs, Path(options.output), log_x=options.log_x, more=options.more)
     print(options.output)
 
 
@@ -44,6 +53,22 @@ def plot(runs: list[Path], output: Path, *, log_x: bool = False, more: bool = Fa
     picture = draw(list(once.values()), output.suffix.lower()[1:], log_x=log_x, more=more)
     with user_error(f"--output {output}"):
         write_whole(output, picture)
+
+
+def _copy(url: str, folder: Path) -> Path:
+    """Return a copy in `folder` of what is drawn of the run at a URL. Raises InputError if it has no metrics."""
+    bucket, run = Bucket(url, "RUN"), folder / folder_name(url) / url.rstrip("/").rpartition("/")[2]
+    run.mkdir(parents=True, exist_ok=True)
+    for name in (METRICS_FILE, RUN_CONFIG):
+        try:
+            content = bucket.read(name)
+        except OSError as error:
+            raise InputError(f"{in_one_line(error)}; check address and credentials") from None
+        if content is not None:
+            (run / name).write_bytes(content)
+        elif name == METRICS_FILE:
+            raise InputError(f"{url} has no {METRICS_FILE}; name the --checkpoints-dir of a run")
+    return run
 
 
 def check_picture(flag: str, file: Path) -> None:

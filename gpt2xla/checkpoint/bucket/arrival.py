@@ -21,13 +21,13 @@ from gpt2xla.checkpoint.run_folder import list_checkpoints, set_aside
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage, listed
 from gpt2xla.config import GeneralConfig, RunConfig
 from gpt2xla.config.paths import BEST_FILE, step_folder
-from gpt2xla.errors import InputError, in_one_line, name_copy, user_error
+from gpt2xla.errors import InputError, RunFailed, in_one_line, name_copy, user_error
 from gpt2xla.files import write_whole
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import METRICS_FILE
 from gpt2xla.processes.lease import Standing, is_own, refuse_if_held
 from gpt2xla.processes.locks import in_turn
-from gpt2xla.storage import Bucket
+from gpt2xla.storage import Bucket, is_final
 
 RECORD = ".lease"  # in a run's folder: see `lease.held`
 _STEP = re.compile(r"step-\d{8,}")
@@ -40,12 +40,15 @@ class Damaged(Exception):
 
 @contextlib.contextmanager
 def bucket_error(bucket: Bucket) -> Iterator[None]:
-    """Turn an OSError inside the block into an InputError that names the flag."""
+    """Turn an OSError inside the block into an InputError that names the flag, or, if a later try may succeed, a
+    RunFailed."""
     try:
         yield
     except OSError as error:
-        fix = "check address and credentials"
-        raise InputError(f"{bucket.option} {bucket.url}: {in_one_line(error)}; {fix}") from None
+        what = f"{bucket.option} {bucket.url}: {in_one_line(error)}"
+        if is_final(error):
+            raise InputError(f"{what}; check address and credentials") from None
+        raise RunFailed(f"{what}; try again later") from None
 
 
 def arrive(bucket: Bucket, config: RunConfig) -> tuple[RunConfig, Standing]:
