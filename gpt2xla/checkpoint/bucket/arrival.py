@@ -44,6 +44,10 @@ def bucket_error(bucket: Bucket) -> Iterator[None]:
     RunFailed."""
     try:
         yield
+    except FileNotFoundError:
+        raise InputError(
+            f"{bucket.option} {bucket.url}: there is no such bucket; make it, or correct the address"
+        ) from None
     except OSError as error:
         what = f"{bucket.option} {bucket.url}: {in_one_line(error)}"
         if is_final(error):

@@ -27,6 +27,7 @@ from gpt2xla.storage import Bucket
 
 UPLOADS_FILE = "uploads.jsonl"  # a line for each checkpoint that was sent: step, bytes, seconds, time
 _LAST_TRIES = 3
+_TELLS_A_RATE = 10_000_000  # bytes; with fewer, most of the time goes into requests
 
 
 class Mirror:
@@ -168,7 +169,8 @@ class Mirror:
         self._prune(name)
 
     def _report(self, name: str, size: int, seconds: float) -> None:
-        say(f"sent {name}: {size / 1e6:,.1f} MB in {seconds:.1f} s ({size / 1e6 / max(seconds, 1e-3):,.0f} MB/s)")
+        rate = f" ({size / 1e6 / seconds:,.0f} MB/s)" if size > _TELLS_A_RATE else ""
+        say(f"sent {name}: {size / 1e6:,.1f} MB in {seconds:.1f} s{rate}")
         line = {"step": _step(name), "bytes": size, "seconds": round(seconds, 3), "time": time.time()}
         with contextlib.suppress(OSError), (self.folder / UPLOADS_FILE).open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
