@@ -81,6 +81,20 @@ print(folder, sum(tensor.double().sum().item() for tensor in weights.values()))
     assert fetched_once(hub)
 
 
+def test_a_url_of_the_hub_is_its_model(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    own = environment(hub.url, tmp_path) | {"HOME": str(tmp_path)}
+    for number, sent in enumerate((1, 0)):  # the second time it is here
+        hub.behave()
+        output = tmp_path / f"converted-{number}"
+        flags = ["--model", f"hf://{NAME}", "--output-dir", output]
+        assert succeed(run("scripts/convert_checkpoint.py", *flags, **own)).startswith(f"hf://{NAME}: 4 layers")
+        weights = [hf.load_model(source)[1] for source in (output, folder)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+        files = [name for name in hub.files if name.startswith("model-")]
+        assert [hub.sent(f"/{name}") for name in files] == [sent * len(hub.files[name]) for name in files]
+        assert hub.sent("/pytorch_model.bin") == hub.sent("/model.fp16.safetensors") == 0
+
+
 def test_two_processes_of_torchrun_fetch_once(hub: Hub, data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SHORT, "--from-checkpoint", "gpt2", "--checkpoints-dir", tmp_path / "run"]
     succeed(torchrun(2, *flags, **environment(hub.url, tmp_path)))
