@@ -21,7 +21,7 @@ from conftest import ROOT, require_xla, run_here
 PAGES = {
     "README.md": (3, 0),
     "docs/index.md": (0, 1),
-    "docs/data.md": (1, 4),
+    "docs/data.md": (1, 5),
     "docs/data-formats.md": (0, 3),
     "docs/tpu.md": (3, 2),
     "docs/will-it-fit.md": (0, 4),
