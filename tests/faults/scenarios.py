@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.faults import (
     best,
     bucket,
+    bucket_machines,
     damage,
     decays,
     disk,
@@ -37,7 +38,7 @@ ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "shared-folder": folders.shared_folder,
     "bucket-kill": bucket.killed,
     "bucket-fail": bucket.failing,
-    "bucket-shared": bucket.shared,
+    "bucket-machines": bucket_machines.shared,
     "moved": moving.moved,
     "launched": moving.launched,
     "spot": spot.preempted,

@@ -13,7 +13,17 @@ from conftest import ROOT
 from faults import report
 
 _QUICK = ["kill", "kill-in-save", "signals", "damage", "disk", "nonfinite"]
-_OTHERS = ["best", "kill-one", "slow", "shared-folder", "moved", "launched"]
+_OTHERS = [
+    "best",
+    "kill-one",
+    "slow",
+    "shared-folder",
+    "moved",
+    "launched",
+    "bucket-kill",
+    "bucket-fail",
+    "bucket-machines",
+]
 
 
 def do(names: list[str], folder: Path) -> tuple[dict[str, Any], str]:

@@ -108,9 +108,9 @@ class ObjectServer:
         """SIGKILL a process when the request arrives, before it is carried out or after; once, unless `times` says else."""
         self._fault(faults.KILL_BEFORE if before else faults.KILL_AFTER, pid, {"times": 1} | which)
 
-    def clear(self) -> None:
-        """Take back all faults, not the settings."""
-        self._ask("DELETE", "faults")
+    def clear(self, key: str = "") -> None:
+        """Take back all faults, or those of one pattern of keys; not the settings."""
+        self._ask("DELETE", "faults", {"key": key})
 
     def faults_left(self) -> list[dict[str, Any]]:
         return self._ask("GET", "faults")

@@ -72,9 +72,9 @@ class Faults:
         with self._lock:
             self._set.append(Fault(**fields))
 
-    def clear(self) -> None:
+    def clear(self, key: str) -> None:
         with self._lock:
-            self._set.clear()
+            self._set = [fault for fault in self._set if key not in ("", fault.key)]
 
     def due(self, method: str, key: str) -> Fault | None:
         with self._lock:

@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "POST":
                 server.faults.add(**sent)
             elif self.command == "DELETE":
-                server.faults.clear()
+                server.faults.clear(sent.get("key", ""))
             result = server.faults.left()
         elif name == "settings":
             server.is_expired = sent.get("expired", server.is_expired)
