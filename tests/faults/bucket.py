@@ -25,11 +25,15 @@ def killed(setting: Setting) -> list[Row]:
             cases = cases[:: every if setting.full else len(cases) // 4]
             rows.append(check_all(row, cases, partial(_killed_at, setting, server)))
             row.notes.append(f"{calls} calls that write, in a run of {STEPS} steps with 4 checkpoints")
+    return rows
+
+
+def killed_again(setting: Setting) -> list[Row]:
+    setting = short(setting)
     with object_server() as server:
         row = Row("SIGKILL at calls at random, again and again, on new machines and on the same one", EXACT)
         cases = [(number, 1 + number % 4 // 3) for number in range(setting.cases(20, 2))]
-        rows.append(check_all(row, cases, partial(_killed_again_and_again, setting, server)))
-    return rows
+        return [check_all(row, cases, partial(_killed_again_and_again, setting, server))]
 
 
 def _calls(setting: Setting, server: ObjectServer) -> int:

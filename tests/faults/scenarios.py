@@ -37,6 +37,7 @@ ALL: dict[str, Callable[[Setting], list[Row]]] = {
     "nonfinite": nonfinite.nonfinite,
     "shared-folder": folders.shared_folder,
     "bucket-kill": bucket.killed,
+    "bucket-kill-again": bucket.killed_again,
     "bucket-fail": bucket.failing,
     "bucket-machines": bucket_machines.shared,
     "moved": moving.moved,

@@ -13,17 +13,8 @@ from conftest import ROOT
 from faults import report
 
 _QUICK = ["kill", "kill-in-save", "signals", "damage", "disk", "nonfinite"]
-_OTHERS = [
-    "best",
-    "kill-one",
-    "slow",
-    "shared-folder",
-    "moved",
-    "launched",
-    "bucket-kill",
-    "bucket-fail",
-    "bucket-machines",
-]
+_OTHERS = ["best", "kill-one", "slow", "shared-folder", "moved", "launched"]
+_OTHERS += ["bucket-kill", "bucket-kill-again", "bucket-fail", "bucket-machines"]
 
 
 def do(names: list[str], folder: Path) -> tuple[dict[str, Any], str]:
