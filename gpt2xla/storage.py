@@ -133,14 +133,11 @@ class Bucket:
                 entries[path.rpartition("/")[2] + "/" * is_folder] = (info.get("size") or 0, version)
         return entries
 
-    def send(self, files: Mapping[str, Path], sent: Callable[[int], None] = lambda size: None) -> None:
-        """Copy local files to objects, several at once. `sent` is called with the size of each when it is there.
-
-        At most 150 MB of them are in memory at a time."""
+    def send(self, files: Mapping[str, Path]) -> None:
+        """Copy local files to objects, several at once. At most 150 MB of them are in memory at a time."""
 
         def send(name: str, file: Path) -> None:
             self._tried("written", name, lambda: self._put(name, file))
-            sent(file.stat().st_size)
 
         _at_once(send, files.items())
 
