@@ -1,4 +1,4 @@
-"""Run by test_prepare_to_urls.py: slow_prepare_worker.py with `folder://` URLs, and leases that expire soon."""
+"""Run by test_prepare_to_*.py: slow_prepare_worker.py with `folder://` URLs, and leases that expire soon."""
 
 import runpy
 
