@@ -27,6 +27,7 @@ from gpt2xla.storage import Bucket
 RENEWED_EVERY, EXPIRES_AFTER = 15.0, 60.0  # seconds
 _KEPT = 10  # of the newest: a store that lists late may show only older ones, from which the next numbers are tried
 _NAME = re.compile(r"lease/(\d{8})\.json")
+_PROBE = "lease/probe-"
 
 
 class LeaseLost(OSError):
@@ -116,7 +117,7 @@ def held(
     write_whole(record, token)
     lease = Lease(bucket, number, token, lost)
     try:
-        bucket.remove(_name(old) for old in _numbers(bucket) if old <= number - _KEPT)
+        bucket.remove(path for path in bucket.files("lease") if _is_old(path, number))
         yield lease
     finally:
         with contextlib.suppress(OSError):  # it expires
@@ -163,18 +164,25 @@ def _wait_until_expired(bucket: Bucket, found: Standing, what: str, say: Callabl
 
 def _age(bucket: Bucket, found: Standing) -> float | None:
     """Return the seconds since a lease was renewed, by the storage's clock; None if it does not tell times."""
-    probe = f"lease/probe-{secrets.token_hex(8)}"
+    probe, now = f"{_PROBE}{secrets.token_hex(8)}", None
     renewed = bucket.modified(_name(found.number))
     if renewed is None:
         return None
     bucket.write(probe, b"")
-    now = bucket.modified(probe)
+    with contextlib.suppress(FileNotFoundError):  # cleared away by a process that has just begun
+        now = bucket.modified(probe)
     bucket.remove([probe])
     return None if now is None else max(0.0, (now - renewed).total_seconds())
 
 
 def _numbers(bucket: Bucket) -> list[int]:
     return [int(name[1]) for path in bucket.files("lease") if (name := _NAME.fullmatch(path))]
+
+
+def _is_old(path: str, number: int) -> bool:
+    """Whether the holder of lease `number` deletes an object: a lease long over, or what a killed process left."""
+    name = _NAME.fullmatch(path)
+    return path.startswith(_PROBE) or (name is not None and int(name[1]) <= number - _KEPT)
 
 
 def _name(number: int) -> str:

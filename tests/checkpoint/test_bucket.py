@@ -237,6 +237,15 @@ def test_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert said == []
 
 
+def test_what_a_killed_process_asked_the_time_with_is_cleared_away(tmp_path: Path) -> None:
+    bucket = Bucket(f"file://{tmp_path}/run", "--checkpoints-dir")
+    for number in range(1, 13):
+        with lease.held(bucket, "x", tmp_path / "ours", print):
+            bucket.write(f"lease/probe-{number}", b"")
+    with lease.held(bucket, "x", tmp_path / "ours", print):
+        assert sorted(bucket.files("lease")) == [f"lease/{number:08d}.json" for number in range(4, 14)]
+
+
 def test_a_run_that_began_meanwhile(tmp_path: Path) -> None:
     bucket = Bucket(f"file://{tmp_path}/run", "--checkpoints-dir")
     seen = lease.newest(bucket)
