@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def main() -> int:
         parser.error(f"{options.folder} exists; name another folder")
     if options.checkpoints_dir and not is_url(options.checkpoints_dir):
         parser.error(f"--checkpoints-dir {options.checkpoints_dir} is no URL; local runs have their folder in FOLDER")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the run ends with this process
     code, samples = soak(options)
     if code:
         output = (options.folder / "output.txt").read_text(errors="replace")
@@ -97,13 +99,8 @@ def main() -> int:
 def soak(options: argparse.Namespace) -> tuple[int, list[Sample]]:
     """Run to the end. Return the exit code and the samples, which are also written to FOLDER/samples.csv."""
     folder = options.folder.resolve()
-    where = [
-        "--checkpoints-dir",
-        options.checkpoints_dir or str(folder / "run"),
-        "--scratch-dir",
-        str(folder / "scratch"),
-    ]
-    general = GeneralConfig(checkpoints_dir=where[1], scratch_dir=where[3])
+    general = GeneralConfig(options.checkpoints_dir or str(folder / "run"), scratch_dir=str(folder / "scratch"))
+    where = ["--checkpoints-dir", general.checkpoints_dir, "--scratch-dir", general.scratch_dir]
     steps, every = str(options.steps), str(options.every)
     flags = [
         *RUN, *write_data(folder), *where, "--train-steps", steps, "--decay-steps", steps,
@@ -121,8 +118,9 @@ def soak(options: argparse.Namespace) -> tuple[int, list[Sample]]:
                 writer.writerow(sample)
                 table_file.flush()
         finally:
-            run.terminate()
-    return run.wait(), samples
+            run.terminate()  # it has ended, unless this process is to end early
+            code = run.wait()
+    return code, samples
 
 
 def write_data(folder: Path) -> list[str]:

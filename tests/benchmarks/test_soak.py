@@ -22,11 +22,11 @@ sys.path.pop()  # its generation.py would hide tests/generation
 def test_30_saves_and_validations_leave_threads_and_open_files_as_they_were(
     where: str, tmp_path: Path, data_flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, save = [], Saver.save
+    held, save = list[tuple[int, ...]](), Saver.save
 
     def save_and_count(saver: Saver, step: int, is_evaluated: bool) -> None:
         save(saver, step, is_evaluated)
-        assert saver.wait()  # what a save needs while it is under way is not counted
+        assert saver.wait()
         held.append(tuple(len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd")))
 
     monkeypatch.setattr(Saver, "save", save_and_count)
@@ -35,9 +35,10 @@ def test_30_saves_and_validations_leave_threads_and_open_files_as_they_were(
     changed = ["--train-steps", 300, "--decay-steps", 300, "--num-layers", 1, "--gradient-accum-step", 1]
     flags = [*data_flags, *SMALL_RUN, *changed, "--saved-checkpoint-limit", 2, "--scratch-dir", tmp_path / "scratch"]
     succeed(run_here("run_pretrain.py", *flags, "--checkpoints-dir", place))
-    assert sum("valid_loss" in line for line in metrics(folder)) == 30
-    assert len(held) == 30
-    assert set(held[1:]) == {held[1]}  # the first save starts a thread
+    assert sum("valid_loss" in line for line in metrics(folder)) == len(held) == 30
+    # A thread that is about to end, or a lease being renewed, may count now and then. The first save starts a thread.
+    fewest_then, fewest_now = ([min(counts) for counts in zip(*part, strict=True)] for part in (held[1:11], held[20:]))
+    assert fewest_now == fewest_then
 
 
 def samples(resident: list[float], threads: list[int], peaks: list[float] | None = None) -> list[soak.Sample]:
