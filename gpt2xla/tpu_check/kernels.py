@@ -55,11 +55,12 @@ def _of_one_document(topology: Topology, name: str, sizes: Any) -> bytes:
     from jax._src.interpreters import mlir
 
     from gpt2xla.model import pallas_attention
+    from gpt2xla.model.pallas_attention_shape import Shape
     from gpt2xla.model.pallas_lowering import use_libtpu_version
 
     use_libtpu_version()
     B, T, H, K = sizes
-    shape = pallas_attention.Shape(B, T, H, K, bf16=topology.kind != "TPU v3", documents=True, skips=False)
+    shape = Shape(B, T, H, K, topology.kind, documents=True, skips=False)
     kernel = getattr(pallas_attention, name.removeprefix("attention_"))(shape)
     lowered = jax.jit(kernel).trace(*kernel.arguments).lower(lowering_platforms=("tpu",))
     module: Any = lowered.compiler_ir()

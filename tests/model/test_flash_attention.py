@@ -7,21 +7,27 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from workers import jax_literals
 
 from gpt2xla.model.attention import sdpa_attention
 from gpt2xla.model.documents import document_mask, document_starts
-from gpt2xla.model.pallas_attention import Shape, backward, forward
+from gpt2xla.model.pallas_attention import backward, forward
+from gpt2xla.model.pallas_attention_shape import Shape
 from gpt2xla.model.pallas_lowering import lower
 
+jax_literals.told_apart()
 SHAPES = [
     Shape(2, 256, 4, 64),
     Shape(1, 1024, 3, 64),
     Shape(1, 128, 2, 32),
     Shape(1, 512, 2, 128),
-    Shape(1, 256, 3, 64, bf16=False),
+    Shape(1, 768, 3, 64, "TPU v4"),
+    Shape(1, 128, 2, 32, "TPU v4"),
+    Shape(1, 256, 3, 64, "TPU v3"),
     Shape(3, 1024, 2, 64, documents=True),
-    Shape(1, 256, 1, 64, bf16=False, documents=True),
     Shape(1, 256, 1, 128, documents=True),
+    Shape(3, 768, 2, 64, "TPU v4", documents=True),
+    Shape(1, 256, 1, 64, "TPU v3", documents=True),
 ]
 # The first tokens of documents in each row: on a chunk's border and beside it, of one token, and none at all. Each number of
 # keys that a chunk of 256 may look at is taken by some row.
@@ -77,8 +83,10 @@ def test_values_and_gradients(shape: Shape) -> None:
 
 def test_the_kernels_are_lowered_without_a_device() -> None:
     for kernel in (forward, backward):
-        for documents in (False, True):
-            assert "custom_call_config" in json.loads(lower(kernel(Shape(2, 256, 4, 64, documents=documents))))
+        for device_kind in ("TPU v3", "TPU v4", "TPU v5 lite"):
+            for documents in (False, True):
+                shape = Shape(2, 256, 4, 64, device_kind, documents)
+                assert "custom_call_config" in json.loads(lower(kernel(shape)))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +97,7 @@ def test_the_kernels_are_lowered_without_a_device() -> None:
         (Shape(1, 4096, 12, 64), False),
         (Shape(1, 128, 2, 48), False),
         (Shape(1, 2048, 2, 64), True),
-        (Shape(1, 2048, 2, 64, bf16=False), False),
+        (Shape(1, 2048, 2, 64, "TPU v3"), False),
     ],
 )
 def test_which_shapes_are_supported(shape: Shape, supported: bool) -> None:

@@ -50,7 +50,7 @@ def fused_blocks(model: ModelConfig, device_kind: str, fence: Fence) -> Fused | 
         layers = (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj)
         stream = x if isinstance(x, Stream) else _normalised(x, model.layer_norm_eps, fence)
         parameters = [value for layer in layers for value in (layer.weight, layer.bias)]
-        return Stream(*_Block.apply(*stream, starts_BT, model, fence, *parameters))
+        return Stream(*_Block.apply(*stream, starts_BT, model, device_kind, fence, *parameters))
 
     def layer_norm(x: Tensor | Stream, norm: nn.LayerNorm) -> Tensor:
         if not isinstance(x, Stream):
@@ -75,7 +75,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_BTD: Tensor, normalised_ND: Tensor, scale: Tensor, starts_BT: Tensor | None, model: ModelConfig,
-        fence: Fence, *parameters: Tensor | None,
+        device_kind: str, fence: Fence, *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         shape = x_BTD.shape
         call = functools.partial(_call, normalised_ND, model)
@@ -84,7 +84,7 @@ class _Block(torch.autograd.Function):
         )
         x_ND = x_BTD.flatten(0, 1)
         qkv = [part.view(shape) for part in call("project", normalised_ND, norm_1, bias_1, attn_ED, attn_E)]
-        heads = (model.num_heads, True, None)
+        heads = (model.num_heads, device_kind, None)
         y_BTD, log_sums = flash.call("forward", starts_BT, qkv, *heads)
         x_ND, normalised_2_ND, scale_2 = call("add_and_normalise", y_BTD.flatten(0, 1), proj_DD, proj_D, x_ND)
         h_NF = call("expand", normalised_2_ND, norm_2, bias_2, fc_FD, fc_F)[0]
@@ -131,7 +131,7 @@ class _Block(torch.autograd.Function):
             dnorm_2, dbias_2, dfc_FD, dfc_SF.sum(0), dout_DF, dout_SD.sum(0),
         ]  # fmt: skip
         there = [value.float() if has else None for value, has in zip(gradients, ctx.has_bias, strict=True)]
-        return dx_ND.view(shape), None, None, None, None, None, *there
+        return dx_ND.view(shape), None, None, None, None, None, None, *there
 
 
 def _call(kept_ND: Tensor, model: ModelConfig, kernel: str, *tensors: Tensor, **options: bool) -> list[Tensor]:

@@ -23,13 +23,12 @@ def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Projec
 
     With a mesh of one axis, for SPMD, each device takes its part of the batch: the partitioner cannot look into the kernel
     to divide it."""
-    bf16 = not device_kind.startswith("TPU v3")
 
     def flash_attention(
         x_BTD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, num_heads: int, starts_BT: Tensor | None = None
     ) -> Tensor:
         x_BTD = x_BTD.to(compute_dtype(x_BTD))
-        return _ProjectedAttention.apply(x_BTD, weight_ED, bias_E, starts_BT, num_heads, bf16, mesh)
+        return _ProjectedAttention.apply(x_BTD, weight_ED, bias_E, starts_BT, num_heads, device_kind, mesh)
 
     return flash_attention
 
@@ -41,9 +40,9 @@ def why_no_flash_attention(device_kind: str, num_heads: int, head_size: int, len
     versions = installed(("torch_xla", "jax"))
     if reason := why_no_kernels(release_for(versions), versions.get("jax")):
         return reason
-    from gpt2xla.model.pallas_attention import Shape
+    from gpt2xla.model.pallas_attention_shape import Shape
 
-    if not Shape(1, length, num_heads, head_size, bf16=not device_kind.startswith("TPU v3")).supported:
+    if not Shape(1, length, num_heads, head_size, device_kind).supported:
         return (
             f"heads of {head_size} columns and --seq-length {length} do not suit it (it takes heads of 32, 64 or 128, and "
             "multiples of 128 tokens, up to 1024 or, with 64 columns and from v4 on, 2048)"
@@ -80,16 +79,17 @@ class _ProjectedAttention(torch.autograd.Function):
 
 
 def call(
-    direction: str, starts_BT: Tensor | None, tensors: list[Tensor], num_heads: int, bf16: bool, mesh: xs.Mesh | None,
-    **options: bool,
+    direction: str, starts_BT: Tensor | None, tensors: list[Tensor], num_heads: int, device_kind: str,
+    mesh: xs.Mesh | None, **options: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Return what this direction's kernel does (`pallas_attention.py`); `bf16` and `mesh` are as above."""
+    """Return what this direction's kernel does (`pallas_attention.py`); `device_kind` and `mesh` are as above."""
     from gpt2xla.model import pallas_attention
+    from gpt2xla.model.pallas_attention_shape import Shape
 
     parts = tensors if mesh is None else [_part(tensor, mesh) for tensor in tensors]
     sequences, length, width = parts[0].shape
     documents = starts_BT is not None
-    shape = pallas_attention.Shape(sequences, length, num_heads, width // num_heads, bf16=bf16, documents=documents)
+    shape = Shape(sequences, length, num_heads, width // num_heads, device_kind, documents)
     if starts_BT is not None:
         starts = [starts_BT[:, None, :: shape.queries_per_chunk], starts_BT[:, None]]
         parts = [*(starts if mesh is None else [_part(tensor, mesh) for tensor in starts]), *parts]
