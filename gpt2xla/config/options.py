@@ -20,6 +20,8 @@ from typing import Any, Literal
 from gpt2xla.errors import InputError
 
 OFF = ("no", "off", "false")  # aliases of "none" or "never"; YAML 1.1 reads the first two as the third
+# How addresses begin that fsspec knows; those of folders on a machine hardly do.
+_PROTOCOL = re.compile(r"(gs|gcs|s3|s3a|hf|az|abfs|https?|file|memory):(//)?", re.IGNORECASE)
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -99,7 +101,13 @@ def require_at_most(most: int, group: Any, *names: str) -> None:
 
 
 def expanded(path: str) -> str:
-    """Return `path` with a leading ~ replaced by the home folder. Raises ValueError if there is no such folder."""
+    """Return `path` with a leading ~ replaced by the home folder. Raises ValueError if there is no such folder, or if it is
+    half a URL: gs:/bucket/run would be a folder on this machine's disk."""
+    if protocol := _PROTOCOL.match(path):
+        if not protocol[2]:
+            raise ValueError(f"{path[:80]!r}: a URL begins with {protocol[0]}//; write ./{protocol[0]} for a folder")
+        if not path[protocol.end() :].strip("/"):
+            raise ValueError(f"{path[:80]!r}: the URL ends before it names anything; write {protocol[0]}bucket/folder")
     whole = os.path.expanduser(path)
     if whole.startswith("~"):
         raise ValueError(f"{path[:80]!r}: ~ is not the home folder of anyone here; write ./~ for a folder of that name")

@@ -44,6 +44,11 @@ def is_missing_path(name: str) -> bool:
     )
 
 
+def is_of_a_step(name: str) -> bool:
+    """Whether the last part of a path or URL is a name that checkpoints have."""
+    return re.fullmatch(r"step-\d{8,}", name.rstrip("/").rpartition("/")[2]) is not None
+
+
 def step_folder(root: Path, step: int) -> Path:
     """Return where a run in `root` has the checkpoint of `step`."""
     return root / f"step-{step:08d}"

@@ -99,6 +99,11 @@ class GeneralConfig:
 
     def check(self) -> None:
         require(self.checkpoints_dir != "", "--checkpoints-dir is empty; name a folder")
+        require(
+            not paths.is_of_a_step(self.checkpoints_dir),
+            f"--checkpoints-dir {self.checkpoints_dir}: that is a checkpoint's name; name its run's folder (--resume goes "
+            "back to a checkpoint)",
+        )
         require(self.scratch_dir != "", "--scratch-dir is empty; name a folder")
         require_at_least(0, self, "upload_interval")
         require(0 <= self.grace_seconds <= 86400, f"--grace-seconds {self.grace_seconds}: choose 0 to 86400")

@@ -135,7 +135,11 @@ def test_a_run_written_as_json_reads_back_the_same(tmp_path: Path) -> None:
     file = tmp_path / "run_config.json"
     file.write_text(json.dumps(config.to_flat()))
     again, _ = parse_run(TorchConfig, ["--config", str(file)])
-    assert again.to_flat() == config.to_flat() | {"data_cache": str(Path("~/.cache/gpt2xla/data").expanduser())}
+    homes = {
+        name: str(Path(f"~/.cache/gpt2xla/{part}").expanduser())
+        for name, part in (("data_cache", "data"), ("scratch_dir", "runs"))
+    }
+    assert again.to_flat() == config.to_flat() | homes
 
 
 def test_valid_steps_is_a_number_or_all(tmp_path: Path) -> None:
@@ -335,6 +339,23 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(tmp_path: Path, mon
     assert parse_run(TorchConfig, ["--checkpoints-dir", "./~x"])[0].general.checkpoints_dir == "./~x"
     with pytest.raises(InputError, match="--resume '~nobody-here'"):
         parse_run(TorchConfig, ["--resume", "~nobody-here"])
+
+
+@pytest.mark.parametrize("url", ["gs:/bucket/run", "s3:bucket", "S3:/bucket", "s3://", "hf:///", "file://"])
+def test_half_a_url_is_no_folder(url: str, tmp_path: Path) -> None:
+    """As a folder it would lie on a disk that goes with its machine."""
+    (tmp_path / "run.yaml").write_text(f'scratch_dir: "{url}"\n')
+    for words in (["--checkpoints-dir", url], ["--train-dir", f"{url}=1"], ["--config", str(tmp_path / "run.yaml")]):
+        if words[0] != "--train-dir" or not url.endswith("/"):
+            with pytest.raises(InputError, match=re.escape(url)):
+                parse_run(TorchConfig, words)
+    assert parse_run(TorchConfig, ["--checkpoints-dir", f"./{url}x"])[0].general.checkpoints_dir == f"./{url}x"
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run/step-00000100", "checkpoints/step-00000100/"])
+def test_a_run_does_not_lie_in_a_checkpoint(name: str) -> None:
+    with pytest.raises(InputError, match="that is a checkpoint's name; name its run's folder"):
+        parse_run(TorchConfig, ["--checkpoints-dir", name])[0].check_early()
 
 
 @pytest.mark.parametrize("program", ["generate.py", *(f"scripts/{f.name}" for f in (ROOT / "scripts").glob("*.py"))])
