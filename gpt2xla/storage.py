@@ -26,7 +26,10 @@ from gpt2xla.errors import InputError, in_one_line
 T = TypeVar("T")
 
 RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
-_FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotImplementedError, TypeError)
+_FINAL = (
+    FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError,
+    NotImplementedError, TypeError,
+)  # fmt: skip
 _BLOCK_BYTES = 1 << 25  # each is a request of its own, which from S3 takes its time
 # What an upload holds in memory: so many files at once, in parts of this size, of which s3fs sends several at once.
 _FILES_AT_ONCE, _PART_BYTES, _PARTS_AT_ONCE = 3, 16 << 20, 3
@@ -44,6 +47,9 @@ def opened(url: str, option: str, **settings: Any) -> tuple[Any, str]:
         package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
         raise InputError(f"{option} {url} needs another package: pip install {package}") from None
     except Exception as error:  # each storage has its own errors, also for credentials
+        if str(error).startswith("Protocol not known"):
+            known = "gs://, s3://, hf:// or whatever else fsspec knows"
+            raise InputError(f"{option} {url}: there is no {url.partition('://')[0]}://; write {known}") from None
         raise InputError(f"{option} {url} cannot be opened: {in_words(error)}") from None
 
 
@@ -157,6 +163,9 @@ class Bucket:
         def remove(name: str) -> None:
             with contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(self._at(name))
+            if self._is_local and "/" in name:
+                with contextlib.suppress(OSError):  # there is more in the folder
+                    os.rmdir(os.path.dirname(self._at(name)))
 
         for name in names:
             self._tried("deleted", name, lambda name=name: remove(name))  # type: ignore[misc]
@@ -243,7 +252,8 @@ def is_final(error: Exception) -> bool:
     # no PermissionErrors.
     is_refused = str(error).startswith("Forbidden") or "Credentials" in type(error).__name__
     is_refused |= type(error).__name__ == "RefreshError"
-    is_refused |= any(getattr(error, name, None) in (401, 403) for name in ("status", "code"))
+    # 404, 405 and 501 are a web server's answers to who wants to write.
+    is_refused |= any(getattr(error, name, None) in (401, 403, 404, 405, 501) for name in ("status", "code"))
     return isinstance(error, _FINAL) or is_refused or _is_disk_full(error)
 
 
