@@ -18,13 +18,13 @@ from gpt2xla.generation.devices import for_generation
 from gpt2xla.generation.drawing import check_can_draw, draw
 from gpt2xla.generation.sampling import USUAL
 from gpt2xla.logs.console import say
+from gpt2xla.logs.sinks import SKETCHES_FOLDER
 from gpt2xla.logs.sketch_picture import sketch_picture
 from gpt2xla.model.gpt2 import GPT2
 from gpt2xla.runtime.base import Runtime
 from gpt2xla.runtime.stop import Stop
 from gpt2xla.sketches.format import SketchFormat
 
-SKETCHES_FOLDER = "sketches"  # in the run's folder
 _DRAWINGS = 20
 
 

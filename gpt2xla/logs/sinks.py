@@ -17,6 +17,7 @@ from gpt2xla.logs.console import LINE, say
 
 METRICS_FILE = "metrics.jsonl"
 TEST_FILE = "test.jsonl"  # written by --do-test
+SKETCHES_FOLDER, TENSORBOARD_FOLDER = "sketches", "tensorboard"  # in the run's folder
 # Between lines of a log: at first 10, later a sixtieth of the time so far. A night of training is some 300 lines.
 _SECONDS_BETWEEN_LINES, _MOST_SECONDS_BETWEEN_LINES = 10, 300
 _NUMBERS_BESIDE_A_BAR = 3

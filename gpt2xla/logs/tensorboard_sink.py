@@ -20,9 +20,8 @@ from tensorboard.plugins.text.plugin_data_pb2 import TextPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from gpt2xla.logs.background_sink import BackgroundSink
-from gpt2xla.logs.sinks import METRICS_FILE
+from gpt2xla.logs.sinks import METRICS_FILE, TENSORBOARD_FOLDER
 
-TENSORBOARD_FOLDER = "tensorboard"
 _EVENTS = "events.out.tfevents."  # TensorBoard reads files with this in their names, in the order of these
 _GROUPS = {"valid_": "valid/", "hellaswag_": "hellaswag/", "sketch_": "sketches/"}
 _LEFT_OUT = ("step", "time")  # which every event has

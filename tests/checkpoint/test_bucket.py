@@ -9,6 +9,7 @@ from conftest import SMALL_RUN, metrics, run_here, succeed, torchrun, training_l
 from safetensors.torch import load_file
 
 from gpt2xla import storage
+from gpt2xla.checkpoint.bucket.layout import layout_of
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.errors import InputError
 from gpt2xla.processes import lease
@@ -174,6 +175,34 @@ def test_the_best_of_another_machine_stays(place: Place) -> None:
         f"step-{kept:08d}",
         "step-00000020",
     }
+
+
+def test_what_is_not_the_runs_stays_where_it_is(place: Place) -> None:
+    """A bucket may hold data and other runs below the same URL."""
+    others = ["data/train/000.npy", "ablation/metrics.jsonl", "ablation/step-00000100/COMPLETE", "model.safetensors"]
+    for name in others:
+        (place.run / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.run / name).write_text("theirs")
+    place.train("a", "--train-steps", 5)
+    (place.here("a") / "core").write_text("of a crash")
+    (place.here("a") / "sketches").mkdir()
+    (place.here("a") / "sketches" / "step-00000005.png").write_text("drawn")
+    place.train("a", "--train-steps", 10)
+    place.train("b", "--train-steps", 15)
+    assert [(place.run / name).read_text() for name in others] == ["theirs"] * 4
+    assert not (place.run / "core").exists()
+    here = place.here("b")
+    assert (here / "sketches" / "step-00000005.png").read_text() == "drawn"
+    assert not any((here / name).exists() for name in others)
+
+
+def test_a_file_is_no_place_for_a_run(place: Place) -> None:
+    place.run.parent.mkdir()
+    place.run.write_text("a model, perhaps")
+    assert "Not a directory" in place.train("a", code=2)
+    Bucket("memory://bucket", "--x").write("run", b"in a store, names with such a beginning may be there too")
+    with pytest.raises(InputError, match="--x memory://bucket/run is a file; name a folder"):
+        layout_of(Bucket("memory://bucket/run", "--x"))
 
 
 def test_upload_interval(place: Place) -> None:

@@ -17,9 +17,9 @@ import pytest
 from conftest import ROOT, SMALL_RUN, metrics, run_here, succeed, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt2xla.logs.sinks import METRICS_FILE, JsonlSink
+from gpt2xla.logs.sinks import METRICS_FILE, TENSORBOARD_FOLDER, JsonlSink
 from gpt2xla.logs.sketch_picture import sketch_picture
-from gpt2xla.logs.tensorboard_sink import TENSORBOARD_FOLDER, TensorBoardSink
+from gpt2xla.logs.tensorboard_sink import TensorBoardSink
 
 # What its users know these numbers as, independent of the code.
 TAGS = {

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 
 from gpt2xla.checkpoint.run_folder import LATEST
 from gpt2xla.checkpoint.seal import COMPLETE
+from gpt2xla.errors import InputError
+from gpt2xla.logs.sinks import SKETCHES_FOLDER, TENSORBOARD_FOLDER
 from gpt2xla.storage import Bucket
 
 ABANDONED = "ABANDONED"
 _STEP = re.compile(r"step-\d{8,}")
-_NOT_OF_THE_RUN = ("lease", "wandb")
+_FOLDERS = (SKETCHES_FOLDER, TENSORBOARD_FOLDER)
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Layout:
 
     Attributes:
         checkpoints: the files in each `step-*`, by its name.
-        others: files that are of no checkpoint, such as metrics.jsonl.
+        others: the run's files that are of no checkpoint, such as metrics.jsonl.
     """
 
     checkpoints: dict[str, list[str]] = field(default_factory=dict)
@@ -43,14 +45,16 @@ class Layout:
 
 
 def layout_of(bucket: Bucket) -> Layout:
-    """Return what lies below a run's URL. Raises OSError if it cannot be listed."""
+    """Return what lies below a run's URL. Raises InputError if that is an object, and OSError if it cannot be listed."""
     checkpoints: dict[str, list[str]] = defaultdict(list)
     others = []
     for path in bucket.files():
+        if not path:
+            raise InputError(f"{bucket.option} {bucket.url} is a file; name a folder, which need not exist")
         top, _, below = path.partition("/")
         if below and _STEP.fullmatch(top):
             checkpoints[top].append(below)
-        elif not _is_hidden(path) and top not in (*_NOT_OF_THE_RUN, LATEST):
+        elif is_small_file(path):
             others.append(path)
     latest = (bucket.read(LATEST) or b"").decode(errors="replace").strip()
     if _STEP.fullmatch(latest) and COMPLETE not in checkpoints[latest]:  # it lists late, or was pruned by hand
@@ -63,9 +67,10 @@ def layout_of(bucket: Bucket) -> Layout:
 
 
 def is_small_file(path: str) -> bool:
-    """Whether a file of a run's folder, relative to it, is sent along with its checkpoints."""
-    top = path.partition("/")[0]
-    return not (_is_hidden(path) or top in (*_NOT_OF_THE_RUN, LATEST) or _STEP.search(top))
+    """Whether a file, named relative to the run, goes to the bucket and back along with its checkpoints. Beside them may lie
+    what is not the run's, such as shards or other runs, of any size."""
+    top, _, below = path.partition("/")
+    return not _is_hidden(path) and (top in _FOLDERS if below else top.endswith((".json", ".jsonl")))
 
 
 def _is_hidden(path: str) -> bool:
