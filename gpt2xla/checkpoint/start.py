@@ -22,7 +22,7 @@ from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.config import GeneralConfig, ModelConfig, OptimConfig, RunConfig, batch, flag, options_of
 from gpt2xla.config.config_file import in_todays_words
 from gpt2xla.config.options import require
-from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed, is_url
+from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed, is_of_a_step, is_url
 from gpt2xla.data.batch_plan import SAVED_SIZES, BatchPlan
 from gpt2xla.data.opening import with_epochs, with_row_length, with_vocabulary
 from gpt2xla.errors import InputError, user_error
@@ -214,10 +214,16 @@ def _newest_good(root: Path, notes: list[str]) -> Path | None:
 
 def _refuse_an_older_one(general: GeneralConfig, newest: Path) -> None:
     name = general.from_checkpoint or ""
-    named = best_checkpoint(name) or run_folder.followed(Path(name))
-    if named.parent.resolve() == newest.parent.resolve() and named.name != newest.name and named.is_dir():
+    if is_url(name):  # the newest of the run's own is here, an older one may not be
+        run, _, step = name.rstrip("/").rpartition("/")
+        is_older = run == general.checkpoints_dir.rstrip("/") and is_of_a_step(step) and step < newest.name
+    else:
+        named = best_checkpoint(name) or run_folder.followed(Path(name))
+        is_older = named.parent.resolve() == newest.parent.resolve() and named.name != newest.name and named.is_dir()
+        name = str(named)
+    if is_older:
         raise InputError(
-            f"--from-checkpoint {named} is older than {newest.name} beside it; to go back to it, use --resume {named}"
+            f"--from-checkpoint {name} is older than {newest.name} beside it; to go back to it, use --resume {name}"
         )
 
 

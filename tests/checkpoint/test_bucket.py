@@ -156,6 +156,14 @@ def test_going_back_sets_later_checkpoints_aside(place: Place, unbroken: Path) -
     assert not (place.run / "step-00000015" / "ABANDONED").exists()
 
 
+def test_a_run_is_named_by_its_own_url(place: Place) -> None:
+    place.train("a", "--train-steps", 10)
+    assert "after step 10" in place.train("b", "--resume", f"{place.url}/latest", "--train-steps", 15)
+    assert "after step 15" in place.train("c", "--resume", f"{place.url}/")
+    text = place.train("d", "--from-checkpoint", f"{place.url}/step-00000010", code=2)
+    assert f"is older than step-00000020 beside it; to go back to it, use --resume {place.url}/step-00000010" in text
+
+
 def test_resume_never_is_refused_where_a_run_is(place: Place) -> None:
     place.train("a", "--train-steps", 5)
     text = place.train("b", "--resume", "never", code=2)
@@ -216,6 +224,8 @@ def test_validation_alone(place: Place) -> None:
     text = place.train("b", "--do-test")
     assert "perplexity" in text
     assert len((place.run / "test.jsonl").read_text().splitlines()) == 1
+    with lease.held(Bucket(place.url, "--x"), "--x", place.folder / "record", print):  # by a run on another machine
+        assert "perplexity" in place.train("c", "--do-test")
 
 
 def test_two_processes_on_machines_of_their_own(place: Place, unbroken: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gpt2xla.checkpoint.bucket.layout import Layout, is_small_file, layout_of
 from gpt2xla.checkpoint.folder import EVALUATED
-from gpt2xla.checkpoint.run_folder import list_checkpoints, set_aside
+from gpt2xla.checkpoint.run_folder import LATEST, list_checkpoints, set_aside
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage, listed
 from gpt2xla.config import GeneralConfig, RunConfig
 from gpt2xla.config.paths import BEST_FILE, step_folder
@@ -25,7 +25,7 @@ from gpt2xla.errors import InputError, RunFailed, in_one_line, name_copy, user_e
 from gpt2xla.files import write_whole
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import METRICS_FILE
-from gpt2xla.processes.lease import Standing, is_own, refuse_if_held
+from gpt2xla.processes.lease import Standing, is_own, newest, refuse_if_held
 from gpt2xla.processes.locks import in_turn
 from gpt2xla.storage import Bucket, is_final
 
@@ -60,8 +60,10 @@ def arrive(bucket: Bucket, config: RunConfig) -> tuple[RunConfig, Standing]:
     `bring` returns. Raises as `bring` does."""
     general, url = config.general, bucket.url
     name_copy(general.folder, url)
-    standing, resume = bring(bucket, general), general.resume
-    if resume.startswith(f"{url}/") and _STEP.fullmatch(name := resume[len(url) + 1 :].rstrip("/")):
+    standing, resume = bring(bucket, general), general.resume.rstrip("/")
+    if resume in (url, f"{url}/{LATEST}") and (here := list_checkpoints(general.folder)):
+        resume = str(here[-1])
+    elif resume.startswith(f"{url}/") and _STEP.fullmatch(name := resume[len(url) + 1 :]):
         bring(bucket, general, (int(name[5:]),))
         resume = str(general.folder / name)
     elif resume == f"{url}@best":
@@ -76,15 +78,16 @@ def bring(bucket: Bucket, general: GeneralConfig, steps: tuple[int, ...] = ()) -
     Args:
         steps: of further checkpoints to bring. Nothing else is done then.
 
-    Returns the newest lease. Raises InputError if another run holds it, or the bucket cannot be used, or no checkpoint in it
-    is whole, or `--resume never` finds some."""
+    Returns the newest lease. Raises InputError if another run holds it and this one is to write, or the bucket cannot be
+    used, or no checkpoint in it is whole, or `--resume never` finds some."""
     folder, what = general.folder, f"{bucket.option} {bucket.url}"
     with user_error(f"--scratch-dir {general.scratch_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
     with bucket_error(bucket), in_turn(folder / ".arriving.lock"):
         for leftover in folder.glob(".arriving-*"):  # of a killed process
             shutil.rmtree(leftover, ignore_errors=True)
-        standing = refuse_if_held(bucket, what, folder / RECORD, say)
+        record = folder / RECORD  # --do-test only reads, as it does in a folder that a run is using
+        standing = newest(bucket) if general.do_test else refuse_if_held(bucket, what, record, say)
         layout = layout_of(bucket)
         if general.resume == "never" and not general.do_test and layout.whole:
             raise InputError(
@@ -96,7 +99,7 @@ def bring(bucket: Bucket, general: GeneralConfig, steps: tuple[int, ...] = ()) -
             except Damaged as damage:
                 raise InputError(f"{damage}; choose another checkpoint") from None
         if not steps:
-            _bring_run(bucket, layout, folder, is_own(standing, folder / RECORD))
+            _bring_run(bucket, layout, folder, is_own(standing, record))
     return standing
 
 
