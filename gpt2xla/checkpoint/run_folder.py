@@ -89,7 +89,7 @@ def point(link: Path, folder: Path) -> str | None:
 
     Return a line for the user if that is impossible, as on a file system without links."""
     partial = link.with_name(f".{link.name}.{os.getpid()}.partial")
-    if link.exists() and not link.is_symlink():
+    if link.exists() and not (link.is_symlink() or _is_from_bucket(link)):
         return f"{link} is no link, and stays as it is; it would mean {folder.name}"
     try:
         partial.unlink(missing_ok=True)
@@ -100,6 +100,13 @@ def point(link: Path, folder: Path) -> str | None:
             partial.unlink(missing_ok=True)
         return f"no link {link} ({error.strerror}); give the folder itself, such as {folder}"
     return None
+
+
+def _is_from_bucket(link: Path) -> bool:
+    """Whether `link` is the object `latest` of a bucket that was copied to here: the name of a checkpoint as text."""
+    with contextlib.suppress(OSError, ValueError):
+        return link.stat().st_size < 100 and _STEP.fullmatch(link.read_text(encoding="utf-8").strip()) is not None
+    return False
 
 
 def prepare_folder(root: Path, step: int) -> list[str]:

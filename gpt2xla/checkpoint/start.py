@@ -33,8 +33,8 @@ from gpt2xla.optim.state import moment_shapes
 
 # Options of this command that a resumed run does not inherit.
 _NOT_CONTINUED = {
-    "checkpoints_dir", "from_checkpoint", "resume", "do_test", "push_to_hub", "max_hours", "max_minutes", "wandb_resume_id",
-    "verify_data", "resize_vocab",
+    "checkpoints_dir", "scratch_dir", "from_checkpoint", "resume", "do_test", "push_to_hub", "max_hours", "max_minutes",
+    "wandb_resume_id", "verify_data", "resize_vocab",
 }  # fmt: skip
 # Those that have a line of their own, or that cannot differ.
 _NOT_REPORTED = _NOT_CONTINUED | {"decay_now"} | {f.name for f in options_of(ModelConfig)}

@@ -84,6 +84,24 @@ def test_another_machine_continues(place: Place, unbroken: Path) -> None:
     assert "nothing to do" in place.train("c")
 
 
+def test_another_machine_has_a_scratch_folder_of_its_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.train("a", "--train-steps", 10)
+    before = sorted(place.here("a").iterdir())
+    home = place.folder / "home"
+    monkeypatch.setenv("HOME", str(home))
+    succeed(run_here("run_pretrain.py", *place.data_flags, *RUN, "--checkpoints-dir", place.url))
+    assert sorted(place.here("a").iterdir()) == before
+    (folder,) = (home / ".cache/gpt2xla/runs").iterdir()
+    assert (folder / "latest").resolve().name == "step-00000020"
+
+
+def test_a_bucket_that_was_copied_continues_as_a_folder(place: Place, unbroken: Path) -> None:
+    place.train("a", "--train-steps", 10)
+    succeed(run_here("run_pretrain.py", *place.data_flags, *RUN, "--checkpoints-dir", place.run))
+    assert_as(place.run, unbroken)
+    assert (place.run / "latest").resolve() == place.run / "step-00000020"
+
+
 def test_a_machine_that_was_left_behind_takes_what_the_bucket_has(place: Place, unbroken: Path) -> None:
     place.train("a", "--train-steps", 5)
     place.train("b", "--train-steps", 15, "--learning-rate", "0.02")
