@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from gpt2xla.errors import InputError, in_one_line
+from gpt2xla.files import write_whole
 
 T = TypeVar("T")
 
@@ -188,7 +189,10 @@ class Bucket:
 
     def _pipe(self, name: str, content: bytes, mode: str = "overwrite") -> None:
         self._make_folder(name)
-        self._files.pipe_file(self._at(name), content, **({"mode": mode} if mode == "create" else {}))
+        if self._is_local and mode != "create":
+            write_whole(Path(self._at(name)), content)
+        else:
+            self._files.pipe_file(self._at(name), content, **({"mode": mode} if mode == "create" else {}))
 
     def _put(self, name: str, file: Path) -> None:
         self._make_folder(name)

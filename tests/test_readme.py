@@ -38,7 +38,7 @@ PAGES = {
     "docs/evaluation.md": (1, 5),
     "docs/instruct.md": (0, 9),
     "docs/sketches.md": (0, 3),
-    "docs/checkpoints.md": (0, 5),
+    "docs/checkpoints.md": (0, 6),
     "docs/architecture.md": (0, 1),
     "docs/glossary.md": (0, 1),
     "docs/testing.md": (0, 1),
