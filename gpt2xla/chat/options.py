@@ -35,7 +35,7 @@ class ChatConfig:
         "input, output), dolly (instruction, context, response), prompt-completion; auto: as each record's keys tell",
     )
     output_dir: str = option("./chat", OUTPUT_HELP, is_path=True)
-    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True)
+    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True, check=paths.check_local)
     tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True, check=paths.check_tokenizer)
     add_special_tokens: bool = option(
         False,

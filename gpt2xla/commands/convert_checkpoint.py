@@ -19,7 +19,9 @@ class ConvertConfig:
         check=paths.check_model,
         other_names=("input",),
     )
-    output_dir: str = option(MISSING, "folder to make, which Hugging Face can load", is_path=True)
+    output_dir: str = option(
+        MISSING, "folder to make, which Hugging Face can load", is_path=True, check=paths.check_local
+    )
     tokenizer: str | None = option(
         None, f"{TOKENIZER_HELP} (default: the model's own, if it has one)", is_path=True, check=paths.check_tokenizer
     )

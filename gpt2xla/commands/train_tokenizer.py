@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2xla.cli import parse_options
-from gpt2xla.config import option, require_at_least
+from gpt2xla.config import option, paths, require_at_least
 from gpt2xla.data.documents.reading_options import (
     COLUMN_HELP,
     EXCLUDE_HELP,
@@ -31,7 +31,9 @@ if TYPE_CHECKING:  # --help must not wait for pyarrow
 class TokenizerConfig:
     """Tokenizer training"""
 
-    output_dir: str = option(MISSING, "folder for tokenizer.json, which transformers loads", is_path=True)
+    output_dir: str = option(
+        MISSING, "folder for tokenizer.json, which transformers loads", is_path=True, check=paths.check_local
+    )
     input: tuple[str, ...] = option((), INPUT_HELP, is_path=True)
     dataset: str | None = option(
         None, "instead of --input: a data set's name on the hub, or a local folder of one", is_path=True

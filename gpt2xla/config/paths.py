@@ -126,6 +126,12 @@ def check_all_shards(flag: str, folders: Sequence[str]) -> None:
         check_shards(flag, folder)
 
 
+def check_local(flag: str, name: str) -> None:
+    """Check a place where files are kept. A URL would become a folder of that name."""
+    if is_url(name):
+        raise InputError(f"{flag} {name}: files are kept on this machine; name a folder, not a URL")
+
+
 def check_file(flag: str, name: str) -> None:
     """Check that a file is there."""
     with user_error(f"{flag} {name}"):

@@ -46,6 +46,7 @@ class GeneralConfig:
         "~/.cache/gpt2xla/runs",
         "where a run whose --checkpoints-dir is a URL has its folder on this machine",
         is_path=True,
+        check=paths.check_local,
     )
     upload_interval: int = option(
         0,
@@ -150,7 +151,9 @@ class DataConfig:
         False, "end each epoch before its last incomplete batch; otherwise that batch continues into the next epoch"
     )
     verify_data: bool = option(False, "before training, compare every shard with the sha256 in its manifest")
-    data_cache: str = option("~/.cache/gpt2xla/data", "folder that keeps the shards fetched from URLs", is_path=True)
+    data_cache: str = option(
+        "~/.cache/gpt2xla/data", "folder that keeps the shards fetched from URLs", is_path=True, check=paths.check_local
+    )
     data_cache_gb: float = option(
         0.0, "size limit of --data-cache in GB; the shards unread for longest are removed first; 0 means no limit"
     )

@@ -35,7 +35,7 @@ class SketchesConfig:
     )
     exclude: tuple[str, ...] = option((), EXCLUDE_HELP)
     output_dir: str = option("./sketches", OUTPUT_HELP, is_path=True)
-    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True)
+    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True, check=paths.check_local)
     words: tuple[str, ...] = option((), "words to take drawings of (default: all)")
     per_word: int | None = option(None, "most drawings to take of each word, chosen by --seed (default: all)")
     recognized_only: bool = option(False, "leave out drawings that the game did not recognise")

@@ -352,6 +352,21 @@ def test_half_a_url_is_no_folder(url: str, tmp_path: Path) -> None:
     assert parse_run(TorchConfig, ["--checkpoints-dir", f"./{url}x"])[0].general.checkpoints_dir == f"./{url}x"
 
 
+@pytest.mark.parametrize("flag", ["--scratch-dir", "--data-cache"])
+def test_what_is_kept_on_this_machine_takes_no_url(flag: str) -> None:
+    with pytest.raises(InputError, match=f"{flag} gs://bucket/x: files are kept on this machine; name a folder"):
+        parse_run(TorchConfig, [flag, "gs://bucket/x"])[0].check_early()
+
+
+@pytest.mark.parametrize(
+    "words", [["train_tokenizer.py", "--input", "."], ["convert_checkpoint.py", "--model", "gpt2"]], ids=lambda w: w[0]
+)
+def test_folders_that_programs_make_take_no_url(words: list[str]) -> None:
+    result = run_here(f"scripts/{words[0]}", *words[1:], "--output-dir", "s3://bucket/x")
+    assert result.returncode == 2
+    assert "--output-dir s3://bucket/x: files are kept on this machine" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["gs://bucket/run/step-00000100", "checkpoints/step-00000100/"])
 def test_a_run_does_not_lie_in_a_checkpoint(name: str) -> None:
     with pytest.raises(InputError, match="that is a checkpoint's name; name its run's folder"):

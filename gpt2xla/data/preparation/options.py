@@ -21,7 +21,7 @@ class PrepareConfig:
     """Preparation"""
 
     output_dir: str = option("./data", OUTPUT_HELP, is_path=True)
-    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True)
+    scratch_dir: str = option(SCRATCH_DIR, SCRATCH_HELP, is_path=True, check=paths.check_local)
     tokenizer: str = option("gpt2", TOKENIZER_HELP, is_path=True, check=paths.check_tokenizer)
     test_fraction: float | None = option(
         None,
