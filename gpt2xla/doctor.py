@@ -20,6 +20,7 @@ from gpt2xla import __version__
 from gpt2xla.checkpoint.bucket.examination import CHECKPOINT_BYTES, examine
 from gpt2xla.cli import parse_options
 from gpt2xla.config import option
+from gpt2xla.config.paths import is_url
 from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.processes.exits import exit_code
 from gpt2xla.runtime.torch.host_memory import free_host_memory
@@ -70,11 +71,18 @@ print(json.dumps({"type": xr.device_type(), "count": len(torch_xla.real_devices(
 """
 
 
+def _check_folder(flag: str, name: str) -> None:
+    if is_url(name):
+        raise InputError(f"{flag} {name}: is examined as --bucket {name}")
+
+
 @dataclass(frozen=True)
 class DoctorConfig:
     """Doctor"""
 
-    checkpoints_dir: str = option("./checkpoints", "folder for checkpoints: has it enough room?", is_path=True)
+    checkpoints_dir: str = option(
+        "./checkpoints", "folder for checkpoints: has it enough room?", is_path=True, check=_check_folder
+    )
     timeout: int = option(180, "seconds to wait for the devices")
     bucket: str | None = option(
         None,

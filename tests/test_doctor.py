@@ -230,6 +230,9 @@ def test_here_all_is_well_and_without_a_device_it_is_not(tmp_path: Path) -> None
     assert "no problems found" in well.stdout
     for name in ("Python", "torch ", "torch_xla", "numpy", "transformers"):
         assert f"\n  {name}" in well.stdout
+    url = run("-m", "gpt2xla.doctor", "--checkpoints-dir", "gs://bucket/run")
+    assert url.returncode == 2
+    assert "--checkpoints-dir gs://bucket/run: is examined as --bucket gs://bucket/run" in url.stderr
     ill = run("-m", "gpt2xla.doctor", "--checkpoints-dir", tmp_path, PJRT_DEVICE="", XRT_TPU_CONFIG="x")
     assert ill.returncode == 1
     assert ill.stdout.count("problem: ") == 2

@@ -100,9 +100,12 @@ class Saver:
     def wait(self) -> str:
         """Wait until nothing is being written, or sent. Return what is wrong with the last checkpoint: "" if it is on the
         disk, and in the run's bucket."""
-        if not self._writes.wait():
-            return "was not saved; fix the error above"
-        return self._unsent(self.mirror) if self.mirror else ""
+        is_written = self._writes.wait()
+        unsent = self._unsent(self.mirror) if self.mirror else ""  # of an older one, if this one was not written
+        if is_written:
+            return unsent
+        safe = f"; {self.mirror.safe_in_words()}" if self.mirror else ""
+        return f"was not saved; fix the error above{safe}"
 
     def _unsent(self, mirror: Sender) -> str:
         general = self.config.general

@@ -1,14 +1,18 @@
 """Runs whose --checkpoints-dir is a URL: what is sent, what another machine finds, and who may write."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL_RUN, metrics, run_here, succeed, torchrun, training_losses
 from safetensors.torch import load_file
 
 from gpt2xla import storage
+from gpt2xla.checkpoint import saver
 from gpt2xla.checkpoint.bucket.layout import layout_of
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.errors import InputError
@@ -229,6 +233,34 @@ def test_a_file_is_no_place_for_a_run(place: Place) -> None:
     Bucket("memory://bucket", "--x").write("run", b"in a store, names with such a beginning may be there too")
     with pytest.raises(InputError, match="--x memory://bucket/run is a file; name a folder"):
         layout_of(Bucket("memory://bucket/run", "--x"))
+
+
+def test_a_full_disk_is_not_the_buckets(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.train("a", "--train-steps", 5)
+
+    def download(files: object, source: str, target: Path) -> str:
+        target.write_bytes(b"what fits")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "download", download)
+    assert "No space left on device; make room for its copy on this machine" in place.train("b", code=1)
+    assert list(place.here("b").rglob(".arriving-*")) == []
+
+
+def test_where_the_last_checkpoint_cannot_be_saved_the_one_before_is_sent(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = saver.checkpoint.save
+
+    def fail_at_the_end(*args: Any, training: dict[str, Any], **rest: Any) -> Path:
+        if training["step"] == 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(*args, training=training, **rest)
+
+    monkeypatch.setattr(saver.checkpoint, "save", fail_at_the_end)
+    text = place.train("a", "--upload-interval", 100, code=1)
+    assert f"step 20 was not saved; fix the error above; the newest checkpoint in {place.url} is of step 15" in text
+    assert (place.run / "step-00000015" / COMPLETE).exists()
 
 
 def test_upload_interval(place: Place) -> None:

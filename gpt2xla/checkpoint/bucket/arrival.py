@@ -25,6 +25,7 @@ from gpt2xla.errors import InputError, RunFailed, in_one_line, name_copy, user_e
 from gpt2xla.files import write_whole
 from gpt2xla.logs.console import say
 from gpt2xla.logs.sinks import METRICS_FILE
+from gpt2xla.processes.exits import is_disk_full
 from gpt2xla.processes.lease import Standing, is_own, newest, refuse_if_held
 from gpt2xla.processes.locks import in_turn
 from gpt2xla.storage import Bucket, is_final
@@ -50,6 +51,9 @@ def bucket_error(bucket: Bucket) -> Iterator[None]:
         ) from None
     except OSError as error:
         what = f"{bucket.option} {bucket.url}: {in_one_line(error)}"
+        if error.errno is not None:  # of this machine: those of a storage have none
+            kind = RunFailed if is_disk_full(error) else InputError
+            raise kind(f"{what}; make room for its copy on this machine, or choose another --scratch-dir") from None
         if is_final(error):
             raise InputError(f"{what}; check address and credentials") from None
         raise RunFailed(f"{what}; try again later") from None
@@ -83,9 +87,9 @@ def bring(bucket: Bucket, general: GeneralConfig, steps: tuple[int, ...] = ()) -
     folder, what = general.folder, f"{bucket.option} {bucket.url}"
     with user_error(f"--scratch-dir {general.scratch_dir}"):
         folder.mkdir(parents=True, exist_ok=True)
-    with bucket_error(bucket), in_turn(folder / ".arriving.lock"):
-        for leftover in folder.glob(".arriving-*"):  # of a killed process
-            shutil.rmtree(leftover, ignore_errors=True)
+    with bucket_error(bucket), in_turn(folder / ".arriving.lock"), contextlib.ExitStack() as holding:
+        holding.callback(_clear, folder)
+        _clear(folder)  # a killed process may have left something
         record = folder / RECORD  # --do-test only reads, as it does in a folder that a run is using
         standing = newest(bucket) if general.do_test else refuse_if_held(bucket, what, record, say)
         layout = layout_of(bucket)
@@ -97,10 +101,15 @@ def bring(bucket: Bucket, general: GeneralConfig, steps: tuple[int, ...] = ()) -
             try:
                 _bring_one(bucket, name, folder, layout.checkpoints.get(name, []))
             except Damaged as damage:
-                raise InputError(f"{damage}; choose another checkpoint") from None
+                raise InputError(f"{bucket.option}: {damage}; choose another checkpoint to --resume") from None
         if not steps:
             _bring_run(bucket, layout, folder, is_own(standing, record))
     return standing
+
+
+def _clear(folder: Path) -> None:
+    for partial in folder.glob(".arriving-*"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _bring_run(bucket: Bucket, layout: Layout, folder: Path, is_ahead: bool) -> None:
