@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from gpt2xla import storage
 from gpt2xla.checkpoint import saver
+from gpt2xla.checkpoint.bucket import mirror
 from gpt2xla.checkpoint.bucket.layout import layout_of
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage
 from gpt2xla.errors import InputError
@@ -261,6 +263,19 @@ def test_where_the_last_checkpoint_cannot_be_saved_the_one_before_is_sent(
     text = place.train("a", "--upload-interval", 100, code=1)
     assert f"step 20 was not saved; fix the error above; the newest checkpoint in {place.url} is of step 15" in text
     assert (place.run / "step-00000015" / COMPLETE).exists()
+
+
+def test_a_long_wait_at_the_end_is_explained(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    send_whole = mirror.send_whole
+
+    def slowly(*args: Any) -> int:
+        time.sleep(1.0)
+        return send_whole(*args)
+
+    monkeypatch.setattr(mirror, "send_whole", slowly)
+    monkeypatch.setattr(mirror, "_QUIET_SECONDS", 0.1)
+    text = place.train("a", "--upload-interval", 100)
+    assert text.count("waiting until step-00000020 is sent\n") == 1
 
 
 def test_upload_interval(place: Place) -> None:

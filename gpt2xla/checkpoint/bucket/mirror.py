@@ -27,6 +27,7 @@ from gpt2xla.storage import Bucket
 
 UPLOADS_FILE = "uploads.jsonl"  # a line for each checkpoint that was sent: step, bytes, seconds, time
 _LAST_TRIES = 3
+_QUIET_SECONDS = 10.0  # of the wait at the end of a run, after which a line says what it is for
 _TELLS_A_RATE = 10_000_000  # bytes; with fewer, most of the time goes into requests
 
 
@@ -68,7 +69,7 @@ class Mirror:
         return f"the newest checkpoint in {self.bucket.url} is of step {_step(self._safe)}"
 
     def wait(self, seconds: float | None) -> bool:
-        deadline = None if seconds is None else time.monotonic() + max(0.0, seconds)
+        deadline, is_said = None if seconds is None else time.monotonic() + max(0.0, seconds), False
         for attempt in range(_LAST_TRIES):
             with self._changed:
                 newest = self._newest
@@ -80,7 +81,10 @@ class Mirror:
                     left = None if deadline is None else deadline - time.monotonic()
                     if left is not None and left <= 0:
                         return False
-                    self._changed.wait(left)
+                    wait = _QUIET_SECONDS if left is None else min(left, _QUIET_SECONDS)
+                    if not (self._changed.wait(wait) or is_said):
+                        is_said = True
+                        say(f"waiting until {newest.name} is sent")
                 is_over = self._ended or (deadline is not None and time.monotonic() >= deadline)
                 # A refusal stays one.
                 if self._failure is None or is_over or isinstance(self._failure, PermissionError | LeaseLost):
