@@ -236,7 +236,7 @@ def draw(samples: Sequence[Sample], file: Path) -> None:
     except ImportError:
         print(f"no {file.name}: matplotlib is not installed; pip install 'gpt2xla[plot]'")
         return
-    figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
     memory, counts = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     steps = [sample.step for sample in samples]
     lines = (("highest so far", "peak_mb", "#999999"), ("resident", "resident_mb", "#0072B2"))
@@ -250,7 +250,7 @@ def draw(samples: Sequence[Sample], file: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file)
 
 
