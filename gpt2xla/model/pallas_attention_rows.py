@@ -27,7 +27,6 @@ from gpt2xla.model.pallas_attention_shape import (
     each_in_a_row,
     of_heads,
     product,
-    sum_of_rows,
     visible,
     within_width,
 )
@@ -107,7 +106,7 @@ def backward(shape: Shape, interpret: bool, *refs: Any) -> None:
     for rows, (q_rows, k_rows, v_rows, y_rows, dy_rows) in _rows(shape, interpret, q_ref, k_ref, v_ref, y_ref, dy_ref):
         k[rows], v[rows] = k_rows.astype(k.dtype), v_rows.astype(v.dtype)
         dq[rows] = dy_rows * y_rows  # kept where dq will be written
-        dv_sum += sum_of_rows(dy_rows)
+        dv_sum += _sum_of_rows(dy_rows)
         for head in heads:
             q.at[head][rows] = of_heads(shape, {head: q_rows * shape.q_scale}, 0.0).astype(q.dtype)
             dy.at[head][rows] = of_heads(shape, {head: dy_rows}, 0.0).astype(dy.dtype)
@@ -149,7 +148,7 @@ def backward(shape: Shape, interpret: bool, *refs: Any) -> None:
         by_reach(shape, numbers_ref, queries, differentiate)
         if shape.score_scale != 1:
             dk[queries] *= shape.score_scale
-        dq_sum += sum_of_rows(dq[queries])
+        dq_sum += _sum_of_rows(dq[queries])
         for ref, values in zip(gradient_refs, (dq, dk, dv), strict=True):
             _write(shape, ref, values, queries)
     sums_ref[0] = jnp.concatenate([dq_sum, dk_sum, dv_sum])
@@ -183,3 +182,9 @@ def _write(shape: Shape, ref: Any, values: Any, rows: slice) -> None:
     halves = [values[pl.ds(rows.start + odd, (rows.stop - rows.start) // 2, stride=2)] for odd in range(2)]
     even, odd = (jax.lax.bitcast_convert_type(half, jnp.int32) + 0x8000 for half in halves)
     ref[0, rows] = pltpu.bitcast(jax.lax.shift_right_logical(even, 16) | (odd & -65536), jnp.bfloat16)
+
+
+def _sum_of_rows(x: jax.Array) -> jax.Array:
+    while len(x) % 16 == 0:  # in halves, not one row after the other: each addition would wait for the last
+        x = x[: len(x) // 2] + x[len(x) // 2 :]
+    return jnp.sum(x, axis=0, keepdims=True)

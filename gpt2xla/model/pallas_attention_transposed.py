@@ -98,7 +98,7 @@ def forward(shape: Shape, interpret: bool, *refs: Any) -> None:
 
 def backward(shape: Shape, interpret: bool, *refs: Any) -> None:
     numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
-    starts = refs.pop() if shape.documents else None
+    *refs, starts = refs if shape.documents else (*refs, None)
     q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, *gradient_refs, sums_ref = refs[:-9]
     q, dy, q_LT, dy_LT, k_LT, v_LT, dk_LT, dv_LT, delta = refs[-9:]
     if len(gradient_refs) == 1:
