@@ -97,10 +97,10 @@ def forward(shape: Shape, interpret: bool, *refs: Any) -> None:
 
 
 def backward(shape: Shape, interpret: bool, *refs: Any) -> None:
-    numbers_ref, starts_ref, *refs = refs if shape.documents else (None, None, *refs)  # type: ignore[assignment]
-    *refs, starts = refs if shape.documents else (*refs, None)
-    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, *gradient_refs, sums_ref = refs[:-9]
-    q, dy, q_LT, dy_LT, k_LT, v_LT, dk_LT, dv_LT, delta = refs[-9:]
+    numbers_ref, starts_ref, *rest = refs if shape.documents else (None, None, *refs)
+    starts = rest.pop() if shape.documents else None
+    q_ref, k_ref, v_ref, y_ref, log_sum_ref, dy_ref, *gradient_refs, sums_ref = rest[:-9]
+    q, dy, q_LT, dy_LT, k_LT, v_LT, dk_LT, dv_LT, delta = rest[-9:]
     if len(gradient_refs) == 1:
         gradient_refs = [gradient_refs[0].at[number] for number in range(3)]
     heads = range(shape.heads_per_block)
