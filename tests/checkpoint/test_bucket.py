@@ -131,6 +131,13 @@ def test_the_same_machine_sends_what_a_killed_run_had_not(place: Place, unbroken
     assert_as(place.run, unbroken)
 
 
+def test_a_list_that_does_not_show_the_run_yet(place: Place, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.train("a", "--train-steps", 10)
+    monkeypatch.setattr(Bucket, "files", lambda self, folder="": {})
+    place.train("b")
+    assert_as(place.run, unbroken)
+
+
 def test_a_finished_run_sends_its_last_checkpoint(place: Place) -> None:
     place.train("a")
     shutil.rmtree(place.run / "step-00000020")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gpt2xla.checkpoint.bucket.layout import Layout, is_small_file, layout_of
 from gpt2xla.checkpoint.folder import EVALUATED
-from gpt2xla.checkpoint.run_folder import LATEST, list_checkpoints, set_aside
+from gpt2xla.checkpoint.run_folder import LATEST, RUN_CONFIG, list_checkpoints, set_aside
 from gpt2xla.checkpoint.seal import COMPLETE, find_damage, listed
 from gpt2xla.config import GeneralConfig, RunConfig
 from gpt2xla.config.paths import BEST_FILE, step_folder
@@ -99,7 +99,7 @@ def bring(bucket: Bucket, general: GeneralConfig, steps: tuple[int, ...] = ()) -
             )
         for name in (step_folder(folder, step).name for step in steps):
             try:
-                _bring_one(bucket, name, folder, layout.checkpoints.get(name, []))
+                _bring_one(bucket, name, folder)
             except Damaged as damage:
                 raise InputError(f"{bucket.option}: {damage}; choose another checkpoint to --resume") from None
         if not steps:
@@ -124,12 +124,14 @@ def _bring_run(bucket: Bucket, layout: Layout, folder: Path, is_ahead: bool) -> 
             say(f"{set_aside(path)}: it is not in {bucket.url}, where another machine has continued")
         elif path.name not in kept:  # the bucket has it
             shutil.rmtree(path)
-    for name in layout.others:
+    found = set()
+    for name in {METRICS_FILE, RUN_CONFIG, BEST_FILE, *layout.others}:  # those that every run has may be listed late
         if (content := bucket.read(name)) is not None:
+            found.add(name)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(folder / name, content)
     for path in [*folder.glob("*.json"), *folder.glob(METRICS_FILE)]:
-        if path.name not in layout.others and is_small_file(path.name):
+        if path.name not in found and is_small_file(path.name):
             path.unlink()  # of a run that is no longer in the bucket
 
 
@@ -138,7 +140,7 @@ def _bring_newest(bucket: Bucket, layout: Layout, folder: Path) -> list[str]:
     damages, brought = [], []
     for name in reversed(layout.whole):
         try:
-            _bring_one(bucket, name, folder, layout.checkpoints[name])
+            _bring_one(bucket, name, folder)
         except Damaged as damage:
             say(f"skipped a checkpoint: {damage}")
             damages.append(str(damage))
@@ -153,14 +155,14 @@ def _bring_newest(bucket: Bucket, layout: Layout, folder: Path) -> list[str]:
         best = step_folder(folder, json.loads(bucket.read(BEST_FILE) or b"")["step"]).name
         if best in layout.whole and best not in brought:
             try:
-                _bring_one(bucket, best, folder, layout.checkpoints[best])
+                _bring_one(bucket, best, folder)
                 brought.append(best)
             except Damaged as damage:
                 say(f"the best checkpoint is not used: {damage}")
     return brought
 
 
-def _bring_one(bucket: Bucket, name: str, folder: Path, there: list[str]) -> None:
+def _bring_one(bucket: Bucket, name: str, folder: Path) -> None:
     """Bring a checkpoint unless the same one is here. It appears under its name only when it is whole. Raises Damaged."""
     target, partial = folder / name, folder / f".arriving-{name}"
     complete = bucket.read(f"{name}/{COMPLETE}")
@@ -187,7 +189,7 @@ def _bring_one(bucket: Bucket, name: str, folder: Path, there: list[str]) -> Non
         if size > _ANNOUNCED_BYTES:
             seconds = time.monotonic() - begun
             say(f"fetched {name} in {seconds:.0f} s ({size / 1e6 / seconds:,.0f} MB/s)")
-    if EVALUATED in there and (mark := bucket.read(f"{name}/{EVALUATED}")) is not None:
+    if (mark := bucket.read(f"{name}/{EVALUATED}")) is not None:
         write_whole(target / EVALUATED, mark)
 
 
