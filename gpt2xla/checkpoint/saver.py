@@ -33,8 +33,8 @@ class Sender(Protocol):
     def send(self, checkpoint: Path) -> None:
         """Send a checkpoint that was just written or changed, unless it is too early for another one."""
 
-    def wait(self, seconds: float | None) -> bool:
-        """Wait until the newest checkpoint is sent, at most for `seconds`. Return whether it is."""
+    def wait(self, seconds_left: Callable[[], float | None] = lambda: None) -> bool:
+        """Wait until the newest checkpoint is sent, or no seconds are left (None: no limit). Return whether it is sent."""
 
     def safe_in_words(self) -> str:
         """Return which of the checkpoints that were sent is the newest, for a message."""
@@ -111,7 +111,7 @@ class Saver:
         general = self.config.general
         self.stop.begin_save()  # one more signal does not end the run
         try:
-            if mirror.wait(self.stop.seconds_of_grace(general.grace_seconds)):
+            if mirror.wait(lambda: self.stop.seconds_of_grace(general.grace_seconds)):
                 return ""
         finally:
             self.stop.end_save()

@@ -143,7 +143,7 @@ def _repair(start: Start, mirror: Mirror | None) -> None:
             prepare_best(general.folder, start.best)
     if mirror:
         mirror.begin(start.step)
-        if not mirror.wait(None):
+        if not mirror.wait():
             raise RunFailed("the last checkpoint was not sent; fix the error above and rerun the same command")
 
 

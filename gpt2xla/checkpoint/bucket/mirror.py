@@ -68,8 +68,8 @@ class Mirror:
             return f"no checkpoint is in {self.bucket.url} yet"
         return f"the newest checkpoint in {self.bucket.url} is of step {_step(self._safe)}"
 
-    def wait(self, seconds: float | None) -> bool:
-        deadline, is_said = None if seconds is None else time.monotonic() + max(0.0, seconds), False
+    def wait(self, seconds_left: Callable[[], float | None] = lambda: None) -> bool:
+        begun, is_said = time.monotonic(), False
         for attempt in range(_LAST_TRIES):
             with self._changed:
                 newest = self._newest
@@ -78,14 +78,15 @@ class Mirror:
                 if newest not in self.sending:  # left out by the interval, or it has failed
                     self._add(newest)
                 while self._sending or self._waiting:
-                    left = None if deadline is None else deadline - time.monotonic()
+                    left = seconds_left()  # a signal that sets an end may come meanwhile
                     if left is not None and left <= 0:
                         return False
-                    wait = _QUIET_SECONDS if left is None else min(left, _QUIET_SECONDS)
-                    if not (self._changed.wait(wait) or is_said):
+                    self._changed.wait(0.5 if left is None else min(left, 0.5))
+                    if not is_said and time.monotonic() > begun + _QUIET_SECONDS:
                         is_said = True
                         say(f"waiting until {newest.name} is sent")
-                is_over = self._ended or (deadline is not None and time.monotonic() >= deadline)
+                left = seconds_left()
+                is_over = self._ended or (left is not None and left <= 0)
                 # A refusal stays one.
                 if self._failure is None or is_over or isinstance(self._failure, PermissionError | LeaseLost):
                     return self._failure is None
