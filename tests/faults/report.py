@@ -24,6 +24,9 @@ can hit many and the runs short. "As if unbroken" means: losses and validation l
 that each step read, and the bytes of the last weights and of the optimizer's moments are those of a run that nothing
 happened to.
 
+Runs in buckets have 24 steps. Their stores are moto's S3 and gcp-storage-emulator's GCS on the same machine, and a machine
+is an empty `--scratch-dir`. Not run on a real cloud.
+
 Unless a row says otherwise, processes are forks of the harness that go through `run_pretrain.py`'s `main`, joined by gloo
 where there are two.
 """
