@@ -94,8 +94,7 @@ class _Scopes:
             opened.extend([self._open_scope(BACKWARD), self._open_scope(name)])
 
         def leave(gradients: Any, outputs: Any) -> None:
-            opened.pop()
-            opened.pop()
+            opened.clear()  # the last one first; with --spmd --fsdp, autograd leaves a node that it did not enter
 
         node.register_prehook(enter)
         node.register_hook(leave)
