@@ -111,7 +111,7 @@ def in_step() -> None:
 
     def send_and_wait(self: Mirror, checkpoint: Path) -> None:
         send(self, checkpoint)
-        self.wait(None)
+        self.wait()
 
     Mirror.send = send_and_wait  # type: ignore[method-assign]
 

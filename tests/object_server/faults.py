@@ -61,6 +61,9 @@ class Fault:
         return True
 
 
+NO_FAULT = Fault("")
+
+
 class Faults:
     """The faults that are set, in the order in which they were. A request has at most one."""
 

@@ -71,8 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         start = self.rfile.peek() if int(self.headers.get("Content-Length") or 0) else b""  # type: ignore[attr-defined]
         key = self.server.store.key(path, query, start)
-        fault = self.server.faults.due(self.command, key)
-        line = {"method": self.command, "key": key, "query": query, "status": None, "fault": fault and fault.kind}
+        fault = self.server.faults.due(self.command, key) or faults.NO_FAULT
+        line: dict[str, Any] = {"method": self.command, "key": key, "query": query, "status": None}
+        line["fault"] = fault.kind or None
         self.server.requests.append(line)
         try:
             answer = self._answer(fault, path, query)
@@ -83,27 +84,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do_PATCH = _handle
 
-    def _answer(self, fault: faults.Fault | None, path: str, query: str) -> Answer:
-        kind = fault.kind if fault else ""
-        if kind == faults.KILL_BEFORE:
+    def _answer(self, fault: faults.Fault, path: str, query: str) -> Answer:
+        if fault.kind == faults.KILL_BEFORE:
             self._kill(fault)
         body = self._body(fault)
-        if kind == faults.WAIT:
+        if fault.kind == faults.WAIT:
             time.sleep(fault.value)
         if self.server.is_expired:
             return self.server.store.error(self.server.store.expired_status)
-        if kind == faults.STATUS:
+        if fault.kind == faults.STATUS:
             return self.server.store.error(int(fault.value))
         answer = self.server.carry_out(self.command, path, query, self.headers, body)
-        if kind == faults.KILL_AFTER:
+        if fault.kind == faults.KILL_AFTER:
             self._kill(fault)
-        if kind == faults.LOST:
+        if fault.kind == faults.LOST:
             raise _Ended
         return answer
 
-    def _body(self, fault: faults.Fault | None) -> bytes:
+    def _body(self, fault: faults.Fault) -> bytes:
         size = int(self.headers.get("Content-Length") or 0)
-        is_cut = fault and fault.kind == faults.CUT and size > 0
+        is_cut = fault.kind == faults.CUT and size > 0
         left, blocks = size // 2 if is_cut else size, []
         while left:
             block = self.rfile.read(min(left, self._block(fault)))
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Ended
         return b"".join(blocks)
 
-    def _send(self, answer: Answer, fault: faults.Fault | None = None) -> None:
+    def _send(self, answer: Answer, fault: faults.Fault = faults.NO_FAULT) -> None:
         self.send_response_only(answer.status)
         self.send_header("Date", email.utils.format_datetime(self.server.clock.now(), usegmt=True))
         has_size = False
@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not has_size:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        is_cut = fault is not None and fault.kind == faults.CUT
+        is_cut = fault.kind == faults.CUT
         body = body[: len(body) // 2] if is_cut else body
         step = self._block(fault)
         for start in range(0, len(body), step):
@@ -144,12 +144,12 @@ class _Handler(BaseHTTPRequestHandler):
         if is_cut:
             raise _Ended
 
-    def _block(self, fault: faults.Fault | None) -> int:
+    def _block(self, fault: faults.Fault) -> int:
         """Return how much is read or written at a time: of a slow connection, a tenth of a second's worth."""
-        return max(1, int(fault.value / 10)) if fault and fault.kind == faults.SLOW else _BLOCK_BYTES
+        return max(1, int(fault.value / 10)) if fault.kind == faults.SLOW else _BLOCK_BYTES
 
-    def _wait(self, fault: faults.Fault | None, size: int) -> None:
-        if fault and fault.kind == faults.SLOW:
+    def _wait(self, fault: faults.Fault, size: int) -> None:
+        if fault.kind == faults.SLOW:
             time.sleep(size / fault.value)
 
     def _kill(self, fault: faults.Fault) -> None:
@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _control(self, name: str) -> None:
         """Answer the test."""
-        server, sent = self.server, json.loads(self._body(None) or b"{}")
+        server, sent = self.server, json.loads(self._body(faults.NO_FAULT) or b"{}")
         result: Any = {}
         if name == "faults":
             if self.command == "POST":

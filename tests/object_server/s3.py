@@ -26,7 +26,7 @@ class S3:
     expired_status = 403
 
     def __init__(self, bucket: str, clock: Clock) -> None:
-        moto.s3.models.utcnow = clock  # type: ignore[attr-defined]
+        moto.s3.models.utcnow = clock
         self._app = DomainDispatcherApplication(create_backend_app)
         self._backend = backend = moto.s3.models.s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
         backend.create_bucket(bucket, "us-east-1")
