@@ -9,9 +9,9 @@ from typing import Any
 
 _HEAD = """# Reliability
 
-What the trainer survives, measured. This repeats all of it, in 30 minutes on 2 cores, and writes this page:
+What the trainer survives, measured. This repeats all of it, in two hours on 2 cores, and writes this page:
 
-<!-- test: check flags. Needs 30 minutes -->
+<!-- test: check flags. Needs two hours -->
 ```bash
 make faults
 ```
