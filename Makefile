@@ -1,5 +1,5 @@
 # make demo: from raw text to generated text on this machine's CPU. make test: the test suite. make docs: the pages of docs/
-# as a site, in site/. make faults: what can happen to a run, done to it some 1,500 times, and docs/reliability.md.
+# as a site, in site/. make faults: what can happen to a run, done to it some 2,100 times, and docs/reliability.md.
 # make tpu-table: what a TPU's compiler makes of the training step, beside those of other trainers if REFERENCE, MAXTEXT and
 # LEVANTER name checkouts of them, the last two with PEERS_PYTHON (docs/will-it-fit.md).
 PYTHON ?= python3
