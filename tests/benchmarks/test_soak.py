@@ -26,7 +26,7 @@ def test_30_saves_and_validations_leave_threads_and_open_files_as_they_were(
 
     def save_and_count(saver: Saver, step: int, is_evaluated: bool) -> None:
         save(saver, step, is_evaluated)
-        assert saver.wait()
+        assert saver.wait() == ""
         held.append(tuple(len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd")))
 
     monkeypatch.setattr(Saver, "save", save_and_count)
