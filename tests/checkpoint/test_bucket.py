@@ -300,11 +300,12 @@ def test_validation_alone(place: Place) -> None:
         assert "perplexity" in place.train("c", "--do-test")
 
 
-def test_two_processes_on_machines_of_their_own(place: Place, unbroken: Path) -> None:
+@pytest.mark.parametrize("device", ["torch", pytest.param("xla", marks=pytest.mark.slow)])
+def test_two_processes_on_machines_of_their_own(place: Place, unbroken: Path, device: str) -> None:
     """Each process has a home of its own, as hosts without a shared disk have."""
     program = "tests/workers/own_machine_worker.py"
     flags = [*place.data_flags, *RUN, "--checkpoints-dir", place.url]
-    homes = {"MACHINES": str(place.folder / "machines")}
+    homes = {"MACHINES": str(place.folder / "machines")} | ({"PJRT_DEVICE": "CPU"} if device == "xla" else {})
     succeed(torchrun(2, *flags, "--train-steps", 10, program=program, GLOO_SOCKET_IFNAME="lo", **homes))
     shutil.rmtree(place.folder / "machines" / "1")
     shutil.rmtree(place.run / "step-00000010")  # which only the first machine has then

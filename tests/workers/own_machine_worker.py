@@ -1,11 +1,15 @@
-"""run_pretrain.py as one of several processes that share no disk: each has a home of its own below $MACHINES."""
+"""run_pretrain.py as one of several processes that share no disk: each has a home of its own below $MACHINES. With PJRT_DEVICE
+it is run_pretrain_xla.py."""
 
 import os
 
 os.environ["HOME"] = os.path.join(os.environ["MACHINES"], os.environ["RANK"])
 os.makedirs(os.environ["HOME"], exist_ok=True)
 
-from gpt2xla.commands.train import main  # noqa: E402
+if "PJRT_DEVICE" in os.environ:
+    from gpt2xla.commands.train_xla import main
+else:
+    from gpt2xla.commands.train import main
 from gpt2xla.processes.exits import run_and_exit  # noqa: E402
 
 run_and_exit(main)
