@@ -14,7 +14,7 @@ from faults import report
 
 _QUICK = ["kill", "kill-in-save", "signals", "damage", "disk", "nonfinite"]
 _OTHERS = ["best", "kill-one", "slow", "shared-folder", "moved", "launched"]
-_OTHERS += ["bucket-kill", "bucket-kill-again", "bucket-fail", "bucket-machines"]
+_OTHERS += ["bucket-kill", "bucket-kill-again", "bucket-fail", "bucket-machines", "spot"]
 
 
 def do(names: list[str], folder: Path) -> tuple[dict[str, Any], str]:

@@ -1,5 +1,5 @@
-"""run_pretrain.py as one of several processes that share no disk: each has a home of its own below $MACHINES. With PJRT_DEVICE
-it is run_pretrain_xla.py."""
+"""run_pretrain.py, with PJRT_DEVICE run_pretrain_xla.py, as one of several processes that share no disk: each has a home
+of its own below $MACHINES."""
 
 import os
 
