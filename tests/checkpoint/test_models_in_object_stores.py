@@ -111,6 +111,7 @@ def test_a_process_killed_in_the_middle_leaves_no_model(server: ObjectServer, lo
     assert find_damage(fetched(server.at("run"), "--resume", with_training=True)) is None
 
 
+@pytest.mark.slow
 def test_a_program_names_urls_and_says_what_is_wrong_there(server: ObjectServer, local: Path, tmp_path: Path) -> None:
     def convert(name: str) -> subprocess.CompletedProcess[str]:
         flags = ["--model", name, "--output-dir", tmp_path / "converted"]

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import time
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,10 @@ def _count_calls(setting: Setting, flags: list[str]) -> int:
         _arm(f"step-{_AT:08d}", -1, shim.ONCE, 0, rank)
         original = run_folder.prune
 
-        def prune(root: Path, newest: Path, limit: int) -> list[str]:
+        def prune(root: Path, newest: Path, limit: int, in_use: Collection[Path]) -> list[str]:
             if newest.name == f"step-{_AT:08d}":
                 root.with_name("calls").write_text(str(shim.seen()))
-            return original(root, newest, limit)
+            return original(root, newest, limit, in_use)
 
         run_folder.prune = prune
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from conftest import run_here
+from fsspec.registry import _registry as fsspec_classes
 from test_prepare_sketches import ALONE, FILES, hashes, prepare, refusal
 
 
 def test_a_storage_without_its_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(fsspec_classes, "gs", raising=False)  # by another test
     published = "gs://quickdraw_dataset/full/simplified/*.ndjson"
     assert (
         refusal("--input", published, folder=tmp_path)

@@ -89,8 +89,6 @@ def examine(url: str, show: Callable[[str, str], None]) -> list[str]:
         try:
             with _within(_SECONDS_TO_CLEAN_UP):
                 bucket.remove(written)
-                if url.startswith("file://"):  # elsewhere there are no folders
-                    (Path(opened(bucket.url, "--bucket")[1]) / folder).rmdir()
         except (OSError, _TimeIsUp):
             found.append(f"{bucket.url}/{folder} may be left there; delete it")
         logger.removeHandler(heard)
