@@ -84,7 +84,7 @@ def rate(folder: Path) -> None:
                 f"{held[name] / 1e6:.0f} MB more in memory"
             )
         print(
-            f"rate of ours to plain: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f}), "
+            f"our rate to the plain one: {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f}), "
             f"{TURNS} turns of {size / 1e9:.2f} GB"
         )
 

@@ -115,7 +115,7 @@ def test_a_machine_that_was_left_behind_takes_what_the_bucket_has(place: Place, 
     ahead = place.here("a") / "step-00000010"
     shutil.copytree(place.here("a") / "step-00000005", ahead)
     text = place.train("a")
-    assert "where another machine has continued" in text
+    assert "which counts, does not hold it" in text
     assert training_losses(place.run)[5:15] != training_losses(unbroken)[5:15]
     assert not ahead.exists()
 
@@ -135,6 +135,30 @@ def test_a_list_that_does_not_show_the_run_yet(place: Place, unbroken: Path, mon
     place.train("a", "--train-steps", 10)
     monkeypatch.setattr(Bucket, "files", lambda self, folder="": {})
     place.train("b")
+    assert_as(place.run, unbroken)
+
+
+def test_what_is_damaged_here_comes_from_the_bucket(place: Place, unbroken: Path) -> None:
+    place.train("a", "--train-steps", 10)
+    (place.here("a") / "step-00000010" / "config.json").unlink()
+    text = place.train("a")
+    assert "after step 10" in text
+    assert "ABANDONED" not in text
+    assert_as(place.run, unbroken)
+
+
+def test_a_bucket_that_was_emptied_begins_a_new_run(place: Place, unbroken: Path) -> None:
+    place.train("a", "--train-steps", 10, "--learning-rate", "0.02")
+    shutil.rmtree(place.run)
+    text = place.train("a")
+    assert "set aside" in text
+    assert_as(place.run, unbroken)
+
+
+def test_a_slash_at_the_end_names_the_same_run(place: Place, unbroken: Path) -> None:
+    place.train("a", "--train-steps", 10)
+    assert "after step 10" in place.train("a", "--checkpoints-dir", f"{place.url}/")
+    assert len(list((place.folder / "a").iterdir())) == 1
     assert_as(place.run, unbroken)
 
 

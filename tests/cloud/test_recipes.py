@@ -67,7 +67,7 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("file", RECIPES, ids=ids(RECIPES))
 def test_our_commands_are_understood(file: Path) -> None:
     found = commands(file.read_text())
-    assert found, "no command of ours"
+    assert found, "none of our commands"
     for program, *arguments in found:
         module = {"cloud/spot_tpu.sh": "run_pretrain_xla.py", "gpt2xla.doctor": "gpt2xla/doctor.py"}.get(
             program, program

@@ -114,14 +114,15 @@ def _clear(folder: Path) -> None:
 
 def _bring_run(bucket: Bucket, layout: Layout, folder: Path, is_ahead: bool) -> None:
     kept: list[str] = []
-    newest_here = max((path.name for path in list_checkpoints(folder)), default="")
+    here = (path.name for path in reversed(list_checkpoints(folder)) if find_damage(path) is None)
+    newest_here = next(here, "")
     if not (is_ahead and newest_here >= max(layout.whole, default="")):
         kept = _bring_newest(bucket, layout, folder)
     if is_ahead:
         return
     for path in list_checkpoints(folder):
         if bucket.read(f"{path.name}/{COMPLETE}") != (path / COMPLETE).read_bytes():
-            say(f"{set_aside(path)}: it is not in {bucket.url}, where another machine has continued")
+            say(f"{set_aside(path)}: {bucket.url}, which counts, does not hold it")
         elif path.name not in kept:  # the bucket has it
             shutil.rmtree(path)
     found = set()

@@ -109,7 +109,7 @@ class OutputBucket(OutputFolder):
         """As `OutputFolder.being_prepared`, and hold the URL's lease, so that no other machine prepares it meanwhile."""
         with in_use(self.partial, self.what, self.place, effect), self._reaching():
             leases = Bucket(self.of(_PARTIAL), "--output-dir")
-            # It survives `partial`: a lease that could not be released is one of ours the next time.
+            # It survives `partial`: the next process here knows our lease by it if it could not be released.
             taken = self.partial.with_name(f"{self.partial.name}.lease")
             with held(leases, self.what, taken, self._say) as self._lease:
                 if self._bucket.read(RECORD) is not None:
