@@ -99,12 +99,15 @@ on_host() { # ATTEMPT REPOSITORY ARGUMENTS...
   if mkdir "$folder" 2> /dev/null; then
     (
       trap "" HUP
+      echo "$BASHPID" > "$folder/pid" # only here, where the log is open: tail wants both
       install_and_run "$@"
       echo $? > "$folder/code"
     ) > "$folder/log" 2>&1 < /dev/null &
-    echo $! > "$folder/pid"
   fi
-  until [ -s "$folder/pid" ]; do sleep 1; done
+  for _ in {1..20}; do # a connection that broke before the start leaves no pid; then tail fails, and so does this attempt
+    [ ! -s "$folder/pid" ] || break
+    sleep 0.5
+  done
   tail -n 100 -f --pid="$(cat "$folder/pid")" "$folder/log"
   # Codes that gcloud and ssh do not use themselves.
   case $(cat "$folder/code" 2> /dev/null) in

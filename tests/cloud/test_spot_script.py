@@ -150,6 +150,17 @@ def test_a_broken_connection_starts_nothing_again(cloud: Cloud) -> None:
     assert "the connection broke" in printed
 
 
+def test_a_start_that_broke_off_fails(tmp_path: Path) -> None:
+    """The connection broke after the host made the attempt's folder, before the run started: nothing will ever come of it."""
+    script = SCRIPT.read_text()
+    functions = script[script.index("on_host()") : script.index("follow()")]
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
+    (tmp_path / f"run-{boot}-1").mkdir()
+    command = f"{functions}\nsleep() {{ :; }}\non_host 1 https://example.invalid/gpt2xla"
+    result = subprocess.run(["bash", "-c", command], env=os.environ | {"HOME": str(tmp_path)}, timeout=60, check=False)
+    assert result.returncode == 101
+
+
 def test_ctrl_c_leaves_the_run_and_the_same_command_follows_it(cloud: Cloud) -> None:
     plan(cloud, "stays")
     (cloud.folder / "hold").touch()
