@@ -151,7 +151,7 @@ def test_a_broken_connection_starts_nothing_again(cloud: Cloud) -> None:
 
 
 def test_a_start_that_broke_off_fails(tmp_path: Path) -> None:
-    """The connection broke after the host made the attempt's folder, before the run started: nothing will ever come of it."""
+    """The connection broke after the host made the folder, before the run started: nothing comes of it."""
     script = SCRIPT.read_text()
     functions = script[script.index("on_host()") : script.index("follow()")]
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
