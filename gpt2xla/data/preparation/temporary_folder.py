@@ -26,7 +26,10 @@ def temporary_folder(parent: str | None) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(10):  # a download that nobody waits for any more may still write into it
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
         os.close(lock)
 
 
