@@ -28,11 +28,7 @@ SHAPES = [
     Shape(1, 256, 1, 128, documents=True),
     Shape(1, 256, 1, 64, "TPU v3", documents=True),
 ]
-LONGER = [
-    Shape(1, 1024, 3, 64),
-    Shape(1, 768, 3, 64, "TPU v4"),
-    Shape(3, 768, 2, 64, "TPU v4", documents=True),
-]
+LONGER = [Shape(1, 1024, 3, 64), Shape(1, 768, 3, 64, "TPU v4"), Shape(3, 768, 2, 64, "TPU v4", documents=True)]
 # The first tokens of documents in each row: on a chunk's border and beside it, of one token, and none at all. Each number of
 # keys that a chunk of 256 may look at is taken by some row.
 STARTS = [[1, 255, 256, 257, 300, 767, 900], [0, 511, 512, 1000], []]
@@ -60,7 +56,9 @@ def by_torch(arrays: list[np.ndarray], shape: Shape, dtype: torch.dtype) -> list
     return [x.detach().double().numpy() for x in (y, *gradients)]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LONGER)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LONGER)], ids=str
+)
 def test_values_and_gradients(shape: Shape) -> None:
     """An odd number of heads leaves half of the last block outside the arrays, as gpt2-xl's 25 do."""
     q, k, v, dy = arrays = inputs(shape)

@@ -66,7 +66,9 @@ def test_a_measured_run_writes_down_what_it_ran_on_and_what_it_compiled(two: Pat
     assert facts["kernels"] == "chunked attention, loss in 1 piece"
     assert len(facts["compile_seconds"]) == lines[-1]["compiles"]
     assert all(seconds > 0 for seconds in facts["compile_seconds"])
-    shares = [line["mfu"] / line["tokens_per_second"] for line in lines]  # FLOPs per token, of the peak that was measured
+    shares = [
+        line["mfu"] / line["tokens_per_second"] for line in lines
+    ]  # FLOPs per token, of the peak that was measured
     assert shares == pytest.approx([shares[0]] * 20, rel=1e-6)
     assert facts["flops_per_token"] > 0
     assert facts["peak_flops"] > 0
