@@ -193,6 +193,8 @@ def _numbers(file: Path) -> dict[str, int]:
 
 def compared(samples: Sequence[Sample]) -> list[Row]:
     """Return what the samples show of each half of the steps."""
+    usual = statistics.mode(sample.processes for sample in samples)
+    samples = [sample for sample in samples if sample.processes == usual]  # at the end the launcher is alone
     middle = samples[-1].step / 2
     halves = [
         [sample for sample in samples if sample.step <= middle],

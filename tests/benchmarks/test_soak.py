@@ -77,6 +77,12 @@ def test_a_single_high_moment_is_seen_in_the_highest_alone() -> None:
     assert [name for name, grows in found.items() if grows] == ["highest so far"]
 
 
+def test_the_launcher_alone_at_the_end_does_not_count() -> None:
+    run = samples([100.0] * 40, [4] * 40)
+    alone = run[-1]._replace(resident_mb=40.0, threads=1, peak_mb=40.0, processes=run[-1].processes - 1)
+    assert soak.compared([*run, alone]) == soak.compared(run)
+
+
 def test_the_table_says_how_much_and_that() -> None:
     *_, threads, files = soak.table(soak.compared(samples([100.0] * 40, [4] * 30 + [5] * 10)))
     assert threads == "| threads | 4 to 4 | +0.0% | 4 to 5 | +25.0% | grows by more than 2% |"
