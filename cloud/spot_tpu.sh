@@ -124,7 +124,7 @@ install_and_run() { # REPOSITORY ARGUMENTS...
   python3 -m venv .venv || { sudo apt-get install --yes --quiet python3-venv && python3 -m venv .venv; } || return 1
   # torch for CPUs: the one for GPUs is several GB larger.
   .venv/bin/pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu --editable ".[xla-tpu,bucket]" || return 1
-  PJRT_DEVICE=TPU PATH="$PWD/.venv/bin:$PATH" cloud/to_the_end.sh python run_pretrain_xla.py "$@"
+  PJRT_DEVICE=TPU PATH="$PWD/.venv/bin:$PATH" python run_pretrain_xla.py "$@"
 }
 
 follow() {
@@ -178,6 +178,7 @@ while true; do
       SUSPENDING | DELETING) sleep "$POLL" ;;
     *)
       say "the TPU was taken away; requesting another"
+      failures=0 # its last one may have been that no checkpoint got through in time
       delete || sleep "$POLL"
       ;;
   esac

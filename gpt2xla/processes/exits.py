@@ -56,19 +56,22 @@ def _leave(code: int) -> NoReturn:
 def exit_code(main: Callable[[], None]) -> int:
     """Run `main` and return the process's exit code.
 
-    0 done, 1 the run failed, 2 the input is wrong, 130 interrupted, 141 the reader of our output (such as head) has exited.
-    An error meant for the user becomes one line on stderr, once per host. Any other exception keeps its traceback (code 1).
+    0 done, 1 the run failed, 2 the input is wrong, 130 or 143 ended by Ctrl-C or SIGTERM, 141 the reader of our output (such
+    as head) has exited; SystemExit may bring another. An error meant for the user becomes one line on stderr, once per host.
+    Any other exception keeps its traceback (code 1).
     """
     _open_closed_streams()
     hide_remarks()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a character that the terminal cannot show must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
-    ending: SystemExit | None = None
+    code = 0
     try:
         try:
             main()
-        except SystemExit as end:  # such as --help
-            ending = end
+        except SystemExit as end:  # such as --help, or a run that a signal has ended
+            if isinstance(end.code, str):  # which Python prints
+                raise
+            code = int(end.code or 0)
         print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
         is_known = isinstance(error, InputError | RunFailed | KeyboardInterrupt) or is_out_of_memory(error)
@@ -77,9 +80,7 @@ def exit_code(main: Callable[[], None]) -> int:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_MAIN)
         return report(error)
-    if ending:
-        raise ending
-    return 0
+    return code
 
 
 def exit_now_on_signal(code: int) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from gpt2xla.errors import InputError, RunFailed
 from gpt2xla.processes.exits import is_first
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -101,8 +102,8 @@ class StopSignals:
             for end in self._pipe:
                 os.close(end)
             self._pipe = _active = None
-        # The signal ended workers: before they began to train, or because it came twice.
-        if kind and self.received and not self.is_handled:
+        # The signal ended workers: before they began to train, or because it came twice. Otherwise they say how they ended.
+        if kind and self.received and not (self.is_handled or issubclass(kind, SystemExit | InputError | RunFailed)):
             raise SystemExit(128 + signal.Signals[self.received])
 
     def __reduce__(self) -> tuple[Callable[[], StopSignals], tuple[()]]:
@@ -193,6 +194,7 @@ class StopSignals:
         else:
             signal.signal(number, before)
             os.kill(os.getpid(), number)
+            os._exit(128 + number)  # process 1 of a container, which the default does not end
 
 
 def is_saving() -> bool:

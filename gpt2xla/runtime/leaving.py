@@ -22,6 +22,7 @@ def leaving_together(runtime: Runtime) -> Iterator[None]:
     Joining threads or collectives first could wait for ever."""
     try:
         yield
+        sys.stdout.flush()  # once all have closed, the first one to exit may have the launcher end the others
         runtime.close()
     except BaseException as error:
         if runtime.world_size == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from gpt2xla.config import TrainConfig
 from gpt2xla.processes.signals import StopSignals
 from gpt2xla.runtime.base import Runtime
+
+_NO_TORCHRUN = "the end of torchrun"
 
 
 class Stopped(Exception):
@@ -28,7 +31,10 @@ class Stop:
     Args:
         signals: None where they are not handled, as in a notebook.
         train: its time limits count from now.
-        newest: returns which checkpoint is the newest, in words, for a run that is ended at once."""
+        newest: returns which checkpoint is the newest, in words, for a run that is ended at once.
+
+    `exit_code` is that of a run that stops before its end, once all processes have called `conclude`: 128 and the number of
+    the signal that one of them was sent, or 0 if the user has asked for this end, with a time limit."""
 
     def __init__(
         self, runtime: Runtime, signals: StopSignals | None, train: TrainConfig, newest: Callable[[], str] = str
@@ -39,6 +45,7 @@ class Stop:
         self._limit = min(seconds, key=lambda name: seconds[name])
         self._deadline = time.monotonic() + seconds[self._limit]
         self._requested_reason = ""
+        self.exit_code = 0
         # torchrun ends its workers before itself, unless it is killed. Then nothing else would end them.
         self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._steps = 0
@@ -83,6 +90,19 @@ class Stop:
         """Request a stop for this process's own `reason`."""
         self._requested_reason = reason
 
+    def conclude(self) -> None:
+        """Agree, at the end of a run, on `exit_code`. Collective.
+
+        Where torchrun is well, that stays 0: it would report any other code as a failure and might start the run again, and
+        a signal that it was sent itself makes its own code."""
+        reason = self.reason
+        own = signal.SIGTERM if reason == _NO_TORCHRUN else signal.Signals.__members__.get(reason, 0)
+        number = int(max(self.runtime.gather(own)))
+        if number and not own:
+            self._requested_reason = signal.Signals(number).name
+        if number and (self._torchrun is None or self._torchrun_has_ended):
+            self.exit_code = 128 + number
+
     def seconds_of_grace(self, grace: float) -> float | None:
         """Return what is left of `grace` seconds since SIGTERM, after which a machine may be gone; None without SIGTERM."""
         if self.signals is None or self.signals.received != "SIGTERM":
@@ -105,6 +125,10 @@ class Stop:
             return self._requested_reason
         if self.signals and self.signals.received:
             return self.signals.received
-        if self._torchrun is not None and os.getppid() != self._torchrun:
-            return "the end of torchrun"
+        if self._torchrun_has_ended:
+            return _NO_TORCHRUN
         return self._limit if time.monotonic() > self._deadline else ""
+
+    @property
+    def _torchrun_has_ended(self) -> bool:
+        return self._torchrun is not None and os.getppid() != self._torchrun

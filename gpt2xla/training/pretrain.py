@@ -50,9 +50,10 @@ def pretrain(
 
     Args:
         make_runtime: called once the run's options are complete: a resumed run brings its own.
-        signals: if given, SIGTERM and SIGINT end training with a checkpoint.
+        signals: if given, SIGTERM and SIGINT end training with a checkpoint, and then the program.
 
     Raises:
+        SystemExit: a signal has ended training before its last step; with 128 and its number. Not without `signals`.
         InputError: data, checkpoint and options do not fit together. Nothing has been written.
         RunFailed: the loss is no longer a number, memory ran out, or a checkpoint cannot be written."""
     if not config.general.do_test:
@@ -69,7 +70,7 @@ def pretrain(
         train = dataclasses.replace(train, compile=bool(train.compile))
     runtime = make_runtime(train)
     start = dataclasses.replace(start, config=start.config.in_precision(runtime.precision.name))
-    is_finished, is_main, general = False, runtime.is_main, start.config.general
+    is_finished, code, is_main, general = False, 0, runtime.is_main, start.config.general
     with leaving_together(runtime):
         _check_precision(runtime, is_chosen_here)
         start = _agreed(runtime, config, start, bucket)
@@ -87,9 +88,11 @@ def pretrain(
             with contextlib.ExitStack() as holding:
                 run = _open(start, runtime, signals, holding, partial(_mirror_of, bucket, start, standing, holding))
                 del start  # its copies of weights and optimizer state on the host would stay for the whole run
-                is_finished = run()
+                is_finished, code = run()
     if is_finished and is_main and general.push_to_hub:  # the other processes need not wait for it
         _push(general.folder, general.push_to_hub)
+    if code and signals:
+        raise SystemExit(code)
 
 
 def _push(folder: Path, name: str) -> None:
@@ -153,8 +156,9 @@ def _open(
     signals: StopSignals | None,
     holding: contextlib.ExitStack,
     open_mirror: Callable[[Stop], Mirror | None],
-) -> Callable[[], bool]:
-    """Open all that training needs, and return the function that trains and tells whether the run is finished.
+) -> Callable[[], tuple[bool, int]]:
+    """Open all that training needs, and return the function that trains and tells whether the run is finished, and what its
+    exit code is if it is not.
 
     The run's folder is locked in `holding`, and its bucket by `open_mirror`, which only the main process calls. The folder
     is made only once all of the user's input is known to be right."""
@@ -208,11 +212,12 @@ def _open(
     trainer = Trainer(config.train, runtime, data.order, train_step, evaluations, saver, log, stop)
     first_step, is_evaluated = start.step, start.is_evaluated
 
-    def run() -> bool:
+    def run() -> tuple[bool, int]:
         step = trainer.run(first_step, is_evaluated)
         if runtime.is_main:
             print_end(config, step, stop.reason, evaluations.validation, evaluations.best)
-        return step == config.train.train_steps or evaluations.have_ended_run
+        is_finished = step == config.train.train_steps or evaluations.have_ended_run
+        return is_finished, 0 if is_finished else stop.exit_code
 
     return run
 

@@ -47,7 +47,7 @@ class Trainer:
         finally:
             problem = self.saver.wait()
             self.log.close()
-        self.runtime.barrier("saved")
+        self.stop.conclude()  # all processes wait here for the save
         if problem:
             raise RunFailed(f"step {step} {problem}; rerun the same command")
         return step

@@ -70,7 +70,7 @@ def launched(setting: Setting) -> list[Row]:
     kills = Row(f"SIGKILL of all processes, {both}", "started again, it ends as if unbroken, bit for bit")
     stops = Row(
         f"SIGTERM and SIGINT, {both}",
-        "exit code 0 (torchrun has its own) and a checkpoint; the same command continues and ends as if unbroken, "
+        "exit code 143 or 130 (torchrun: 1, its own) and a checkpoint; the same command continues and ends as if unbroken, "
         "bit for bit",
     )
     ones = Row(
@@ -120,14 +120,14 @@ def _stopped(setting: Setting, case: tuple[str, Launch, Path, int]) -> None:
     flags = [*setting.data, *runs.SMALL_RUN]
     with way(flags, folder) as run:
         wait_for_training(folder, run, 5 + 20 * number, _PATIENCE)
-        run.processes[0].send(signal.SIGINT if number % 2 else signal.SIGTERM)
+        run.processes[0].send(sent := signal.SIGINT if number % 2 else signal.SIGTERM)
         code = run.wait(_PATIENCE)[0]
-        # torchrun itself says that it was interrupted; its processes have left with 0.
-        assert code == 0 or "torchrun" in name, f"exit code {code}: {run.text[-900:]}"
+        assert code == (1 if "torchrun" in name else 128 + sent), f"exit code {code}: {run.text[-900:]}"
         assert seal.step_of(run_folder.list_checkpoints(folder)[-1]) == max(comparing.losses(folder))
         _check_no_orphans(run, 5)
         if "torchrun" in name:
             assert "stopped by" in run.text, run.text[-900:]
+            assert "FAILED" not in run.text, run.text[-900:]
     with way(flags, folder) as run:
         assert run.wait(_PATIENCE) == [0], run.text[-900:]
     comparing.check_same(folder, unbroken, windows=False)

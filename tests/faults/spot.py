@@ -34,7 +34,7 @@ class _Tale:
     starts: list[float] = field(default_factory=list)  # seconds from a machine's start to its first new step
     seconds: float = 0.0
     machines: int = 0
-    graceful: int = 0  # preemptions with a warning, by which the run had ended with code 0
+    graceful: int = 0  # preemptions with a warning, by which the run had ended by itself
 
 
 def preempted(setting: Setting) -> list[Row]:
@@ -82,8 +82,8 @@ def _lived_through(setting: Setting, preemptions: int, changes_hosts: bool) -> l
         while len(tale.lost_steps) < preemptions:
             world = 1 + (tale.machines % 2 if changes_hosts else 0)
             most = undisturbed * 2 / preemptions + 0.2
-            _one_machine(server, flags, place, world, tale, partial(draw.uniform, 0, most), draw.random() < 0.5)
-        _one_machine(server, flags, place, 1, tale, None, False)
+            _one_machine(server, flags, place, world, steps, tale, partial(draw.uniform, 0, most), draw.random() < 0.5)
+        _one_machine(server, flags, place, 1, steps, tale, None, False)
         tale.seconds = time.monotonic() - begun
         uploads = [json.loads(line) for line in server.read("run/uploads.jsonl").splitlines()]
         fetched = _download(server, place / "end")
@@ -111,6 +111,7 @@ def _one_machine(
     flags: list[Any],
     place: Path,
     world: int,
+    last_step: int,
     tale: _Tale,
     lifetime: Callable[[], float] | None,
     is_warned: bool,
@@ -140,12 +141,13 @@ def _one_machine(
             for process in run.processes:
                 process.send(signal.SIGTERM)
             codes = run.wait(_GRACE)
-            assert codes == [0] * world, f"exit codes {codes} after SIGTERM: {run.text[-800:]}"
+            code = 0 if _safe_step(server) == last_step else 128 + signal.SIGTERM
+            assert codes == [code] * world, f"exit codes {codes} instead of {code}: {run.text[-800:]}"
             tale.graceful += 1
         for process in run.processes:
             process.send(signal.SIGKILL)
         codes = run.wait()
-        assert set(codes) <= {0, -signal.SIGKILL}, f"exit codes {codes}: {run.text[-800:]}"
+        assert is_warned or set(codes) <= {0, -signal.SIGKILL}, f"exit codes {codes}: {run.text[-800:]}"
         made = _step(homes)
     tale.lost_steps.append(max(0, made - _safe_step(server)))
     shutil.rmtree(homes)

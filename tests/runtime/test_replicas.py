@@ -158,9 +158,10 @@ def children(process: subprocess.Popen) -> list[int]:
     [
         pytest.param("replica 0", signal.SIGKILL, 1, marks=pytest.mark.slow),
         pytest.param("replica 1", signal.SIGKILL, 1, marks=pytest.mark.slow),
-        pytest.param("launcher", signal.SIGINT, 0, marks=pytest.mark.slow),
+        pytest.param("launcher", signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param("launcher", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
-        ("all", signal.SIGINT, 0),
+        pytest.param("replica 1", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        ("all", signal.SIGINT, 130),
     ],
 )
 def test_the_end_of_one_is_the_end_of_all(
@@ -169,7 +170,7 @@ def test_the_end_of_one_is_the_end_of_all(
     require_xla()
     flags = [*data_flags, *SMALL_RUN, "--train-steps", "1000000", "--checkpoints-dir", str(tmp_path)]
     process = subprocess.Popen(
-        [sys.executable, "run_pretrain_xla.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [sys.executable, "run_pretrain_xla.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}, text=True,
         start_new_session=True,
     )  # fmt: skip
@@ -180,10 +181,13 @@ def test_the_end_of_one_is_the_end_of_all(
         os.killpg(process.pid, number)
     else:
         os.kill(process.pid if target == "launcher" else replicas[int(target[-1])], number)
-    _, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     wait_for(lambda: not any(map(alive, replicas)), 30)
     assert "Traceback" not in errors, errors
     assert "leaked" not in errors or number == signal.SIGKILL, errors
-    if target.startswith("replica"):
+    if number != signal.SIGKILL:
+        assert "stopped by" in printed, "the main process was ended before it had printed all"
+        assert checkpoints(tmp_path)[-1] == metrics(tmp_path)[-1]["step"]
+    elif target.startswith("replica"):
         assert f"{target} was ended by SIGKILL" in errors

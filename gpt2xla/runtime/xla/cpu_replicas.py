@@ -42,7 +42,7 @@ def launch(run: Callable[..., None], arguments: tuple[Any, ...], start_method: s
 
     Under torchrun this process already is one of the replicas. Raises InputError if CPU_NUM_DEVICES and torchrun contradict
     each other, or variables of several processes are set without it. Raises SystemExit with the exit code of a replica that
-    has failed: it has printed why, and the others are killed. Raises RunFailed if a replica was killed by a signal."""
+    has failed, or was asked to stop: it has printed why, and the others are killed. Raises RunFailed if one was killed."""
     replicas = int(os.environ.get("CPU_NUM_DEVICES", "1"))
     os.environ["CPU_NUM_DEVICES"] = "1"  # each replica has one device
     if dist.is_torchelastic_launched():
@@ -83,6 +83,8 @@ def _wait_for_all(processes: list[Any]) -> None:
             rank = running.pop(sentinel)
             processes[rank].join()
             code = processes[rank].exitcode
+            if code in (-signal.SIGTERM, -signal.SIGINT):  # before it trained
+                raise SystemExit(128 - code)
             if code < 0:
                 cause = f"{signal.Signals(-code).name}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
                 raise RunFailed(
@@ -164,6 +166,10 @@ class XlaCpuRuntime(XlaRuntime):
 
     def barrier(self, name: str) -> None:
         _sum_over_replicas(torch.zeros(1))
+
+    def close(self) -> None:
+        self.barrier("closed")  # the launcher ends all as soon as one of them exits with another code than 0
+        super().close()
 
 
 def _sum_over_replicas(on_host: Tensor) -> Tensor:
