@@ -14,8 +14,6 @@ from gpt2xla.config import TrainConfig
 from gpt2xla.processes.signals import StopSignals
 from gpt2xla.runtime.base import Runtime
 
-_NO_TORCHRUN = "the end of torchrun"
-
 
 class Stopped(Exception):
     """All processes have agreed to stop, in the middle of an evaluation."""
@@ -95,11 +93,10 @@ class Stop:
 
         Where torchrun is well, that stays 0: it would report any other code as a failure and might start the run again, and
         a signal that it was sent itself makes its own code."""
-        reason = self.reason
-        own = signal.SIGTERM if reason == _NO_TORCHRUN else signal.Signals.__members__.get(reason, 0)
+        own = self._signal
         number = int(max(self.runtime.gather(own)))
         if number and not own:
-            self._requested_reason = signal.Signals(number).name
+            self._requested_reason = self._requested_reason or signal.Signals(number).name
         if number and (self._torchrun is None or self._torchrun_has_ended):
             self.exit_code = 128 + number
 
@@ -126,8 +123,15 @@ class Stop:
         if self.signals and self.signals.received:
             return self.signals.received
         if self._torchrun_has_ended:
-            return _NO_TORCHRUN
+            return "the end of torchrun"
         return self._limit if time.monotonic() > self._deadline else ""
+
+    @property
+    def _signal(self) -> int:
+        """The number of the signal that requests a stop; 0 for none. The end of torchrun counts as SIGTERM."""
+        if self.signals and self.signals.received:
+            return signal.Signals[self.signals.received]
+        return signal.SIGTERM if self._torchrun_has_ended else 0
 
     @property
     def _torchrun_has_ended(self) -> bool:

@@ -46,6 +46,45 @@ def stopped_after(world_size: int, steps_behind: int, requested_in: int) -> list
     return ends
 
 
+class Several(OneDevice):
+    """A process of several, of which the others have `gathered`."""
+
+    gathered: tuple[float, ...] = ()
+
+    def gather(self, value: float) -> list[float]:
+        return [value, *self.gathered]
+
+
+@pytest.mark.parametrize(
+    ("received", "gathered", "limit", "code", "reason"),
+    [
+        ("SIGTERM", (), None, 143, "SIGTERM"),
+        ("SIGINT", (), None, 130, "SIGINT"),
+        (None, (0, 15), None, 143, "SIGTERM"),
+        (None, (2, 0), 1e-12, 130, "SIGINT"),
+        (None, (0,), 1e-12, 0, "--max-hours"),
+        (None, (), None, 0, ""),
+    ],
+)
+def test_all_exit_with_the_code_of_the_signal_that_one_was_sent(
+    received: str | None, gathered: tuple[float, ...], limit: float | None, code: int, reason: str
+) -> None:
+    runtime, signals = Several(torch.device("cpu")), StopSignals()
+    runtime.gathered, signals.received = gathered, received
+    stop = Stop(runtime, signals, dataclasses.replace(TrainConfig(), max_hours=limit))
+    stop.conclude()
+    assert (stop.exit_code, stop.reason) == (code, reason)
+
+
+def test_a_failed_save_stays_the_reason_where_a_signal_came_too() -> None:
+    signals = StopSignals()
+    stop = Stop(OneDevice(torch.device("cpu")), signals, TrainConfig())
+    stop.request("a checkpoint that could not be written")
+    signals.received = "SIGTERM"
+    stop.conclude()
+    assert (stop.exit_code, stop.reason) == (143, "a checkpoint that could not be written")
+
+
 @pytest.mark.parametrize("steps_behind", [0, 1, 2])
 def test_all_stop_after_the_same_step_as_soon_as_they_know(steps_behind: int) -> None:
     assert stopped_after(3, steps_behind, 4) == [4 + steps_behind] * 3

@@ -1,13 +1,16 @@
 """Two processes of torchrun on one model, in each of the three ways: what they reduce and hold, that they train as one
 process does, and that checkpoints move between them all."""
 
+import ctypes
 import dataclasses
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -303,19 +306,38 @@ def test_ddp_does_not_cut_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> No
         runtime.close()
 
 
-def test_when_torchrun_is_killed_its_workers_stop_with_a_checkpoint(data_flags: list[str], tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run_pretrain.py", *data_flags]
+@pytest.fixture
+def adopts() -> Iterator[None]:
+    """Let this process inherit the processes whose parent ends, so that it learns their exit codes."""
+    set_option, subreaper = ctypes.CDLL(None).prctl, 36
+    set_option(subreaper, 1)
+    yield
+    set_option(subreaper, 0)
+
+
+@pytest.mark.parametrize("target", ["torchrun", pytest.param("worker", marks=pytest.mark.slow)])
+def test_its_workers_stop_with_a_checkpoint_and_without_a_report(
+    target: str, adopts: None, data_flags: list[str], tmp_path: Path
+) -> None:
+    """Where torchrun is killed, and where one of its workers gets a signal, after which it must not start them again."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    launcher += ["run_pretrain.py", *data_flags]
     flags = [*SMALL_RUN, "--train-steps", "1000000", "--checkpoints-dir", str(tmp_path)]
     with (tmp_path / "printed").open("w") as printed:
         process = subprocess.Popen([sys.executable, *launcher, *flags], cwd=ROOT, stdout=printed, stderr=printed)
     wait_for(lambda: list_checkpoints(tmp_path))
     workers = [*map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())]
     assert len(workers) == 2
-    process.kill()
-    process.wait()
-    wait_for(lambda: not any(map(alive, workers)))
+    if target == "torchrun":
+        process.kill()
+        process.wait()
+        wait_for(lambda: not any(map(alive, workers)))
+        assert [os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers] == [143] * 2
+    else:
+        os.kill(workers[1], signal.SIGTERM)
+        assert process.wait(60) == 0
     text = (tmp_path / "printed").read_text()
-    assert "stopped by the end of torchrun after step" in text
+    assert text.count(f"stopped by {'the end of torchrun' if target == 'torchrun' else 'SIGTERM'} after step") == 1
     assert "Traceback" not in text
     assert text.rstrip().endswith(list_checkpoints(tmp_path)[-1].name)
 
