@@ -5,9 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from conftest import ROOT
+
+from gpt2xla.errors import RunFailed
+from gpt2xla.processes import signals
 
 # The main thread works in C for seconds, where Python's own handlers would have to wait.
 PROGRAM = """
@@ -72,6 +76,21 @@ def test_each_signal_is_answered_at_once(
             assert time.monotonic() - sent < 1
         assert process.wait(5) == 128 + number
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (RunFailed("step 7 was not saved"), RunFailed("step 7 was not saved")),  # of a worker that has saved in vain
+        (SystemExit(1), SystemExit(1)),
+        (BrokenProcessPool(), SystemExit(143)),  # the signal has ended a worker
+    ],
+)
+def test_how_workers_end_after_a_signal_is_how_their_launcher_ends(error: BaseException, shown: BaseException) -> None:
+    with pytest.raises(type(shown)) as ending, signals.StopSignals() as stop:
+        stop.received = "SIGTERM"
+        raise error
+    assert str(ending.value) == str(shown)
 
 
 COMPILES = """
