@@ -13,8 +13,8 @@
 # Resumes: from the newest whole checkpoint in --checkpoints-dir, so what was trained since is lost, unless the last seconds of
 #   the TPU were enough to upload one more (docs/cloud.md).
 # Exits: with 0 when the run is finished; with 2 if its input is wrong, which another machine would not change; with 1 if it
-#   failed three times, or the TPU cannot be reached. In these cases the TPU is deleted. Ctrl-C ends only this script: the TPU
-#   trains on and costs money, and the same command follows it again.
+#   failed three times on one TPU, or the TPU cannot be reached. In these cases the TPU is deleted. Ctrl-C ends only this
+#   script: the TPU trains on and costs money, and the same command follows it again.
 #
 # Queued resources belong to the Cloud TPU API, which is legacy: it gets fixes only, and TPU7x and later are not in it.
 set -euo pipefail

@@ -194,7 +194,8 @@ class StopSignals:
         else:
             signal.signal(number, before)
             os.kill(os.getpid(), number)
-            os._exit(128 + number)  # process 1 of a container, which the default does not end
+            if before == signal.SIG_DFL:  # process 1 of a container, which the default does not end
+                os._exit(128 + number)
 
 
 def is_saving() -> bool:

@@ -87,9 +87,13 @@ def test_each_signal_is_answered_at_once(
     ],
 )
 def test_how_workers_end_after_a_signal_is_how_their_launcher_ends(error: BaseException, shown: BaseException) -> None:
-    with pytest.raises(type(shown)) as ending, signals.StopSignals() as stop:
-        stop.received = "SIGTERM"
-        raise error
+    def launch() -> None:
+        with signals.StopSignals() as stop:
+            stop.received = "SIGTERM"
+            raise error
+
+    with pytest.raises(type(shown)) as ending:
+        launch()
     assert str(ending.value) == str(shown)
 
 
