@@ -165,7 +165,7 @@ def children(process: subprocess.Popen) -> list[int]:
     ],
 )
 def test_the_end_of_one_is_the_end_of_all(
-    target: str, number: signal.Signals, code: int, data_flags: list[str], tmp_path: Path
+    target: str, number: signal.Signals, code: int, data_flags: list[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     require_xla()
     flags = [*data_flags, *SMALL_RUN, "--train-steps", "1000000", "--checkpoints-dir", str(tmp_path)]
@@ -174,7 +174,8 @@ def test_the_end_of_one_is_the_end_of_all(
         env=os.environ | {"OMP_NUM_THREADS": "1", "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}, text=True,
         start_new_session=True,
     )  # fmt: skip
-    wait_for((tmp_path / "step-00000010").exists, 120)
+    request.addfinalizer(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
+    wait_for((tmp_path / "step-00000010").exists, 240)
     replicas = children(process)
     assert len(replicas) == 2
     if target == "all":  # Ctrl-C on a terminal
