@@ -165,7 +165,12 @@ def children(process: subprocess.Popen) -> list[int]:
     ],
 )
 def test_the_end_of_one_is_the_end_of_all(
-    target: str, number: signal.Signals, code: int, data_flags: list[str], tmp_path: Path, request: pytest.FixtureRequest
+    target: str,
+    number: signal.Signals,
+    code: int,
+    data_flags: list[str],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     require_xla()
     flags = [*data_flags, *SMALL_RUN, "--train-steps", "1000000", "--checkpoints-dir", str(tmp_path)]
