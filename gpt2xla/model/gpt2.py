@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2xla.config import ModelConfig
-from gpt2xla.model.arithmetic import compute_dtype
+from gpt2xla.model.arithmetic import compute_dtype, linear
 from gpt2xla.model.attention import sdpa_attention
 from gpt2xla.model.documents import document_mask, document_starts
 from gpt2xla.model.embedding_noise import embedding_noise
@@ -147,11 +147,14 @@ def blank(config: ModelConfig) -> GPT2:
 
 
 class Linear(nn.Linear):
-    """torch's, without first weights on the meta device."""
+    """torch's, without first weights on the meta device, and with `linear` as its function."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def _embedding(rows: int, columns: int) -> nn.Embedding:
@@ -201,7 +204,7 @@ class Attention(nn.Module):
         if kernels.separate_qkv:
             biases = [None] * 3 if self.c_attn.bias is None else self.c_attn.bias.chunk(3)
             parts = zip(self.c_attn.weight.chunk(3), biases, strict=True)
-            q_BTD, k_BTD, v_BTD = (F.linear(x_BTD, weight, bias) for weight, bias in parts)
+            q_BTD, k_BTD, v_BTD = (linear(x_BTD, weight, bias) for weight, bias in parts)
         else:
             q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).chunk(3, dim=-1)
         if cache:
