@@ -100,6 +100,11 @@ def test_documents_in_a_window_on_xla_are_those_one_by_one(distances: dict[str, 
     assert distances["documents"]["fallbacks"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_biass_gradient_on_xla_is_rounded_once(distances: dict[str, Any], dtype: torch.dtype) -> None:
+    assert distances["biases"][str(dtype)] <= 1.01 * torch.finfo(dtype).eps / 2
+
+
 def test_in_bf16_as_exact_as_the_plain_path(distances: dict[str, Any]) -> None:
     """Distance of the whole gradient to float64, over sixteen batches, on a model as it is at the start of training."""
     for device in ("xla", "cpu"):

@@ -32,18 +32,20 @@ def test_blocks_whose_products_are_kernels_are_the_same_function(all_cases: bool
 @pytest.mark.slow
 def test_200_updates_take_the_plain_steps_way() -> None:
     """Over three seeds: in fp32 the same losses; in bf16 none further from those in fp32 than the plain step's are."""
-    apart: dict[str, list[float]] = {"plain": [], "forms": [], "blocks": []}
-    for seed in range(3):
-        output = succeed(run_xla(200, seed, program="tests/workers/forms_worker.py"))
-        curves = {name: torch.tensor(losses).double() for name, losses in json.loads(output.splitlines()[-1]).items()}
-        exact = curves["plain, fp32"]
-        difference = max((curves[f"{name}, fp32"] / exact - 1).abs().max() for name in ("forms", "blocks"))
-        print(f"seed {seed}: losses {exact[0]:.3f} to {exact[-1]:.3f}, fp32 {difference:.1e} relative at most", end="")
-        assert exact[-1] < exact[0] - 2, "the model learns"
-        assert difference <= 1e-5
-        for name, distances in apart.items():
-            distances.append(float((curves[f"{name}, bf16"] - exact).square().mean().sqrt()))
-            print(f", {name} in bf16 {distances[-1]:.1e} nats apart", end="")
-        print()
-    for name in ("forms", "blocks"):
-        assert sum(apart[name]) <= 1.05 * sum(apart["plain"])
+
+    def curves(precision: str) -> dict[str, torch.Tensor]:
+        output = succeed(run_xla(precision, 200, *range(3), program="tests/workers/forms_worker.py"))
+        return {name: torch.tensor(losses).double() for name, losses in json.loads(output.splitlines()[-1]).items()}
+
+    in_fp32, in_bf16 = curves("fp32"), curves("bf16")
+    exact = in_fp32.pop("plain")
+    different = {name: (losses / exact - 1).abs().max().item() for name, losses in in_fp32.items()}
+    apart = {name: (losses - exact).square().mean(1).sqrt() for name, losses in in_bf16.items()}
+    print(f"losses {exact[:, 0].tolist()} to {exact[:, -1].tolist()}; fp32, relative: {different}")
+    print(f"bf16, nats from fp32: {({name: distances.tolist() for name, distances in apart.items()})}")
+    assert (exact[:, -1] < exact[:, 0] - 2).all(), "the model learns"
+    assert different.keys() == {"transposed", "blocks"}
+    assert max(different.values()) <= 1e-5
+    assert apart.keys() == {"plain", "transposed", "rows", "blocks"}
+    for name, distances in apart.items():
+        assert distances.sum() <= 1.05 * apart["plain"].sum(), name

@@ -1,7 +1,8 @@
 """Run by test_kernels.py in its own process: how far bf16 gradients are from those in float64, on XLA and on the CPU.
 
 Prints one JSON object: by device the distances, one per batch, of the plain formulas and of what the runtime chooses in
-their place; and, within documents, how far fp32 gradients on XLA are from those of the documents one by one.
+their place; within documents, how far fp32 gradients on XLA are from those of the documents one by one; and, by type, how far
+gradients of biases are from their exact values.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from gpt2xla.config import ModelConfig
 from gpt2xla.model.attention import chunked_attention, kept_attention
-from gpt2xla.model.gpt2 import GPT2
+from gpt2xla.model.gpt2 import GPT2, Linear
 from gpt2xla.model.kernels import Kernels
 from gpt2xla.model.loss import chunked_cross_entropy, in_place_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
@@ -85,12 +86,28 @@ def within_documents() -> dict[str, float]:
     return {"distance": ((found - exact).norm() / exact.norm()).item(), "fallbacks": fallbacks}
 
 
+def bias_errors() -> dict[str, float]:
+    """Return the largest relative errors, by type. Half of the way to it, a sum in fp16 would have overflowed."""
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        dy_BTE = torch.randn(4, 1024, 8, generator=torch.Generator().manual_seed(0))
+        dy_BTE[:2] += 60
+        dy_BTE[2:] -= 52
+        layer, dy_BTE = Linear(8, 8).to("xla"), dy_BTE.to(dtype)
+        with torch.autocast("xla", dtype):
+            y_BTE = layer(torch.zeros(4, 1024, 8, device="xla"))
+        y_BTE.backward(dy_BTE.to("xla"))
+        assert layer.bias.grad is not None
+        errors[str(dtype)] = (layer.bias.grad.cpu() / dy_BTE.double().sum((0, 1)) - 1).abs().max().item()
+    return errors
+
+
 def main() -> None:
     torch_xla.device()  # autograd only knows devices that were there when it first ran
     documents = within_documents()
     reference = model_on("cpu", torch.float64, Kernels())
     exact = [gradient(reference, batch) for batch in range(BATCHES)]
-    distances: dict[str, Any] = {"documents": documents}
+    distances: dict[str, Any] = {"documents": documents, "biases": bias_errors()}
     for device, chosen in KERNELS.items():
         distances[device] = {}
         for name, kernels in (("plain", Kernels()), ("chosen", chosen)):

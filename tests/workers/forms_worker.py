@@ -1,7 +1,8 @@
-"""Run by test_tpu_forms.py on XLA's CPU: losses of 200 updates by the forms that TPUs use, and by the plain ones.
+"""Run by test_tpu_forms.py on XLA's CPU: losses of many updates by the forms that TPUs use, and by the plain ones.
 
-Prints a JSON object: the losses by form and type. The kernels of flash attention are interpreted; in fp32, which they do not
-know, plain formulas stand in their place, inside the same autograd function."""
+Arguments: fp32 or bf16, the number of updates, then seeds, which share their programs. Prints a JSON object: by form, for each
+seed its losses. The kernels of flash attention are interpreted, in both of their forms; in fp32, which they do not know, plain
+formulas stand in their place, inside the same autograd function."""
 
 import dataclasses
 import json
@@ -19,9 +20,10 @@ from gpt2xla.model.kernels import Kernels
 from gpt2xla.model.loss import chunked_cross_entropy
 from gpt2xla.model.norm import lean_layer_norm
 from gpt2xla.runtime.xla.block import fused_blocks
+from gpt2xla.runtime.xla.flash import flash_attention_for
 
-CONFIG = ModelConfig(vocab_size=512, seq_length=128, d_model=128, num_layers=2, num_heads=2)
-SEQUENCES = 4
+CONFIG = ModelConfig(vocab_size=256, seq_length=128, d_model=128, num_layers=2, num_heads=2)
+SEQUENCES = 1
 
 
 def batches(updates: int, seed: int) -> torch.Tensor:
@@ -56,23 +58,25 @@ def losses(kernels: Kernels, bf16: bool, updates: int, seed: int) -> list[float]
 
 
 def main() -> None:
-    updates, seed = int(sys.argv[1]), int(sys.argv[2])
+    bf16, updates, seeds = sys.argv[1] == "bf16", int(sys.argv[2]), [int(seed) for seed in sys.argv[3:]]
     fence = xm.optimization_barrier_
     torch_xla.device()  # autograd only knows devices that were there when it first ran
-    curves = {}
-    for bf16 in (False, True):
-        interpreted_kernels.install(exact=not bf16)
-        forms = Kernels(
-            projected_attention=interpreted_kernels.interpreted_attention(),
+    interpreted_kernels.install(exact=not bf16)
+
+    def forms(device_kind: str) -> Kernels:
+        return Kernels(
+            projected_attention=flash_attention_for(device_kind),
             cross_entropy=partial(chunked_cross_entropy, chunks=4, fence=fence),
             layer_norm=partial(lean_layer_norm, fence=fence),
         )
-        fused = fused_blocks(CONFIG, "TPU v5 lite", fence)
-        assert fused
-        blocks = dataclasses.replace(forms, block=fused.block, layer_norm=fused.layer_norm)
-        for name, kernels in (("plain", Kernels()), ("forms", forms), ("blocks", blocks)):
-            curves[f"{name}, {'bf16' if bf16 else 'fp32'}"] = losses(kernels, bf16, updates, seed)
-    print(json.dumps(curves))
+
+    fused = fused_blocks(CONFIG, "TPU v5 lite", fence)
+    assert fused
+    kernels = {"plain": Kernels(), "transposed": forms("TPU v5")}
+    if bf16:  # in fp32 both forms are the same formulas
+        kernels["rows"] = forms("TPU v4")
+    kernels["blocks"] = dataclasses.replace(kernels["transposed"], block=fused.block, layer_norm=fused.layer_norm)
+    print(json.dumps({name: [losses(k, bf16, updates, seed) for seed in seeds] for name, k in kernels.items()}))
 
 
 if __name__ == "__main__":

@@ -63,8 +63,3 @@ def _backward(shape: Shape, q: Any, k: Any, v: Any, y: Any, log_sums: Any, dy: A
     gradients = jax.vjp(lambda *qkv: _forward(shape, *qkv)[0], q, k, v)[1](dy)
     sums = jnp.stack(gradients).sum(2).swapaxes(0, 1)
     return (jnp.stack(gradients), sums) if joint else (*gradients, sums)
-
-
-def interpreted_attention() -> Any:
-    """Return what a TPU v4 or later would use as `Kernels.projected_attention`, after `install`."""
-    return flash.flash_attention_for("TPU v5")
