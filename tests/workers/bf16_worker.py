@@ -1,8 +1,8 @@
 """Run by test_kernels.py in its own process: how far bf16 gradients are from those in float64, on XLA and on the CPU.
 
 Prints one JSON object: by device the distances, one per batch, of the plain formulas and of what the runtime chooses in
-their place; within documents, how far fp32 gradients on XLA are from those of the documents one by one; and, by type, how far
-gradients of biases are from their exact values.
+their place; within documents, how far fp32 gradients on XLA are from those of the documents one by one; and, by type, how
+far gradients of biases are from their exact values.
 """
 
 import dataclasses
