@@ -1,8 +1,8 @@
 """Run by test_tpu_forms.py on XLA's CPU: losses of many updates by the forms that TPUs use, and by the plain ones.
 
 Arguments: fp32 or bf16, the number of updates, then seeds, which share their programs. Prints a JSON object: by form, for
-each seed its losses. The kernels of flash attention are interpreted, in both of their forms; in fp32, which they do not know,
-plain formulas stand in their place, inside the same autograd function."""
+each seed its losses. The kernels of flash attention are interpreted, in both of their forms; in fp32, which they do not
+know, plain formulas stand in their place, inside the same autograd function."""
 
 import dataclasses
 import json
