@@ -42,7 +42,7 @@ def test_200_updates_take_the_plain_steps_way() -> None:
     different = {name: (losses / exact - 1).abs().max().item() for name, losses in in_fp32.items()}
     apart = {name: (losses - exact).square().mean(1).sqrt() for name, losses in in_bf16.items()}
     print(f"losses {exact[:, 0].tolist()} to {exact[:, -1].tolist()}; fp32, relative: {different}")
-    print(f"bf16, nats from fp32: {({name: distances.tolist() for name, distances in apart.items()})}")
+    print(f"bf16, nats from fp32: { ({name: distances.tolist() for name, distances in apart.items()}) }")
     assert (exact[:, -1] < exact[:, 0] - 2).all(), "the model learns"
     assert different.keys() == {"transposed", "blocks"}
     assert max(different.values()) <= 1e-5
