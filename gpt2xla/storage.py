@@ -2,48 +2,69 @@
 
 A store's client raises its own errors, those of HTTP libraries, and OSErrors. From here on each is an OSError whose text is
 one sentence; PermissionError where trying again is of no use.
+
+The clients try again as well, each in its own way. Against a store that does not answer, their tries and ours would multiply
+to half an hour. So `opened` leaves them few, and has them give up on a store that is silent for `SILENT_SECONDS`. A transfer
+that moves may take as long as it needs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import errno
-import hashlib
+import inspect
 import logging
 import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 
 from gpt2xla.errors import InputError, in_one_line
-from gpt2xla.files import write_whole
+from gpt2xla.files import file_sha256, write_whole
 
 T = TypeVar("T")
 
 RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
+SILENT_SECONDS = 20.0
+# Within these a part of an upload gets through, or a small object. Clients do not notice a store that takes no more bytes.
+# Nine parts are on their way at once: 4 Mbit/s suffice.
+PART_SECONDS = 300.0
+_S3, _GCS, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("http", "https")
 _FINAL = (
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError,
     NotImplementedError, TypeError,
 )  # fmt: skip
-_BLOCK_BYTES = 1 << 25  # each is a request of its own, which from S3 takes its time
+_BLOCK_BYTES = 1 << 25  # each is a request of its own
 # What an upload holds in memory: so many files at once, in parts of this size, of which s3fs sends several at once.
 _FILES_AT_ONCE, _PART_BYTES, _PARTS_AT_ONCE = 3, 16 << 20, 3
 
 
 for _client in ("gcsfs", "s3fs", "fsspec"):  # they print the tracebacks of errors that become sentences here
     logging.getLogger(_client).addHandler(logging.NullHandler())
+LOGGER = logging.getLogger(__name__)  # its lines go to stderr
+
+
+class Silence(Exception):
+    """A store does not answer. It is no OSError, nor one of aiohttp's, after which gcsfs tries again five times by itself."""
 
 
 def opened(url: str, option: str, **settings: Any) -> tuple[Any, str]:
-    """Return the file system of a URL, made with `settings`, and its path in it. Raises InputError if that is impossible."""
+    """Return the file system of a URL, made with `settings`, and its path in it. Raises InputError if that is impossible.
+
+    Limits of time that the user has set in fsspec's configuration take the place of ours."""
     try:
-        return fsspec.core.url_to_fs(url, **settings)
+        protocol = url.partition("://")[0]
+        files, path = fsspec.core.url_to_fs(url, **_limits(protocol), **settings)
+        if protocol in _S3:
+            files.retries = 1  # botocore, which it calls, has its own
+        return files, path
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or getattr(error, "name", None) or "fsspec[full]"
         raise InputError(f"{option} {url} needs another package: pip install {package}") from None
@@ -52,6 +73,40 @@ def opened(url: str, option: str, **settings: Any) -> tuple[Any, str]:
             known = "gs://, s3://, hf:// or whatever else fsspec knows"
             raise InputError(f"{option} {url}: there is no {url.partition('://')[0]}://; write {known}") from None
         raise InputError(f"{option} {url} cannot be opened: {in_words(error)}") from None
+
+
+def _limits(protocol: str) -> dict[str, Any]:
+    """Return the settings with which a client gives up on a silent store, and leaves further tries to us."""
+    known = next((names for names in (_S3, _GCS, _HTTP) if protocol in names), ())
+    if known == _S3:
+        # Twice, as all of a large file would have to be sent again because of one of its parts.
+        waits = {"connect_timeout": SILENT_SECONDS, "read_timeout": SILENT_SECONDS}
+        ours: dict[str, Any] = {"config_kwargs": waits | {"retries": {"total_max_attempts": 2}}}
+    elif known:
+        import aiohttp
+
+        silent = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+        of_gcs = {"requests_timeout": silent, "session_kwargs": {"middlewares": (_asked,)}}
+        ours = of_gcs if known == _GCS else {"client_kwargs": {"timeout": silent}}
+    else:
+        return {}
+    for users in (fsspec.config.conf.get(name, {}) for name in known):
+        for setting in ours.keys() & users.keys():
+            is_nested = isinstance(ours[setting], dict)
+            ours[setting] = ours[setting] | users[setting] if is_nested else users[setting]
+    return ours
+
+
+async def _asked(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
+    """A middleware of aiohttp."""
+    try:
+        return await handler(request)
+    except asyncio.TimeoutError as error:
+        raise Silence(f"no answer within {SILENT_SECONDS:g} s") from error
+
+
+def _protocols(files: Any) -> tuple[str, ...]:
+    return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
 
 
 def exists(url: str, option: str) -> bool:
@@ -63,16 +118,16 @@ def exists(url: str, option: str) -> bool:
 class Bucket:
     """A folder behind a URL, to read and to write. Names are relative to it, with `/` between folders.
 
-    Every method tries again after errors of the network, and raises OSError in the end. Methods may be called from several
-    threads."""
+    Every method tries again after errors of the network, and raises OSError in the end. After all tries at one have met
+    silence, the next ones try only once, until the store answers. Methods may be called from several threads."""
 
     def __init__(self, url: str, option: str) -> None:
         """Open the URL that `option` names. Raises InputError if that is impossible; nothing is asked of the storage yet."""
         self.url, self.option = url.rstrip("/"), option
         # Others write here, too: what a list once said is no answer to whether something is there.
         self._files, self._path = opened(self.url, option, use_listings_cache=False)
-        protocol = self._files.protocol
-        self._is_local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        self._is_local = "file" in _protocols(self._files)
+        self._is_silent = False
 
     def read(self, name: str) -> bytes | None:
         """Return what an object holds; None if there is none."""
@@ -192,27 +247,40 @@ class Bucket:
         if self._is_local and mode != "create":
             write_whole(Path(self._at(name)), content)
         else:
-            self._files.pipe_file(self._at(name), content, **({"mode": mode} if mode == "create" else {}))
+            self._upload("pipe_file", self._at(name), content, **({"mode": mode} if mode == "create" else {}))
 
     def _put(self, name: str, file: Path) -> None:
         self._make_folder(name)
         # Parameters of s3fs and gcsfs, which others do not know.
         known = {"s3": {"chunksize": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}, "gs": {"chunksize": _PART_BYTES}}
-        protocol = self._files.protocol
-        names = (protocol,) if isinstance(protocol, str) else protocol
-        self._files.put_file(str(file), self._at(name), **next((known[n] for n in names if n in known), {}))
+        settings = next((known[name] for name in _protocols(self._files) if name in known), {})
+        self._upload("put_file", str(file), self._at(name), **settings)
+
+    def _upload(self, method: str, *arguments: Any, **settings: Any) -> None:
+        if not self._files.async_impl:
+            getattr(self._files, method)(*arguments, **settings)
+            return
+        moved = fsspec.Callback()
+        if method == "put_file":
+            settings["callback"] = moved
+        upload = getattr(self._files, f"_{method}")(*arguments, **settings)
+        fsspec.asyn.sync(self._files.loop, _while_it_moves, upload, moved)
 
     def _make_folder(self, name: str) -> None:
         if self._is_local:  # other storages have no folders
             self._files.makedirs(os.path.dirname(self._at(name)), exist_ok=True)
 
     def _tried(self, done: str, name: str, action: Callable[[], T]) -> T:
+        waits = () if self._is_silent else RETRY_WAITS
         try:
-            return with_retries(action)
+            result = with_retries(action, f"{self.url}/{name}", waits)
+            self._is_silent = False
+            return result
         except Exception as error:  # each storage has its own errors
+            self._is_silent = is_silence(error)
             if isinstance(error, FileNotFoundError) or _is_disk_full(error):
                 raise
-            tries = "" if is_final(error) else f" in {len(RETRY_WAITS) + 1} tries"
+            tries = "" if is_final(error) or not waits else f" in {len(waits) + 1} tries"
             kind = PermissionError if is_final(error) else OSError
             raise kind(f"{self.url}/{name} could not be {done}{tries}: {in_words(error)}") from error
 
@@ -223,29 +291,51 @@ def version_of(files: Any, path: str, info: Mapping[str, Any]) -> str:
     return str(next((info[key] for key in keys if info.get(key)), None) or files.ukey(path))
 
 
+async def _while_it_moves(upload: Coroutine[Any, Any, T], moved: fsspec.Callback) -> T:
+    """Await an upload that counts its bytes in `moved`. Raises Silence if none get through for long."""
+    task = asyncio.ensure_future(upload)
+    while not task.done():
+        before = moved.value
+        await asyncio.wait([task], timeout=PART_SECONDS)
+        if not task.done() and moved.value == before:
+            task.cancel()
+            raise Silence(f"nothing got through within {PART_SECONDS:g} s")
+    return await task
+
+
 def download(files: Any, source: str, target: Path) -> str:
     """Write the file to `target` and return its SHA-256. Raises OSError, also if it ends early."""
-    digest, size, promised = hashlib.sha256(), 0, files.size(source)
-    with files.open(source, "rb", cache_type="none") as stream, target.open("wb") as out:
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-            out.write(block)
-        out.flush()
+    promised = files.size(source)
+    if {*_protocols(files)} & {*_S3, *_GCS}:
+        # As one stream: s3fs would hold 500 MB otherwise. Older ones know nothing else.
+        one = {"max_concurrency": 1} if "max_concurrency" in inspect.signature(files._get_file).parameters else {}
+        files.get_file(source, str(target), **one)
+    else:
+        with files.open(source, "rb", cache_type="none") as stream, target.open("wb") as out:
+            while block := stream.read(_BLOCK_BYTES):
+                out.write(block)
+    with target.open("rb") as out:
         os.fsync(out.fileno())
+        size = out.seek(0, os.SEEK_END)
     if promised is not None and size != promised:
         raise OSError(f"{size} of {promised} bytes arrived")
-    return digest.hexdigest()
+    return file_sha256(target)
 
 
-def with_retries(action: Callable[[], T]) -> T:
-    """Return what `action` returns, tried again after errors of the network."""
-    for wait in RETRY_WAITS:
+def with_retries(action: Callable[[], T], what: str, waits: Iterable[float] | None = None) -> T:
+    """Return what `action` returns, tried again after errors of the network. A line says so if it was silence.
+
+    Args:
+        what: the URL.
+        waits: seconds before each further try; None means RETRY_WAITS."""
+    for wait in RETRY_WAITS if waits is None else waits:
         try:
             return action()
         except Exception as error:  # HTTP libraries have their own
             if is_final(error):
                 raise
+            if is_silence(error):
+                LOGGER.warning(f"{what}: {in_words(error)}; trying again")
             time.sleep(wait * random.uniform(0.75, 1.25))
     return action()
 
@@ -261,11 +351,18 @@ def is_final(error: Exception) -> bool:
     return isinstance(error, _FINAL) or is_refused or _is_disk_full(error)
 
 
+def is_silence(error: Exception) -> bool:
+    """Tell whether a store has not answered at all."""
+    return isinstance(error, Silence) or "Timeout" in type(error).__name__  # of botocore, aiohttp, httpx, fsspec
+
+
 def _is_disk_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def in_words(error: BaseException) -> str:
+    if not str(error) and error.__cause__:  # fsspec's own error for a timeout
+        error = error.__cause__
     return f"{type(error).__name__}: {in_one_line(error)}"
 
 

@@ -92,7 +92,7 @@ class RemoteFolder:
     def _read_small(self, file: str) -> bytes | None:
         """Return the file's bytes, or None if there is no such file."""
         try:
-            return with_retries(lambda: self._files.cat_file(f"{self._path}/{file}"))
+            return with_retries(lambda: self._files.cat_file(f"{self._path}/{file}"), f"{self.url}/{file}")
         except FileNotFoundError:
             return None
         except Exception as error:  # as above
@@ -102,7 +102,7 @@ class RemoteFolder:
     def _fetch(self, file: str, sha256: str) -> None:
         partial = self.folder / f".{file}.partial"
         try:
-            found = with_retries(lambda: download(self._files, f"{self._path}/{file}", partial))
+            found = with_retries(lambda: download(self._files, f"{self._path}/{file}", partial), f"{self.url}/{file}")
         except FileNotFoundError:
             raise InputError(f"{self.url}/{file} is missing although its manifest names it; upload it again") from None
         except OSError as error:

@@ -43,7 +43,7 @@ def find_remote(url: str, option: str, suffixes: tuple[str, ...]) -> list[Remote
         return {name: info for name, info in found.items() if name.lower().endswith(suffixes)}
 
     try:
-        found = with_retries(listed)
+        found = with_retries(listed, url)
     except FileNotFoundError:
         found = {}
     except Exception as error:  # each storage has its own errors, also for credentials
@@ -68,7 +68,7 @@ def fetched(file: RemoteFile, option: str, folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "file"
     try:
-        with_retries(partial(download, files, path, target))
+        with_retries(partial(download, files, path, target), file.url)
     except FileNotFoundError:
         raise InputError(f"{option} {file.url}: no such file there any more; check the address") from None
     except OSError as error:

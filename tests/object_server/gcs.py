@@ -1,5 +1,6 @@
 """The store behind `gs://`: gcp-storage-emulator's, called in this process. What it lacks is added here: objects that are
-created only if absent, content that is not text in multipart uploads, and uploads that are given up."""
+created only if absent, content that is not text in multipart uploads, uploads that are given up, and the refusal of a range
+beyond an object's end."""
 
 from __future__ import annotations
 
@@ -61,6 +62,9 @@ class GCS:
             self._storage.delete_resumable_file_obj(asked["upload_id"][0])
             return Answer(_GIVEN_UP, [], b"")
         before = self._object(key)
+        first = re.match(r"bytes=(\d+)", headers.get("Range") or "")
+        if first and int(first[1]) >= int(before.get("size", 0)) > 0:
+            return Answer(416, [], b"InvalidRange: The requested range cannot be satisfied.")
         answer = self._asked(method, f"{path}?{query}" if query else path, headers, body)
         if "upload_id" in asked and (now := self._object(key)) is not before:
             now["updated"] = now["timeCreated"] = self._clock.now().strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -21,7 +21,7 @@ from typing import Any
 from gpt2xla.config import GeneralConfig
 from gpt2xla.config.paths import is_url
 from gpt2xla.errors import InputError, in_one_line
-from gpt2xla.storage import Bucket, opened
+from gpt2xla.storage import LOGGER, Bucket, opened
 
 SECONDS, _SECONDS_TO_CLEAN_UP = 48.0, 8.0
 _LISTED_WITHIN = 10.0
@@ -68,8 +68,9 @@ def examine(url: str, show: Callable[[str, str], None]) -> list[str]:
     folder = f"doctor-{socket.gethostname()}-{secrets.token_hex(4)}"
     found: list[str] = []
     written: list[str] = []
-    logger = logging.getLogger("gcsfs")
-    logger.addHandler(heard)
+    loggers = (LOGGER, logging.getLogger("gcsfs"))
+    for logger in loggers:
+        logger.addHandler(heard)
     try:
         with _within(SECONDS):
             for problem in _examine(bucket, folder, written, show):
@@ -91,12 +92,13 @@ def examine(url: str, show: Callable[[str, str], None]) -> list[str]:
                 bucket.remove(written)
         except (OSError, _TimeIsUp):
             found.append(f"{bucket.url}/{folder} may be left there; delete it")
-        logger.removeHandler(heard)
+        for logger in loggers:
+            logger.removeHandler(heard)
     return found
 
 
 class _Heard(logging.Handler):
-    """What a client says of an error after which it tries again, for minutes. It would be a traceback on stderr."""
+    """What is said of an error after which the store is asked again, for minutes."""
 
     last = ""
 
