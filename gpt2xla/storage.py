@@ -33,9 +33,7 @@ T = TypeVar("T")
 
 RETRY_WAITS = (1.0, 4.0, 15.0)  # seconds before each further try
 SILENT_SECONDS = 20.0
-# Within these a part of an upload gets through, or a small object. Clients do not notice a store that takes no more bytes.
-# Nine parts are on their way at once: 4 Mbit/s suffice.
-PART_SECONDS = 300.0
+PART_SECONDS = 300.0  # in which a part of an upload gets through: nine are on their way at once, so 4 Mbit/s suffice
 _S3, _GCS, _HTTP = ("s3", "s3a"), ("gs", "gcs"), ("http", "https")
 _FINAL = (
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError,
@@ -52,7 +50,7 @@ LOGGER = logging.getLogger(__name__)  # its lines go to stderr
 
 
 class Silence(Exception):
-    """A store does not answer. It is no OSError, nor one of aiohttp's, after which gcsfs tries again five times by itself."""
+    """A store does not answer. It is none of the errors after which gcsfs tries again, as those of aiohttp and OSErrors."""
 
 
 def opened(url: str, option: str, **settings: Any) -> tuple[Any, str]:
@@ -247,16 +245,18 @@ class Bucket:
         if self._is_local and mode != "create":
             write_whole(Path(self._at(name)), content)
         else:
-            self._upload("pipe_file", self._at(name), content, **({"mode": mode} if mode == "create" else {}))
+            settings = {"mode": mode} if mode == "create" else {}
+            self._upload("pipe_file", len(content), self._at(name), content, **settings)
 
     def _put(self, name: str, file: Path) -> None:
         self._make_folder(name)
         # Parameters of s3fs and gcsfs, which others do not know.
         known = {"s3": {"chunksize": _PART_BYTES, "max_concurrency": _PARTS_AT_ONCE}, "gs": {"chunksize": _PART_BYTES}}
         settings = next((known[name] for name in _protocols(self._files) if name in known), {})
-        self._upload("put_file", str(file), self._at(name), **settings)
+        self._upload("put_file", file.stat().st_size, str(file), self._at(name), **settings)
 
-    def _upload(self, method: str, *arguments: Any, **settings: Any) -> None:
+    def _upload(self, method: str, size: int, *arguments: Any, **settings: Any) -> None:
+        """Call a method that sends `size` bytes. Clients do not notice a store that takes none, or does not ask for them."""
         if not self._files.async_impl:
             getattr(self._files, method)(*arguments, **settings)
             return
@@ -264,7 +264,8 @@ class Bucket:
         if method == "put_file":
             settings["callback"] = moved
         upload = getattr(self._files, f"_{method}")(*arguments, **settings)
-        fsspec.asyn.sync(self._files.loop, _while_it_moves, upload, moved)
+        seconds = SILENT_SECONDS + PART_SECONDS * min(size / _PART_BYTES, 1)
+        fsspec.asyn.sync(self._files.loop, _while_it_moves, upload, moved, seconds)
 
     def _make_folder(self, name: str) -> None:
         if self._is_local:  # other storages have no folders
@@ -291,15 +292,15 @@ def version_of(files: Any, path: str, info: Mapping[str, Any]) -> str:
     return str(next((info[key] for key in keys if info.get(key)), None) or files.ukey(path))
 
 
-async def _while_it_moves(upload: Coroutine[Any, Any, T], moved: fsspec.Callback) -> T:
-    """Await an upload that counts its bytes in `moved`. Raises Silence if none get through for long."""
+async def _while_it_moves(upload: Coroutine[Any, Any, T], moved: fsspec.Callback, seconds: float) -> T:
+    """Await an upload that counts its bytes in `moved`. Raises Silence if it does not go on for so long."""
     task = asyncio.ensure_future(upload)
     while not task.done():
         before = moved.value
-        await asyncio.wait([task], timeout=PART_SECONDS)
+        await asyncio.wait([task], timeout=seconds)
         if not task.done() and moved.value == before:
             task.cancel()
-            raise Silence(f"nothing got through within {PART_SECONDS:g} s")
+            raise Silence(f"nothing got through within {seconds:.0f} s")
     return await task
 
 
