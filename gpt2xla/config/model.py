@@ -19,8 +19,8 @@ MODEL_HELP = (
     "may be URLs (gs://, s3://, hf://)"
 )
 TOKENIZER_HELP = (
-    "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, or a "
-    "hub id"
+    "a tiktoken name such as gpt2, 'bytes', a tokenizer.json, the folder of any tokenizer that transformers reads, the URL "
+    "of either, or a hub id"
 )
 
 # The four sizes that OpenAI published: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", table 2.

@@ -163,9 +163,9 @@ def check_models(flag: str, names: Sequence[str]) -> None:
 
 
 def check_tokenizer(flag: str, name: str) -> None:
-    """Check the name of a tokenizer. One that may be on the hub, or tiktoken's, passes."""
+    """Check the name of a tokenizer. A URL passes, and so does one that may be on the hub, or tiktoken's."""
     with user_error(f"{flag} {name}"):
-        if name and is_missing_path(name):
+        if name and not is_url(name) and is_missing_path(name):
             fix = "correct the path, or give bytes, one of tiktoken's names, or owner/name on the hub"
             raise InputError(f"{flag} {name}: no such folder or file; {fix}")
 

@@ -141,7 +141,7 @@ class DataConfig:
     )
     tokenizer: str | None = option(
         None,
-        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', a tokenizer.json or its folder, or a hub id "
+        "tokenizer to store with checkpoints: a tiktoken name, 'bytes', a tokenizer.json or its folder, a URL, or a hub id "
         "(default: the one beside the shards)",
         is_path=True,
         check=paths.check_tokenizer,

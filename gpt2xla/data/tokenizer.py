@@ -10,7 +10,9 @@ import hashlib
 import itertools
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as HFTokenizer
 
 from gpt2xla import hub
+from gpt2xla.config.paths import is_url
 from gpt2xla.data import tokenizer_folder
 from gpt2xla.data.shards import Manifest
 from gpt2xla.data.tokenizer_folder import has_tokenizer, model_folder
-from gpt2xla.errors import InputError, user_error
+from gpt2xla.errors import InputError, in_one_line, name_copy, user_error
+from gpt2xla.storage import Bucket
 
 END_OF_TEXT = "<|endoftext|>"
 _ROLES: dict[str, Any] = dict.fromkeys(("bos_token", "unk_token", "eos_token"), END_OF_TEXT)  # of GPT-2's tokenizer
@@ -173,8 +177,10 @@ def _hash_of_vocabulary(backend: HFTokenizer, below: float = math.inf) -> str:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """Return a tokenizer by name: a tiktoken encoding or model ("gpt2"), "bytes", the path of a tokenizer.json or of a
-    folder with a tokenizer that transformers reads, or the id of a model on the Hugging Face hub ("owner/name"). Raises
-    InputError if there is no such tokenizer, or it cannot be downloaded."""
+    folder with a tokenizer that transformers reads, the URL of one, or the id of a model on the Hugging Face hub
+    ("owner/name"). Raises InputError if there is no such tokenizer, or it cannot be downloaded."""
+    if is_url(name):
+        return _from_url(name)
     if name == "bytes":
         vocab = {char: byte for byte, char in _byte_alphabet().items()}
         return Tokenizer(name, _byte_level_bpe(vocab, [], {END_OF_TEXT: 256}), _ROLES)
@@ -303,6 +309,34 @@ def _from_hub(name: str) -> Tokenizer:
     if not has_tokenizer(folder):
         raise InputError(f"tokenizer {name!r}: that model has no tokenizer on the hub; choose another that has one")
     return _load_folder(folder, name)
+
+
+def _from_url(url: str) -> Tokenizer:
+    """Return the tokenizer in a folder or file behind a URL. Nothing of it is kept on this machine."""
+    bucket = Bucket(url, "--tokenizer")
+    parent, _, file = bucket.url.rpartition("/")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        try:
+            found = bucket.entries()
+            if "" in found and file != "tokenizer.json":
+                bucket.fetch({"": folder / file})
+                name_copy(folder / file, url)
+                return Tokenizer(url, tokenizer_folder.read_definition(folder / file), {})
+            if "" in found:
+                bucket = Bucket(parent, "--tokenizer")
+                found = bucket.entries()
+            if tokenizer_folder.TEMPLATES_FOLDER in found:
+                found |= dict.fromkeys(bucket.files(tokenizer_folder.TEMPLATES_FOLDER), (0, ""))
+            patterns = (*tokenizer_folder.FILES, "config.json")
+            names = [name for name in found if any(fnmatchcase(name, pattern) for pattern in patterns)]
+            bucket.fetch({name: folder / name for name in names})
+        except OSError as error:
+            raise InputError(f"--tokenizer {url}: {in_one_line(error)}; check address and credentials") from None
+        if not has_tokenizer(folder):
+            raise InputError(f"--tokenizer {url}: no tokenizer is there; name a folder with one, or a tokenizer.json")
+        name_copy(folder, bucket.url)
+        return _load_folder(folder, url)
 
 
 def _from_tiktoken(name: str, encoding: tiktoken.Encoding) -> Tokenizer:

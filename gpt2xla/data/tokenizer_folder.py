@@ -22,7 +22,8 @@ _VOCABULARIES = (
     _DEFINITION, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "sentencepiece.model", "spm.model",
 )  # fmt: skip
-_TEMPLATES = "additional_chat_templates/*.jinja"
+TEMPLATES_FOLDER = "additional_chat_templates/"
+_TEMPLATES = f"{TEMPLATES_FOLDER}*.jinja"
 # Patterns of the files that make up a tokenizer.
 FILES = (*_VOCABULARIES, "merges.txt", _CONFIG, _MAP, _ADDED, _CHAT, _TEMPLATES)
 # With these classes transformers uses tokenizer.json unchanged; others build their own tokenizer from its vocabulary.
