@@ -3,7 +3,8 @@
 A URL names a run, which means its newest whole checkpoint; URL@best, its best one; a checkpoint; a Hugging Face folder; or
 a file, to which a config.json beside it belongs. Each version of a model has a folder of its own. Files appear in it under
 their names when they are whole, so a killed process leaves nothing that passes for a model, and whoever comes next
-fetches only the rest. A lock lets one of several processes on a host fetch while the others wait.
+fetches only the rest. A lock lets one of several processes on a host fetch while the others wait. A folder for which
+nobody has asked in a week is deleted when another one is fetched.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from gpt2xla.processes.locks import in_turn
 from gpt2xla.storage import Bucket
 
 COPIES = Path("~/.cache/gpt2xla/models")
+_KEPT_SECONDS = 7 * 24 * 3600.0  # since somebody asked for it, who has long opened it
 _SAID_FROM = 200e6  # bytes: what takes a while is shown
 _STEP = re.compile(r"step-(\d{8,})")
 _WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -203,8 +205,10 @@ def _at_hand(model: _Model) -> Path:
     place = root / folder_name(url, model.version)
     folder = place / (re.sub(r"[^A-Za-z0-9._@=-]+", "-", name).strip(".") or "model")
     folder.mkdir(parents=True, exist_ok=True)
+    os.utime(place)
     with in_turn(place / ".lock"):
         if missing := [name for name, (size, _) in model.files.items() if not _is_there(folder / name, size)]:
+            _remove_unused(root)
             _fetch(model, missing, place / ".partial", folder)
         for name, text in (model.texts | _sealed(model, folder)).items():
             if not (folder / name).is_file() or (folder / name).read_bytes() != text:
@@ -212,6 +216,13 @@ def _at_hand(model: _Model) -> Path:
     name_copy(place, parent if is_url(parent) else url)
     name_copy(folder, url)
     return folder / model.file
+
+
+def _remove_unused(root: Path) -> None:
+    for place in root.iterdir():
+        with contextlib.suppress(OSError):  # another process removes it too
+            if time.time() - place.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(place)
 
 
 def _is_there(file: Path, size: int) -> bool:

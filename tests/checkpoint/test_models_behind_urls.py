@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -308,6 +309,23 @@ def test_long_fetches_are_announced(bucket: Path, monkeypatch: pytest.MonkeyPatc
     assert len(lines) == 2
     assert re.fullmatch(r"fetching storage://.*/run/step-00000020: \d files, \d\.\d\d GB, to .*", lines[0])
     assert re.fullmatch(r"fetched in \d+ s \([\d,]+ MB/s\)", lines[1])
+
+
+def test_copies_that_nobody_asks_for_are_deleted_when_another_is_fetched(bucket: Path, home: Path) -> None:
+    def places() -> list[Path]:
+        return sorted((home / ".cache" / "gpt2xla" / "models").iterdir())
+
+    unused, used = (locate(url(bucket / name)) for name in ("run/step-00000010", "hub"))
+    stream = (unused / "model.safetensors").open("rb")  # as a process that has mapped it
+    for place in places():
+        os.utime(place, times=(time.time() - 8 * 86400,) * 2)
+    locate(url(bucket / "hub"))
+    assert {unused.parent, used.parent} == set(places()), "nothing was fetched"
+    newest = locate(url(bucket / "run"))
+    assert {used.parent, newest.parent} == set(places())
+    with stream:
+        assert stream.read() == (bucket / "run" / "step-00000010" / "model.safetensors").read_bytes()
+    assert torch.equal(logits(locate(url(bucket / "run" / "step-00000010"))), logits(bucket / "run" / "step-00000010"))
 
 
 LOGGING = """
