@@ -81,10 +81,13 @@ def _limits(protocol: str) -> dict[str, Any]:
         waits = {"connect_timeout": SILENT_SECONDS, "read_timeout": SILENT_SECONDS}
         ours: dict[str, Any] = {"config_kwargs": waits | {"retries": {"total_max_attempts": 2}}}
     elif known:
-        import aiohttp
-
+        try:
+            import aiohttp
+        except ImportError:  # then the client is missing as well, which fsspec says
+            return {}
         silent = aiohttp.ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
-        of_gcs = {"requests_timeout": silent, "session_kwargs": {"middlewares": (_asked,)}}
+        middlewares = {"middlewares": (_asked,)} if hasattr(aiohttp, "ClientMiddlewareType") else {}  # since 3.12
+        of_gcs = {"requests_timeout": silent, "session_kwargs": middlewares}
         ours = of_gcs if known == _GCS else {"client_kwargs": {"timeout": silent}}
     else:
         return {}
@@ -105,6 +108,11 @@ async def _asked(request: Any, handler: Callable[[Any], Awaitable[Any]]) -> Any:
 
 def _protocols(files: Any) -> tuple[str, ...]:
     return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)
+
+
+def _is_known(files: Any) -> bool:
+    """Whether it is a client of which is known how it sends and fetches."""
+    return not {*_S3, *_GCS}.isdisjoint(_protocols(files))
 
 
 def exists(url: str, option: str) -> bool:
@@ -257,7 +265,7 @@ class Bucket:
 
     def _upload(self, method: str, size: int, *arguments: Any, **settings: Any) -> None:
         """Call a method that sends `size` bytes. Clients do not notice a store that takes none, or does not ask for them."""
-        if not self._files.async_impl:
+        if not _is_known(self._files):
             getattr(self._files, method)(*arguments, **settings)
             return
         moved = fsspec.Callback()
@@ -307,7 +315,7 @@ async def _while_it_moves(upload: Coroutine[Any, Any, T], moved: fsspec.Callback
 def download(files: Any, source: str, target: Path) -> str:
     """Write the file to `target` and return its SHA-256. Raises OSError, also if it ends early."""
     promised = files.size(source)
-    if {*_protocols(files)} & {*_S3, *_GCS}:
+    if _is_known(files):
         # As one stream: s3fs would hold 500 MB otherwise. Older ones know nothing else.
         one = {"max_concurrency": 1} if "max_concurrency" in inspect.signature(files._get_file).parameters else {}
         files.get_file(source, str(target), **one)
