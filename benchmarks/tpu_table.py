@@ -4,7 +4,7 @@
 trainer (minhnguyent546/pre-training-gpt2) at the largest power of two that fits it, and beside JAX's trainers MaxText and
 Levanter. Writes results/tpu_124m.{json,md}; rows of what is not compiled this time stay. docs/will-it-fit.md says what
 the peers need. `--fits` instead finds, to an eighth, the largest batch of the larger sizes that each TPU holds, and writes
-results/tpu_fits.{json,md}.
+results/tpu_fits.{json,md}. It begins with the answers that are there.
 """
 
 import argparse
@@ -156,23 +156,26 @@ def fits(models: list[str], topologies: list[str]) -> None:
         for topology in topologies:
             # The batch is what is sought; this one only has to be a valid one.
             flat = PRESETS[model] | STEP | {"train_batch_size": TOPOLOGIES[topology].devices}
-            report = find_batch(RunConfig.from_flat(flat), LARGER[model], topology, print, tolerance=1 / 8)
-            rows = [row for row in rows if (row["model"], row["topology"]) != (model, topology)]
-            rows.append({"model": model, "sharded": LARGER[model].fsdp, **report})
+            old = next((row for row in rows if (row["model"], row["topology"]) == (model, topology)), None)
+            first = [old["sequences_per_device"], old["too_many"]] if old else []
+            report = find_batch(RunConfig.from_flat(flat), LARGER[model], topology, print, tolerance=1 / 8, first=first)
+            rows = [row for row in rows if row is not old]
+            rows.append({"model": model, "sharded": LARGER[model].fsdp, "date": str(today()), **report})
             write("tpu_fits", rows, fits_table(rows))
 
 
 def fits_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| model | TPU | sequences per device that fit | that do not | alive at the peak, GiB |",
-        "|---|---|---|---|---|",
+        "| model | TPU | sequences per device that fit | that do not | alive at the peak, GiB | compiled |",
+        "|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: (list(LARGER).index(row["model"]), row["topology"])):
         largest = row["sequences_per_device"] if row["fits"] else "none"
         alive = f"{row.get('alive_gib', row['peak_gib']):.2f} of {row['memory_gib']:.2f}"
         how = ", --spmd --fsdp" if row["sharded"] else ""
         lines.append(
-            f"| {row['model']}{how} | {row['topology']} | {largest} | {row['too_many'] or 'not sought'} | {alive} |"
+            f"| {row['model']}{how} | {row['topology']} | {largest} | {row['too_many'] or 'not sought'} | {alive} "
+            f"| {row['date']} |"
         )
     return lines
 
@@ -189,11 +192,14 @@ def foot(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(name: str, rows: list[dict[str, Any]], lines: list[str]) -> None:
-    today = datetime.datetime.now(tz=datetime.timezone.utc).date()
-    last = f"{today}, libtpu 0.0.21's compiler on {os.cpu_count()} CPU cores"
+    last = f"{today()}, libtpu 0.0.21's compiler on {os.cpu_count()} CPU cores"
     (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
     (RESULTS / f"{name}.md").write_text("\n\n".join(["\n".join(lines), *foot(rows), last]) + "\n")
     print("\n".join(lines), flush=True)
+
+
+def today() -> datetime.date:
+    return datetime.datetime.now(tz=datetime.timezone.utc).date()
 
 
 if __name__ == "__main__":

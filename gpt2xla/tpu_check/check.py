@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +65,24 @@ def check(config: RunConfig, options: XlaConfig, topology: str, say: Callable[[s
 
 
 def find_batch(
-    config: RunConfig, options: XlaConfig, topology: str, say: Callable[[str], None], tolerance: float = 0.0
+    config: RunConfig,
+    options: XlaConfig,
+    topology: str,
+    say: Callable[[str], None],
+    tolerance: float = 0.0,
+    first: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the report of the most sequences per device and micro-step that fit, or that of one if not even one fits.
 
     The report also holds `too_many`, the fewest that did not fit. The search stops when the two differ by no more than
-    `tolerance`, as a share of the first."""
+    `tolerance`, as a share of what fits. It begins with the numbers in `first`, as far as they may still be the answer."""
     devices = TOPOLOGIES[topology].devices
     tried: dict[int, dict[str, Any]] = {}
     best, too_many = 0, _MOST_SEQUENCES + 1
-    share = _first_try(config, options, TOPOLOGIES[topology])
+    tries = list(first) or [_first_try(config, options, TOPOLOGIES[topology])]
     steps = config.train.gradient_accum_step or MICRO_STEPS
     while too_many - best > max(1.0, tolerance * best):
+        share = tries[0]
         train = dataclasses.replace(
             config.train, train_batch_size=share * devices, gradient_accum_step=steps, sequences_per_update=None
         )
@@ -87,7 +93,7 @@ def find_batch(
             best = share
         else:
             too_many = share
-        share = _next_try(config, report, best, too_many)
+        tries = [share for share in tries if best < share < too_many] or [_next_try(config, report, best, too_many)]
     return tried[max(best, 1)] | {"too_many": too_many}
 
 
