@@ -84,6 +84,7 @@ def add(made: Iterable[dict[str, Any]]) -> None:
     """Write the table with each new row in the place of an earlier one of the same TPU and step."""
     file = RESULTS / "tpu_124m.json"
     for row in made:
+        row = {"date": today(), **row}
         key = row["topology"], row["step"]
         rows = [r for r in json.loads(file.read_text()) if (r["topology"], r["step"]) != key] if file.exists() else []
         rows = sorted([*rows, row], key=lambda r: (list(TOPOLOGIES).index(r["topology"]), ORDER.index(r["step"])))
@@ -160,7 +161,7 @@ def fits(models: list[str], topologies: list[str]) -> None:
             first = [old["sequences_per_device"], old["too_many"]] if old else []
             report = find_batch(RunConfig.from_flat(flat), LARGER[model], topology, print, tolerance=1 / 8, first=first)
             rows = [row for row in rows if row is not old]
-            rows.append({"model": model, "sharded": LARGER[model].fsdp, "date": str(today()), **report})
+            rows.append({"model": model, "sharded": LARGER[model].fsdp, "date": today(), **report})
             write("tpu_fits", rows, fits_table(rows))
 
 
@@ -192,14 +193,15 @@ def foot(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write(name: str, rows: list[dict[str, Any]], lines: list[str]) -> None:
-    last = f"{today()}, libtpu 0.0.21's compiler on {os.cpu_count()} CPU cores"
+    dates = sorted({row["date"] for row in rows})
+    last = f"{' to '.join(dates[:1] + dates[1:][-1:])}, libtpu 0.0.21's compiler on {os.cpu_count()} CPU cores"
     (RESULTS / f"{name}.json").write_text(json.dumps(rows, indent=2) + "\n")
     (RESULTS / f"{name}.md").write_text("\n\n".join(["\n".join(lines), *foot(rows), last]) + "\n")
     print("\n".join(lines), flush=True)
 
 
-def today() -> datetime.date:
-    return datetime.datetime.now(tz=datetime.timezone.utc).date()
+def today() -> str:
+    return str(datetime.datetime.now(tz=datetime.timezone.utc).date())
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ class Program:
         first, last = {}, {}
         for place, (name, rest) in enumerate(self.computations[self.entry]):
             opcode, operands = opcode_of(rest), operands_of(rest)
-            for operand in operands:
+            # The others of a tuple do not wait for this one.
+            for operand in operands if opcode != "get-tuple-element" else ():
                 for buffer in owners.get(operand, []):
                     last[buffer] = place
             if opcode == "get-tuple-element" and operands:

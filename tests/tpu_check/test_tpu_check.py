@@ -61,6 +61,26 @@ def test_cycles_count_loops_and_memory_counts_what_is_alive() -> None:
     ]
 
 
+def test_results_of_one_instruction_are_alive_each_for_itself() -> None:
+    """The residual stream of a kernel is read at once, and what the backward pass needs of it is taken out late."""
+    program = Program.parse("""\
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {
+  %x = f32[8,128]{1,0} parameter(0)
+  %k = (f32[64,128]{1,0}, bf16[32,128]{1,0}) custom-call(%x), metadata={op_name="h.0.1/aten__add"}
+  %stream = f32[64,128]{1,0} get-tuple-element(%k), index=0
+  %next = f32[8,128]{1,0} negate(%stream), metadata={op_name="h.1.2/aten__neg"}
+  %logits = f32[256,128]{1,0} broadcast(%next), metadata={op_name="loss.3/aten__mm"}
+  %kept = bf16[32,128]{1,0} get-tuple-element(%k), index=1
+  ROOT %out = f32[8,128]{1,0} add(%logits, %kept)
+}
+""")
+    assert [(allocation.shape, allocation.origin) for allocation in program.largest_at_peak()] == [
+        ("f32[256,128]", "loss"),
+        ("bf16[32,128]", "h.0"),
+        ("f32[8,128]", "h.1"),
+    ]
+
+
 def test_kernels_are_known_by_what_they_say_of_themselves() -> None:
     def call(result: str, name: str) -> str:
         body = base64.b64encode(f"... gpt2xla_{name} ...".encode()).decode()
