@@ -67,6 +67,31 @@ def test_a_new_row_replaces_its_own_and_leaves_the_others(tmp_path: Path, monkey
     ]
 
 
+def test_rows_that_are_not_compiled_again_keep_their_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tpu_table, "RESULTS", tmp_path)
+    for day, topology in (("2026-11-22", "v3-8"), ("2026-11-21", "v5e-8"), ("2026-11-28", "v6e-8")):
+        monkeypatch.setattr(tpu_table, "today", lambda day=day: day)
+        tpu_table.add([{**OURS, "topology": topology}])
+    assert (tmp_path / "tpu_124m.md").read_text().splitlines()[-1].startswith("2026-11-21 to 2026-11-28, libtpu")
+
+
+def test_a_search_begins_with_the_answer_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    begun = []
+
+    def find_batch(config: object, options: object, topology: str, *_: object, first: list[int], **__: object) -> dict:
+        begun.append(first)
+        return {**FITS, "topology": topology, "sequences_per_device": 40, "too_many": 44}
+
+    monkeypatch.setattr(tpu_table, "RESULTS", tmp_path)
+    monkeypatch.setattr(tpu_table, "find_batch", find_batch)
+    for day in ("2026-11-21", "2026-11-28"):
+        monkeypatch.setattr(tpu_table, "today", lambda day=day: day)
+        tpu_table.fits(["gpt2-medium"], ["v5e-8"])
+    assert begun == [[], [40, 44]]
+    last = cells((tmp_path / "tpu_fits.md").read_text().splitlines()[2])
+    assert last == ["gpt2-medium", "v5e-8", "40", "44", "8.30 of 15.75", "2026-11-28"]
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
