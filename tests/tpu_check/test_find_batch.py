@@ -15,7 +15,12 @@ def search(most: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[
     def check(config: RunConfig, *_: Any) -> dict[str, Any]:
         share = config.train.micro_batch_size // 8
         tried.append(share)
-        return {"sequences_per_device": share, "fits": share <= most, "peak_gib": 15.75 * share / most, "memory_gib": 15.75}
+        return {
+            "sequences_per_device": share,
+            "fits": share <= most,
+            "peak_gib": 15.75 * share / most,
+            "memory_gib": 15.75,
+        }
 
     monkeypatch.setattr(checks, "check", check)
     config = RunConfig.from_flat(PRESETS["gpt2-medium"] | {"train_batch_size": 8, "gradient_accum_step": 1})
