@@ -31,8 +31,9 @@ class Stop:
         train: its time limits count from now.
         newest: returns which checkpoint is the newest, in words, for a run that is ended at once.
 
-    `exit_code` is that of a run that stops before its end, once all processes have called `conclude`: 128 and the number of
-    the signal that one of them was sent, or 0 if the user has asked for this end, with a time limit."""
+    `exit_code` is that of a run that stops before its end, once all processes have called `conclude`: 1 if one of them could
+    not continue, 128 and the number of the signal that one was sent, or 0 if the user has asked for this end, with a time
+    limit."""
 
     def __init__(
         self, runtime: Runtime, signals: StopSignals | None, train: TrainConfig, newest: Callable[[], str] = str
@@ -85,7 +86,7 @@ class Stop:
         return self._first_request <= self._steps - behind
 
     def request(self, reason: str) -> None:
-        """Request a stop for this process's own `reason`."""
+        """Request a stop because this process cannot continue, for that `reason`."""
         self._requested_reason = reason
 
     def conclude(self) -> None:
@@ -93,12 +94,13 @@ class Stop:
 
         Where torchrun is well, that stays 0: it would report any other code as a failure and might start the run again, and
         a signal that it was sent itself makes its own code."""
-        own = self._signal
-        number = int(max(self.runtime.gather(own)))
-        if number and not own:
-            self._requested_reason = self._requested_reason or signal.Signals(number).name
-        if number and (self._torchrun is None or self._torchrun_has_ended):
-            self.exit_code = 128 + number
+        own = self._exit_code
+        codes = {int(code) for code in self.runtime.gather(own)}
+        code = 1 if 1 in codes else max(codes)
+        if code > 1 and not own:
+            self._requested_reason = signal.Signals(code - 128).name
+        if code <= 1 or self._torchrun is None or self._torchrun_has_ended:
+            self.exit_code = code
 
     def seconds_of_grace(self, grace: float) -> float | None:
         """Return what is left of `grace` seconds since SIGTERM, after which a machine may be gone; None without SIGTERM."""
@@ -127,11 +129,13 @@ class Stop:
         return self._limit if time.monotonic() > self._deadline else ""
 
     @property
-    def _signal(self) -> int:
-        """The number of the signal that requests a stop; 0 for none. The end of torchrun counts as SIGTERM."""
+    def _exit_code(self) -> int:
+        """By this process's own reason. The end of torchrun counts as SIGTERM."""
+        if self._requested_reason:
+            return 1
         if self.signals and self.signals.received:
-            return signal.Signals[self.signals.received]
-        return signal.SIGTERM if self._torchrun_has_ended else 0
+            return 128 + signal.Signals[self.signals.received]
+        return 128 + signal.SIGTERM if self._torchrun_has_ended else 0
 
     @property
     def _torchrun_has_ended(self) -> bool:

@@ -53,7 +53,8 @@ def pretrain(
         signals: if given, SIGTERM and SIGINT end training with a checkpoint, and then the program.
 
     Raises:
-        SystemExit: a signal has ended training before its last step; with 128 and its number. Not without `signals`.
+        SystemExit: a signal has ended training before its last step; with 128 and its number. Or a save failed,
+            and another try did not; with 1. Not without `signals`.
         InputError: data, checkpoint and options do not fit together. Nothing has been written.
         RunFailed: the loss is no longer a number, memory ran out, or a checkpoint cannot be written."""
     if not config.general.do_test:
