@@ -133,28 +133,28 @@ def host_step_bytes(model: ModelConfig, train: TrainConfig, parameters: int, sha
 
 
 def compiled_step_bytes(
-    model: ModelConfig, train: TrainConfig, parameters: int, share: int, state_split: int = 1
+    model: ModelConfig, train: TrainConfig, parameters: int, share: int, state_split: int = 1, *, kernels: bool = False
 ) -> int:
     """Return about the least in which a TPU's compiler fits a step with `share` sequences per device.
 
-    Weights and the optimizer's state, and gradients between micro-steps, are divided by `state_split`; what layers are
-    gathered into is whole. Fitted to the compiler's own verdicts (docs/will-it-fit.md)."""
+    With `kernels`, our kernels make the products of blocks, which the compiler then does not compute again. Weights and the
+    optimizer's state, and gradients between micro-steps, are divided by `state_split`; what layers are gathered into is
+    whole. Fitted to the compiler's own verdicts (docs/will-it-fit.md)."""
     state = (STATE_BYTES if train.micro_steps > 1 else STATE_BYTES - 4) * parameters // state_split
     gathered = 4 * parameters if state_split > 1 else 0
     head = 2 * 4 * model.vocab_size * model.d_model
     width = 4 if train.mixed_precision == "none" else 2  # auto is bf16 on TPUs
     logits = min(width * share * model.seq_length * model.vocab_size, LOGITS_AT_ONCE["xla"])
-    return state + gathered + head + logits + share * compiled_sequence_bytes(model, train, most_again=True)
+    again = 0 if kernels else 0.5
+    return state + gathered + head + logits + share * compiled_sequence_bytes(model, train, again)
 
 
-def compiled_sequence_bytes(model: ModelConfig, train: TrainConfig, *, most_again: bool = False) -> int:
-    """Return about what all blocks keep of one sequence for the backward pass.
-
-    With `most_again`, it is what they still keep where memory is short: the compiler then computes half of it again."""
+def compiled_sequence_bytes(model: ModelConfig, train: TrainConfig, again: float = 0.0) -> int:
+    """Return about what all blocks keep of one sequence for the backward pass, where the compiler computes a share of it
+    `again`, as it does when memory is short."""
     width = 4 if train.mixed_precision == "none" else 2
     block, checkpointed = kept_by_block(model, width, fused=True)
-    if most_again:
-        block //= 2
+    block = int(block * (1 - again))
     kept = model.num_layers * block
     if train.activation_checkpointing == "block":
         kept = model.num_layers * checkpointed + block

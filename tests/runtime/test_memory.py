@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def run_limited(gib: float, *arguments: object) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [sys.executable, "-c", LIMITED, str(gib), *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
+        # glibc would map 64 MB for a thread whenever two of them happen to ask for memory at once.
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},
     )  # fmt: skip
 
 

@@ -34,16 +34,9 @@ class Stream(NamedTuple):
     scale: Tensor  # (N / R, 1, R), as the kernels keep it
 
 
-def fused_blocks(model: ModelConfig, device_kind: str, fence: Fence) -> Fused | None:
-    """Return the block and the layer norm behind the last one, for runs in bf16 on sequences of full length.
-
-    None if the kernels do not suit the model or the device. They were written for v5e and v6e: v3 multiplies no bf16, and a
-    chip of v4 or v5p has two cores, of which they would use one."""
-    from gpt2xla.model.pallas_block import Rows
-
-    rows = Rows(model.seq_length, model.d_model, model.d_ff, model.activation, model.layer_norm_eps)
-    if device_kind not in ("TPU v5 lite", "TPU v6 lite") or not rows.supported:
-        return None
+def fused_blocks(model: ModelConfig, device_kind: str, fence: Fence) -> Fused:
+    """Return the block and the layer norm behind the last one, for runs in bf16 on sequences of full length, of models and
+    devices that `pallas_choice.blocks_are_kernels` accepts."""
 
     def block(block: Block, x: Tensor | Stream, starts_BT: Tensor | None = None) -> Stream:
         attn, mlp = block.attn, block.mlp

@@ -14,7 +14,6 @@ from gpt2xla.model.arithmetic import compute_dtype
 from gpt2xla.model.kernels import ProjectedAttention
 from gpt2xla.runtime.xla.layout import mark
 from gpt2xla.runtime.xla.pallas_call import pallas_call
-from gpt2xla.runtime.xla.versions import installed, release_for, why_no_kernels
 
 
 def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> ProjectedAttention:
@@ -31,23 +30,6 @@ def flash_attention_for(device_kind: str, mesh: xs.Mesh | None = None) -> Projec
         return _ProjectedAttention.apply(x_BTD, weight_ED, bias_E, starts_BT, num_heads, device_kind, mesh)
 
     return flash_attention
-
-
-def why_no_flash_attention(device_kind: str, num_heads: int, head_size: int, length: int) -> str | None:
-    """Return what keeps the kernels from running, or None if nothing does."""
-    if not device_kind.startswith("TPU") or device_kind.startswith("TPU v2"):
-        return "it needs a TPU v3 or later"
-    versions = installed(("torch_xla", "jax"))
-    if reason := why_no_kernels(release_for(versions), versions.get("jax")):
-        return reason
-    from gpt2xla.model.pallas_attention_shape import Shape
-
-    if not Shape(1, length, num_heads, head_size, device_kind).supported:
-        return (
-            f"heads of {head_size} columns and --seq-length {length} do not suit it (it takes heads of 32, 64 or 128, and "
-            "multiples of 128 tokens, up to 1024 or, with 64 columns and from v4 on, 2048)"
-        )
-    return None
 
 
 class _ProjectedAttention(torch.autograd.Function):

@@ -19,6 +19,7 @@ from gpt2xla.runtime.memory import compiled_step_bytes, estimated
 from gpt2xla.runtime.trial import Trial
 from gpt2xla.runtime.xla import compiler_flags
 from gpt2xla.runtime.xla.compiler_messages import HBM_GIB, compiler_figures
+from gpt2xla.runtime.xla.pallas_choice import blocks_are_kernels
 from gpt2xla.runtime.xla.versions import installed
 
 # Messages of XLA's several runtimes; a TPU's compiler gives figures, too.
@@ -58,8 +59,9 @@ class XlaMemory(Memory):
             return None
 
         def fits(share: int) -> bool:
-            config = trial.config_of(share)
-            needed = compiled_step_bytes(config.model, config.train, trial.parameters, share, self.state_split)
+            model, train = trial.config_of(share).model, trial.config_of(share).train
+            kernels = blocks_are_kernels(self.device_kind, model, train, spmd=self.options.spmd)
+            needed = compiled_step_bytes(model, train, trial.parameters, share, self.state_split, kernels=kernels)
             return needed <= memory * GIB
 
         return next((share for share in trial.shares if fits(share)), trial.shares[-1])

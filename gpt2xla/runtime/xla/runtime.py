@@ -41,9 +41,10 @@ from gpt2xla.runtime.torch.parallel import accumulated
 from gpt2xla.runtime.xla.block import fused_blocks
 from gpt2xla.runtime.xla.compiles import XlaCompileWatch
 from gpt2xla.runtime.xla.device import XlaDevice
-from gpt2xla.runtime.xla.flash import flash_attention_for, why_no_flash_attention
+from gpt2xla.runtime.xla.flash import flash_attention_for
 from gpt2xla.runtime.xla.memory import XlaMemory
 from gpt2xla.runtime.xla.owners import ReplicaOwners
+from gpt2xla.runtime.xla.pallas_choice import blocks_are_kernels, why_no_flash_attention
 from gpt2xla.runtime.xla.scaler import LossScaler, step_unless
 
 
@@ -131,18 +132,15 @@ class XlaRuntime(XlaDevice):
             xm.broadcast_master_param(model)
 
     def _kernels(self, model: ModelConfig) -> Kernels:
-        flash_is_out = why_no_flash_attention(
-            self.device_kind, model.num_heads, model.d_model // model.num_heads, model.seq_length
-        )
+        flash_is_out = why_no_flash_attention(self.device_kind, model)
         if self.precision.name != "bf16":
             flash_is_out = "it needs --mixed-precision bf16"
         if self.train.attention == "flash" and flash_is_out:
             raise InputError(f"--attention flash: {flash_is_out}; leave the flag out")
         flash = {} if flash_is_out else {"flash": flash_attention_for(self.device_kind, self.mesh)}
         fence = xm.optimization_barrier_
-        is_whole = self.mesh is None and not model.dropout and self.train.activation_checkpointing == "none"
         fused = None
-        if flash and is_whole and self.train.attention in ("auto", "flash"):
+        if flash and blocks_are_kernels(self.device_kind, model, self.train, spmd=self.mesh is not None):
             fused = fused_blocks(model, self.device_kind, fence)
         logits = self.train.micro_batch_size * model.seq_length // self.devices * model.vocab_size
         return choose_kernels(
