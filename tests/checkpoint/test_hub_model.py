@@ -95,6 +95,7 @@ def test_a_url_of_the_hub_is_its_model(hub: Hub, folder: Path, tmp_path: Path) -
         assert hub.sent("/pytorch_model.bin") == hub.sent("/model.fp16.safetensors") == 0
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_fetch_once(hub: Hub, data_flags: list[str], tmp_path: Path) -> None:
     flags = [*data_flags, *SHORT, "--from-checkpoint", "gpt2", "--checkpoints-dir", tmp_path / "run"]
     succeed(torchrun(2, *flags, **environment(hub.url, tmp_path)))

@@ -43,6 +43,7 @@ def test_samples_are_shown_and_training_stays_as_it_is(documents: list[object], 
     assert training_losses(tmp_path / "b") == training_losses(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_two_processes_show_one_sample(documents: list[object], without: Path, tmp_path: Path) -> None:
     output = succeed(torchrun(2, *documents, *SAMPLES, "--checkpoints-dir", tmp_path))
     check(tmp_path, output)

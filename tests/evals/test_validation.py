@@ -93,10 +93,8 @@ def test_one_two_and_three_processes_count_each_token_once(
     assert f" has {total} to predict" in (tested / "printed.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("devices", "layout"),
-    [pytest.param(1, [], marks=pytest.mark.slow), (3, []), pytest.param(8, ["--spmd"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "layout"), [(1, []), (3, []), (8, ["--spmd"])])
 def test_xla_counts_each_token_once(
     devices: int, layout: list[str], flags: list[object], reference: Reference, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def optimizer_state(root: Path) -> dict:
     return training["optimizer"]
 
 
+@pytest.mark.slow
 def test_two_processes_continue_the_run_of_one(torch_run: Path, flags: list[str], tmp_path: Path) -> None:
     """As DDP, with --zero1 and with --fsdp: each makes half of the matrices orthogonal, and keeps half of their momentum."""
     more = [*flags[:-1], "--from-checkpoint", torch_run / "step-00000010"]

@@ -70,6 +70,7 @@ def test_the_loop_never_reads_the_device(counts: dict) -> None:
     assert counts["end"]["reads"] == STEPS + validations * VALID_BATCHES + saves * reads_per_save
 
 
+@pytest.mark.slow
 def test_later_compiles_are_warned_of_once_for_each_cause(data_flags: list[str], tmp_path: Path) -> None:
     """The worker makes XLA compile again for four causes, each twice."""
     small = ["--num-layers", 1, "--gradient-accum-step", 1, "--save-interval", 5]  # it compiles a dozen programs

@@ -382,6 +382,7 @@ def test_a_process_that_is_done_waits_for_the_others() -> None:
         assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_fsdp_evaluates_and_writes_before_and_between_its_steps(tmp_path: Path) -> None:
     """Validation, HellaSwag and samples call other methods of the model than training does: as one process, and also where
     they come first, after a resume of a run that was stopped in an evaluation."""
@@ -444,6 +445,7 @@ def threads_of(processes: int, **environment: str) -> int:
     return int(done.stdout.split()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's /proc")
 def test_processes_share_the_cores_unless_the_user_has_chosen() -> None:
     """The worker believes in 8 cores, of which it may use 6."""
