@@ -71,8 +71,9 @@ class Start:
     def without_best(self, why: str) -> Start:
         """Return the same start, where the best validation and the count of early stopping begin again."""
         assert self.training is not None
-        note = f"note: the best validation loss so far, {self.best.loss:.4f}, counts no more: {why}"
-        notes = (*self.notes, note) if self.best.step and self.config.train.keeps_best else self.notes
+        notes = self.notes
+        if self.best.loss is not None and self.config.train.keeps_best:
+            notes = (*notes, f"note: the best validation loss so far, {self.best.loss:.4f}, counts no more: {why}")
         return dataclasses.replace(self, training=self.training | {"best": Best().state()}, notes=notes)
 
     @property

@@ -53,7 +53,7 @@ def pretrain(
         signals: if given, SIGTERM and SIGINT end training with a checkpoint, and then the program.
 
     Raises:
-        SystemExit: a signal has ended training before its last step; with 128 and its number. Or a save failed,
+        SystemExit: a signal has ended the run before it was finished; with 128 and its number. Or a save failed,
             and another try did not; with 1. Not without `signals`.
         InputError: data, checkpoint and options do not fit together. Nothing has been written.
         RunFailed: the loss is no longer a number, memory ran out, or a checkpoint cannot be written."""
@@ -214,10 +214,11 @@ def _open(
     first_step, is_evaluated = start.step, start.is_evaluated
 
     def run() -> tuple[bool, int]:
-        step = trainer.run(first_step, is_evaluated)
+        step, is_complete = trainer.run(first_step, is_evaluated)
+        is_finished = is_complete and (step == config.train.train_steps or evaluations.have_ended_run)
         if runtime.is_main:
-            print_end(config, step, stop.reason, evaluations.validation, evaluations.best)
-        is_finished = step == config.train.train_steps or evaluations.have_ended_run
+            reason = "" if is_finished else stop.reason or "another process"
+            print_end(config, step, reason, evaluations.validation, evaluations.best)
         return is_finished, 0 if is_finished else stop.exit_code
 
     return run

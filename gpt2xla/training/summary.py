@@ -50,14 +50,15 @@ def print_start(start: Start, runtime: Runtime, data: TrainingData, model: GPT2)
 
 
 def print_end(config: RunConfig, step: int, stop_reason: str, validation: Validation | None, best: Best) -> None:
-    """Print how the run ended after `step`, and where its checkpoints are."""
+    """Print how the run ended after `step`, and where its checkpoints are. `stop_reason` is "" if it is finished."""
     train, folder = config.train, config.general.folder
-    if step < train.train_steps and best.has_ended(train.early_stopping_patience):
-        print(f"stopped: {best.why_ended(train.early_stopping_min_delta)}")
-    elif step < train.train_steps:
+    if stop_reason:
         is_repeatable = config.general.resume == "auto" or config.optim.decay_now is not None
         again = "rerun the same command" if is_repeatable else "rerun the command without --resume"
-        print(f"stopped by {stop_reason or 'another process'} after step {step}; {again} to resume")
+        left = ", before the last evaluations were done" if step == train.train_steps else ""
+        print(f"stopped by {stop_reason} after step {step}{left}; {again} to resume")
+    elif step < train.train_steps:
+        print(f"stopped: {best.why_ended(train.early_stopping_min_delta)}")
     elif validation:
         loss = with_error(validation.loss, validation.standard_error)
         print(f"done: validation loss {loss}, perplexity {perplexity(validation.loss):.2f}")

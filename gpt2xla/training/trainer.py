@@ -33,9 +33,9 @@ class Trainer:
     log: RunLog
     stop: Stop
 
-    def run(self, first_step: int, is_evaluated: bool) -> int:
-        """Train, and return the step reached: the last one, or an earlier one if all processes agreed to stop, or the
-        evaluations have ended the run.
+    def run(self, first_step: int, is_evaluated: bool) -> tuple[int, bool]:
+        """Train, and return the step reached, and whether the evaluations due after it are done. It is the last step, or an
+        earlier one if all processes agreed to stop, or the evaluations have ended the run.
 
         Args:
             first_step: updates already made.
@@ -43,16 +43,16 @@ class Trainer:
 
         Raises RunFailed if the last checkpoint could not be written, the loss is no longer a number, or memory ran out."""
         try:
-            step = self._loop(first_step, is_evaluated)
+            step, is_evaluated = self._loop(first_step, is_evaluated)
         finally:
             problem = self.saver.wait()
             self.log.close()
         self.stop.conclude()  # all processes wait here for the save
         if problem:
             raise RunFailed(f"step {step} {problem}; rerun the same command")
-        return step
+        return step, is_evaluated
 
-    def _loop(self, first_step: int, is_evaluated: bool) -> int:
+    def _loop(self, first_step: int, is_evaluated: bool) -> tuple[int, bool]:
         step, stopping = first_step, False
         first = phase = self.order.plan.at(step)
         update = self.runtime.compile_step(self._update, "training step")
@@ -90,7 +90,7 @@ class Trainer:
                 stopping = stopping or self.stop.agreed()  # meanwhile: this checkpoint will do
         self.stop.begin_save()  # the last one may still be under way, and all processes wait for it
         self.runtime.wait()
-        return step
+        return step, is_evaluated
 
     def _announce(self, phase: Phase) -> None:
         if self.runtime.is_main:

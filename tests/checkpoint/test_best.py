@@ -24,6 +24,7 @@ from gpt2xla.config import RunConfig, TorchConfig
 from gpt2xla.config.paths import best_checkpoint, check_model, check_resumed
 from gpt2xla.errors import InputError
 from gpt2xla.evals.validation import Validation, Validator
+from gpt2xla.processes import signals
 from gpt2xla.runtime.stop import Stopped
 
 
@@ -76,11 +77,15 @@ class Script:
 
     def __init__(self, losses: dict[int, float]) -> None:
         self.losses, self.cut, self.measured = losses, set[int](), list[int]()
+        self.signal: str | None = None  # which cuts off
 
     def validate(self, validator: Validator, step: int) -> Validation:
         self.measured.append(step)
         if step in self.cut:
             self.cut.remove(step)
+            if self.signal:
+                assert signals._active
+                signals._active.received = self.signal
             raise Stopped
         return Validation(self.losses[step], None, 48, 3, None)
 
@@ -145,6 +150,29 @@ def test_losses_that_are_measured_otherwise_do_not_compare(
     text = train(tmp_path, data_flags, "--train-steps", 22, "--valid-steps", 2)
     assert "note: the best validation loss so far, 2.0000, counts no more" in text
     assert named(tmp_path) == (22, 2.4)
+
+
+def test_a_run_is_finished_once_its_last_step_is_validated(
+    script: Callable[[dict[int, float]], Script], data_flags: list[str], tmp_path: Path
+) -> None:
+    made = script({2: 3.0, 4: 2.5})
+    made.cut, made.signal = {4}, "SIGTERM"
+    flags = [*data_flags, *SMALL_RUN, *map(str, FAST), "--train-steps", "4", "--checkpoints-dir", str(tmp_path)]
+    stopped = run_here("run_pretrain.py", *flags, "--keep-best")
+    assert stopped.returncode == 143, stopped.stderr
+    assert "stopped by SIGTERM after step 4, before the last evaluations were done; rerun the same" in stopped.stdout
+    assert "done:" not in stopped.stdout, "the loss is that of step 2"
+    assert "done: validation loss 2.5000" in succeed(run_here("run_pretrain.py", *flags, "--keep-best"))
+    assert named(tmp_path) == (4, 2.5)
+
+
+def test_a_run_without_validations_may_measure_them_otherwise(
+    script: Callable[[dict[int, float]], Script], data_flags: list[str], tmp_path: Path
+) -> None:
+    script({2: 2.0}).cut = {2}
+    train(tmp_path, data_flags, "--keep-best", "--train-steps", 2)
+    assert "counts no more" not in train(tmp_path, data_flags, "--train-steps", 2, "--valid-steps", 2)
+    assert named(tmp_path) == (2, 2.0)
 
 
 def test_a_run_ends_early_is_done_and_continues_with_more_patience(
