@@ -219,10 +219,10 @@ def _at_hand(model: _Model) -> Path:
 
 
 def _remove_unused(root: Path) -> None:
-    for place in root.iterdir():
+    for lock in root.glob("*/.lock"):  # what else lies there is not ours
         with contextlib.suppress(OSError):  # another process removes it too
-            if time.time() - place.stat().st_mtime > _KEPT_SECONDS:
-                shutil.rmtree(place)
+            if time.time() - lock.parent.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(lock.parent)
 
 
 def _is_there(file: Path, size: int) -> bool:

@@ -317,12 +317,18 @@ def test_copies_that_nobody_asks_for_are_deleted_when_another_is_fetched(bucket:
 
     unused, used = (locate(url(bucket / name)) for name in ("run/step-00000010", "hub"))
     stream = (unused / "model.safetensors").open("rb")  # as a process that has mapped it
+    theirs, elsewhere = unused.parent.with_name("theirs"), home / "elsewhere"
+    theirs.mkdir()
+    (theirs.parent / "link").symlink_to(elsewhere)
+    shutil.copytree(unused.parent, elsewhere)
     for place in places():
         os.utime(place, times=(time.time() - 8 * 86400,) * 2)
     locate(url(bucket / "hub"))
-    assert {unused.parent, used.parent} == set(places()), "nothing was fetched"
+    theirs_too = {theirs, theirs.parent / "link"}
+    assert {unused.parent, used.parent} | theirs_too == set(places()), "nothing was fetched"
     newest = locate(url(bucket / "run"))
-    assert {used.parent, newest.parent} == set(places())
+    assert {used.parent, newest.parent} | theirs_too == set(places())
+    assert (elsewhere / unused.name / "model.safetensors").exists()
     with stream:
         assert stream.read() == (bucket / "run" / "step-00000010" / "model.safetensors").read_bytes()
     assert torch.equal(logits(locate(url(bucket / "run" / "step-00000010"))), logits(bucket / "run" / "step-00000010"))
