@@ -30,6 +30,7 @@ from gpt2xla.errors import InputError, in_one_line, name_copy, user_error
 from gpt2xla.storage import Bucket
 
 END_OF_TEXT = "<|endoftext|>"
+_MOST_BYTES = 200e6  # of a file behind a URL: tokenizers have some 35 at most, a model that is named by mistake more
 _ROLES: dict[str, Any] = dict.fromkeys(("bos_token", "unk_token", "eos_token"), END_OF_TEXT)  # of GPT-2's tokenizer
 
 
@@ -320,6 +321,10 @@ def _from_url(url: str) -> Tokenizer:
         try:
             found = bucket.entries()
             if "" in found and file != "tokenizer.json":
+                if (size := found[""][0]) > _MOST_BYTES:
+                    raise InputError(
+                        f"--tokenizer {url} has {size / 1e6:,.0f} MB, too many for a tokenizer.json; name one"
+                    )
                 bucket.fetch({"": folder / file})
                 name_copy(folder / file, url)
                 return Tokenizer(url, tokenizer_folder.read_definition(folder / file), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from gpt2xla.checkpoint.best import Best
@@ -164,8 +165,8 @@ def remarks(train: TrainConfig, data: TrainingData) -> Iterator[str]:
         if not (first == data.end_of_text).any():
             where = f"the first {len(first):,} tokens of {windows.stream.name}"
             yield f"note: --document-mask: {where} are one document: none of them is the end-of-text id {data.end_of_text}"
-    for phase in data.order.plan.phases:
-        if phase.from_step >= train.train_steps:
+    for before, phase in itertools.pairwise(data.order.plan.phases):  # a resumed run's may be of one size
+        if phase.from_step >= train.train_steps and phase.sequences != before.sequences:
             yield (
                 f"note: updates of {phase.sequences:,} sequences would begin after step {phase.from_step:,}, and the run "
                 f"ends after {train.train_steps:,}"

@@ -162,7 +162,9 @@ def test_a_run_is_finished_once_its_last_step_is_validated(
     assert stopped.returncode == 143, stopped.stderr
     assert "stopped by SIGTERM after step 4, before the last evaluations were done; rerun the same" in stopped.stdout
     assert "done:" not in stopped.stdout, "the loss is that of step 2"
-    assert "done: validation loss 2.5000" in succeed(run_here("run_pretrain.py", *flags, "--keep-best"))
+    text = succeed(run_here("run_pretrain.py", *flags, "--keep-best"))
+    assert "done: validation loss 2.5000" in text
+    assert "would begin" not in text, "updates stay as large as they are"
     assert named(tmp_path) == (4, 2.5)
 
 

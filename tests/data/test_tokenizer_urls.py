@@ -9,6 +9,7 @@ import fsspec
 import pytest
 
 from gpt2xla.config.paths import check_tokenizer
+from gpt2xla.data import tokenizer
 from gpt2xla.data.tokenizer import load_tokenizer
 from gpt2xla.errors import InputError, as_named
 
@@ -56,3 +57,9 @@ def test_what_is_no_tokenizer_behind_a_url_is_named(in_bucket: Path, url: str, p
     with pytest.raises(InputError) as raised:
         load_tokenizer(url)
     assert problem in as_named(raised.value)
+
+
+def test_a_model_that_is_named_by_mistake_is_not_fetched(in_bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "_MOST_BYTES", 10)
+    with pytest.raises(InputError, match=r"weights.bin has 0 MB, too many for a tokenizer\.json; name one"):
+        load_tokenizer("memory://bucket/tokenizer/weights.bin")
