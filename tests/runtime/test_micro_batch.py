@@ -21,6 +21,7 @@ from gpt2xla.runtime.torch.runtime import TorchRuntime
 from gpt2xla.runtime.trial import Trial
 from gpt2xla.runtime.xla.compiler_messages import HBM_GIB
 from gpt2xla.runtime.xla.memory import XlaMemory
+from gpt2xla.runtime.xla.pallas_choice import blocks_are_kernels
 from gpt2xla.tpu_check.topologies import TOPOLOGIES
 from gpt2xla.training.micro_batch import DeviceTrial, choose
 
@@ -145,9 +146,15 @@ def test_the_formula_is_near_the_compilers_verdicts(model: str, topology: str, f
         PRESETS[model] | {"train_batch_size": 8, "gradient_accum_step": 1, "vocab_size": 50304}
     )
     parameters = Trial(RunConfig.from_flat(PRESETS[model] | {"vocab_size": 50304}), 8).parameters
-    memory = TOPOLOGIES[topology].memory * GIB
-    found = [n for n in range(1, 200) if compiled_step_bytes(config.model, config.train, parameters, n) <= memory]
-    assert fits * 5 // 6 <= max(found) < too_many
+    found = TOPOLOGIES[topology]
+    kernels = blocks_are_kernels(found.kind, config.model, config.train, spmd=False)
+
+    def fits_by_formula(share: int) -> bool:
+        needed = compiled_step_bytes(config.model, config.train, parameters, share, kernels=kernels)
+        return needed <= found.memory * GIB
+
+    assert kernels == topology.startswith(("v5e", "v6e"))
+    assert fits * 5 // 6 <= max(filter(fits_by_formula, range(1, 200))) < too_many
 
 
 def test_a_note_is_for_one_step_on_one_kind_of_device(tmp_path: Path) -> None:
