@@ -56,7 +56,7 @@ class Silence(Exception):
 def opened(url: str, option: str, **settings: Any) -> tuple[Any, str]:
     """Return the file system of a URL, made with `settings`, and its path in it. Raises InputError if that is impossible.
 
-    Limits of time that the user has set in fsspec's configuration take the place of ours."""
+    Time limits that the user has set in fsspec's configuration are used instead of the defaults."""
     try:
         protocol = url.partition("://")[0]
         files, path = fsspec.core.url_to_fs(url, **_limits(protocol), **settings)
@@ -301,7 +301,7 @@ def version_of(files: Any, path: str, info: Mapping[str, Any]) -> str:
 
 
 async def _while_it_moves(upload: Coroutine[Any, Any, T], moved: fsspec.Callback, seconds: float) -> T:
-    """Await an upload that counts its bytes in `moved`. Raises Silence if it does not go on for so long."""
+    """Await an upload that counts its bytes in `moved`. Raises Silence if no byte moves for that many `seconds`."""
     task = asyncio.ensure_future(upload)
     while not task.done():
         before = moved.value

@@ -339,7 +339,7 @@ def _from_url(url: str) -> Tokenizer:
         except OSError as error:
             raise InputError(f"--tokenizer {url}: {in_one_line(error)}; check address and credentials") from None
         if not has_tokenizer(folder):
-            raise InputError(f"--tokenizer {url}: no tokenizer is there; name a folder with one, or a tokenizer.json")
+            raise InputError(f"--tokenizer {url}: no tokenizer is there; check the address, or name a folder with one")
         name_copy(folder, bucket.url)
         return _load_folder(folder, url)
 

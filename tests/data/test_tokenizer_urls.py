@@ -47,7 +47,7 @@ def test_a_tokenizer_behind_a_url_is_that_of_the_folder_itself(in_bucket: Path, 
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("memory://bucket/nothing", "no tokenizer is there; name a folder with one, or a tokenizer.json"),
+        ("memory://bucket/nothing", "no tokenizer is there; check the address, or name a folder with one"),
         ("memory://bucket/tokenizer/weights.bin", "memory://bucket/tokenizer/weights.bin is not a tokenizer.json"),
         ("mem://bucket", "there is no mem://"),
     ],

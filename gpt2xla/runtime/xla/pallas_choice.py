@@ -25,11 +25,13 @@ def why_no_flash_attention(device_kind: str, model: ModelConfig) -> str | None:
 
 
 def blocks_are_kernels(device_kind: str, model: ModelConfig, train: TrainConfig, *, spmd: bool) -> bool:
-    """Whether kernels make the products of a block, in a run that may compute in bf16.
+    """Whether kernels make the products of a block in this run.
 
     They were written for v5e and v6e: v3 multiplies no bf16, and a chip of v4 or v5p has two cores, of which they would use
     one."""
-    if device_kind not in ("TPU v5 lite", "TPU v6 lite") or spmd or model.dropout or train.mixed_precision == "none":
+    if device_kind not in ("TPU v5 lite", "TPU v6 lite") or spmd or model.dropout:
+        return False
+    if train.mixed_precision not in ("auto", "bf16"):  # auto is bf16 on these
         return False
     if train.activation_checkpointing != "none" or train.attention not in ("auto", "flash"):
         return False
