@@ -66,10 +66,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def up_to_the_first_batch() -> Iterator[None]:
-    def read_one(self: Trainer, first_step: int, is_evaluated: bool) -> int:
+    def read_one(self: Trainer, first_step: int, is_evaluated: bool) -> tuple[int, bool]:
         next(self.order.batches(first_step))
         self.log.close()
-        return first_step
+        return self.config.train_steps, True
 
     def no_server(**settings: Any) -> None:
         raise RuntimeError("no server")
