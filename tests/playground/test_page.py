@@ -27,7 +27,10 @@ def write(page: Page, prompt: str) -> None:
 
 def set_new_tokens(page: Page, count: int) -> None:
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for New tokens").fill(str(count))
+    number = page.get_by_label("number input for New tokens")
+    while number.input_value() != str(count):  # Gradio takes back what is filled in while it is still making the page
+        number.fill(str(count))
+        page.wait_for_timeout(300)
 
 
 def test_the_page_loads_little(visit: Visit) -> None:
