@@ -12,7 +12,7 @@ MAXTEXT ?=
 LEVANTER ?=
 PEERS_PYTHON ?=
 TPU_TABLE_ARGS ?=
-# A file's tests share what is slow to make, so they stay together. In order of name the files with long tests are not last.
+# A file's tests share what is slow to make, so they stay together, in the order that tests/conftest.py gives.
 PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all faults check docs tpu-table install clean

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from warm import run_warm
 
 if TYPE_CHECKING:
     from gpt2xla.data.preparation.rows import Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 97
+SECONDS = 500  # for a program, on a busy machine
 
 # What GPT-2's own encoding needs; the tests that use it are skipped by name where it is neither here nor cached.
 if "TIKTOKEN_CACHE_DIR" not in os.environ and (ROOT.parent / "shared" / "tiktoken").is_dir():
@@ -49,11 +51,18 @@ SMALL_RUN = [
 
 def run(program: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the repository from its root, as the README's commands do. It may be `-m gpt2xla COMMAND`."""
-    return subprocess.run(
-        [sys.executable, *program.split(), *map(str, arguments)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, check=False,
-        timeout=500,
-    )  # fmt: skip
+    words = [*program.split(), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    kind = "xla" if "PJRT_DEVICE" in environment else "torch"
+    return run_warm(kind, words, ROOT, environment, SECONDS) or subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
 
 
 def run_here(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -80,6 +89,17 @@ def told(result: subprocess.CompletedProcess[str], text: str) -> int:
     return sum(text in line for line in result.stderr.splitlines() if line.startswith(starts) and ": error: " in line)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests of minutes come first, so that no worker has one left when the others are done."""
+    items.sort(key=lambda item: item.path.name not in ("test_readme.py", "test_smoke.py", "test_notebooks.py"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for other processes most of the time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `--dist loadfile` not only a file's tests stay together: all of the playground share a server and a browser."""
@@ -104,6 +124,8 @@ def run_xla(
     *arguments: object, program: str = "run_pretrain_xla.py", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     require_xla()
+    if program == "run_pretrain_xla.py":  # its workers need not import all again
+        arguments = ("--mp-start-method", "fork", *arguments)
     return run(program, *arguments, PJRT_DEVICE="CPU", **environment)
 
 

@@ -81,7 +81,7 @@ def test_log_probabilities_and_scores_equal_a_plain_loop(
     assert rows.last_tokens is not None
     assert rows.last_tokens.shape == (len(items.asked), 4)
     config, weights = load_weights(model)
-    ours, runtime = build_model(config, weights, model), TorchRuntime(TorchConfig(), TrainConfig())
+    ours, runtime = build_model(config, weights, model), TorchRuntime(TorchConfig(), TrainConfig(compile=False))
     runtime.setup_model(ours)
     choice = MultipleChoice("MMLU", rows, ours, runtime, 5)
     assert choice.tokens == sum(128 if length <= 128 else 192 for length in lengths)

@@ -95,6 +95,10 @@ def visit(browser: Browser, address: str) -> Iterator[Visit]:
             "request",
             lambda asked: mistakes.append(asked.url) if not asked.url.startswith((address, "data:", "blob:")) else None,
         )
+        page.under_way = set()  # requests
+        page.on("request", lambda asked: "/heartbeat/" in asked.url or page.under_way.add(asked))
+        for end in ("requestfinished", "requestfailed"):
+            page.on(end, lambda asked: page.under_way.discard(asked))
         page.goto(address)
         return page
 
@@ -105,9 +109,22 @@ def visit(browser: Browser, address: str) -> Iterator[Visit]:
 
 
 def choose(page: Page, name: str, label: str = "Model") -> None:
-    """Choose a model, as one does with the mouse."""
+    """Choose a model, as one does with the mouse, and wait until the page has asked all that this makes it ask: Gradio loses
+    what is asked in the moment in which an earlier answer ends."""
     page.get_by_label(label).click()
     page.get_by_role("option", name=name, exact=True).click()
+    calm = 0
+    while calm < 5:
+        page.wait_for_timeout(100)
+        calm = 0 if page.under_way else calm + 1
+
+
+def set_number(page: Page, label: str, value: float) -> None:
+    """Fill in a slider's number until Gradio keeps it: while it is still making the page, it takes it back."""
+    number = page.get_by_label(f"number input for {label}")
+    while number.input_value() != str(value):
+        number.fill(str(value))
+        page.wait_for_timeout(300)
 
 
 def notes(page: Page) -> str:

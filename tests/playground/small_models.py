@@ -25,11 +25,18 @@ STEPS = (10, 20)  # of the run's checkpoints
 
 
 def untrained(
-    folder: Path, tokenizer: Tokenizer, settings: GenerationSettings | None = None, seed: int = 0, scale: float = 1
+    folder: Path,
+    tokenizer: Tokenizer,
+    settings: GenerationSettings | None = None,
+    seed: int = 0,
+    scale: float = 1,
+    layers: int = 2,
 ) -> Path:
-    """Write a model with random weights, 2 layers wide 32, and its tokenizer to `folder`. With a larger `scale` of the
+    """Write a model with random weights, wide 32, and its tokenizer to `folder`. With a larger `scale` of the
     weights, what it says depends more on what it has read."""
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, seq_length=SEQ_LENGTH, d_model=32, num_layers=2, num_heads=2)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, seq_length=SEQ_LENGTH, d_model=32, num_layers=layers, num_heads=2
+    )
     model = GPT2(config)
     model.init_weights(torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -59,8 +66,8 @@ def sketcher(folder: Path) -> Path:
 
 
 def slow_sketcher(folder: Path) -> Path:
-    """Write one whose pictures have a token for each pixel."""
-    return untrained(folder, SketchFormat.fitted(load_tokenizer("bytes"), 24, WORDS).tokenizer)
+    """Write one whose pictures have a token for each pixel, and many layers: it draws for seconds."""
+    return untrained(folder, SketchFormat.fitted(load_tokenizer("bytes"), 24, WORDS).tokenizer, layers=24)
 
 
 def copier(folder: Path) -> Path:

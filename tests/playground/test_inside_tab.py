@@ -12,7 +12,7 @@ import torch
 from gpt2xla.checkpoint.loading import build_model, load_weights
 from gpt2xla.evals.inside import look_inside
 from gpt2xla.runtime.one_device import OneDevice
-from playground.conftest import Visit, choose, notes
+from playground.conftest import Visit, choose, notes, set_number
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -49,7 +49,7 @@ def test_two_checkpoints_side_by_side(visit: Visit, models: list[Path]) -> None:
     assert "“d”" in tip
     assert tip.count("%") in (10, 11)
     # Both show head 2 of layer 2 after these clicks, and a cell says its number.
-    page.get_by_label("number input for Attention in layer").fill("2")
+    set_number(page, "Attention in layer", 2)
     page.get_by_text("layer 2 of 2, head 1").nth(1).wait_for()
     page.locator("#attention .head").nth(1).click()
     assert page.get_by_text("layer 2 of 2, head 2").count() == 2
@@ -70,7 +70,7 @@ def test_repetition_climbs_to_certainty_where_a_model_continues_its_text(visit: 
     choose(page, "copier")
     open_tab(page, "Look inside")
     page.set_viewport_size({"width": 390, "height": 800})
-    page.get_by_label("number input for New tokens").fill("20")
+    set_number(page, "New tokens", 20)
     page.locator("#text textarea").fill("repat repa")
     page.get_by_role("button", name="Continue").click()
     page.locator("#attention .heat").wait_for()

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from playground.conftest import Visit, choose, notes
+from playground.conftest import Visit, choose, notes, set_number
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -27,10 +27,7 @@ def write(page: Page, prompt: str) -> None:
 
 def set_new_tokens(page: Page, count: int) -> None:
     page.get_by_role("button", name="Settings").click()
-    number = page.get_by_label("number input for New tokens")
-    while number.input_value() != str(count):  # Gradio takes back what is filled in while it is still making the page
-        number.fill(str(count))
-        page.wait_for_timeout(300)
+    set_number(page, "New tokens", count)
 
 
 def test_the_page_loads_little(visit: Visit) -> None:
@@ -89,7 +86,7 @@ def test_a_conversation(visit: Visit) -> None:
     choose(page, "chat")
     page.get_by_role("tab", name="Chat").click()
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("number input for Temperature").fill("0")
+    set_number(page, "Temperature", 0)
     box, answers = page.get_by_placeholder("Message"), page.locator(".bot .message-content, .bot.message")
     for question, answer in (("red", "an apple"), ("blue", "the sky")):
         box.fill(question)

@@ -24,7 +24,7 @@ from gpt2xla.playground.choices import percent
 from gpt2xla.sketches.format import SketchFormat
 from gpt2xla.sketches.picture_file import picture_of
 from gpt2xla.sketches.strokes import rasterise
-from playground.conftest import Visit, choose
+from playground.conftest import Visit, choose, set_number
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page, Request
@@ -172,8 +172,8 @@ def test_pictures_grow_row_by_row_until_they_are_stopped(visit: Visit, sketcher:
     page = visit()
     page.get_by_role("tab", name="Draw").click()
     choose(page, "slow")
-    count, start = page.get_by_label("number input for Pictures"), page.get_by_role("button", name="Draw", exact=True)
-    count.fill("16")
+    start = page.get_by_role("button", name="Draw", exact=True)
+    set_number(page, "Pictures", 16)
     page.evaluate(WATCH + STOP_AT_THE_FIRST_ROW)
     with page.expect_response("**/reset"):  # the last that Stop asks for
         start.click()
@@ -181,7 +181,7 @@ def test_pictures_grow_row_by_row_until_they_are_stopped(visit: Visit, sketcher:
     choose(page, "sketcher")
     page.get_by_label("Word").fill("windmill")
     page.get_by_label("Word").press("Enter")
-    count.fill("2")
+    set_number(page, "Pictures", 2)
     stopped = page.evaluate("seen.length")
     start.click()  # is done when the first has stopped
     note = page.locator("#drawn .note", has_text="2 pictures")
