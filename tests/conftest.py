@@ -55,14 +55,8 @@ def run(program: str, *arguments: object, **environment: str) -> subprocess.Comp
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     kind = "xla" if "PJRT_DEVICE" in environment else "torch"
     return run_warm(kind, words, ROOT, environment, SECONDS) or subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=SECONDS,
-    )
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
+    )  # fmt: skip
 
 
 def run_here(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
