@@ -59,9 +59,11 @@ class XlaMemory(Memory):
             return None
 
         def fits(share: int) -> bool:
-            model, train = trial.config_of(share).model, trial.config_of(share).train
-            kernels = blocks_are_kernels(self.device_kind, model, train, spmd=self.options.spmd)
-            needed = compiled_step_bytes(model, train, trial.parameters, share, self.state_split, kernels=kernels)
+            config = trial.config_of(share)
+            kernels = blocks_are_kernels(self.device_kind, config.model, config.train, spmd=self.options.spmd)
+            needed = compiled_step_bytes(
+                config.model, config.train, trial.parameters, share, self.state_split, kernels=kernels
+            )
             return needed <= memory * GIB
 
         return next((share for share in trial.shares if fits(share)), trial.shares[-1])
